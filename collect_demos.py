@@ -1,0 +1,327 @@
+"""Demonstrations from the real simulator, in LIBERO's HDF5 layout with cameras.
+
+    python collect_demos.py --n_demos 48                             # scripted expert, libero_spatial task 0
+    python collect_demos.py --task_suite libero_goal --task_id 4     # a long free-space movement
+    python collect_demos.py --replay OFFICIAL.hdf5 --image_size 448  # official states, re-rendered, cameras added
+    python collect_demos.py --survey libero_spatial                  # the expert's success rate on every task
+
+Each finished demo is its own file in OUT.parts until all are there; a killed run goes on from them.
+"""
+import argparse
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+import demos
+from expert import PickPlaceExpert, servo_action
+from libero_env import JOINT_JITTER, OPEN, Scene, env_metadata, find_task, init_states, task_of_bddl
+from metrics import wilson
+from rot_utils import matrix_to_rotvec
+from runtime import UserError, atomic_path, command_line, run_script, versions, write_json
+from workers import run_jobs
+
+MAX_STEPS = 250
+PUSHABLE = ("rise", "hover", "descend", "lift", "carry", "lower", "retract")  # not in gripper holds
+
+
+class Recorder:
+    """Collects one demonstration's rows and writes them as one HDF5 file."""
+
+    def __init__(self, scene):
+        self.scene, self.rows, self.images = scene, [], []
+
+    def add(self, action, executed, perturbed):
+        """Record the scene's current state with the action meant for it."""
+        o = self.scene.observe()
+        ori = matrix_to_rotvec(o.eef_rot)
+        self.images.append(o.image)
+        self.rows.append({
+            "states": self.scene.state(), "actions": action, "executed_actions": executed, "perturbed": perturbed,
+            "obs/ee_pos": o.eef_pos, "obs/ee_ori": ori, "obs/ee_states": np.concatenate([o.eef_pos, ori]),
+            "obs/gripper_states": o.gripper_qpos, "obs/joint_states": o.joint_pos,
+            "robot_states": np.concatenate([o.gripper_qpos, o.eef_pos, o.eef_quat])})
+
+    def write(self, path, **attrs):
+        """Write the demonstration to its own file, atomically."""
+        arrays = {key: np.stack([row[key] for row in self.rows]) for key in self.rows[0]}
+        done = np.zeros(len(self.rows), np.uint8)
+        done[-1] = 1
+        K, E = self.scene.camera()
+        arrays.update({"rewards": done, "dones": done, demos.CAMERA_K: K, demos.CAMERA_E: E})
+        arrays["attrs"] = {"num_samples": len(self.rows), "init_state": arrays["states"][0],
+                           "fixtures": json.dumps(self.scene.fixtures()), **attrs}
+        with atomic_path(path) as scratch, h5py.File(scratch, "w") as file:
+            demos.write_demo(file.create_group("demo"), arrays, np.stack(self.images))
+
+
+class ExpertWorker:
+    """Records one scripted demonstration per job (an index) into its own file."""
+
+    def __init__(self, args, folder):
+        self.args, self.folder = args, Path(folder)
+        self.scene = Scene(args.task_suite, args.task_id, args.image_size, args.clean_scene)
+
+    def run(self, index):
+        """Try seeds of this index until one gives a good demonstration -> counts of what was filtered."""
+        counts = Counter()
+        for attempt in range(30):
+            seed = self.args.seed * 1_000_003 + index * 100 + attempt
+            state = self.scene.random_layout(seed, self.args.start_jitter, self.args.layout_spread)
+            if state is None:
+                counts["bad_resets"] += 1
+                continue
+            recorder = self.record(np.random.default_rng([seed, 7]))
+            if recorder is None:
+                counts["failed_demos"] += 1
+                continue
+            recorder.write(self.folder / f"demo_{index:05d}.hdf5", seed=seed, source="scripted expert",
+                           pick=self.scene.pick, place=self.scene.place)
+            return counts
+        raise RuntimeError(f"30 seeds in a row gave no good demonstration for index {index}: {dict(counts)}")
+
+    def record(self, rng):
+        """Run the expert from the current state -> Recorder, or None if it failed."""
+        scene, recorder = self.scene, Recorder(self.scene)
+        scene.begin_episode(scene.state())
+        expert, push, pushing = PickPlaceExpert().plan(scene), None, 0
+        for _ in range(MAX_STEPS):
+            eef = scene.observe(image=False).eef_pos
+            target, gripper = expert.act(scene, eef)
+            if expert.done:
+                break
+            action = servo_action(eef, target, gripper)
+            if not pushing and expert.phase in PUSHABLE and rng.random() < self.args.push_rate / 10:
+                direction = rng.normal(size=3)
+                direction[2] = abs(direction[2]) if eef[2] < 1.05 else direction[2]  # not into the table
+                push, pushing = direction / np.abs(direction).max(), int(rng.integers(3, 7))
+            executed = np.concatenate([push, np.zeros(3), [gripper]]) if pushing else action
+            recorder.add(action, executed, bool(pushing))
+            scene.step(executed)
+            pushing = max(0, pushing - 1)
+        held_open = scene.observe(image=False).gripper_width > 0.06
+        return recorder if expert.done and scene.success() and held_open else None
+
+    def close(self):
+        self.scene.close()
+
+
+class ReplayWorker:
+    """Re-renders one demo of an existing file from its stored states."""
+
+    def __init__(self, args, folder):
+        self.args, self.folder = args, Path(folder)
+        self.scene = Scene(args.task_suite, args.task_id, args.image_size)
+
+    def run(self, index):
+        """Job: the demo's index -> counts."""
+        with demos.open_demos(self.args.replay) as file:
+            name = demos.demo_names(file)[index]
+            group = file["data"][name]
+            for key in ("states", "actions"):
+                if key not in group:
+                    raise UserError(f"{self.args.replay}: data/{name}/{key}: key is missing, nothing can be replayed")
+            states, actions = group["states"][()], group["actions"][()]
+            executed = group["executed_actions"][()] if "executed_actions" in group else actions
+            perturbed = group["perturbed"][()] if "perturbed" in group else np.zeros(len(actions), bool)
+            fixtures = stored_fixtures(group)
+        for key, value in (("states", states), ("actions", actions)):
+            if not np.isfinite(value).all():
+                raise UserError(f"{self.args.replay}: data/{name}/{key}: has NaN or Inf, drop this demo")
+        if len(states) != len(actions):
+            raise UserError(f"{self.args.replay}: data/{name}: {len(states)} states but {len(actions)} actions")
+        self.scene.set_fixtures(fixtures)
+        recorder = Recorder(self.scene)
+        for state, action, done, pushed in zip(states, actions, executed, perturbed):
+            self.scene.set_state(state)
+            recorder.add(action, done, pushed)
+        recorder.write(self.folder / f"demo_{index:05d}.hdf5", source=f"replay of {Path(self.args.replay).name} {name}",
+                       pick=self.scene.pick or "", place=self.scene.place or "", success=self.scene.success())
+        return Counter(not_successful_at_the_end=int(not self.scene.success()))
+
+    def close(self):
+        self.scene.close()
+
+
+def stored_fixtures(group):
+    """Fixture poses of a stored demo: our own attribute, or read out of the official files' `model_file` XML."""
+    if "fixtures" in group.attrs:
+        return json.loads(group.attrs["fixtures"])
+    if "model_file" not in group.attrs:
+        return {}
+    import xml.etree.ElementTree as ElementTree
+    poses = {}
+    for body in ElementTree.fromstring(group.attrs["model_file"]).iter("body"):
+        name = body.get("name", "")
+        if name.endswith(("_main", "_base")) and body.get("pos") and body.find("freejoint") is None and not body.findall("joint"):
+            quat = [float(x) for x in body.get("quat", "1 0 0 0").split()]
+            poses[name.rsplit("_", 1)[0]] = [*[float(x) for x in body.get("pos").split()], *quat]
+    return poses
+
+
+class SurveyWorker:
+    """Runs the expert on benchmark init states of one task per job, without rendering."""
+
+    def __init__(self, n_states):
+        self.n_states = n_states
+
+    def run(self, job):
+        """Job: (suite, task index) -> (successes, n, mean steps), or None where the goal is not one (On object target)."""
+        scene = Scene(*job, image_size=64)
+        try:
+            if scene.pick not in scene.objects or scene.env.env.parsed_problem["goal_state"][0][0] != "on":
+                return None
+            wins, steps = 0, []
+            for state in scene.init_states()[:self.n_states]:
+                scene.begin_episode(state)
+                expert = PickPlaceExpert().plan(scene)
+                for step in range(MAX_STEPS):
+                    eef = scene.observe(image=False).eef_pos
+                    target, gripper = expert.act(scene, eef)
+                    if expert.done:
+                        break
+                    scene.step(servo_action(eef, target, gripper))
+                wins += scene.success()
+                steps.append(step)
+            return wins, len(steps), float(np.mean(steps))
+        finally:
+            scene.close()
+
+    def close(self):
+        pass
+
+
+def survey(args):
+    """Table the expert's success rate on every task of a suite and write it to results/."""
+    jobs = [(args.survey, i) for i in range(10)]
+    rows = {}
+    for outcome in tqdm(run_jobs(jobs, SurveyWorker, (args.n_demos,), args.workers, recycle=1), total=10, desc="survey"):
+        rows[outcome.job[1]] = outcome.result if outcome.error is None else outcome.error.strip().splitlines()[-1]
+    lines = ["| task | | success | 95% interval | mean steps |", "|---|---|---|---|---|"]
+    table = []
+    for _, i in jobs:
+        task, row = find_task(args.survey, i), rows[i]
+        if isinstance(row, tuple):
+            low, high = wilson(row[0], row[1])
+            lines.append(f"| {i} | {task.language} | {row[0]}/{row[1]} | {low:.2f}-{high:.2f} | {row[2]:.0f} |")
+            table.append({"task_id": i, "task": task.name, "successes": row[0], "n": row[1], "interval": [low, high],
+                          "mean_steps": row[2]})
+        else:
+            lines.append(f"| {i} | {task.language} | {row or 'not a pick-and-place goal'} | | |")
+            table.append({"task_id": i, "task": task.name, "successes": None, "why": row or "not a pick-and-place goal"})
+    print("\n".join(lines))
+    write_json(Path("results") / f"expert_{args.survey}.json", {"command": command_line(), "versions": versions(), "rows": table})
+
+
+def merge(parts, out, attrs, counts):
+    """Join the finished parts into one file, atomically, then drop them."""
+    with atomic_path(out) as scratch, h5py.File(scratch, "w") as file:
+        data = file.create_group("data")
+        total = 0
+        for i, part in enumerate(parts):
+            with h5py.File(part, "r") as source:
+                source.copy("demo", data, f"demo_{i}")
+            total += data[f"demo_{i}"].attrs["num_samples"]
+        for key, value in {**attrs, "num_demos": len(parts), "total": total, **counts}.items():
+            data.attrs[key] = value
+
+
+def readable(part):
+    """True if a part left by an earlier run is whole."""
+    try:
+        with h5py.File(part, "r") as file:
+            return demos.IMAGE in file["demo"]
+    except (OSError, KeyError):
+        return False
+
+
+def collect(args):
+    """Collect or replay into args.out, resuming from its parts."""
+    out = Path(args.out)
+    if args.replay:
+        with demos.open_demos(args.replay) as file:
+            n_demos, attributes = len(demos.demo_names(file)), dict(file["data"].attrs)
+        if not n_demos:
+            raise UserError(f"{args.replay}: data holds no demo_0, demo_1, ...: zero demonstrations")
+        if args.task_suite is None:
+            if "bddl_file_name" not in attributes:
+                raise UserError(f"{args.replay}: attribute 'bddl_file_name' is missing; give --task_suite and --task_id")
+            task = task_of_bddl(attributes["bddl_file_name"])
+            args.task_suite, args.task_id = task.suite, task.index
+        worker, args.n_demos = ReplayWorker, min(n_demos, args.n_demos or n_demos)
+    else:
+        worker, args.n_demos = ExpertWorker, args.n_demos or 48
+    args.task_suite = args.task_suite or "libero_spatial"
+    task = find_task(args.task_suite, args.task_id)
+    folder = out.with_name(out.name + ".parts")
+    settings = {k: v for k, v in vars(args).items() if k not in ("workers", "out", "n_demos", "overwrite", "survey")}
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out}: exists already and is left alone; give --overwrite, or another --out")
+    stamp = folder / "settings.json"
+    if stamp.exists() and json.loads(stamp.read_text()) != settings:
+        raise UserError(f"{folder}: holds parts of a run with other settings; finish it with the same command, or remove the folder")
+    write_json(stamp, settings)
+
+    part = lambda i: folder / f"demo_{i:05d}.hdf5"
+    jobs = [i for i in range(args.n_demos) if not readable(part(i))]
+    tally = folder / "counts.json"
+    counts = Counter(json.loads(tally.read_text()) if tally.exists() else {})
+    bar = tqdm(total=args.n_demos, initial=args.n_demos - len(jobs), desc=f"demonstrations of {task.key}", unit="demo")
+    failures = []
+    for outcome in run_jobs(jobs, worker, (args, str(folder)), args.workers):
+        if outcome.error:
+            failures.append(outcome)
+            tqdm.write(f"demo {outcome.job} failed: {outcome.error.strip().splitlines()[-1]}")
+            continue
+        counts.update(outcome.result)
+        write_json(tally, counts)
+        bar.update()
+    bar.close()
+    if failures:
+        raise UserError(f"{len(failures)} of {args.n_demos} demonstrations failed, first: "
+                        f"{failures[0].error.strip().splitlines()[-1]}; the others are kept in {folder}, the same command resumes")
+    attrs = demos.file_attributes(task, env_metadata(task), args.seed, command_line(), versions())
+    merge([part(i) for i in range(args.n_demos)], out, attrs, counts)
+    shutil.rmtree(folder)
+    filtered = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items() if v) or "nothing filtered"
+    print(f"{out}: {args.n_demos} demonstrations of {task.key} ({filtered})")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task_suite", help="LIBERO suite (default libero_spatial, or the replayed file's)")
+    parser.add_argument("--task_id", type=int, default=0)
+    parser.add_argument("--n_demos", type=int, help="demonstrations (48), replayed demos (all), or surveyed states")
+    parser.add_argument("--out", help="HDF5 file to write (data/SUITE_TASK.hdf5)")
+    parser.add_argument("--replay", metavar="FILE", help="re-render this LIBERO HDF5 from its states")
+    parser.add_argument("--survey", metavar="SUITE", help="only table the expert's success on each task of a suite")
+    parser.add_argument("--image_size", type=int, default=448, help="pixels")
+    parser.add_argument("--clean_scene", action="store_true", help="without distractors and unused fixtures")
+    parser.add_argument("--start_jitter", type=float, default=JOINT_JITTER, help="std of the start joints, rad")
+    parser.add_argument("--push_rate", type=float, default=0.15, help="pushes per 10 control steps of free motion")
+    parser.add_argument("--layout_spread", type=float, default=0.0, help="further uniform shift of each task object, +- m")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    if args.survey:
+        args.n_demos = args.n_demos or 50
+        return survey(args)
+    if args.n_demos is not None and args.n_demos < 1:
+        raise UserError("--n_demos: at least 1 demonstration is needed")
+    if args.out is None:
+        stem = Path(args.replay).stem + "_replayed" if args.replay else f"{args.task_suite or 'libero_spatial'}_{args.task_id}"
+        args.out = f"data/{stem}.hdf5"
+    collect(args)
+
+
+if __name__ == "__main__":
+    run_script(main)
