@@ -24,6 +24,7 @@ import numpy as np
 from runtime import UserError
 
 FORMAT = "para-libero-1"
+GRIPPER_STEPS = 10  # control steps that opening or closing takes; frames inside such a hold are no training samples
 IMAGE, CAMERA_K, CAMERA_E = "obs/agentview_rgb", "camera/agentview_intrinsics", "camera/agentview_extrinsics"
 LOW_DIM = {"actions": (7,), "obs/ee_pos": (3,), "obs/ee_ori": (3,), "obs/gripper_states": (2,), "obs/joint_states": (7,)}
 RECOLLECT = "collect it again with collect_demos.py"
@@ -168,12 +169,12 @@ def read_images(path, file, name, indices):
 
 
 def split_demos(demos, val_fraction=0.15):
-    """(train, validation) lists, split by demo: every k-th demo validates, at least one, so both see all of a run's seeds."""
+    """(train, validation) lists, split by demo: every k-th demo validates, at least one."""
     if len(demos) < 2:
         raise UserError(f"{len(demos)} demonstration: training needs at least 2, one of them for validation; {RECOLLECT}")
-    every = max(2, round(1 / val_fraction))
-    return [d for i, d in enumerate(demos) if i % every != every - 1] or demos[:1], \
-        [d for i, d in enumerate(demos) if i % every == every - 1] or demos[-1:]
+    every = min(len(demos), max(2, round(1 / val_fraction)))
+    return ([d for i, d in enumerate(demos) if i % every != every - 1],
+            [d for i, d in enumerate(demos) if i % every == every - 1])
 
 
 def file_attributes(task, metadata, seed, command, versions):

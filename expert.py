@@ -1,7 +1,8 @@
 """The scripted expert: one state machine that picks a bowl by its rim and places it, from privileged object poses."""
 import numpy as np
 
-from libero_env import ACTION_SCALE, CLOSE, GRIPPER_STEPS, OPEN
+from demos import GRIPPER_STEPS
+from libero_env import ACTION_SCALE, CLOSE, OPEN
 
 GRASP = np.array([0.0, -0.048, 0.0366])  # EEF relative to the bowl when the fingers straddle its -y rim, metres
 HOVER, LIFT, RETRACT = 0.10, 0.14, 0.10

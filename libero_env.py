@@ -32,7 +32,6 @@ CONTROL_HZ = 20
 ACTION_SCALE = 0.05  # metres of goal offset per unit of a position action (OSC_POSE)
 ROTATION_SCALE = 0.5  # radians of goal offset per unit of a rotation action
 WAIT_STEPS = 12  # control steps in which the objects of an init state come to rest
-GRIPPER_STEPS = 10  # control steps that opening or closing takes
 OPEN_WIDTH = 0.06  # metres between the fingers above which the gripper has let go of a bowl's rim
 OPEN, CLOSE = -1.0, 1.0
 

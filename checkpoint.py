@@ -1,0 +1,99 @@
+"""Checkpoints: one safetensors file whose header carries all that rebuilds the policy as JSON; a readable copy stands beside it.
+
+No pickle is ever loaded. Files are written under another name and renamed, so a kill leaves the old one whole.
+"""
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from backbone import Backbone
+from registry import look_up
+from runtime import UserError, atomic_path, write_json
+
+KEY = "para_libero"  # header entry that marks our files
+
+
+def save_tensors(path, tensors, info):
+    """Write tensors and a JSON-able `info` into one safetensors file, atomically."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with atomic_path(path) as scratch:
+        save_file(tensors, scratch, metadata={KEY: json.dumps(info, default=str)})
+
+
+def load_tensors(path):
+    """Read a file of `save_tensors` -> (tensors, info). Raises UserError for an absent, damaged or foreign file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get(KEY)
+            tensors = {k: file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file, or truncated ({error}); train again, or copy it again")
+    if header is None:
+        raise UserError(f"{path}: a foreign checkpoint, its header has no '{KEY}' entry; only train.py's files can be loaded")
+    return tensors, json.loads(header)
+
+
+def save_policy(path, policy, model_type, info, extra=None):
+    """Write a policy's checkpoint. info: JSON-able provenance; extra: further tensors (saved as extra.NAME)."""
+    info = {"model_type": model_type, "config": dataclasses.asdict(policy.config), "channels": policy.backbone.channels,
+            "backbone_identity": policy.backbone.identity, **info}
+    tensors = {f"model.{k}": v for k, v in policy.state_dict().items()}
+    save_tensors(path, {**tensors, **{f"extra.{k}": v for k, v in (extra or {}).items()}}, info)
+    write_json(Path(path).with_suffix(".json"), info)
+
+
+def fill_config(config_class, stored, path):
+    """A config from a checkpoint's fields. Fields that it does not know yet get their defaults, and are printed."""
+    known = {f.name for f in dataclasses.fields(config_class)}
+    missing, foreign = known - stored.keys(), stored.keys() - known
+    if missing:
+        print(f"{path}: older checkpoint, default values for {', '.join(sorted(missing))}")
+    if foreign:
+        raise UserError(f"{path}: config fields {', '.join(sorted(foreign))} are unknown to this version; update the repository")
+    return config_class(**stored)
+
+
+def load_policy(path, device="cpu", weights=None, backbone=None):
+    """Rebuild the policy of a checkpoint, backbone attached, ready to act -> (policy, info, extra tensors).
+
+    weights: local backbone weights; backbone: one already made. Raises UserError if the file is damaged or foreign, if
+    tensors are missing or of another shape, or if the backbone's weights are not those it was trained on.
+    """
+    tensors, info = load_tensors(path)
+    if "model_type" not in info:
+        raise UserError(f"{path}: holds a training state, not a policy; give the run's checkpoint.safetensors")
+    entry = look_up(info["model_type"])
+    policy = entry.policy(fill_config(entry.config, info["config"], path), info["channels"])
+    model = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+    expected = policy.state_dict()
+    for name, tensor in expected.items():
+        if name not in model:
+            raise UserError(f"{path}: tensor '{name}' is missing; the file is damaged or of another version")
+        if model[name].shape != tensor.shape:
+            raise UserError(f"{path}: tensor '{name}' has shape {tuple(model[name].shape)}, {tuple(tensor.shape)} is expected")
+        if not torch.isfinite(model[name].float()).all():
+            raise UserError(f"{path}: tensor '{name}' has NaN or Inf; train again")
+    policy.load_state_dict(model)
+    backbone = backbone or Backbone(policy.config.backbone, policy.config.image_size, weights)
+    if backbone.identity != info["backbone_identity"]:
+        raise UserError(f"{path}: was trained on the features {info['backbone_identity']}, here they are {backbone.identity}; "
+                        "give the same weights with --backbone_weights PATH")
+    extra = {k[6:]: v for k, v in tensors.items() if k.startswith("extra.")}
+    return policy.attach(backbone.to(device)).to(device).eval(), info, extra
+
+
+def newest_checkpoint(runs="runs", committed="checkpoints"):
+    """The newest run's checkpoint, else the newest committed one, and a sentence that says which. Raises UserError for none."""
+    for folder, what in ((Path(runs), "the newest run's"), (Path(committed), "the committed")):
+        found = sorted(folder.glob("*/checkpoint.safetensors") if folder.name != committed else folder.glob("*.safetensors"),
+                       key=lambda p: p.stat().st_mtime)
+        if found:
+            return found[-1], f"--ckpt not given: {what} checkpoint, {found[-1]}"
+    raise UserError("no checkpoint in runs/ or checkpoints/; train one with `python train.py --model_type para`")

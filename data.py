@@ -1,0 +1,109 @@
+"""Datasets: single-frame samples in metres, radians and pixels, from demonstrations and cached features.
+
+The label of frame i is where the EEF is `waypoint_stride` control steps later on the recorded trajectory, clipped at the next
+gripper change, with that change as the gripper's label. Frames inside a gripper's hold are left out, and so are frames
+whose way to the first waypoint was disturbed by a push.
+"""
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+import demos as demo_files
+from backbone import feature_cache
+from demos import GRIPPER_STEPS
+from rot_utils import circular_mean, matrix_to_euler, rotvec_to_matrix, wrap_angle
+
+
+def gripper_segments(actions):
+    """Gripper commands (T,) in {0 open, 1 close} and the frames at which they change."""
+    closed = (actions[:, 6] > 0).astype(np.int64)
+    return closed, np.flatnonzero(np.diff(closed)) + 1
+
+
+def waypoint_labels(demo, stride, n_window):
+    """Labels of every frame of a Demo.
+
+    Returns target (N,T) the frame whose EEF pose is the waypoint, gripper (N,T) in {0, 1}, mask (N,T) bool (a waypoint
+    whose way is undisturbed), usable (N,) bool (frames to train on).
+    """
+    length = len(demo)
+    closed, changes = gripper_segments(demo.actions)
+    frames = np.arange(length)
+    following = np.searchsorted(changes, frames)  # the next change at or after each frame
+    end = np.append(changes, length - 1)[following]
+    target = np.minimum(frames[:, None] + stride * np.arange(1, n_window + 1), end[:, None])
+    pushes = np.concatenate([[0], np.cumsum(demo.perturbed)])
+    mask = pushes[target] == pushes[frames][:, None]  # no pushed frame in [i, target)
+    held = np.zeros(length, bool)
+    for change in changes:
+        held[change + 1:change + GRIPPER_STEPS] = True
+    return target, closed[target], mask, mask[:, 0] & ~held
+
+
+class WaypointDataset(Dataset):
+    """Frames of demonstrations with their future waypoints.
+
+    demos: list of Demo from file `path`; config: a PolicyConfig; frame_stride: use every k-th frame.
+    `batch(indices)` gives the dict of tensors described in policy.py.
+    """
+
+    def __init__(self, path, demos, config, backbone, frame_stride=1, cache="cache/features", progress=True):
+        self.path, self.demos, self.config, self.backbone = path, demos, config, backbone
+        rows = []
+        groups = []
+        for d, demo in enumerate(demos):
+            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window)
+            usable &= np.arange(len(demo)) % frame_stride == 0
+            frames = np.flatnonzero(usable)
+            rot = rotvec_to_matrix(demo.ee_ori)
+            for slot, i in enumerate(frames):
+                rows.append((d, slot, i, demo.ee_pos[i], demo.ee_pos[target[i]], rot[target[i]], gripper[i], mask[i]))
+            groups.append((demo.name, lambda name=demo.name, frames=frames: self._images(name, frames)))
+        columns = list(zip(*rows))
+        self.demo, self.slot, self.frame = (np.array(c) for c in columns[:3])
+        self.eef_pos, self.target_pos, self.target_rot = (torch.from_numpy(np.stack(c)) for c in columns[3:6])
+        self.target_gripper = torch.from_numpy(np.stack(columns[6]))
+        self.mask = torch.from_numpy(np.stack(columns[7]).astype(np.float32))
+        self.K = torch.from_numpy(np.stack([d.K for d in demos]))
+        self.E = torch.from_numpy(np.stack([d.E for d in demos]))
+        maps = feature_cache(backbone, groups, cache, progress)
+        self.maps = [maps[d.name] for d in demos]
+
+    def _images(self, name, frames):
+        with demo_files.open_demos(self.path) as file:
+            return demo_files.read_images(self.path, file, name, frames)
+
+    def __len__(self):
+        return len(self.frame)
+
+    def __getitem__(self, index):
+        return self.batch([index])
+
+    def features(self, indices):
+        """Cached maps [(B,C,H,W) float16] of samples."""
+        return [torch.from_numpy(np.stack([self.maps[self.demo[i]][m][self.slot[i]] for i in indices]))
+                for m in range(len(self.backbone.channels))]
+
+    def batch(self, indices):
+        """Samples -> dict of tensors, see policy.py."""
+        indices = np.asarray(indices)
+        d = self.demo[indices]
+        return {"features": self.features(indices), "eef_pos": self.eef_pos[indices], "K": self.K[d], "E": self.E[d],
+                "target_pos": self.target_pos[indices], "target_rot": self.target_rot[indices],
+                "target_gripper": self.target_gripper[indices], "mask": self.mask[indices]}
+
+    def statistics(self, n=256):
+        """Ranges of heights and unwrapped Euler angles over all frames, and feature means and deviations over n samples.
+
+        {"height_range" (2,) m, "euler_range" (3,2) rad, "features" [(mean (C,), std (C,))]}
+        """
+        heights = np.concatenate([d.ee_pos[:, 2] for d in self.demos])
+        euler = matrix_to_euler(rotvec_to_matrix(np.concatenate([d.ee_ori for d in self.demos])))
+        euler = wrap_angle(euler, circular_mean(euler))
+        picked = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)
+        features = []
+        for maps in self.features(picked):
+            maps = maps.float()
+            features.append((maps.mean((0, 2, 3)).numpy(), maps.std((0, 2, 3)).clamp(min=1e-4).numpy()))
+        return {"height_range": np.array([heights.min(), heights.max()]),
+                "euler_range": np.stack([euler.min(0), euler.max(0)], -1), "features": features}

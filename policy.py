@@ -1,0 +1,176 @@
+"""The interface that every policy has, and the pieces they share.
+
+Dimensions: B batch, T waypoints (or frames), N tokens, C channels, H W grid, Z height bins, Q queries, G gripper commands.
+Batches hold metres, radians, pixels and world coordinates; cells and bins exist only inside a policy:
+
+    features [(B,C_i,H_i,W_i) float16], eef_pos (B,3), K (B,3,3), E (B,4,4),
+    target_pos (B,T,3), target_rot (B,T,3,3), target_gripper (B,T) in {0 open, 1 close}, mask (B,T) in {0, 1}
+"""
+import time
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def flag(default, help, choices=None):
+    """A config field that becomes a command-line flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class PolicyConfig:
+    """What every policy is configured by. It travels in the checkpoint."""
+    backbone: str = flag("auto", "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model")
+    image_size: int = flag(448, "image side, pixels")
+    waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
+    n_window: int = flag(6, "future waypoints T")
+
+
+def add_config_flags(parser, config_class):
+    """One flag per field of a config dataclass."""
+    group = parser.add_argument_group(config_class.__name__)
+    for f in fields(config_class):
+        kind = f.type if isinstance(f.type, type) else {"int": int, "float": float, "str": str, "bool": bool}[f.type]
+        if kind is bool:
+            import argparse
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
+        else:
+            group.add_argument(f"--{f.name}", type=kind, default=f.default, choices=f.metadata["choices"],
+                               help=f"{f.metadata['help']} ({f.default})")
+
+
+@dataclass
+class Waypoint:
+    """What a policy answers: the next EEF target in the world frame and the trajectory it belongs to.
+
+    position (3,) m; rotation (3,3) or None; gripper -1 opens, +1 closes; trajectory (T,3) m; grippers (T,) in {-1, +1}.
+    """
+    position: np.ndarray
+    rotation: np.ndarray
+    gripper: float
+    trajectory: np.ndarray
+    grippers: np.ndarray
+
+
+class Policy(nn.Module):
+    """A policy: `loss` over a batch, `act` on an observation. `seconds` adds up where `act` spends its time."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self._backbone = []  # in a list, so that the frozen features are no part of the state dict
+        self.seconds = {"features": 0.0, "policy": 0.0}
+
+    @property
+    def backbone(self):
+        return self._backbone[0]
+
+    def attach(self, backbone):
+        """Give the policy its frozen features (see backbone.py), which are not saved with it. Returns self."""
+        self._backbone = [backbone]
+        return self
+
+    def fit_statistics(self, statistics):
+        """Set normalisation buffers from the training data (see data.py)."""
+        raise NotImplementedError
+
+    def loss(self, batch):
+        """Batch -> {"loss": scalar, further detached numbers}."""
+        raise NotImplementedError
+
+    def predict(self, batch):
+        """Batch without targets -> {"position" (B,T,3), "gripper" (B,T) in {0, 1}, "rotation" (B,T,3,3)} as tensors."""
+        raise NotImplementedError
+
+    def forward(self, batch):
+        return self.loss(batch)  # so that DistributedDataParallel's hooks run
+
+    def reset(self):
+        """Start of an episode: forget the history."""
+
+    def param_groups(self, weight_decay):
+        """Optimiser groups: matrices and kernels decay, biases, norms and embeddings do not."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+                {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
+
+    @torch.inference_mode()
+    def act(self, observation):
+        """Observation -> Waypoint."""
+        start = time.perf_counter()
+        device = next(self.parameters()).device
+        maps = [m.to(device) for m in self.backbone(torch.from_numpy(observation.image[None]))]
+        middle = time.perf_counter()
+        tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
+        out = self.predict({"features": maps, "eef_pos": tensor(observation.eef_pos), "K": tensor(observation.K),
+                            "E": tensor(observation.E)})
+        position = out["position"][0].double().cpu().numpy()
+        grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)
+        rotation = out["rotation"][0, 0].double().cpu().numpy()
+        self.seconds["features"] += middle - start
+        self.seconds["policy"] += time.perf_counter() - middle
+        return Waypoint(position[0], rotation, float(grippers[0]), position, grippers)
+
+
+def neighbours(radius, dims, device):
+    """Integer offsets (K,dims) of a cube with the given radius."""
+    line = torch.arange(-radius, radius + 1, device=device)
+    return torch.cartesian_prod(*[line] * dims).view(-1, dims)
+
+
+def soft_targets(coordinates, shape, sigma, radius=2):
+    """Sparse Gaussian targets about continuous coordinates.
+
+    coordinates (N,D) in bins, shape (D,) bins -> flat indices (N,K), weights (N,K) that sum to one over the bins inside.
+    sigma 0 gives the nearest bin alone (a hard target). Coordinates outside are clamped to the border.
+    """
+    limit = torch.tensor(shape, device=coordinates.device, dtype=coordinates.dtype) - 1
+    inside = torch.minimum(coordinates.clamp(min=0), limit)
+    nearest = inside.round().long()
+    if sigma <= 0:
+        bins = nearest[:, None]  # (N,1,D)
+        weights = torch.ones(len(nearest), 1, device=nearest.device, dtype=coordinates.dtype)
+    else:
+        bins = nearest[:, None] + neighbours(radius, len(shape), nearest.device)  # (N,K,D)
+        valid = ((bins >= 0) & (bins <= limit.long())).all(-1)
+        weights = torch.exp(-((bins - inside[:, None]) ** 2).sum(-1) / (2 * sigma**2)) * valid
+        weights = weights / weights.sum(-1, keepdim=True)
+        bins = torch.minimum(bins.clamp(min=0), limit.long())
+    return flat_index(bins, shape), weights
+
+
+def flat_index(bins, shape):
+    """Integer bins (...,D) -> row-major flat indices (...)."""
+    flat = bins[..., 0]
+    for d in range(1, len(shape)):
+        flat = flat * shape[d] + bins[..., d]
+    return flat
+
+
+def sparse_cross_entropy(logits, index, weight):
+    """Cross-entropy (N,) of logits (N,V) against sparse target distributions: index, weight (N,K)."""
+    logits = logits.float()
+    return torch.logsumexp(logits, -1) - (logits.gather(-1, index) * weight).sum(-1)
+
+
+def local_soft_argmax(logits, shape, radius=2):
+    """Expected coordinate (N,D) under the softmax restricted to a cube about the argmax of logits (N,V), V = prod(shape).
+
+    radius 0 is the plain argmax. Sub-cell precision without the bias that a global soft-argmax has for several modes.
+    """
+    best = logits.argmax(-1)
+    parts = []
+    for size in reversed(shape):
+        parts.append(best % size)
+        best = best // size
+    bins = torch.stack(parts[::-1], -1)  # (N,D)
+    if radius == 0:
+        return bins.double()
+    around = bins[:, None] + neighbours(radius, len(shape), logits.device)
+    limit = torch.tensor(shape, device=logits.device) - 1
+    valid = ((around >= 0) & (around <= limit)).all(-1)
+    clamped = torch.minimum(around.clamp(min=0), limit)
+    near = logits.gather(-1, flat_index(clamped, shape)).double().masked_fill(~valid, -torch.inf)
+    return (near.softmax(-1)[..., None] * clamped).sum(1)

@@ -1,0 +1,351 @@
+"""Train a policy.
+
+    python train.py --model_type para                     # default dataset; collected first where there is none
+    python train.py --model_type para --max_minutes 5 --dataset data/x.hdf5 --seed 1
+    python train.py --resume runs/NAME                    # go on after a kill or Ctrl-C
+    torchrun --nproc_per_node 2 train.py --model_type para
+"""
+import argparse
+import copy
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import demos as demo_files
+import plots
+from backbone import Backbone, resolve_backbone
+from camera import project
+from checkpoint import load_tensors, save_policy, save_tensors
+from metrics import coverage, jerk
+from policy import add_config_flags
+from registry import REGISTRY, look_up
+from runtime import (RunLogger, StopSignal, UserError, append_jsonl, autocast, command_line, git_commit, init_distributed,
+                     read_jsonl, run_script, seed_everything, versions, write_json)
+
+DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
+
+
+def build_parser(config_class=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_type", default="para", choices=list(REGISTRY))
+    parser.add_argument("--dataset", type=Path, default=DEFAULT_DATASET, help=f"LIBERO-format HDF5 ({DEFAULT_DATASET})")
+    parser.add_argument("--n_demos", type=int, help="use only the first N demonstrations")
+    parser.add_argument("--out", type=Path, help="run folder (runs/MODEL_DATE)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder; its own flags are used")
+    parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
+    parser.add_argument("--cache", type=Path, default=Path("cache/features"), help="folder of cached features")
+    parser.add_argument("--frame_stride", type=int, default=2, help="train on every k-th frame of a demonstration")
+    parser.add_argument("--val_fraction", type=float, default=0.15, help="share of demonstrations held out")
+    parser.add_argument("--batch_size", type=int, default=16, help="samples a step, over all processes")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up, then a cosine to zero")
+    parser.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    parser.add_argument("--max_steps", type=int, default=600)
+    parser.add_argument("--max_minutes", type=float, help="also end, with the cosine at zero, after so many minutes of training")
+    parser.add_argument("--val_every", type=int, default=100, help="steps")
+    parser.add_argument("--save_every", type=int, default=100, help="steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the policy")
+    parser.add_argument("--wandb", default="offline", choices=("online", "offline", "off"))
+    if config_class:
+        add_config_flags(parser, config_class)
+    return parser
+
+
+def parse_args(argv=None):
+    """Flags, --model_type first because it decides which others there are -> (args, config)."""
+    first, _ = build_parser().parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
+    if first.resume:
+        stored = first.resume / "config.json"
+        if not stored.is_file():
+            raise UserError(f"--resume {first.resume}: no {stored}, so this is no run folder")
+        values = json.loads(stored.read_text())
+        config_class = look_up(values["args"]["model_type"]).config
+        args = build_parser(config_class).parse_args(values["argv"])
+        args.resume = args.out = first.resume
+        args.backbone = values["config"]["backbone"]
+    else:
+        config_class = look_up(first.model_type).config
+        args = build_parser(config_class).parse_args(argv)
+    for name in ("batch_size", "max_steps", "frame_stride", "waypoint_stride", "n_window", "val_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    return args, config_class
+
+
+def ensure_dataset(args, dist):
+    """Collect the default dataset where it is asked for and not there. Raises UserError for another missing file."""
+    if args.dataset == DEFAULT_DATASET and not args.dataset.is_file() and dist.is_main:
+        print(f"{args.dataset} is not there yet: collecting it (48 demonstrations, several minutes)")
+        subprocess.run([sys.executable, Path(__file__).with_name("collect_demos.py"), "--out", args.dataset], check=True)
+    barrier(dist)
+
+
+def barrier(dist):
+    if dist.world > 1:
+        torch.distributed.barrier()
+
+
+def batch_indices(seed, step, n, batch_size, cache={}):
+    """Indices of one step's batch: a pure function of (seed, step), so that a resumed run sees the same batches."""
+    per_epoch = max(1, n // batch_size)
+    epoch, i = divmod(step, per_epoch)
+    if cache.get("key") != (seed, epoch, n):
+        cache.update(key=(seed, epoch, n), order=np.random.default_rng([seed, epoch]).permutation(n))
+    return cache["order"][i * batch_size:(i + 1) * batch_size]
+
+
+def learning_rate(args, step, minutes):
+    """Linear warm-up, then a cosine to zero at --max_steps or --max_minutes, whichever comes first."""
+    progress = step / args.max_steps
+    if args.max_minutes:
+        progress = max(progress, minutes / args.max_minutes)
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def to_device(batch, device):
+    move = lambda v: [m.to(device) for m in v] if isinstance(v, list) else v.to(device)
+    return {k: move(v) for k, v in batch.items()}
+
+
+@torch.no_grad()
+def validate(policy, dataset, device, batch_size=16, limit=400):
+    """Loss and decoded errors on held-out demonstrations.
+
+    Of the first waypoint: error in cm (median, 90th percentile) and px (median), gripper accuracy, rotation error in degrees.
+    Of the trajectory: coverage at 4, 8 and 16 px and jerk in cm/step^2 beside the truth's.
+    """
+    policy.eval()
+    indices = np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)
+    losses, cm, px, gripper, degrees, cover, jerks = [], [], [], [], [], {4: [], 8: [], 16: []}, ([], [])
+    for i in range(0, len(indices), batch_size):
+        batch = to_device(dataset.batch(indices[i:i + batch_size]), device)
+        losses.append({k: v.item() for k, v in policy.loss(batch).items()})
+        out = policy.predict(batch)
+        true, predicted = batch["target_pos"].cpu().numpy(), out["position"].double().cpu().numpy()
+        K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
+        true_px, predicted_px = (np.stack(project(p, K, E)[:2], -1) for p in (true, predicted))
+        cm.extend(100 * np.linalg.norm(true[:, 0] - predicted[:, 0], axis=-1))
+        px.extend(np.linalg.norm(true_px[:, 0] - predicted_px[:, 0], axis=-1))
+        gripper.extend((out["gripper"] == batch["target_gripper"])[:, 0].cpu().numpy())
+        turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
+        cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
+        degrees.extend(torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))[:, 0].cpu().numpy())
+        for j in range(len(true)):
+            valid = batch["mask"][j].cpu().numpy() > 0
+            start = np.stack(project(batch["eef_pos"][j].cpu().numpy(), K[j, 0], E[j, 0])[:2])[None]
+            for eps, values in cover.items():
+                values.append(coverage(true_px[j][valid], np.concatenate([start, predicted_px[j]]), eps))
+            for values, points in zip(jerks, (predicted[j], true[j])):
+                values.append(100 * jerk(points))
+    row = {f"val/{k}": float(np.mean([l[k] for l in losses])) for k in losses[0]}
+    row.update({"val/cm_median": np.median(cm), "val/cm_p90": np.percentile(cm, 90), "val/px_median": np.median(px),
+                "val/gripper_accuracy": np.mean(gripper), "val/rotation_deg_median": np.median(degrees),
+                **{f"val/coverage_{e}px": np.mean(v) for e, v in cover.items()},
+                "val/jerk_cm": np.mean(jerks[0]), "val/true_jerk_cm": np.mean(jerks[1])})
+    policy.train()
+    return {k: round(float(v), 5) for k, v in row.items()}
+
+
+def profile_steps(policy, dataset, device, precision):
+    """Step time and peak memory of a copy of the policy at batch 2 and 4 -> list of rows, printed."""
+    rows = []
+    for size in (2, 4):
+        twin = copy.deepcopy(policy)
+        batch = to_device(dataset.batch(np.arange(size) % len(dataset)), device)
+        optimizer = torch.optim.AdamW(twin.parameters())
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            with autocast(device, precision):
+                loss = twin(batch)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        if device.startswith("cuda"):
+            memory, kind = torch.cuda.max_memory_allocated() / 1e6, "allocated on the GPU"
+        else:
+            memory, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "peak RSS of the process"
+        rows.append({"batch": size, "step_ms": round(1000 * float(np.median(times[1:])), 1), "memory_mb": round(memory, 1),
+                     "memory_kind": kind})
+        print(f"batch {size}: {rows[-1]['step_ms']} ms a step, {rows[-1]['memory_mb']} MB {kind}")
+    return rows
+
+
+def protocol_reference(path, demo, side=56):
+    """A training frame's state and small image. eval.py renders the state and compares: a flip cannot go unnoticed."""
+    with demo_files.open_demos(path) as file:
+        image = demo_files.read_images(path, file, demo.name, [0])[0]
+    size = len(image) // side * side
+    small = image[:size, :size].reshape(side, size // side, side, size // side, 3).mean((1, 3))
+    return {"protocol_state": torch.from_numpy(demo.states[0]), "protocol_image": torch.from_numpy(small.round().astype(np.uint8))}
+
+
+def save_state(path, policy, optimizer, step, minutes):
+    """All that a bit-identical continuation needs, in one atomic file."""
+    tensors = {f"model.{k}": v for k, v in policy.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()})
+    tensors["rng"] = torch.get_rng_state()
+    save_tensors(path, tensors, {"step": step, "minutes": minutes})
+
+
+def load_state(path, policy, optimizer):
+    """Restore `save_state` -> (step, minutes)."""
+    tensors, info = load_tensors(path)
+    policy.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng"])
+    return info["step"], info["minutes"]
+
+
+def train(args, config_class):
+    dist = init_distributed(args.device)
+    stop = StopSignal()
+    entry = look_up(args.model_type)
+    ensure_dataset(args, dist)
+    seed_everything(args.seed)
+    config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
+    all_demos, attributes = demo_files.read_demos(args.dataset, config.image_size, args.n_demos)
+    train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
+    asked = config.backbone
+    config.backbone = resolve_backbone(asked, args.backbone_weights)
+    backbone = Backbone(config.backbone, config.image_size, args.backbone_weights)
+    folder = args.out or Path("runs") / f"{args.model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
+    state_path = folder / "state.safetensors"
+    if folder.exists() and state_path.exists() and not args.resume:
+        raise UserError(f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, or give another --out")
+
+    barrier(dist) if not dist.is_main else None  # rank 0 fills the feature cache, the others read it
+    make = lambda part: entry.dataset(args.dataset, part, config, backbone, args.frame_stride, args.cache, dist.is_main)
+    train_set, val_set = make(train_demos), make(val_demos)
+    barrier(dist) if dist.is_main else None
+    if not len(train_set) or not len(val_set):
+        raise UserError(f"{args.dataset}: no usable frames (all pushed or in gripper holds); collect more demonstrations")
+
+    policy = entry.policy(config, backbone.channels).attach(backbone).to(dist.device)
+    policy.fit_statistics(train_set.statistics())
+    optimizer = torch.optim.AdamW(policy.param_groups(args.weight_decay), lr=args.lr)
+    step, minutes = 0, 0.0
+    if args.resume and state_path.exists():
+        step, minutes = load_state(state_path, policy, optimizer)
+    provenance = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "config": vars(config),
+                  "command": command_line(), "commit": git_commit(), "versions": versions(), "seed": args.seed,
+                  "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos") if k in attributes},
+                  "train_demos": len(train_demos), "val_demos": len(val_demos), "train_frames": len(train_set),
+                  "parameters": sum(p.numel() for p in policy.parameters()), "backbone_asked": asked,
+                  "backbone_identity": backbone.identity}
+    if dist.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            write_json(folder / "config.json", {**provenance, "argv": [a for a in sys.argv[1:]]})
+        print(f"{folder}: {args.model_type}, {provenance['parameters']:,} parameters, backbone {backbone.identity} "
+              f"(asked for: {asked}), {len(train_demos)} + {len(val_demos)} demonstrations, {len(train_set)} training frames, step {step}")
+    logger = RunLogger(folder, args.wandb, provenance, dist.is_main)
+    profile = profile_steps(policy, train_set, dist.device, args.precision) if dist.is_main and not args.resume else None
+    if profile:
+        append_jsonl(folder / "profile.jsonl", {"device": dist.device, "rows": profile})
+    reference = protocol_reference(args.dataset, train_demos[0])
+
+    module = torch.nn.parallel.DistributedDataParallel(policy) if dist.world > 1 else policy
+    module = torch.compile(module) if args.compile else module
+
+    def save(metrics=None):
+        if dist.is_main:
+            save_state(state_path, policy, optimizer, step, minutes)
+            info = {k: v for k, v in provenance.items() if k != "config"}
+            save_policy(folder / "checkpoint.safetensors", policy, args.model_type,
+                        {**info, "step": step, "minutes": round(minutes, 3), "metrics": metrics or {}}, reference)
+
+    bar = tqdm(total=args.max_steps, initial=step, desc="training", unit="step", disable=not dist.is_main)
+    metrics = None
+    policy.train()
+    while step < args.max_steps and not (args.max_minutes and minutes >= args.max_minutes):
+        start = time.perf_counter()
+        indices = batch_indices(args.seed, step, len(train_set), args.batch_size)[dist.rank::dist.world]
+        rate = learning_rate(args, step, minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(dist.device, args.precision):
+            parts = module(to_device(train_set.batch(indices), dist.device))
+        if not torch.isfinite(parts["loss"]):
+            raise UserError(f"the loss is {parts['loss'].item()} at step {step}; the last saved state stays, lower --lr")
+        optimizer.zero_grad(set_to_none=True)
+        parts["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip)
+        optimizer.step()
+        step += 1
+        minutes += (time.perf_counter() - start) / 60
+        bar.update()
+        bar.set_postfix(loss=f"{parts['loss'].item():.2f}", refresh=False)
+        if step % 10 == 0 or step == 1:
+            logger.log(step, {**{f"train/{k}": v.item() for k, v in parts.items()}, "lr": rate, "grad_norm": float(norm),
+                              "minutes": round(minutes, 3)})
+        stopping = dist.all_true(stop.raised)
+        if step % args.val_every == 0 and not stopping and dist.is_main:
+            metrics = validate(policy, val_set, dist.device)
+            logger.log(step, metrics)
+            tqdm.write(f"step {step}: " + ", ".join(f"{k[4:]} {v:.3g}" for k, v in metrics.items()))
+        if step % args.save_every == 0 or stopping:
+            save(metrics)
+        barrier(dist)
+        if stopping:
+            bar.close()
+            logger.close()
+            if dist.is_main:
+                print(f"stopped at step {step}, saved; go on with `python train.py --resume {folder}`")
+            return
+    bar.close()
+    if dist.is_main:
+        if step % args.val_every or metrics is None:
+            metrics = validate(policy, val_set, dist.device)
+            logger.log(step, metrics)
+        save(metrics)
+        plots.loss_curve(read_jsonl(folder / "metrics.jsonl"), folder / "loss.png")
+        overlays(policy, val_set, dist.device, folder)
+        print(f"{folder}/checkpoint.safetensors: {step} steps, {minutes:.1f} minutes, "
+              + ", ".join(f"{k[4:]} {v:.3g}" for k, v in metrics.items()))
+    logger.close()
+    if dist.world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
+    """Predicted against true trajectories drawn on frames of validation episodes."""
+    policy.eval()
+    for episode in range(min(n_episodes, len(dataset.demos))):
+        rows = np.flatnonzero(dataset.demo == episode)
+        rows = rows[np.linspace(0, len(rows) - 1, min(n_frames, len(rows))).astype(int)]
+        batch = to_device(dataset.batch(rows), device)
+        predicted = policy.predict(batch)["position"].double().cpu().numpy()
+        K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
+        to_px = lambda points: np.stack(project(points, K, E)[:2], -1)
+        images = dataset._images(dataset.demos[episode].name, dataset.frame[rows])
+        plots.trajectory_overlay(images, to_px(batch["eef_pos"].cpu().numpy()[:, None])[:, 0], to_px(batch["target_pos"].cpu().numpy()),
+                                 to_px(predicted), dataset.frame[rows], folder / f"overlay_{episode}.png")
+
+
+if __name__ == "__main__":
+    run_script(lambda: train(*parse_args()))
