@@ -51,15 +51,48 @@ def trajectory_overlay(images, eef, true, predicted, frames, path):
     _save(figure, path)
 
 
-def contact_sheet(strips, labels, path, side=120):
-    """Episodes as rows of small frames: strips is a list of image lists (S,S,3), labels one text each."""
-    columns = max(len(s) for s in strips)
-    figure, axes = plt.subplots(len(strips), columns, figsize=(1.35 * columns, 1.5 * len(strips)), squeeze=False)
-    for row, strip, label in zip(axes, strips, labels):
-        for axis in row:
-            axis.axis("off")
-        for axis, image in zip(row, strip):
-            step = max(1, len(image) // side)
-            axis.imshow(image[::step, ::step])
-        row[0].set_title(label, loc="left", fontsize=8)
-    _save(figure, path)
+def write_strip(images, path):
+    """Small frames (s,s,3) side by side in one PNG."""
+    from PIL import Image
+    with atomic_path(path) as scratch:
+        Image.fromarray(np.concatenate(images, axis=1)).save(scratch, format="PNG")
+
+
+def sheet_from_strips(folder, rows, most=14):
+    """Contact sheet of an evaluation, sheet.png: a row of frames per episode, failures first; from strips/*.png."""
+    from PIL import Image
+    rows = sorted((r for r in rows if "crash" not in r), key=lambda r: (r["released"], r["episode"]))
+    found = [(r, folder / "strips" / f"{r['episode']:03d}.png") for r in rows]
+    found = [(r, p) for r, p in found if p.exists()][:most]
+    if not found:
+        return
+    figure, axes = plt.subplots(len(found), 1, figsize=(13, 1.55 * len(found)), squeeze=False)
+    for axis, (row, path) in zip(axes[:, 0], found):
+        axis.imshow(np.asarray(Image.open(path)))
+        axis.axis("off")
+        axis.set_title(f"episode {row['episode']}: {row['outcome']}, {row['steps']} steps", loc="left", fontsize=8)
+    _save(figure, folder / "sheet.png")
+
+
+def draw_plan(image, plan, K, E):
+    """A copy of the image (S,S,3) with the waypoint (and the trajectory behind it) drawn in: red open, blue close."""
+    from PIL import Image, ImageDraw
+
+    from camera import project
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    u, v, _ = project(plan.trajectory, K, E)
+    points = list(zip(u.tolist(), v.tolist()))
+    draw.line(points, fill=(255, 255, 255), width=1)
+    for i, ((x, y), gripper) in reversed(list(enumerate(zip(points, plan.grippers)))):
+        r = 5 if i == 0 else 3
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=(60, 120, 255) if gripper > 0 else (255, 61, 110), outline=(255, 255, 255))
+    return np.asarray(picture)
+
+
+def write_video(frames, K, E, path, fps):
+    """MP4 (H.264) of frames [(image (S,S,3), plan or None)], plans drawn in."""
+    import imageio.v2 as imageio
+    images = [draw_plan(image, plan, K, E) if plan is not None else image for image, plan in frames]
+    with atomic_path(path) as scratch:
+        imageio.mimwrite(scratch, images, format="mp4", fps=fps, codec="libx264", quality=6, macro_block_size=16)

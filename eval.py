@@ -1,0 +1,255 @@
+"""Evaluate a policy in closed loop in LIBERO's simulator.
+
+    python eval.py --teleport --zero_rotation --max_steps 600             # newest run's checkpoint, else the committed one
+    python eval.py --ckpt runs/NAME/checkpoint.safetensors --teleport --zero_rotation --layout shifted --n_episodes 50
+    python eval.py --policy oracle --teleport --zero_rotation             # expert, oracle or blind through the same path
+
+Layouts: `benchmark` is LIBERO's own init states; `shifted` moves the task's objects 3-5 cm, each by itself; `val` and
+`val_shifted` are random layouts apart from both, for tuning. An interrupted run goes on with the same command.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import plots
+from checkpoint import load_policy, newest_checkpoint
+from camera import project, unproject
+from libero_env import CLOSE, GRIPPER_STEPS, OPEN, Scene, find_task, init_states
+from metrics import wilson
+from rollout import OUTCOMES, BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
+from runtime import UserError, append_jsonl, command_line, git_commit, read_jsonl, run_script, versions, write_json
+from workers import run_jobs
+
+SHIFT_SEED, VAL_SEED, VAL_SHIFT_SEED = 1_000, 70_000_000, 90_000_000  # apart from collect_demos.py's seeds and each other
+LAYOUTS = ("benchmark", "shifted", "val", "val_shifted")
+
+
+def episode_state(scene, layout, index):
+    """The init state (S,) of an episode: a function of layout and index alone."""
+    if layout in ("benchmark", "shifted"):
+        states = scene.init_states()
+        if layout == "benchmark":
+            return states[index]
+        return scene.shifted_layout(states[index % len(states)], SHIFT_SEED + index)
+    for attempt in range(60):
+        state = scene.random_layout(VAL_SEED + 100 * index + attempt)
+        if state is not None:
+            return state if layout == "val" else scene.shifted_layout(state, VAL_SHIFT_SEED + index)
+    raise RuntimeError(f"60 resets in a row were bad for {layout} {index}")
+
+
+class EvalWorker:
+    """Owns a scene and an agent; a job is an episode's index, or "protocol"."""
+
+    def __init__(self, args):
+        self.args = args
+        self.scene = Scene(args.task_suite, args.task_id, args.image_size, args.clean_scene)
+        self.extra, self.agent = {}, None
+        if args.policy == "checkpoint":
+            policy, _, self.extra = load_policy(args.ckpt, args.device, args.backbone_weights)
+            self.agent = PolicyAgent(policy)
+        elif args.policy == "oracle":
+            self.agent = OracleAgent(args.waypoint_stride, args.grid, args.n_height_bins)
+        elif args.policy == "blind":
+            self.agent = BlindAgent()
+
+    def run(self, job):
+        if job == "protocol":
+            return check_protocol(self.scene, self.extra)
+        args, scene = self.args, self.scene
+        state = episode_state(scene, args.layout, job)
+        path = expert_path(scene, state)
+        every = args.video_every if job < args.n_videos else 0
+        if args.policy == "expert":
+            row, frames, thumbs = run_expert(scene, state, video_every=every, path=path)
+        else:
+            row, frames, thumbs = run_episode(scene, self.agent, state, args.teleport, args.zero_rotation, args.max_steps,
+                                              args.waypoint_stride, every, path)
+        folder = Path(args.out)
+        if frames:
+            K, E = scene.camera()
+            plots.write_video(frames, K, E, folder / "videos" / f"{job:03d}_{row['outcome']}.mp4", fps=20 / every)
+            thumbs = thumbs or [f[0][::4, ::4] for f in frames]
+        if thumbs:
+            picked = [thumbs[i] for i in np.linspace(0, len(thumbs) - 1, min(10, len(thumbs))).astype(int)]
+            plots.write_strip(picked, folder / "strips" / f"{job:03d}.png")
+        return {"episode": job, "init_state": job % 50 if args.layout in ("benchmark", "shifted") else None,
+                "layout": args.layout, "seed": args.seed, **row}
+
+    def close(self):
+        self.scene.close()
+
+
+def check_protocol(scene, reference):
+    """Check what silently ruins evaluations; raise RuntimeError for the first that is wrong -> dict of what was measured.
+
+    Camera round trip, image orientation (the object's body is seen at its projected pixel), a training frame's state
+    rendered through this very path looks like the image that was trained on, the gripper's sign by the fingers' motion,
+    init states distinct.
+    """
+    found = {}
+    states = scene.init_states()
+    if len(np.unique(states, axis=0)) != len(states):
+        raise RuntimeError("protocol: the benchmark's init states are not distinct")
+    found["distinct_init_states"] = len(states)
+    scene.begin_episode(states[0])
+    o = scene.observe()
+    points = np.stack([o.eef_pos, *[scene.position(n) for n in scene.objects]])
+    u, v, _ = project(points, o.K, o.E)
+    found["camera_round_trip_m"] = float(np.abs(unproject(u, v, points[:, 2], o.K, o.E) - points).max())
+    if found["camera_round_trip_m"] > 1e-9:
+        raise RuntimeError(f"protocol: camera round trip is off by {found['camera_round_trip_m']} m")
+    inside = [(n, a, b) for n, a, b in zip(scene.objects, u[1:], v[1:]) if 0 < a < scene.image_size and 0 < b < scene.image_size]
+    seen = {n: str(scene.visible_body(a, b)) for n, a, b in inside}
+    found["objects_seen_at_their_pixels"] = sorted(n for n, body in seen.items() if body.startswith(n))
+    if not found["objects_seen_at_their_pixels"]:
+        raise RuntimeError(f"protocol: image orientation, at the objects' projected pixels stand {seen}")
+    if "protocol_state" in reference and len(reference["protocol_state"]) == len(scene.state()):
+        scene.set_state(reference["protocol_state"].numpy())
+        stored = reference["protocol_image"].numpy().astype(float)
+        side, image = len(stored), scene.render().astype(float)
+        k = len(image) // side
+        small = image[:side * k, :side * k].reshape(side, k, side, k, 3).mean((1, 3))
+        errors = {name: float(np.abs(view - stored).mean()) for name, view in (
+            ("as it is", small), ("upside down", small[::-1]), ("mirrored", small[:, ::-1]), ("turned by 180 deg", small[::-1, ::-1]))}
+        best = min(errors, key=errors.get)
+        found["training_frame_difference"] = errors["as it is"]
+        if best != "as it is" or errors[best] > 12:
+            raise RuntimeError(f"protocol: a training frame renders differently here, it fits best {best}: {errors}")
+    scene.begin_episode(states[0])
+    widths = []
+    for command in (OPEN, CLOSE, OPEN):
+        for _ in range(GRIPPER_STEPS + 2):
+            scene.step([0, 0, 0, 0, 0, 0, command])
+        widths.append(round(scene.observe(image=False).gripper_width, 4))
+    found["finger_widths_open_close_open_m"] = widths
+    if not (widths[0] > 0.06 and widths[1] < 0.02 and widths[2] > 0.06):
+        raise RuntimeError(f"protocol: the gripper's sign is wrong, widths after open, close, open are {widths} m")
+    return found
+
+
+def summarise(rows, args, info):
+    """Per-episode rows -> the cell's summary."""
+    scored = [r for r in rows if "crash" not in r]
+    n, wins, freed = len(scored), sum(r["success"] for r in scored), sum(r["released"] for r in scored)
+    mean = lambda key: (round(float(np.mean([r[key] for r in scored if r[key] is not None])), 4)
+                        if any(r[key] is not None for r in scored) else None)
+    return {"model_type": info.get("model_type", args.policy), "policy": args.policy, "setting": args.layout,
+            "task_suite": args.task_suite, "task_id": args.task_id, "n": n, "crashes": len(rows) - n,
+            "success_rate": wins / n if n else None, "interval": wilson(wins, n),
+            "released_rate": freed / n if n else None, "released_interval": wilson(freed, n),
+            "outcomes": {o: sum(r["outcome"] == o for r in scored) for o in OUTCOMES},
+            "mean_steps": mean("steps"), "jerk_mm": mean("jerk_mm"), **{f"coverage_{e}px": mean(f"coverage_{e}px") for e in (4, 8, 16)},
+            "seconds_per_episode": {k: round(float(np.mean([r["seconds"][k] for r in scored])), 3) for k in scored[0]["seconds"]}
+            if scored else None, "workers": args.workers, "seed": args.seed, "command": command_line(), "commit": git_commit(),
+            "checkpoint": str(args.ckpt) if args.ckpt else None, "trained": {k: info.get(k) for k in ("command", "commit", "seed", "step",
+            "minutes", "train_demos", "backbone_identity")} if info else None, "versions": versions()}
+
+
+def print_summary(s):
+    """The summary as a user reads it."""
+    percent = lambda rate, interval: f"{100 * rate:.1f}% (95% {100 * interval[0]:.0f}-{100 * interval[1]:.0f}%)"
+    print(f"\n{s['model_type']} on {s['task_suite']} task {s['task_id']}, {s['setting']} layout, n = {s['n']}"
+          + (f", {s['crashes']} crashed and not scored" if s["crashes"] else ""))
+    if not s["n"]:
+        return
+    print(f"  success (LIBERO's predicate)  {percent(s['success_rate'], s['interval'])}")
+    print(f"  placed and released           {percent(s['released_rate'], s['released_interval'])}")
+    print("  outcomes                      " + ", ".join(f"{k} {v}" for k, v in s["outcomes"].items()))
+    print(f"  steps {s['mean_steps']:.0f}, jerk {s['jerk_mm']:.3f} mm/step^2, coverage of the expert's path "
+          + ", ".join(f"{s[f'coverage_{e}px']:.3f} at {e} px" for e in (4, 8, 16) if s[f"coverage_{e}px"] is not None))
+    print("  seconds per episode           " + ", ".join(f"{k} {v:.2f}" for k, v in s["seconds_per_episode"].items()))
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", type=Path, help="checkpoint.safetensors (the newest run's, else the committed one)")
+    parser.add_argument("--policy", default="checkpoint", choices=("checkpoint", "expert", "oracle", "blind"))
+    parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
+    parser.add_argument("--teleport", action="store_true", help="servo to each absolute waypoint")
+    parser.add_argument("--zero_rotation", action="store_true", help="keep the start's orientation")
+    parser.add_argument("--max_steps", type=int, default=600, help="control steps an episode may take")
+    parser.add_argument("--layout", default="benchmark", choices=LAYOUTS)
+    parser.add_argument("--n_episodes", type=int, default=50)
+    parser.add_argument("--task_suite", help="the checkpoint's own task, else libero_spatial")
+    parser.add_argument("--task_id", type=int)
+    parser.add_argument("--clean_scene", action="store_true", help="without distractors and unused fixtures")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--recycle", type=int, default=25, help="episodes after which a worker is replaced")
+    parser.add_argument("--waypoint_stride", type=int, default=5, help="oracle: steps ahead; without --teleport: actions per waypoint")
+    parser.add_argument("--grid", type=int, default=64, help="oracle: image cells")
+    parser.add_argument("--n_height_bins", type=int, default=32, help="oracle: height bins")
+    parser.add_argument("--image_size", type=int, default=448)
+    parser.add_argument("--n_videos", type=int, default=3, help="record the first N episodes")
+    parser.add_argument("--video_every", type=int, default=4, help="control steps between video frames")
+    parser.add_argument("--out", type=Path, help="folder of results (runs/eval/...)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def prepare(args):
+    """Fill in what was not given, from the checkpoint -> its info."""
+    info = {}
+    if args.policy == "checkpoint":
+        if args.ckpt is None:
+            args.ckpt, sentence = newest_checkpoint()
+            print(sentence)
+        policy, info, _ = load_policy(args.ckpt, "cpu", args.backbone_weights)  # bad files are refused before workers start
+        args.image_size, args.waypoint_stride = policy.config.image_size, policy.config.waypoint_stride
+        trained_on = info.get("dataset", {})
+        args.task_suite = args.task_suite or trained_on.get("task_suite")
+        args.task_id = int(trained_on.get("task_id", 0)) if args.task_id is None else args.task_id
+        print(f"{args.ckpt}: {info['model_type']}, step {info['step']}, backbone {info['backbone_identity']}")
+    args.task_suite, args.task_id = args.task_suite or "libero_spatial", args.task_id or 0
+    task = find_task(args.task_suite, args.task_id)
+    available = len(init_states(task))
+    if args.n_episodes < 1 or args.layout == "benchmark" and args.n_episodes > available:
+        raise UserError(f"--n_episodes {args.n_episodes}: {task.key} has {available} benchmark init states, use 1 to {available}")
+    name = info.get("model_type", args.policy)
+    run = f"{args.ckpt.parent.name if args.ckpt.name == 'checkpoint.safetensors' else args.ckpt.stem}_" if args.ckpt else ""
+    args.out = args.out or Path("runs/eval") / f"{run}{name}_{task.key}_{args.layout}"
+    return info
+
+
+def evaluate(args):
+    info = prepare(args)
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "workers", "recycle", "n_episodes", "n_videos", "video_every", "device")}
+    settings["trained"] = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')} {info.get('minutes')}"
+    stamp, episodes = args.out / "settings.json", args.out / "episodes.jsonl"
+    if stamp.exists() and json.loads(stamp.read_text()) != settings:
+        raise UserError(f"{args.out}: holds results of other settings; give another --out, or remove the folder")
+    write_json(stamp, settings)
+    done = {r["episode"]: r for r in read_jsonl(episodes) if "crash" not in r and r["episode"] < args.n_episodes}
+    jobs = [i for i in range(args.n_episodes) if i not in done]
+    bar = tqdm(total=args.n_episodes, initial=len(done), desc=f"{args.policy} {args.layout}", unit="episode")
+    rows, protocol = dict(done), None
+    for outcome in run_jobs(["protocol", *jobs] if jobs else [], EvalWorker, (args,), args.workers, args.recycle):
+        if outcome.job == "protocol":
+            if outcome.error:
+                raise UserError(f"the evaluation's protocol check failed, nothing is scored: {outcome.error.strip().splitlines()[-1]}")
+            protocol = outcome.result
+            tqdm.write("protocol ok: " + json.dumps(protocol))
+            write_json(args.out / "protocol.json", protocol)
+            continue
+        row = outcome.result or {"episode": outcome.job, "layout": args.layout, "seed": args.seed,
+                                 "crash": outcome.error.strip().splitlines()[-1], "traceback": outcome.error}
+        append_jsonl(episodes, row)
+        rows[outcome.job] = row
+        scored = [r for r in rows.values() if "crash" not in r]
+        bar.set_postfix_str(f"success {sum(r['success'] for r in scored)}/{len(scored)}", refresh=False)
+        bar.update()
+    bar.close()
+    summary = summarise([rows[i] for i in sorted(rows)], args, info)
+    write_json(args.out / "summary.json", summary)
+    plots.sheet_from_strips(args.out, [rows[i] for i in sorted(rows)])
+    print_summary(summary)
+    print(f"  {args.out}/summary.json, episodes.jsonl, sheet.png, videos/")
+    return 1 if not summary["n"] else 0
+
+
+if __name__ == "__main__":
+    run_script(lambda: evaluate(build_parser().parse_args()))

@@ -1,0 +1,252 @@
+"""Closed-loop episodes: agents (policy, expert, oracle, blind), the servo that drives to their waypoints, and what came of it."""
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import camera
+from demos import GRIPPER_STEPS
+from expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, PickPlaceExpert, servo_action
+from libero_env import CLOSE, OPEN, OPEN_WIDTH, ROTATION_SCALE
+from metrics import coverage, jerk
+from policy import Waypoint
+from rot_utils import matrix_to_rotvec
+from runtime import atomic_path
+
+SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
+FLIP_DISTANCE = 0.012  # the gripper changes only this near to the waypoint that asks for it (metres)
+LIFTED = 0.03  # metres above rest at which an object counts as grasped
+EXPERT_STEPS = 250
+OUTCOMES = ("miss", "grasp", "place", "released")
+
+
+@dataclass
+class ExpertPath:
+    """The expert's own episode from a state: positions (N,3) per control step, gripper closed (N,) in {0, 1}, success."""
+    positions: np.ndarray
+    closed: np.ndarray
+    success: bool
+
+    @property
+    def changes(self):
+        return np.flatnonzero(np.diff(self.closed)) + 1
+
+    def until_release(self):
+        """Positions up to the moment at which the gripper lets go."""
+        return self.positions[:self.changes[1] + 1] if len(self.changes) > 1 else self.positions
+
+
+def expert_path(scene, state, cache="cache/expert_paths"):
+    """The expert's path from a state, from the cache where it is there. Leaves the scene wherever the expert ended."""
+    key = hashlib.blake2b(np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]]).tobytes(), digest_size=12)
+    path = Path(cache) / f"{scene.task.key}{'_clean' if scene.clean else ''}" / f"{key.hexdigest()}.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]))
+    scene.begin_episode(state)
+    expert, positions, closed = PickPlaceExpert().plan(scene), [], []
+    for _ in range(EXPERT_STEPS):
+        eef = scene.observe(image=False).eef_pos
+        target, gripper = expert.act(scene, eef)
+        if expert.done:
+            break
+        positions.append(eef)
+        closed.append(gripper > 0)
+        scene.step(servo_action(eef, target, gripper))
+    found = ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), scene.success())
+    with atomic_path(path) as scratch, open(scratch, "wb") as file:
+        np.savez(file, positions=found.positions, closed=found.closed, success=found.success)
+    return found
+
+
+def key_poses(pick, place, surface):
+    """The expert's key poses [(position (3,), gripper)] for given positions of object and target: what a replay repeats."""
+    grasp = pick + GRASP
+    release = np.array([*(place + GRASP)[:2], place[2] + surface + GRASP[2] + RELEASE])
+    top = max(grasp[2] + LIFT, release[2] + HOVER)
+    lift = lambda p, z: np.array([p[0], p[1], z])
+    return [(grasp + [0, 0, HOVER], OPEN), (grasp, CLOSE), (lift(grasp, top), CLOSE), (lift(release, top), CLOSE),
+            (release, OPEN), (release + [0, 0, RETRACT], OPEN)]
+
+
+class PolicyAgent:
+    """A trained policy: one decision per image."""
+    needs_image = True
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def start(self, scene, path):
+        self.policy.reset()
+        self.policy.seconds.update(features=0.0, policy=0.0)
+
+    def act(self, observation, closed):
+        return self.policy.act(observation)
+
+    @property
+    def seconds(self):
+        return self.policy.seconds
+
+
+class OracleAgent:
+    """The expert's own future position, quantised to image cells and height bins: the ceiling of any policy that decodes so.
+
+    It has no memory: its place on the path is the nearest point of the current gripper segment.
+    """
+    needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
+
+    def __init__(self, stride=5, grid=64, n_height_bins=32, margin=0.02):
+        self.stride, self.grid, self.n_height_bins, self.margin = stride, grid, n_height_bins, margin
+
+    def start(self, scene, path):
+        self.path, self.flips, self.before, self.size = path, 0, 0, scene.image_size
+
+    def act(self, observation, closed):
+        self.flips += closed != self.before
+        self.before = closed
+        bounds = [0, *self.path.changes, len(self.path.positions) - 1]
+        low, end = bounds[min(self.flips, len(bounds) - 2)], bounds[min(self.flips + 1, len(bounds) - 1)]
+        segment = self.path.positions[low:end + 1]
+        near = low + int(np.linalg.norm(segment - observation.eef_pos, axis=1).argmin())
+        target = min(near + self.stride, end)
+        heights = self.path.positions[:, 2]
+        point = camera.quantise(self.path.positions[target], observation.K, observation.E, self.grid, self.size,
+                                heights.min() - self.margin, heights.max() + self.margin, self.n_height_bins)
+        gripper = CLOSE if self.path.closed[target] else OPEN
+        return Waypoint(point, None, gripper, point[None], np.array([gripper]))
+
+
+class BlindAgent:
+    """Open-loop replay for the mean layout of the benchmark's init states: the floor. It never looks at anything."""
+    needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
+
+    def start(self, scene, path):
+        states = scene.init_states()
+        mean = lambda name: (np.array([*states[:, scene._address(name)][:, :2].mean(0), scene.nominal_z[name]])
+                             if name in scene.objects else scene.position(name))
+        self.poses = key_poses(mean(scene.pick), mean(scene.place), PLATE_RISE if scene.place in scene.objects else 0.0)
+        self.index, self.tries = 0, 0
+
+    def act(self, observation, closed):
+        position, gripper = self.poses[self.index]
+        reached = np.linalg.norm(position - observation.eef_pos) < FLIP_DISTANCE and (gripper > 0) == bool(closed)
+        self.tries += 1
+        if (reached or self.tries > 8) and self.index < len(self.poses) - 1:
+            self.index, self.tries = self.index + 1, 0
+            position, gripper = self.poses[self.index]
+        return Waypoint(position, None, gripper, position[None], np.array([gripper]))
+
+
+class Episode:
+    """Steps a scene and keeps account: path, time by activity, LIBERO's predicate, release, and frames for video."""
+
+    def __init__(self, scene, max_steps, video_every=0):
+        self.scene, self.max_steps, self.video_every = scene, max_steps, video_every
+        self.steps, self.path, self.frames = 0, [], []
+        self.rest = float(scene.position(scene.pick)[2])
+        self.lifted = self.success = self.released = False
+        self.first_success = None
+        self.seconds = {"render": 0.0, "physics": 0.0}
+        self.gripper, self.plan = OPEN, None
+        self.note()
+
+    @property
+    def over(self):
+        return self.released or self.steps >= self.max_steps
+
+    def observe(self, image):
+        start = time.perf_counter()
+        observation = self.scene.observe(image)
+        self.seconds["render"] += time.perf_counter() - start
+        return observation
+
+    def note(self):
+        """Book the state that the last step led to."""
+        now = self.scene.observe(image=False)
+        self.eef, self.eef_rot = now.eef_pos, now.eef_rot
+        self.path.append(now.eef_pos)
+        self.lifted |= self.scene.position(self.scene.pick)[2] > self.rest + LIFTED
+        if self.scene.success():
+            self.first_success = self.steps if self.first_success is None else self.first_success
+            self.success = True
+            self.released = self.gripper == OPEN and now.gripper_width > OPEN_WIDTH
+        if self.video_every and self.steps % self.video_every == 0:
+            self.frames.append((self.scene.render(), self.plan))
+
+    def step(self, target, rotation=None):
+        """One control step towards a target position, and rotation if given."""
+        action = servo_action(self.eef, target, self.gripper)
+        if rotation is not None:
+            action[3:6] = np.clip(matrix_to_rotvec(rotation @ self.eef_rot.T) / ROTATION_SCALE, -1, 1)
+        start = time.perf_counter()
+        self.scene.step(action)
+        self.seconds["physics"] += time.perf_counter() - start
+        self.steps += 1
+        self.note()
+
+    def outcome(self):
+        return OUTCOMES[max(i for i, reached in enumerate((True, self.lifted, self.success, self.released)) if reached)]
+
+
+def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_steps=600, waypoint_stride=5, video_every=0,
+                path=None):
+    """One closed-loop episode from `state` -> (row of results, frames [(image, plan or None)], decision images).
+
+    teleport: servo to each absolute waypoint (at most SERVO_STEPS at gain 2); otherwise `waypoint_stride` ordinary delta
+    actions towards it, arrived or not. The gripper changes only near the waypoint, and then holds for GRIPPER_STEPS.
+    path: the expert's path from this state, for the coverage.
+    """
+    started = time.perf_counter()
+    scene.begin_episode(state)
+    episode = Episode(scene, max_steps, video_every)
+    agent.start(scene, path)
+    decisions, thumbs = 0, []
+    while not episode.over:
+        observation = episode.observe(agent.needs_image)
+        waypoint = agent.act(observation, int(episode.gripper == CLOSE))
+        decisions += 1
+        episode.plan = waypoint
+        if observation.image is not None:
+            thumbs.append(observation.image[::4, ::4])
+        rotation = None if zero_rotation else waypoint.rotation
+        for _ in range(SERVO_STEPS if teleport else waypoint_stride):
+            if episode.over or teleport and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE:
+                break
+            episode.step(waypoint.position, rotation)
+        near = np.linalg.norm(waypoint.position - episode.eef) < FLIP_DISTANCE
+        if waypoint.gripper != episode.gripper and near and not episode.over:
+            episode.gripper, held = waypoint.gripper, episode.eef
+            for _ in range(GRIPPER_STEPS):
+                if not episode.over:
+                    episode.step(held)
+        elif teleport and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE and not episode.over:
+            episode.step(waypoint.position, rotation)  # already there and nothing to do: time passes all the same
+    return result_row(scene, episode, agent, decisions, path, started), episode.frames, thumbs
+
+
+def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None):
+    """An episode of the scripted expert itself, in the same account as `run_episode`."""
+    started = time.perf_counter()
+    scene.begin_episode(state)
+    episode, expert = Episode(scene, max_steps, video_every), PickPlaceExpert().plan(scene)
+    while not episode.over and not expert.done:
+        target, episode.gripper = expert.act(scene, episode.eef)
+        episode.step(target)
+    agent = type("Expert", (), {"seconds": {"features": 0.0, "policy": 0.0}})
+    return result_row(scene, episode, agent, episode.steps, path, started), episode.frames, []
+
+
+def result_row(scene, episode, agent, decisions, path, started):
+    """The per-episode row that eval.py writes. Jerk in mm per control step squared; coverage against the expert's path."""
+    row = {"outcome": episode.outcome(), "success": episode.success, "released": episode.released, "steps": episode.steps,
+           "first_success": episode.first_success, "decisions": decisions, "jerk_mm": round(1000 * jerk(episode.path), 4)}
+    K, E = scene.camera()
+    to_px = lambda points: np.stack(camera.project(np.asarray(points), K, E)[:2], -1)
+    for eps in (4, 8, 16):
+        row[f"coverage_{eps}px"] = (round(coverage(to_px(path.until_release()), to_px(episode.path), eps), 4)
+                                    if path is not None and path.success else None)
+    row["seconds"] = {k: round(v, 3) for k, v in {**episode.seconds, **agent.seconds}.items()}
+    row["seconds"]["total"] = round(time.perf_counter() - started, 3)
+    return row

@@ -1,0 +1,112 @@
+"""Shared fixtures: small synthetic demonstrations with a true camera, a small backbone, and a fast, quiet environment."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # flat layout: the modules lie in the repository's root
+
+import h5py
+import numpy as np
+import pytest
+
+import demos
+from camera import intrinsics, project
+from rot_utils import euler_to_matrix, matrix_to_rotvec
+
+SIZE = 64  # pixels of the synthetic images
+STEPS, CLOSES, OPENS = 40, 10, 26  # a demo's length and the frames of its two gripper changes
+PUSHED = (3, 4)  # perturbed frames of the even demos
+
+
+def look_at(position, target):
+    """Camera-to-world (4,4), OpenCV axes, of an upright camera at `position` that looks at `target`."""
+    forward = np.subtract(target, position) / np.linalg.norm(np.subtract(target, position))
+    right = np.cross(forward, [0, 0, 1.0])
+    right /= np.linalg.norm(right)
+    E = np.eye(4)
+    E[:3, 0], E[:3, 1], E[:3, 2], E[:3, 3] = right, np.cross(forward, right), forward, position
+    return E
+
+
+def agentview(size=SIZE):
+    """(K, E) of a camera like agentview: one metre from the table's middle, looking down at it from the front."""
+    return intrinsics(45, size), look_at([0.75, 0.0, 1.65], [0.0, 0.0, 1.0])
+
+
+def pick_and_place(rng, steps=STEPS):
+    """EEF positions (T,3) m of one smooth pick and place that stands still while the gripper moves, commands (T,)."""
+    start, pick, place = (rng.uniform([-0.15, -0.2, z], [0.15, 0.2, z + 0.03]) for z in (1.15, 0.95, 0.98))
+    over = (pick + place) / 2 + [0, 0, 0.1]
+    knots = {0: start, CLOSES: pick, CLOSES + 10: pick, CLOSES + 13: over, OPENS: place, OPENS + 10: place, steps - 1: start}
+    times = np.array(sorted(knots))
+    path = np.stack([np.interp(np.arange(steps), times, [knots[t][d] for t in times]) for d in range(3)], -1)
+    return path, np.where((np.arange(steps) >= CLOSES) & (np.arange(steps) < OPENS), 1.0, -1.0)
+
+
+def render(rng, position, K, E, size):
+    """(S,S,3) uint8: a table with grain, and a red blob where the EEF is seen."""
+    image = rng.integers(90, 130, (size, size, 3), dtype=np.uint8)
+    u, v, _ = project(position, K, E)
+    y, x = np.mgrid[:size, :size] + 0.5
+    image[np.hypot(x - u, y - v) < size / 16] = (230, 30, 40)
+    return image
+
+
+def write_synthetic_demos(path, n_demos=4, steps=STEPS, size=SIZE, seed=0, pushes=True, orientation="upright"):
+    """Write a valid demonstration file like collect_demos.py's, without a simulator; return its path."""
+    K, E = agentview(size)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs.update({"format": demos.FORMAT, "task_suite": "libero_spatial", "task_id": 0, "seed": seed,
+                           "language": "pick up the blob", "image_orientation": orientation, "num_demos": n_demos})
+        for i in range(n_demos):
+            rng = np.random.default_rng([seed, i])
+            position, gripper = pick_and_place(rng, steps)
+            yaw = np.linspace(0, rng.uniform(-0.5, 0.5), steps)  # the gripper points down: roll is pi
+            tilt = 0.03 * np.sin(np.arange(steps) / 3)  # so that roll crosses +-pi
+            rotation = euler_to_matrix(np.stack([np.pi + tilt, 0.5 * tilt, yaw], -1))
+            orientation_vectors = np.stack([matrix_to_rotvec(r) for r in rotation])
+            actions = np.zeros((steps, 7))
+            actions[:-1, :3], actions[:, 6] = np.diff(position, axis=0) / 0.05, gripper
+            perturbed = np.zeros(steps, bool)
+            perturbed[list(PUSHED)] = pushes and i % 2 == 0
+            images = np.stack([render(rng, p, K, E, size) for p in position])
+            arrays = {"actions": actions, "executed_actions": actions, "perturbed": perturbed,
+                      "states": rng.normal(size=(steps, 20)), "rewards": np.zeros(steps, np.uint8),
+                      "dones": np.zeros(steps, np.uint8), "robot_states": np.zeros((steps, 9)),
+                      "obs/ee_pos": position, "obs/ee_ori": orientation_vectors,
+                      "obs/ee_states": np.hstack([position, orientation_vectors]),
+                      "obs/gripper_states": 0.02 * np.stack([1 - gripper, gripper - 1], -1),
+                      "obs/joint_states": rng.normal(size=(steps, 7)), demos.CAMERA_K: K, demos.CAMERA_E: E,
+                      "attrs": {"num_samples": steps, "source": "synthetic", "seed": seed}}
+            images = images[:, ::-1] if orientation == "flipped" else images
+            demos.write_demo(data.create_group(f"demo_{i}"), arrays, np.ascontiguousarray(images))
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def synthetic_demos(tmp_path_factory):
+    """A valid small demonstration file. Shared: do not write to it."""
+    return write_synthetic_demos(tmp_path_factory.mktemp("demos") / "synthetic.hdf5")
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    """The shipped backbone at the synthetic images' size."""
+    import torch
+    from backbone import Backbone
+    torch.set_num_threads(1)
+    return Backbone("efficientnet_lite0", SIZE)
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """No network and an empty hub cache, whatever this machine has."""
+    from huggingface_hub import constants
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HTTPS_PROXY", "http://localhost:9")  # the code then asks the hub's client, which is offline, at once
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
