@@ -10,10 +10,12 @@
 `auto` takes dinov2_vitb14 where its weights are at hand (a local file, the hub's cache, a download) and otherwise
 efficientnet_lite0. Features are rounded to fp16, live as well as cached, so that both are the same numbers.
 """
+import contextlib
 import hashlib
 import os
 import socket
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +174,23 @@ def cached_features(backbone, images, folder="cache/features", batch=8):
     return [np.load(p, mmap_mode="r") for p in paths]
 
 
+@contextlib.contextmanager
+def each_on_one_thread():
+    """While inside, a torch operation runs on one thread, so that as many Python threads as cores can each run a network:
+    on few cores that is faster than splitting every small layer over them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def feature_cache(backbone, groups, folder="cache/features", progress=True):
     """Features for many groups of images. groups: iterable of (name, callable returning (N,S,S,3) images) -> {name: maps}."""
     groups = list(groups)
-    return {name: cached_features(backbone, load(), folder)
-            for name, load in tqdm(groups, desc=f"features of {backbone.name}", unit="demo", disable=not progress)}
+    on_cpu = backbone.mean.device.type == "cpu"
+    with each_on_one_thread() if on_cpu else contextlib.nullcontext(), ThreadPoolExecutor(os.cpu_count() if on_cpu else 1) as pool:
+        maps = tqdm(pool.map(lambda group: cached_features(backbone, group[1](), folder), groups), total=len(groups),
+                    desc=f"features of {backbone.name}", unit="demo", disable=not progress)
+        return dict(zip([name for name, _ in groups], maps))

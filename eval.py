@@ -17,7 +17,8 @@ from tqdm import tqdm
 import plots
 from checkpoint import load_policy, newest_checkpoint
 from camera import project, unproject
-from libero_env import CLOSE, GRIPPER_STEPS, OPEN, Scene, find_task, init_states
+from demos import GRIPPER_STEPS
+from libero_env import CLOSE, OPEN, Scene, find_task, init_states
 from metrics import wilson
 from rollout import OUTCOMES, BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
 from runtime import UserError, append_jsonl, command_line, git_commit, read_jsonl, run_script, versions, write_json

@@ -32,6 +32,9 @@ class ParaConfig(PolicyConfig):
     sigma: float = flag(0.7, "standard deviation of soft targets, cells and bins")
     gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head of its own at the target's cell",
                              ("joint", "separate"))
+    dilations: str = flag("1,2,4", "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark")
+    eef_height: bool = flag(True, "the EEF's embedding depends on its height (interpolated between height bins)")
+    rotation_weight: float = flag(0.1, "weight of the rotation loss")
     decode: str = flag("soft", "local soft-argmax, or plain argmax", ("soft", "argmax"))
 
 
@@ -43,8 +46,10 @@ class TrajectoryHeatmapPredictor(Policy):
         c, width = config, config.width
         self.n_gripper = 2 if c.gripper_head == "joint" else 1
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
-        self.eef_embedding = nn.Parameter(torch.randn(width) * 0.5)
-        self.trunk = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Conv2d(width, width, 3, padding=1), nn.GELU())])
+        self.eef_embedding = nn.Parameter(torch.randn(c.n_height_bins if c.eef_height else 1, width) * 0.5)
+        dilations = [int(d) for d in c.dilations.split(",")]
+        self.trunk = nn.Sequential(*[layer for d in dilations
+                                     for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())])
         self.volume = nn.Conv2d(width, c.n_window * self.n_gripper * c.n_height_bins, 1)
         self.step_embedding = nn.Parameter(torch.randn(c.n_window, width) * 0.5)
         self.rotation = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3 * c.n_rot_bins))
@@ -78,7 +83,15 @@ class TrajectoryHeatmapPredictor(Policy):
         y_cell, x_cell = self.cells(batch["eef_pos"], batch).round().long().clamp(0, grid - 1).unbind(-1)
         mark = torch.zeros(len(x), 1, grid, grid, device=x.device, dtype=x.dtype)
         mark[torch.arange(len(x)), 0, y_cell, x_cell] = 1
-        return self.trunk(x + mark * self.eef_embedding.view(-1, 1, 1))
+        return self.trunk(x + mark * self.eef_vector(batch["eef_pos"])[..., None, None])
+
+    def eef_vector(self, eef_pos):
+        """The EEF's embedding (B,C), interpolated linearly between the embeddings of the nearest height bins."""
+        table = self.eef_embedding
+        bins = camera.height_to_bin(eef_pos[:, 2], *self.height_range, len(table)).clamp(0, len(table) - 1)
+        low = bins.floor().long().clamp(max=max(0, len(table) - 2))
+        share = (bins - low).to(table.dtype)[:, None]
+        return (1 - share) * table[low] + share * table[(low + 1).clamp(max=len(table) - 1)]
 
     def volume_logits(self, features):
         """Trunk features (B,C,H,W) -> logits (B,T,G,Z,H,W), G = 2 gripper commands when they are joint, else 1."""
@@ -150,7 +163,8 @@ class TrajectoryHeatmapPredictor(Policy):
         if self.n_gripper == 1:
             gripper = self.gripper(picked).flatten(0, 1).float()
             parts["gripper_ce"] = mean(F.cross_entropy(gripper, batch["target_gripper"].flatten(), reduction="none"))
-        return {"loss": sum(parts.values()), **{k: v.detach() for k, v in parts.items()}}
+        total = sum(parts.values()) + (c.rotation_weight - 1) * parts["rotation_ce"]
+        return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 
     def predict(self, batch):
         c = self.config

@@ -51,7 +51,8 @@ class _Slot:
 
     def give(self, job):
         self.job = job
-        self.connection.send(job)
+        with contextlib.suppress(OSError):  # it died meanwhile: its pipe then reads as closed, and the job is tried again
+            self.connection.send(job)
 
     def stop(self):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Shared fixtures: small synthetic demonstrations with a true camera, a small backbone, and a fast, quiet environment."""
+"""Shared fixtures: small synthetic demonstrations with a true camera, a small backbone, an unreachable hub."""
 import os
 import sys
 from pathlib import Path
@@ -40,7 +40,8 @@ def pick_and_place(rng, steps=STEPS):
     """EEF positions (T,3) m of one smooth pick and place that stands still while the gripper moves, commands (T,)."""
     start, pick, place = (rng.uniform([-0.15, -0.2, z], [0.15, 0.2, z + 0.03]) for z in (1.15, 0.95, 0.98))
     over = (pick + place) / 2 + [0, 0, 0.1]
-    knots = {0: start, CLOSES: pick, CLOSES + 10: pick, CLOSES + 13: over, OPENS: place, OPENS + 10: place, steps - 1: start}
+    knots = {0: start, CLOSES: pick, CLOSES + 10: pick, CLOSES + 13: over, OPENS: place, OPENS + 10: place,
+             steps - 1: start}
     times = np.array(sorted(knots))
     path = np.stack([np.interp(np.arange(steps), times, [knots[t][d] for t in times]) for d in range(3)], -1)
     return path, np.where((np.arange(steps) >= CLOSES) & (np.arange(steps) < OPENS), 1.0, -1.0)
@@ -107,6 +108,6 @@ def no_hub(monkeypatch, tmp_path):
     """No network and an empty hub cache, whatever this machine has."""
     from huggingface_hub import constants
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HTTPS_PROXY", "http://localhost:9")  # the code then asks the hub's client, which is offline, at once
+    monkeypatch.setenv("HTTPS_PROXY", "http://localhost:9")  # the code then asks the hub's client, offline, at once
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

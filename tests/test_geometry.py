@@ -18,8 +18,9 @@ SIZE, GRID, LOW, HIGH, BINS = 448, 64, 0.9, 1.3, 32
 POINT = st.tuples(st.floats(-0.15, 0.15), st.floats(-0.2, 0.2), st.floats(LOW, HIGH)).map(np.array)
 EYE = st.tuples(st.floats(0.5, 1.0), st.floats(-0.4, 0.4), st.floats(1.5, 1.9))  # never as low as a point
 ANGLE = st.floats(-4 * np.pi, 4 * np.pi)
-UNIT = arrays(float, 3, elements=st.floats(-1, 1)).filter(lambda v: np.linalg.norm(v) > 0.1).map(lambda v: v / np.linalg.norm(v))
-QUAT = arrays(float, 4, elements=st.floats(-1, 1)).filter(lambda v: np.linalg.norm(v) > 0.1).map(lambda v: v / np.linalg.norm(v))
+unit = lambda n: arrays(float, n, elements=st.floats(-1, 1)).filter(lambda v: np.linalg.norm(v) > 0.1).map(
+    lambda v: v / np.linalg.norm(v))
+UNIT, QUAT = unit(3), unit(4)
 
 
 # -- camera ----------------------------------------------------------------------------------------------------------
@@ -135,9 +136,12 @@ def test_quaternion_round_trip(quat):
     assert min(np.abs(back - quat).max(), np.abs(back + quat).max()) < 1e-9
 
 
-@given(UNIT, st.one_of(st.floats(0, np.pi), st.sampled_from([0.0, 1e-12, 1e-8, 1e-4, np.pi - 1e-4, np.pi - 1e-8, np.pi])))
+AWKWARD = st.sampled_from([0.0, 1e-12, 1e-8, 1e-4, np.pi - 1e-4, np.pi - 1e-8, np.pi])
+
+
+@given(UNIT, st.one_of(st.floats(0, np.pi), AWKWARD))
 def test_rotvec_round_trip(axis, angle):
-    """Axis-angle survives the trip at every angle, the awkward ones near 0 and pi (a gripper pointing down) included."""
+    """Axis-angle survives the trip at every angle, also near 0 and near pi (a gripper that points down)."""
     matrix = rot_utils.rotvec_to_matrix(axis * angle)
     back = rot_utils.matrix_to_rotvec(matrix)
     np.testing.assert_allclose(rot_utils.rotvec_to_matrix(back), matrix, atol=1e-9)
@@ -232,7 +236,7 @@ def test_jerk_known_values():
 
 def test_coverage_identical_and_corner_cut():
     """A copied trajectory covers all; one that cuts the corner of an L loses the points about the corner."""
-    corner = np.concatenate([np.stack([np.arange(11.0), np.zeros(11)], -1), np.stack([np.full(10, 10.0), np.arange(1, 11.0)], -1)])
+    corner = np.array([(x, 0.0) for x in range(11)] + [(10.0, y) for y in range(1, 11)])
     assert metrics.coverage(corner, corner, 0.0) == 1
     # the chord from (0,0) to (10,10) is k/sqrt(2) from the point (k,0): within 2 px for k = 0, 1, 2 at both ends
     assert metrics.coverage(corner, corner[[0, -1]], 2.0) == pytest.approx(6 / 21)
@@ -243,7 +247,8 @@ def test_coverage_counts_the_segments_between_points():
     """The prediction is a line, not its vertices: two ends of a straight stretch cover what lies between."""
     line = np.stack([np.linspace(0, 100, 50), np.full(50, 7.0)], -1)
     assert metrics.coverage(line, line[[0, -1]], 1e-6) == 1
-    np.testing.assert_allclose(metrics.distance_to_polyline([[50, 10.0], [-4, 4.0], [103, 11]], line[[0, -1]]), [3, 5, 5])
+    distances = metrics.distance_to_polyline([[50, 10.0], [-4, 4.0], [103, 11]], line[[0, -1]])
+    np.testing.assert_allclose(distances, [3, 5, 5])
 
 
 @given(arrays(float, (8, 2), elements=st.floats(0, 100)), arrays(float, (5, 2), elements=st.floats(0, 100)),

@@ -1,0 +1,32 @@
+# make setup: the environment; make demo: from nothing to a page with success rates; make test: everything checked.
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+DEMO ?= demo
+
+.PHONY: setup demo test bench clean-demo
+
+setup: $(STAMP)
+	@$(PY) check_setup.py
+
+$(STAMP): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
+		{ echo "error: Python 3.11 is needed and '$(PYTHON)' is not it; install it (sudo apt-get install -y python3.11 python3.11-venv) or name yours: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+		{ echo "error: no venv module; install it: sudo apt-get install -y python3.11-venv" >&2; exit 2; }
+	@echo "installing the pinned requirements (about 3 minutes, 8 GB)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.txt
+	@touch $(STAMP)
+
+demo: setup
+	@PY=$(PY) ./demo.sh $(DEMO)
+
+test: setup
+	@$(PY) -m pytest tests -q --durations=15
+
+bench: setup
+	@$(PY) bench.py
+
+clean-demo:
+	rm -rf $(DEMO)

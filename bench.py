@@ -1,0 +1,140 @@
+"""Speed, measured as ratios side by side in one run.
+
+    python bench.py features             # traced and frozen backbone against the plain one; one thread per image or per pixel row
+    python bench.py eval --ckpt X        # evaluation with 1 and with 2 workers, and where an episode's seconds go
+    python bench.py train                # a training step by grid and precision
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from runtime import UserError, command_line, git_commit, run_script, write_json
+
+
+def alternate(variants, rounds):
+    """Run callables in turn, A B A B ..., after a warm-up of each -> {name: median seconds}."""
+    times = {name: [] for name in variants}
+    for call in variants.values():
+        call()
+    for _ in range(rounds):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def report(title, seconds, unit):
+    """Print a table with ratios to the first row; return it."""
+    first = next(iter(seconds.values()))
+    print(f"\n{title}")
+    for name, value in seconds.items():
+        print(f"  {name:<44} {1000 * value:9.1f} ms {unit}   x{first / value:.2f}")
+    return {"title": title, "unit": unit, "ms": {k: round(1000 * v, 2) for k, v in seconds.items()}}
+
+
+def bench_features(args):
+    """The shipped backbone on 448 px images."""
+    import timm
+    import torch
+
+    from backbone import Backbone, each_on_one_thread
+    frozen = Backbone("efficientnet_lite0")
+    plain = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(2, 3)).eval()
+    images = torch.randint(0, 255, (8, 448, 448, 3), dtype=torch.uint8)
+    x = ((images.permute(0, 3, 1, 2).float() - 127.5) / 127.5).contiguous()
+    cores = os.cpu_count()
+
+    def one_by_one(call, items):
+        with torch.inference_mode():
+            for i in range(len(items)):
+                call(items[i:i + 1])
+
+    def by_threads():
+        with each_on_one_thread(), ThreadPoolExecutor(cores) as pool:
+            list(pool.map(lambda i: frozen(images[i:i + 1]), range(len(images))))
+    seconds = alternate({"plain timm model": lambda: one_by_one(plain, x), "channels_last, traced and frozen": lambda: one_by_one(frozen, images),
+                         "the same, batch of 8": lambda: frozen(images),
+                         f"the same, {cores} images at once, a thread each": by_threads}, args.rounds)
+    return report(f"efficientnet_lite0 features, 448 px, {cores} cores", {k: v / 8 for k, v in seconds.items()}, "an image")
+
+
+def bench_train(args):
+    """A PARA training step at batch 16 on random features."""
+    import torch
+
+    from model import ParaConfig, TrajectoryHeatmapPredictor
+    rng = torch.Generator().manual_seed(0)
+    steps, E = {}, torch.eye(4, dtype=torch.float64).repeat(16, 1, 1)
+    E[:, :3, :3] = torch.diag(torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64))
+    E[:, 2, 3] = 2.0
+    K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).repeat(16, 1, 1)
+    batch = {"features": [torch.randn(16, 40, 56, 56, generator=rng).half(), torch.randn(16, 112, 28, 28, generator=rng).half()],
+             "eef_pos": torch.rand(16, 3, dtype=torch.float64, generator=rng) * 0.3 + torch.tensor([0, 0, 0.9]), "K": K, "E": E,
+             "target_pos": torch.rand(16, 6, 3, dtype=torch.float64, generator=rng) * 0.3 + torch.tensor([0, 0, 0.9]),
+             "target_rot": torch.eye(3, dtype=torch.float64).repeat(16, 6, 1, 1),
+             "target_gripper": torch.randint(0, 2, (16, 6), generator=rng), "mask": torch.ones(16, 6)}
+
+    def make(grid, precision):
+        policy = TrajectoryHeatmapPredictor(ParaConfig(grid=grid), [40, 112])
+        optimizer = torch.optim.AdamW(policy.parameters())
+
+        def step():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                loss = policy(batch)["loss"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        return step
+    for grid, precision in ((64, "fp32"), (64, "bf16"), (56, "fp32"), (56, "bf16")):
+        steps[f"grid {grid}, {precision}"] = make(grid, precision)
+    return report(f"PARA training step, batch 16, {torch.get_num_threads()} threads", alternate(steps, args.rounds), "a step")
+
+
+def bench_eval(args):
+    """Whole evaluations with 1 and 2 workers."""
+    if not args.ckpt:
+        raise UserError("bench.py eval needs --ckpt")
+    rows = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for workers in (1, 2):
+            folder = Path(scratch) / str(workers)
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "eval.py", "--ckpt", args.ckpt, "--teleport", "--zero_rotation", "--n_episodes",
+                            str(args.episodes), "--n_videos", "0", "--workers", str(workers), "--out", folder], check=True)
+            wall = time.perf_counter() - start
+            spent = json.loads((folder / "summary.json").read_text())["seconds_per_episode"]
+            rows[workers] = {"wall_per_episode": round(wall / args.episodes, 2), **spent}
+    print(f"\nevaluation of {args.episodes} episodes: seconds per episode")
+    for workers, row in rows.items():
+        print(f"  {workers} worker{'s' * (workers > 1)}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()))
+    print(f"  ratio of wall time, 1 to 2 workers: {rows[1]['wall_per_episode'] / rows[2]['wall_per_episode']:.2f}")
+    return {"title": "evaluation", "seconds": rows}
+
+
+BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=list(BENCHES), help="default: features and train")
+    parser.add_argument("--ckpt", type=Path)
+    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    args = parser.parse_args(argv)
+    tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features", "train"])]
+    if args.out:
+        write_json(args.out, {"command": command_line(), "commit": git_commit(), "cores": os.cpu_count(), "tables": tables})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,27 @@
+"""Check the environment: Python, pinned packages, EGL rendering. Prints one line, or one error with the command to run."""
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+from libero_env import check_rendering
+from runtime import UserError, run_script
+
+
+def main():
+    if sys.version_info[:2] != (3, 11):
+        raise UserError(f"Python {sys.version.split()[0]}: 3.11 is needed; make setup PYTHON=/path/to/python3.11")
+    pins = dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", Path(__file__).with_name("requirements.txt").read_text(), re.M))
+    for name, version in pins.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"package {name} is not installed; run `make setup`")
+        if found != version:
+            raise UserError(f"package {name} is {found}, {version} is pinned; run `rm .venv/.installed && make setup`")
+    check_rendering()
+    print(f"environment ok: {len(pins)} pinned packages, EGL renders")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,125 @@
+"""One self-contained HTML page of a run and its evaluations: no server, no network.
+
+    python report.py --run runs/NAME --evals results/para_benchmark results/para_shifted --out report.html
+"""
+import argparse
+import base64
+import html
+import json
+import tempfile
+from pathlib import Path
+
+import plots
+from runtime import UserError, atomic_path, read_jsonl, run_script
+
+STYLE = """
+:root { --ink: #1c2530; --soft: #5b6875; --line: #d9dfe5; --good: #0a7d55; --page: #fbfcfd; }
+body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
+p.lead { color: var(--soft); margin-top: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); } th { font-weight: 600; color: var(--soft); }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+td.rate { font-weight: 600; color: var(--good); } small { color: var(--soft); font-weight: 400; }
+img { max-width: 100%; } video { width: 300px; background: #000; border-radius: 4px; }
+figure { display: inline-block; margin: .4rem .6rem .4rem 0; } figcaption { font-size: .82rem; color: var(--soft); }
+pre { background: #eef2f5; padding: .7rem; overflow-x: auto; font-size: .82rem; border-radius: 4px; white-space: pre-wrap; }
+"""
+
+
+def embed(path, kind):
+    """A file as a data: URL."""
+    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def read_json(path, what):
+    """A JSON file. Raises UserError if it is absent or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError:
+        raise UserError(f"{path}: missing, so {Path(path).parent} is no {what}; finish it first")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run the command that made it again")
+
+
+def rate(value, interval):
+    """A success rate with its interval, as table cell text."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.0f}% <small>{100 * interval[0]:.0f}-{100 * interval[1]:.0f}</small>"
+
+
+def success_table(summaries):
+    """HTML table: a row per evaluation."""
+    head = ["policy", "layout", "n", "placed and released", "LIBERO success", "miss / grasp / place / released", "steps",
+            "jerk mm/step<sup>2</sup>", "coverage 4 / 8 / 16 px", "s / episode"]
+    rows = []
+    for s in summaries:
+        number = lambda key, form: "-" if s.get(key) is None else format(s[key], form)
+        cells = [html.escape(s["model_type"]), html.escape(s["setting"]), str(s["n"]), rate(s["released_rate"], s["released_interval"]),
+                 rate(s["success_rate"], s["interval"]), " / ".join(str(v) for v in s["outcomes"].values()), number("mean_steps", ".0f"),
+                 number("jerk_mm", ".3f"), " / ".join(number(f"coverage_{e}px", ".2f") for e in (4, 8, 16)),
+                 f"{s['seconds_per_episode']['total']:.1f}" if s["seconds_per_episode"] else "-"]
+        rows.append("<tr>" + "".join(f'<td{" class=rate" if i == 3 else ""}>{c}</td>' for i, c in enumerate(cells)) + "</tr>")
+    return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>" + "".join(rows) + "</table>"
+
+
+def build(run, evals):
+    """The page's HTML."""
+    config = read_json(run / "config.json", "finished run") if run else {}
+    summaries = [read_json(e / "summary.json", "finished evaluation") for e in evals]
+    page = ["<!doctype html><meta charset=utf-8><title>PARA on LIBERO: report</title>", f"<style>{STYLE}</style>",
+            "<h1>PARA on LIBERO: closed-loop report</h1>"]
+    if config:
+        data = config.get("dataset", {})
+        page.append(f"<p class=lead>{html.escape(data.get('language', ''))} &middot; {config['args']['model_type']}, "
+                    f"{config['parameters']:,} parameters, {config['train_demos']} training demonstrations, backbone "
+                    f"{html.escape(config['backbone_identity'])}, commit {config['commit']}, seed {config['seed']}</p>")
+    page += ["<h2>Closed-loop success</h2>", success_table(summaries),
+             "<p class=lead>Rates with Wilson 95% intervals. <b>Placed and released</b> asks for LIBERO's predicate with the gripper "
+             "commanded and measured open. The benchmark's init states barely vary: <b>blind</b>, an open-loop replay of the mean "
+             "layout, solves most of them. Only the shifted layout, with the objects moved 3-5 cm, shows that a policy looks.</p>"]
+    if run:
+        page.append("<h2>Training</h2>")
+        with tempfile.TemporaryDirectory() as scratch:
+            curve = run / "loss.png"
+            if not curve.exists() and (rows := read_jsonl(run / "metrics.jsonl")):
+                curve = Path(scratch) / "loss.png"
+                plots.loss_curve(rows, curve)
+            if curve.exists():
+                page.append(f'<img alt="loss curve" src="{embed(curve, "image/png")}">')
+        page.append("<h2>Predicted against true waypoints on validation demonstrations</h2>")
+        page += [f'<img alt="overlay" src="{embed(p, "image/png")}">' for p in sorted(run.glob("overlay_*.png"))]
+    for folder, s in zip(evals, summaries):
+        page.append(f"<h2>{html.escape(s['model_type'])}, {html.escape(s['setting'])}</h2>")
+        for video in sorted((folder / "videos").glob("*.mp4")):
+            episode, outcome = video.stem.split("_", 1)
+            page.append(f'<figure><video controls loop muted src="{embed(video, "video/mp4")}"></video>'
+                        f"<figcaption>episode {int(episode)}: {html.escape(outcome)}</figcaption></figure>")
+        if (folder / "sheet.png").exists():
+            page.append(f'<img alt="contact sheet" src="{embed(folder / "sheet.png", "image/png")}">')
+    page.append("<h2>Commands</h2><pre>")
+    commands = ([config["dataset"].get("command", ""), config["command"]] if config else []) + [s["command"] for s in summaries]
+    page += [html.escape(c) for c in commands if c]
+    page.append("</pre>")
+    return "\n".join(page), summaries
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="training run folder")
+    parser.add_argument("--evals", type=Path, nargs="+", required=True, help="evaluation folders")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    args = parser.parse_args(argv)
+    page, summaries = build(args.run, args.evals)
+    with atomic_path(args.out) as scratch:
+        scratch.write_text(page)
+    for s in summaries:
+        if s["n"]:
+            print(f"{s['model_type']:>8} {s['setting']:<10} placed and released {100 * s['released_rate']:5.1f}%  "
+                  f"LIBERO success {100 * s['success_rate']:5.1f}%  n = {s['n']}")
+    print(f"report: {args.out.resolve()}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,252 @@
+"""The scripts as users run them: real simulator, real kills, resumes, bad input. Small images and few steps, same code."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import demos as demo_files
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = "112"
+
+
+def command(*arguments):
+    return [sys.executable, *map(str, arguments)]
+
+
+def run(*arguments, cwd, ok=True, timeout=400):
+    """Run a script of the repository in `cwd` -> CompletedProcess; its output is shown when it fails."""
+    done = subprocess.run(command(ROOT / arguments[0], *arguments[1:]), cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def interrupt(arguments, cwd, when, number, timeout=300):
+    """Start a script, send it a signal as soon as `when()` holds, wait for its end -> exit code."""
+    process = subprocess.Popen(command(ROOT / arguments[0], *arguments[1:]), cwd=cwd, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.time() + timeout
+    while not when() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None, f"{arguments[0]} ended before it could be interrupted"
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def collected(tmp_path_factory):
+    """Three demonstrations from the real simulator, collected through a SIGKILL in the middle -> (file, first part's time)."""
+    folder = tmp_path_factory.mktemp("collected")
+    arguments = ("collect_demos.py", "--n_demos", 3, "--image_size", SIZE, "--out", "demos.hdf5")
+    parts = folder / "demos.hdf5.parts"
+    code = interrupt(arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL)
+    assert code == -signal.SIGKILL and not (folder / "demos.hdf5").exists()
+    kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("demo_*.hdf5")}
+    done = run(*arguments, cwd=folder)
+    return folder / "demos.hdf5", kept, done
+
+
+def train_flags(dataset, folder, steps):
+    return ("train.py", "--dataset", dataset, "--image_size", SIZE, "--grid", 14, "--width", 8, "--max_steps", steps, "--backbone",
+            "efficientnet_lite0", "--batch_size", 4, "--val_every", 3, "--save_every", 2, "--wandb", "off", "--out", folder,
+            "--precision", "fp32")
+
+
+@pytest.fixture(scope="session")
+def trained(collected, tmp_path_factory):
+    """A run folder of a few steps on the collected demonstrations."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run(*train_flags(collected[0], "run", 6), cwd=folder)
+    return folder / "run", done
+
+
+# -- collect_demos.py ------------------------------------------------------------------------------------------------------
+
+
+def test_collect_resumes_after_kill(collected):
+    """A SIGKILL loses no finished demonstration, and the file comes out whole and valid."""
+    path, kept, done = collected
+    assert kept and "3 demonstrations" in done.stdout
+    found, attributes = demo_files.read_demos(path, int(SIZE))
+    assert len(found) == 3 and not path.with_name(path.name + ".parts").exists()
+    assert attributes["image_orientation"] == "upright" and "mujoco" in attributes["versions"]
+
+
+def test_demonstrations_are_successful_pick_and_places(collected):
+    """The expert's demos close once and open once, lift the gripper from the grasp, and differ from each other."""
+    found, _ = demo_files.read_demos(collected[0])
+    starts = []
+    for demo in found:
+        closed = demo.actions[:, 6] > 0
+        assert np.abs(np.diff(closed.astype(int))).sum() == 2 and not closed[0] and not closed[-1]
+        starts.append(demo.ee_pos[0])
+        assert demo.ee_pos[closed][:, 2].max() > demo.ee_pos[closed][0, 2] + 0.1
+    assert np.ptp(np.stack(starts), axis=0).max() > 0.002  # the start pose is jittered
+
+
+def test_images_show_the_eef_where_the_camera_says(collected):
+    """Images are upright and not mirrored: they change most where the projected gripper moves."""
+    from camera import project
+    found, _ = demo_files.read_demos(collected[0])
+    with demo_files.open_demos(collected[0]) as file:
+        demo = found[0]
+        images = demo_files.read_images(collected[0], file, demo.name, [0, 30]).astype(float)
+    change = np.abs(images[1] - images[0]).mean(-1)
+    u, v, _ = project(demo.ee_pos[[0, 30]], demo.K, demo.E)
+
+    def near(us, vs):
+        return np.mean([change[int(b) - 9:int(b) + 9, int(a) - 9:int(a) + 9].mean() for a, b in zip(us, vs)])
+    size = int(SIZE)
+    right = near(u, v)
+    assert right > 1.5 * near(size - u, v) and right > 1.5 * change.mean()
+
+
+def test_replay_restores_official_files(collected, tmp_path):
+    """An official-style file (no cameras, other image size, images bottom first) is re-rendered from its states."""
+    official = tmp_path / "official_demo.hdf5"
+    with h5py.File(collected[0]) as source, h5py.File(official, "w") as target:
+        data = target.create_group("data")
+        data.attrs["bddl_file_name"] = "/somebody/else/" + source["data"].attrs["bddl_file_name"]
+        group = data.create_group("demo_0")
+        group.attrs["fixtures"] = source["data/demo_0"].attrs["fixtures"]
+        for key in ("actions", "states"):
+            group[key] = source["data/demo_0"][key][:12]
+    run("collect_demos.py", "--replay", official, "--image_size", SIZE, "--out", "replayed.hdf5", cwd=tmp_path)
+    new, _ = demo_files.read_demos(tmp_path / "replayed.hdf5", int(SIZE))
+    old, _ = demo_files.read_demos(collected[0])
+    np.testing.assert_allclose(new[0].ee_pos, old[0].ee_pos[:12], atol=1e-6)
+    np.testing.assert_allclose(new[0].E, old[0].E, atol=1e-9)
+    with demo_files.open_demos(tmp_path / "replayed.hdf5") as a, demo_files.open_demos(collected[0]) as b:
+        ours = demo_files.read_images("", a, "demo_0", [0, 11]).astype(int)
+        theirs = demo_files.read_images("", b, "demo_0", [0, 11]).astype(int)
+    assert np.abs(ours - theirs).mean() < 1.0
+
+
+def test_collect_leaves_an_existing_file_alone(collected):
+    """Nothing already written is lost: without --overwrite an existing file is refused."""
+    before = collected[0].read_bytes()
+    done = run("collect_demos.py", "--n_demos", 1, "--out", collected[0], cwd=collected[0].parent, ok=False)
+    assert done.returncode == 2 and "--overwrite" in done.stderr and collected[0].read_bytes() == before
+
+
+# -- train.py --------------------------------------------------------------------------------------------------------------
+
+
+def test_run_folder_holds_everything(trained):
+    """A run can be told apart and looked at later: config, commit, versions, metrics, curve, overlays, profile."""
+    folder, done = trained
+    config = json.loads((folder / "config.json").read_text())
+    assert config["commit"] and config["versions"]["torch"] and config["args"]["seed"] == 0
+    assert config["backbone_identity"].startswith("efficientnet_lite0")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert any("val/cm_median" in r for r in rows) and any("train/loss" in r for r in rows)
+    assert (folder / "loss.png").stat().st_size > 5000 and (folder / "overlay_0.png").stat().st_size > 5000
+    profile = json.loads((folder / "profile.jsonl").read_text().splitlines()[0])["rows"]
+    assert [r["batch"] for r in profile] == [2, 4] and all(r["step_ms"] > 0 and r["memory_mb"] > 0 for r in profile)
+    assert "batch 2" in done.stdout
+
+
+def test_train_resumes_bit_identically(collected, tmp_path):
+    """A run stopped by SIGTERM, then killed by SIGKILL, then resumed ends with the weights of an uninterrupted one."""
+    run(*train_flags(collected[0], "whole", 40), cwd=tmp_path)
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    code = interrupt(train_flags(collected[0], "broken", 40), tmp_path, metrics.exists, signal.SIGTERM)
+    assert code == 0  # SIGTERM saves and leaves in order
+    state = tmp_path / "broken" / "state.safetensors"
+    first = state.stat().st_mtime_ns
+    interrupt(("train.py", "--resume", "broken"), tmp_path, lambda: state.stat().st_mtime_ns != first, signal.SIGKILL)
+    done = run("train.py", "--resume", "broken", cwd=tmp_path)
+    assert "step 0\n" not in done.stdout  # it did go on from the saved step
+    whole, broken = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
+
+
+def test_train_under_torchrun(collected, tmp_path):
+    """Two gloo processes share the batches and write one checkpoint that loads."""
+    from checkpoint import load_policy
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
+                           *map(str, train_flags(collected[0], "pair", 4)[1:])], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, info, _ = load_policy(tmp_path / "pair" / "checkpoint.safetensors")
+    assert info["step"] == 4
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--dataset", "absent.hdf5"), ("absent.hdf5", "collect_demos.py")),
+    (("--backbone", "dinov2_vitb14", "--backbone_weights", "absent.pth"), ("--backbone_weights", "absent.pth")),
+    (("--image_size", "224"), ("112 px", "--replay")),
+    (("--resume", "absent_run"), ("absent_run", "run folder")),
+    (("--max_steps", "0"), ("--max_steps", "at least 1")),
+])
+def test_train_refuses_bad_input_in_one_sentence(collected, tmp_path, flags, words):
+    """Bad input: exit code 2, one line that names the thing and the remedy, no traceback."""
+    done = run(*train_flags(collected[0], "refused", 2), *flags, cwd=tmp_path, ok=False)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr and all(word in done.stderr for word in words), done.stderr
+
+
+# -- eval.py ---------------------------------------------------------------------------------------------------------------
+
+
+def summary(folder):
+    return json.loads((Path(folder) / "summary.json").read_text())
+
+
+def test_expert_succeeds_through_eval_and_eval_resumes(tmp_path):
+    """The real closed loop works end to end, and a killed evaluation goes on without repeating an episode."""
+    flags = ("eval.py", "--policy", "expert", "--n_episodes", 3, "--n_videos", 0, "--image_size", SIZE, "--workers", 1, "--out", "cell")
+    rows = tmp_path / "cell" / "episodes.jsonl"
+    interrupt(flags, tmp_path, lambda: rows.exists() and rows.stat().st_size > 0, signal.SIGKILL)
+    first = rows.read_text().splitlines()[0]
+    run(*flags, cwd=tmp_path)
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert rows.read_text().splitlines()[0] == first
+    assert sorted(r["episode"] for r in found) == [0, 1, 2] and sorted(r["init_state"] for r in found) == [0, 1, 2]
+    cell = summary(tmp_path / "cell")
+    assert cell["released_rate"] == 1.0 and cell["n"] == 3 and 0.4 < cell["interval"][0] < 0.5
+    assert {"model_type", "setting", "success_rate", "command", "commit", "seed"} <= cell.keys()
+    assert json.loads((tmp_path / "cell" / "protocol.json").read_text())["distinct_init_states"] == 50
+
+
+def test_checkpoint_runs_in_closed_loop(trained, tmp_path):
+    """A trained checkpoint acts in the simulator, on the shifted layout too, and leaves rows, video and sheet."""
+    done = run("eval.py", "--ckpt", trained[0] / "checkpoint.safetensors", "--teleport", "--zero_rotation", "--max_steps", 25, "--layout",
+               "shifted", "--n_episodes", 2, "--n_videos", 1, "--out", "cell", cwd=tmp_path)
+    cell = summary(tmp_path / "cell")
+    assert cell["n"] == 2 and cell["model_type"] == "para" and "training_frame_difference" in done.stdout + done.stderr
+    assert list((tmp_path / "cell" / "videos").glob("*.mp4")) and (tmp_path / "cell" / "sheet.png").exists()
+    assert cell["seconds_per_episode"]["features"] > 0
+    page = run("report.py", "--run", trained[0], "--evals", "cell", "--out", "page.html", cwd=tmp_path)
+    html = (tmp_path / "page.html").read_text()
+    assert "page.html" in page.stdout and "data:video/mp4" in html and "src=\"http" not in html and "para" in html
+
+
+def test_rotation_and_plain_actions_run(trained, tmp_path):
+    """Without --teleport and --zero_rotation the same checkpoint sends delta actions and rotations."""
+    run("eval.py", "--ckpt", trained[0] / "checkpoint.safetensors", "--max_steps", 20, "--n_episodes", 1, "--n_videos", 0, "--out", "cell",
+        cwd=tmp_path)
+    assert summary(tmp_path / "cell")["mean_steps"] == 20
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--ckpt", "absent.safetensors"), ("absent.safetensors", "no such checkpoint")),
+    ((), ("no checkpoint", "train.py")),
+    (("--policy", "expert", "--n_episodes", "51"), ("--n_episodes", "50")),
+    (("--policy", "expert", "--task_suite", "libero_nothing"), ("libero_nothing", "libero_spatial")),
+    (("--policy", "expert", "--task_id", "10"), ("--task_id", "0 to 9")),
+])
+def test_eval_refuses_bad_input_in_one_sentence(tmp_path, flags, words):
+    """Bad input: exit code 2, one line that names the thing and the remedy, no traceback."""
+    done = run("eval.py", *flags, cwd=tmp_path, ok=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and all(w in done.stderr for w in words), done.stderr
