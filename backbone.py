@@ -78,7 +78,7 @@ def _create(name, size, weights):
     timm_name = TIMM_NAMES.get(name, name)
     if timm_name.split(".")[0] not in timm.list_models():
         raise UserError(f"--backbone {name}: unknown; use one of {', '.join(TIMM_NAMES)} or a name of timm.list_models()")
-    is_vit = "vit" in timm_name
+    is_vit = timm_name.startswith("vit_")
     options = {"img_size": size, "num_classes": 0} if is_vit else {}
     if weights and not Path(weights).is_file():
         raise UserError(f"--backbone_weights {weights}: no such file")

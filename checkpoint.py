@@ -69,10 +69,19 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
     tensors, info = load_tensors(path)
     if "model_type" not in info:
         raise UserError(f"{path}: holds a training state, not a policy; give the run's checkpoint.safetensors")
-    entry = look_up(info["model_type"])
+    absent = {"config", "channels", "backbone_identity"} - info.keys()
+    if absent:
+        raise UserError(f"{path}: its header lacks {', '.join(sorted(absent))}; the file is damaged, train again or copy it again")
+    try:
+        entry = look_up(info["model_type"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}")
     policy = entry.policy(fill_config(entry.config, info["config"], path), info["channels"])
     model = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     expected = policy.state_dict()
+    surplus = model.keys() - expected.keys()
+    if surplus:
+        raise UserError(f"{path}: tensors {', '.join(sorted(surplus))} are unknown to {info['model_type']}; update the repository")
     for name, tensor in expected.items():
         if name not in model:
             raise UserError(f"{path}: tensor '{name}' is missing; the file is damaged or of another version")
@@ -91,9 +100,9 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
 
 def newest_checkpoint(runs="runs", committed="checkpoints"):
     """The newest run's checkpoint, else the newest committed one, and a sentence that says which. Raises UserError for none."""
-    for folder, what in ((Path(runs), "the newest run's"), (Path(committed), "the committed")):
-        found = sorted(folder.glob("*/checkpoint.safetensors") if folder.name != committed else folder.glob("*.safetensors"),
-                       key=lambda p: p.stat().st_mtime)
+    for folder, pattern, what in ((Path(runs), "*/checkpoint.safetensors", "the newest run's"),
+                                  (Path(committed), "*.safetensors", "the committed")):
+        found = sorted(folder.glob(pattern), key=lambda p: p.stat().st_mtime)
         if found:
             return found[-1], f"--ckpt not given: {what} checkpoint, {found[-1]}"
     raise UserError("no checkpoint in runs/ or checkpoints/; train one with `python train.py --model_type para`")

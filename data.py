@@ -12,6 +12,7 @@ import demos as demo_files
 from backbone import feature_cache
 from demos import GRIPPER_STEPS
 from rot_utils import circular_mean, matrix_to_euler, rotvec_to_matrix, wrap_angle
+from runtime import UserError
 
 
 def gripper_segments(actions):
@@ -58,7 +59,10 @@ class WaypointDataset(Dataset):
             rot = rotvec_to_matrix(demo.ee_ori)
             for slot, i in enumerate(frames):
                 rows.append((d, slot, i, demo.ee_pos[i], demo.ee_pos[target[i]], rot[target[i]], gripper[i], mask[i]))
-            groups.append((demo.name, lambda name=demo.name, frames=frames: self._images(name, frames)))
+            if len(frames):
+                groups.append((demo.name, lambda name=demo.name, frames=frames: self._images(name, frames)))
+        if not rows:
+            raise UserError(f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations")
         columns = list(zip(*rows))
         self.demo, self.slot, self.frame = (np.array(c) for c in columns[:3])
         self.eef_pos, self.target_pos, self.target_rot = (torch.from_numpy(np.stack(c)) for c in columns[3:6])
@@ -67,7 +71,7 @@ class WaypointDataset(Dataset):
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
         maps = feature_cache(backbone, groups, cache, progress)
-        self.maps = [maps[d.name] for d in demos]
+        self.maps = [maps.get(d.name) for d in demos]
 
     def _images(self, name, frames):
         with demo_files.open_demos(self.path) as file:

@@ -79,7 +79,7 @@ def open_demos(path):
 
 def demo_names(file):
     """Demo groups in numerical order."""
-    return sorted((n for n in file["data"] if n.startswith("demo_")), key=lambda n: int(n.split("_")[1]))
+    return sorted((n for n in file["data"] if n.startswith("demo_") and n[5:].isdigit()), key=lambda n: int(n.split("_")[1]))
 
 
 def image_flipped(file):
@@ -127,6 +127,7 @@ def read_demo(path, file, name, image_size=None):
     group = file["data"][name]
     arrays = {key: _array(path, group, key, shape) for key, shape in LOW_DIM.items()}
     states = _array(path, group, "states")
+    perturbed = _array(path, group, "perturbed") if "perturbed" in group else np.zeros(len(states))
     K, E = _array(path, group, CAMERA_K), _array(path, group, CAMERA_E)
     check_camera(K, E, f"{path}: data/{name}")
     where = f"{path}: data/{name}/{IMAGE}"
@@ -140,14 +141,13 @@ def read_demo(path, file, name, image_size=None):
     if image_size and images.shape[1] != image_size:
         raise UserError(f"{where}: images are {images.shape[1]} px, {image_size} px are asked for; re-render them with "
                         f"`python collect_demos.py --replay {path} --image_size {image_size}`")
-    for key, value in [*arrays.items(), ("states", states), (IMAGE, images)]:
+    for key, value in [*arrays.items(), ("states", states), ("perturbed", perturbed), (IMAGE, images)]:
         if len(value) != length:
             raise UserError(f"{path}: data/{name}/{key}: has {len(value)} rows, actions has {length}; {RECOLLECT}")
     if length < 2:
         raise UserError(f"{path}: data/{name}: has {length} steps, at least 2 are needed; {RECOLLECT}")
-    perturbed = group["perturbed"][()].astype(bool) if "perturbed" in group else np.zeros(length, bool)
     return Demo(name, arrays["actions"], arrays["obs/ee_pos"], arrays["obs/ee_ori"], arrays["obs/gripper_states"], states,
-                perturbed, K, E, images.shape[1], dict(group.attrs))
+                perturbed.astype(bool), K, E, images.shape[1], dict(group.attrs))
 
 
 def read_demos(path, image_size=None, limit=None):

@@ -245,8 +245,6 @@ def train(args, config_class):
     make = lambda part: entry.dataset(args.dataset, part, config, backbone, args.frame_stride, args.cache, dist.is_main)
     train_set, val_set = make(train_demos), make(val_demos)
     barrier(dist) if dist.is_main else None
-    if not len(train_set) or not len(val_set):
-        raise UserError(f"{args.dataset}: no usable frames (all pushed or in gripper holds); collect more demonstrations")
 
     policy = entry.policy(config, backbone.channels).attach(backbone).to(dist.device)
     policy.fit_statistics(train_set.statistics())
