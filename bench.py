@@ -78,7 +78,8 @@ def bench_train(args):
     E[:, 2, 3] = 2.0
     K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).repeat(16, 1, 1)
     batch = {"features": [torch.randn(16, 40, 56, 56, generator=rng).half(), torch.randn(16, 112, 28, 28, generator=rng).half()],
-             "eef_pos": torch.rand(16, 3, dtype=torch.float64, generator=rng) * 0.3 + torch.tensor([0, 0, 0.9]), "K": K, "E": E,
+             "eef_pos": torch.rand(16, 3, dtype=torch.float64, generator=rng) * 0.3 + torch.tensor([0, 0, 0.9]),
+             "gripper_width": torch.full((16,), 0.08), "K": K, "E": E,
              "target_pos": torch.rand(16, 6, 3, dtype=torch.float64, generator=rng) * 0.3 + torch.tensor([0, 0, 0.9]),
              "target_rot": torch.eye(3, dtype=torch.float64).repeat(16, 6, 1, 1),
              "target_gripper": torch.randint(0, 2, (16, 6), generator=rng), "mask": torch.ones(16, 6)}

@@ -1,8 +1,9 @@
 """Datasets: single-frame samples in metres, radians and pixels, from demonstrations and cached features.
 
 The label of frame i is where the EEF is `waypoint_stride` control steps later on the recorded trajectory, clipped at the next
-gripper change, with that change as the gripper's label. Frames inside a gripper's hold are left out, and so are frames
-whose way to the first waypoint was disturbed by a push.
+gripper change, with that change as the gripper's label. Left out are frames inside a gripper's hold, frames whose way to
+the first waypoint was disturbed by a push, and frames that stand still with no change to come: after the last release they
+would teach a fixed point, and a policy that mistakes a hover for it never moves again.
 """
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from backbone import feature_cache
 from demos import GRIPPER_STEPS
 from rot_utils import circular_mean, matrix_to_euler, rotvec_to_matrix, wrap_angle
 from runtime import UserError
+
+STILL = 0.01  # metres
 
 
 def gripper_segments(actions):
@@ -38,7 +41,8 @@ def waypoint_labels(demo, stride, n_window):
     held = np.zeros(length, bool)
     for change in changes:
         held[change + 1:change + GRIPPER_STEPS] = True
-    return target, closed[target], mask, mask[:, 0] & ~held
+    still = np.linalg.norm(demo.ee_pos[target[:, 0]] - demo.ee_pos, axis=1) < STILL
+    return target, closed[target], mask, mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == closed))
 
 
 class WaypointDataset(Dataset):
@@ -58,7 +62,8 @@ class WaypointDataset(Dataset):
             frames = np.flatnonzero(usable)
             rot = rotvec_to_matrix(demo.ee_ori)
             for slot, i in enumerate(frames):
-                rows.append((d, slot, i, demo.ee_pos[i], demo.ee_pos[target[i]], rot[target[i]], gripper[i], mask[i]))
+                rows.append((d, slot, i, demo.ee_pos[i], demo.ee_pos[target[i]], rot[target[i]], gripper[i], mask[i],
+                             np.abs(demo.gripper_states[i]).sum()))
             if len(frames):
                 groups.append((demo.name, lambda name=demo.name, frames=frames: self._images(name, frames)))
         if not rows:
@@ -68,6 +73,7 @@ class WaypointDataset(Dataset):
         self.eef_pos, self.target_pos, self.target_rot = (torch.from_numpy(np.stack(c)) for c in columns[3:6])
         self.target_gripper = torch.from_numpy(np.stack(columns[6]))
         self.mask = torch.from_numpy(np.stack(columns[7]).astype(np.float32))
+        self.gripper_width = torch.from_numpy(np.array(columns[8]))
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
         maps = feature_cache(backbone, groups, cache, progress)
@@ -92,7 +98,8 @@ class WaypointDataset(Dataset):
         """Samples -> dict of tensors, see policy.py."""
         indices = np.asarray(indices)
         d = self.demo[indices]
-        return {"features": self.features(indices), "eef_pos": self.eef_pos[indices], "K": self.K[d], "E": self.E[d],
+        return {"features": self.features(indices), "eef_pos": self.eef_pos[indices],
+                "gripper_width": self.gripper_width[indices], "K": self.K[d], "E": self.E[d],
                 "target_pos": self.target_pos[indices], "target_rot": self.target_rot[indices],
                 "target_gripper": self.target_gripper[indices], "mask": self.mask[indices]}
 

@@ -18,6 +18,7 @@ from policy import Policy, PolicyConfig, flag, flat_index, local_soft_argmax, so
 from rot_utils import euler_to_matrix, matrix_to_euler
 
 HEIGHT_MARGIN = 0.02  # metres beyond the heights of the training data that the bins still cover
+HALF_OPEN = 0.04  # metres between the fingers
 ROTATION_MARGIN = 0.02  # radians, likewise
 
 
@@ -34,6 +35,7 @@ class ParaConfig(PolicyConfig):
                              ("joint", "separate"))
     dilations: str = flag("1,2,4", "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark")
     eef_height: bool = flag(True, "the EEF's embedding depends on its height (interpolated between height bins)")
+    eef_gripper: bool = flag(True, "the EEF's embedding depends on whether the fingers are measured open or closed")
     rotation_weight: float = flag(0.1, "weight of the rotation loss")
     decode: str = flag("soft", "local soft-argmax, or plain argmax", ("soft", "argmax"))
 
@@ -46,7 +48,7 @@ class TrajectoryHeatmapPredictor(Policy):
         c, width = config, config.width
         self.n_gripper = 2 if c.gripper_head == "joint" else 1
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
-        self.eef_embedding = nn.Parameter(torch.randn(c.n_height_bins if c.eef_height else 1, width) * 0.5)
+        self.eef_embedding = nn.Parameter(torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width) * 0.5)
         dilations = [int(d) for d in c.dilations.split(",")]
         self.trunk = nn.Sequential(*[layer for d in dilations
                                      for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())])
@@ -83,15 +85,16 @@ class TrajectoryHeatmapPredictor(Policy):
         y_cell, x_cell = self.cells(batch["eef_pos"], batch).round().long().clamp(0, grid - 1).unbind(-1)
         mark = torch.zeros(len(x), 1, grid, grid, device=x.device, dtype=x.dtype)
         mark[torch.arange(len(x)), 0, y_cell, x_cell] = 1
-        return self.trunk(x + mark * self.eef_vector(batch["eef_pos"])[..., None, None])
+        return self.trunk(x + mark * self.eef_vector(batch)[..., None, None])
 
-    def eef_vector(self, eef_pos):
+    def eef_vector(self, batch):
         """The EEF's embedding (B,C), interpolated linearly between the embeddings of the nearest height bins."""
-        table = self.eef_embedding
-        bins = camera.height_to_bin(eef_pos[:, 2], *self.height_range, len(table)).clamp(0, len(table) - 1)
-        low = bins.floor().long().clamp(max=max(0, len(table) - 2))
+        table, last = self.eef_embedding, self.eef_embedding.shape[1] - 1  # (G,Z,C)
+        bins = camera.height_to_bin(batch["eef_pos"][:, 2], *self.height_range, last + 1).clamp(0, last)
+        low = bins.floor().long().clamp(max=max(0, last - 1))
         share = (bins - low).to(table.dtype)[:, None]
-        return (1 - share) * table[low] + share * table[(low + 1).clamp(max=len(table) - 1)]
+        closed = (batch["gripper_width"] < HALF_OPEN).long() * (len(table) - 1)
+        return (1 - share) * table[closed, low] + share * table[closed, (low + 1).clamp(max=last)]
 
     def volume_logits(self, features):
         """Trunk features (B,C,H,W) -> logits (B,T,G,Z,H,W), G = 2 gripper commands when they are joint, else 1."""

@@ -3,7 +3,7 @@
 Dimensions: B batch, T waypoints (or frames), N tokens, C channels, H W grid, Z height bins, Q queries, G gripper commands.
 Batches hold metres, radians, pixels and world coordinates; cells and bins exist only inside a policy:
 
-    features [(B,C_i,H_i,W_i) float16], eef_pos (B,3), K (B,3,3), E (B,4,4),
+    features [(B,C_i,H_i,W_i) float16], eef_pos (B,3), gripper_width (B,) between the fingers, K (B,3,3), E (B,4,4),
     target_pos (B,T,3), target_rot (B,T,3,3), target_gripper (B,T) in {0 open, 1 close}, mask (B,T) in {0, 1}
 """
 import time
@@ -104,7 +104,7 @@ class Policy(nn.Module):
         maps = [m.to(device) for m in self.backbone(torch.from_numpy(observation.image[None]))]
         middle = time.perf_counter()
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
-        out = self.predict({"features": maps, "eef_pos": tensor(observation.eef_pos), "K": tensor(observation.K),
+        out = self.predict({"features": maps, "eef_pos": tensor(observation.eef_pos), "gripper_width": tensor(observation.gripper_width), "K": tensor(observation.K),
                             "E": tensor(observation.E)})
         position = out["position"][0].double().cpu().numpy()
         grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)

@@ -1,18 +1,20 @@
 """Shared fixtures: small synthetic demonstrations with a true camera, a small backbone, an unreachable hub."""
 import os
+import signal
 import sys
 from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # flat layout: the modules lie in the repository's root
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # flat layout: the modules lie in the repository's root
 
 import h5py
 import numpy as np
 import pytest
 
 import demos
+import helpers
 from camera import intrinsics, project
 from rot_utils import euler_to_matrix, matrix_to_rotvec
 
@@ -111,3 +113,24 @@ def no_hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HTTPS_PROXY", "http://localhost:9")  # the code then asks the hub's client, offline, at once
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture(scope="session")
+def collected(tmp_path_factory):
+    """Three demonstrations from the real simulator, collected through a SIGKILL in the middle -> (file, first part's time)."""
+    folder = tmp_path_factory.mktemp("collected")
+    arguments = ("collect_demos.py", "--n_demos", 3, "--image_size", helpers.SIZE, "--out", "demos.hdf5")
+    parts = folder / "demos.hdf5.parts"
+    code = helpers.interrupt(arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL)
+    assert code == -signal.SIGKILL and not (folder / "demos.hdf5").exists()
+    kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("demo_*.hdf5")}
+    done = helpers.run(*arguments, cwd=folder)
+    return folder / "demos.hdf5", kept, done
+
+
+@pytest.fixture(scope="session")
+def trained(collected, tmp_path_factory):
+    """A run folder of a few steps on the collected demonstrations."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = helpers.run(*helpers.train_flags(collected[0], "run", 6), cwd=folder)
+    return folder / "run", done

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -14,60 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import demos as demo_files
-
-ROOT = Path(__file__).resolve().parent.parent
-SIZE = "112"
-
-
-def command(*arguments):
-    return [sys.executable, *map(str, arguments)]
-
-
-def run(*arguments, cwd, ok=True, timeout=400):
-    """Run a script of the repository in `cwd` -> CompletedProcess; its output is shown when it fails."""
-    done = subprocess.run(command(ROOT / arguments[0], *arguments[1:]), cwd=cwd, capture_output=True, text=True, timeout=timeout)
-    assert not ok or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def interrupt(arguments, cwd, when, number, timeout=300):
-    """Start a script, send it a signal as soon as `when()` holds, wait for its end -> exit code."""
-    process = subprocess.Popen(command(ROOT / arguments[0], *arguments[1:]), cwd=cwd, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    deadline = time.time() + timeout
-    while not when() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
-    assert process.poll() is None, f"{arguments[0]} ended before it could be interrupted"
-    process.send_signal(number)
-    return process.wait(timeout=60)
-
-
-@pytest.fixture(scope="session")
-def collected(tmp_path_factory):
-    """Three demonstrations from the real simulator, collected through a SIGKILL in the middle -> (file, first part's time)."""
-    folder = tmp_path_factory.mktemp("collected")
-    arguments = ("collect_demos.py", "--n_demos", 3, "--image_size", SIZE, "--out", "demos.hdf5")
-    parts = folder / "demos.hdf5.parts"
-    code = interrupt(arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL)
-    assert code == -signal.SIGKILL and not (folder / "demos.hdf5").exists()
-    kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("demo_*.hdf5")}
-    done = run(*arguments, cwd=folder)
-    return folder / "demos.hdf5", kept, done
-
-
-def train_flags(dataset, folder, steps):
-    return ("train.py", "--dataset", dataset, "--image_size", SIZE, "--grid", 14, "--width", 8, "--max_steps", steps, "--backbone",
-            "efficientnet_lite0", "--batch_size", 4, "--val_every", 3, "--save_every", 2, "--wandb", "off", "--out", folder,
-            "--precision", "fp32")
-
-
-@pytest.fixture(scope="session")
-def trained(collected, tmp_path_factory):
-    """A run folder of a few steps on the collected demonstrations."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run(*train_flags(collected[0], "run", 6), cwd=folder)
-    return folder / "run", done
-
+from helpers import ROOT, SIZE, interrupt, run, train_flags
 
 # -- collect_demos.py ------------------------------------------------------------------------------------------------------
 

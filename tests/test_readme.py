@@ -1,0 +1,88 @@
+"""Every command of the README runs as written, only smaller, so that none goes stale."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT, SIZE, run
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+PYTHON = [c for c in COMMANDS if c.startswith("python ")]
+SMALL = {"collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_rate", "0"],
+         "train.py": ["--max_steps", "2", "--image_size", SIZE, "--grid", "14", "--width", "8", "--backbone", "efficientnet_lite0",
+                      "--batch_size", "2", "--wandb", "off"],
+         "eval.py": ["--n_episodes", "1", "--max_steps", "12", "--n_videos", "0", "--workers", "1"], "report.py": [],
+         "bench.py": ["--rounds", "1"]}
+
+
+def test_readme_names_the_users_commands():
+    """The two make targets and the users' bare commands stand in the README."""
+    assert {"make demo", "make test"} <= set(COMMANDS)
+    assert "python train.py --model_type para" in COMMANDS
+    assert "python eval.py --teleport --zero_rotation --max_steps 600" in COMMANDS
+
+
+@pytest.mark.parametrize("line", PYTHON)
+def test_readme_command_runs(line, collected, trained, tmp_path):
+    """A README command as a subprocess: the same flags, then fewer steps and smaller images (the last of two flags wins)."""
+    words = shlex.split(line)[1:]
+    script = words[0]
+    if "--policy" in words and "expert" in words or "--survey" in words:
+        small = ["--n_episodes", "1", "--workers", "1", "--n_videos", "0"] if script == "eval.py" else ["--n_demos", "1"]
+    else:
+        small = SMALL[script]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "libero_spatial_0.hdf5").symlink_to(collected[0])
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "NAME").symlink_to(trained[0])
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    if "--replay" in words:
+        (tmp_path / "OFFICIAL.hdf5").symlink_to(collected[0])
+    elif script == "collect_demos.py" and "--survey" not in words:
+        small = [*small, "--out", "fresh.hdf5"]
+    if script == "report.py":
+        for name in "AB":
+            run("eval.py", "--ckpt", trained[0] / "checkpoint.safetensors", "--n_episodes", 1, "--max_steps", 6, "--n_videos", 0,
+                "--workers", 1, "--out", f"runs/eval/{name}", cwd=tmp_path)
+    done = run(*words, *small, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+
+
+def test_bare_eval_says_which_checkpoint(trained, tmp_path):
+    """Without --ckpt the newest run's checkpoint is taken, and named."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(trained[0])
+    done = run("eval.py", "--teleport", "--zero_rotation", "--max_steps", 8, "--n_episodes", 1, "--n_videos", 0, "--workers", 1, cwd=tmp_path)
+    assert "newest run's checkpoint, runs/mine/checkpoint.safetensors" in done.stdout
+
+
+def test_bare_train_collects_the_default_dataset_first(tmp_path):
+    """`python train.py` without data starts the collection, with a bar, where users would look for it."""
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--model_type", "para", "--wandb",
+                                "off"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    try:
+        seen = ""
+        while "demonstrations of libero_spatial_0" not in seen:
+            chunk = process.stdout.read(1)
+            assert chunk, seen
+            seen += chunk
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+    assert "collecting it" in seen and (tmp_path / "data" / "libero_spatial_0.hdf5.parts").is_dir()
+
+
+def test_make_targets_exist():
+    """`make setup`, `make demo` and `make test` are real targets, and CI calls the tests."""
+    for target in ("setup", "demo", "test"):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert Path(ROOT / "demo.sh").stat().st_mode & 0o100
