@@ -3,7 +3,8 @@
 The label of frame i is where the EEF is `waypoint_stride` control steps later on the recorded trajectory, clipped at the next
 gripper change, with that change as the gripper's label. Left out are frames inside a gripper's hold, frames whose way to
 the first waypoint was disturbed by a push, and frames that stand still with no change to come: after the last release they
-would teach a fixed point, and a policy that mistakes a hover for it never moves again.
+would teach a fixed point, and a policy that mistakes a hover for it never moves again. The retreat after the last release
+is left out too (`retreat`): without memory, rising from the placed bowl looks like the approach to it, played backwards.
 """
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ def gripper_segments(actions):
     return closed, np.flatnonzero(np.diff(closed)) + 1
 
 
-def waypoint_labels(demo, stride, n_window):
+def waypoint_labels(demo, stride, n_window, retreat=False):
     """Labels of every frame of a Demo.
 
     Returns target (N,T) the frame whose EEF pose is the waypoint, gripper (N,T) in {0, 1}, mask (N,T) bool (a waypoint
@@ -42,7 +43,10 @@ def waypoint_labels(demo, stride, n_window):
     for change in changes:
         held[change + 1:change + GRIPPER_STEPS] = True
     still = np.linalg.norm(demo.ee_pos[target[:, 0]] - demo.ee_pos, axis=1) < STILL
-    return target, closed[target], mask, mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == closed))
+    usable = mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == closed))
+    if not retreat and len(changes) and not closed[changes[-1]]:
+        usable[changes[-1] + 1:] = False
+    return target, closed[target], mask, usable
 
 
 class WaypointDataset(Dataset):
@@ -57,7 +61,7 @@ class WaypointDataset(Dataset):
         rows = []
         groups = []
         for d, demo in enumerate(demos):
-            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window)
+            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window, config.retreat)
             usable &= np.arange(len(demo)) % frame_stride == 0
             frames = np.flatnonzero(usable)
             rot = rotvec_to_matrix(demo.ee_ori)

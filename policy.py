@@ -26,6 +26,7 @@ class PolicyConfig:
     image_size: int = flag(448, "image side, pixels")
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
     n_window: int = flag(6, "future waypoints T")
+    retreat: bool = flag(False, "train on frames after the last release too")
 
 
 def add_config_flags(parser, config_class):
