@@ -35,7 +35,7 @@ class ParaConfig(PolicyConfig):
                              ("joint", "separate"))
     dilations: str = flag("1,2,4", "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark")
     eef_height: bool = flag(True, "the EEF's embedding depends on its height (interpolated between height bins)")
-    eef_gripper: bool = flag(True, "the EEF's embedding depends on whether the fingers are measured open or closed")
+    eef_gripper: bool = flag(True, "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed")
     rotation_weight: float = flag(0.1, "weight of the rotation loss")
     decode: str = flag("soft", "local soft-argmax, or plain argmax", ("soft", "argmax"))
 
@@ -49,6 +49,8 @@ class TrajectoryHeatmapPredictor(Policy):
         self.n_gripper = 2 if c.gripper_head == "joint" else 1
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
         self.eef_embedding = nn.Parameter(torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width) * 0.5)
+        # a far cell does not see the EEF's mark: that nothing is held yet has to be known at the plate too
+        self.gripper_embedding = nn.Parameter(torch.randn(2, width) * 0.5) if c.eef_gripper else None
         dilations = [int(d) for d in c.dilations.split(",")]
         self.trunk = nn.Sequential(*[layer for d in dilations
                                      for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())])
@@ -85,7 +87,10 @@ class TrajectoryHeatmapPredictor(Policy):
         y_cell, x_cell = self.cells(batch["eef_pos"], batch).round().long().clamp(0, grid - 1).unbind(-1)
         mark = torch.zeros(len(x), 1, grid, grid, device=x.device, dtype=x.dtype)
         mark[torch.arange(len(x)), 0, y_cell, x_cell] = 1
-        return self.trunk(x + mark * self.eef_vector(batch)[..., None, None])
+        x = x + mark * self.eef_vector(batch)[..., None, None]
+        if self.gripper_embedding is not None:
+            x = x + self.gripper_embedding[(batch["gripper_width"] < HALF_OPEN).long()][..., None, None]
+        return self.trunk(x)
 
     def eef_vector(self, batch):
         """The EEF's embedding (B,C), interpolated linearly between the embeddings of the nearest height bins."""

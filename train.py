@@ -53,7 +53,7 @@ def build_parser(config_class=None):
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up, then a cosine to zero")
     parser.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    parser.add_argument("--max_steps", type=int, default=600)
+    parser.add_argument("--max_steps", type=int, default=500)
     parser.add_argument("--max_minutes", type=float, help="also end, with the cosine at zero, after so many minutes in the loop")
     parser.add_argument("--val_every", type=int, default=100, help="steps")
     parser.add_argument("--save_every", type=int, default=100, help="steps")
