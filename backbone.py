@@ -158,15 +158,16 @@ class Backbone(nn.Module):
         return [tokens.transpose(1, 2).unflatten(2, (side, side)).half()]
 
 
-def cached_features(backbone, images, folder="cache/features", batch=8):
+def cached_features(backbone, images, folder="cache/features"):
     """Features of images (N,S,S,3) uint8 -> list of read-only memmaps (N,C,H,W) float16, computed once.
 
-    The key is the images' bytes and the backbone's identity. A cache entry is written atomically; a killed computation
+    On a CPU images go through one by one, as they do live: batches round differently. The key is the images' bytes and the backbone's identity. A cache entry is written atomically; a killed computation
     leaves none.
     """
     key = hashlib.blake2b(np.ascontiguousarray(images), digest_size=12).hexdigest()
     paths = [Path(folder) / backbone.identity / f"{key}.{i}.npy" for i in range(len(backbone.channels))]
     if not all(p.exists() for p in paths):
+        batch = 1 if backbone.mean.device.type == "cpu" else 32
         chunks = [[m.cpu().numpy() for m in backbone(torch.from_numpy(images[i:i + batch]))] for i in range(0, len(images), batch)]
         for i, path in enumerate(paths):
             with atomic_path(path) as scratch, open(scratch, "wb") as file:

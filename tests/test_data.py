@@ -29,7 +29,9 @@ def track(commands, pushed=()):
     actions[:, 6] = commands
     perturbed = np.zeros(len(commands), bool)
     perturbed[list(pushed)] = True
-    return Track(actions=actions, perturbed=perturbed)
+    ee_pos = np.zeros((len(commands), 3))
+    ee_pos[:, 0] = 0.02 * np.arange(len(commands))  # always on its way, so that only the last frame stands still
+    return Track(actions=actions, perturbed=perturbed, ee_pos=ee_pos)
 
 
 OPEN_CLOSE = [-1] * 6 + [1] * 14  # closes at frame 6, held until frame 15
@@ -70,7 +72,26 @@ def test_held_frames_are_left_out():
     """While the gripper moves the image is the same and the command is done: only the change frame of a hold trains."""
     *_, usable = waypoint_labels(track(OPEN_CLOSE), 5, 3)
     held = range(7, 6 + GRIPPER_STEPS)
-    assert np.flatnonzero(~usable).tolist() == list(held)
+    assert np.flatnonzero(~usable).tolist() == [*held, 19]
+
+
+def test_frames_that_stand_still_are_left_out():
+    """A label "stay" with no gripper change to come teaches a fixed point; before a change it is the grasp itself."""
+    demo = track([-1] * 8 + [1] * 22)
+    demo.ee_pos[4:9] = demo.ee_pos[8]  # waits for the grasp
+    demo.ee_pos[20:] = demo.ee_pos[20]  # waits for nothing
+    *_, usable = waypoint_labels(demo, 2, 3)
+    assert usable[6:9].all() and not usable[4] and not usable[20:].any() and usable[18]
+
+
+def test_the_retreat_is_left_out_unless_asked_for():
+    """After the last release a memoryless policy would learn the approach backwards; a demo that ends closed has no retreat."""
+    commands = [-1] * 5 + [1] * 20 + [-1] * 25
+    *_, usable = waypoint_labels(track(commands), 5, 3)
+    *_, whole = waypoint_labels(track(commands), 5, 3, retreat=True)
+    assert usable[25] and not usable[26:].any() and whole[35:49].all()
+    *_, closed = waypoint_labels(track(OPEN_CLOSE), 5, 3)
+    assert closed[16:19].all()
 
 
 def test_pushed_ways_are_masked():
@@ -81,7 +102,7 @@ def test_pushed_ways_are_masked():
     assert target[2].tolist() == [4, 6, 8] and mask[2].tolist() == [True, False, False]
     assert mask[3].tolist() == [False, False, False]
     assert mask[6].tolist() == [True, True, True]  # the push is over
-    assert np.flatnonzero(~usable).tolist() == [3, 4, 5]
+    assert np.flatnonzero(~usable).tolist() == [3, 4, 5, 11]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -99,13 +120,16 @@ def test_labels_against_a_plain_loop(seed):
             t = min(i + (k + 1) * stride, end)
             assert target[i, k] == t and gripper[i, k] == command[t]
             assert mask[i, k] == (not demo.perturbed[i:t].any())
-        assert usable[i] == (mask[i, 0] and not any(t < i < t + GRIPPER_STEPS for t in changes))
+        held = any(t < i < t + GRIPPER_STEPS for t in changes)
+        still = target[i, 0] == i and i not in changes
+        retreat = changes and not command[changes[-1]] and i > changes[-1]
+        assert usable[i] == (mask[i, 0] and not held and not still and not retreat)
 
 
 def test_a_single_stretch_has_no_label_beyond_the_end():
     """With no gripper change the last frame is the end."""
     target, _, mask, usable = waypoint_labels(track([-1] * 5), 2, 6)
-    assert target.max() == 4 and mask.all() and usable.all()
+    assert target.max() == 4 and mask.all() and usable[:4].all() and not usable[4]
 
 
 # -- samples ---------------------------------------------------------------------------------------------------------
@@ -124,7 +148,7 @@ def test_batch_has_the_documented_shapes_and_types(dataset):
     """The batch is what policy.py's docstring says: metres in float64, masks in {0, 1}, features in float16."""
     batch = dataset.batch([0, 5, len(dataset) - 1, 2])
     B, T = 4, CONFIG.n_window
-    expected = {"eef_pos": ((B, 3), torch.float64), "K": ((B, 3, 3), torch.float64), "E": ((B, 4, 4), torch.float64),
+    expected = {"eef_pos": ((B, 3), torch.float64), "gripper_width": ((B,), torch.float64), "K": ((B, 3, 3), torch.float64), "E": ((B, 4, 4), torch.float64),
                 "target_pos": ((B, T, 3), torch.float64), "target_rot": ((B, T, 3, 3), torch.float64),
                 "target_gripper": ((B, T), torch.int64), "mask": ((B, T), torch.float32)}
     assert set(batch) == {"features", *expected}
@@ -153,8 +177,7 @@ def test_samples_carry_their_own_frame(dataset):
         with demo_files.open_demos(dataset.path) as file:
             image = demo_files.read_images(dataset.path, file, demo.name, [frame])
         live = dataset.backbone(torch.from_numpy(image))
-        for ours, theirs in zip(batch["features"], live):  # batches of 1 and 8 may round differently
-            torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=1e-2)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch["features"], live))
 
 
 def test_frame_stride_thins_the_frames(dataset, tmp_path):
