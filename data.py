@@ -43,7 +43,8 @@ def waypoint_labels(demo, stride, n_window, retreat=False):
     for change in changes:
         held[change + 1:change + GRIPPER_STEPS] = True
     still = np.linalg.norm(demo.ee_pos[target[:, 0]] - demo.ee_pos, axis=1) < STILL
-    usable = mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == closed))
+    in_force = np.append(closed[:1], closed[:-1])  # at the change frame itself the old command still is
+    usable = mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == in_force))
     if not retreat and len(changes) and not closed[changes[-1]]:
         usable[changes[-1] + 1:] = False
     return target, closed[target], mask, usable

@@ -98,23 +98,14 @@ def test_backbone_is_frozen(backbone):
 def test_cache_equals_live_and_is_read_the_second_time(backbone, tmp_path):
     """Training sees exactly the numbers that the robot will, and pays for them once."""
     counting, images = Counting(backbone), pictures()
-    first = cached_features(counting, images, tmp_path, batch=8)
-    assert counting.calls == 2  # 8 + 3
-    live = [torch.cat(m) for m in zip(*(backbone(torch.from_numpy(images[i:i + 8])) for i in (0, 8)))]
+    first = cached_features(counting, images, tmp_path)
+    assert counting.calls == len(images)  # one by one on a CPU, as a policy sees them
+    live = [torch.cat(m) for m in zip(*(backbone(torch.from_numpy(images[i:i + 1])) for i in range(len(images))))]
     for cached, now in zip(first, live):
         assert cached.dtype == np.float16 and torch.equal(torch.from_numpy(np.array(cached)), now)
-    second = cached_features(counting, images, tmp_path, batch=8)
-    assert counting.calls == 2
+    second = cached_features(counting, images, tmp_path)
+    assert counting.calls == len(images)
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
-
-
-def test_one_image_at_a_time_equals_the_cache(backbone, tmp_path):
-    """A policy acts on one image, the cache was filled eight at a time: the batch must not change the features."""
-    images = pictures()
-    cached = cached_features(backbone, images, tmp_path)
-    for i in (0, 5, 10):
-        for kept, now in zip(cached, backbone(torch.from_numpy(images[i:i + 1]))):
-            assert torch.equal(torch.from_numpy(np.array(kept[i])), now[0])
 
 
 def test_cache_key_changes_with_one_pixel(backbone, tmp_path):
