@@ -1,6 +1,7 @@
 """Seeds, device, precision, distributed set-up, run logging, atomic files, and errors that a user can act on."""
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -24,6 +25,7 @@ class UserError(Exception):
 
 def run_script(main):
     """Call `main()`; print a UserError as one line on stderr and exit with 2, Ctrl-C with 130."""
+    git_commit()
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -79,8 +81,10 @@ def append_jsonl(path, row):
         file.write(json.dumps(row, default=float).encode() + b"\n")
 
 
+@functools.cache
 def git_commit():
-    """Short commit of this checkout, with `+` when files differ from it; 'unknown' outside a checkout."""
+    """Short commit of this checkout, with `+` when files differ from it; 'unknown' outside a checkout. Found once, when the
+    script starts: hours later the files may be others."""
     here = Path(__file__).resolve().parent
     try:
         run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
