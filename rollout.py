@@ -106,10 +106,11 @@ class OracleAgent:
     def act(self, observation, closed):
         self.flips += closed != self.before
         self.before = closed
-        bounds = [0, *self.path.changes, len(self.path.positions) - 1]
-        low, end = bounds[min(self.flips, len(bounds) - 2)], bounds[min(self.flips + 1, len(bounds) - 1)]
-        segment = self.path.positions[low:end + 1]
-        near = low + int(np.linalg.norm(segment - observation.eef_pos, axis=1).argmin())
+        starts = [0, *(self.path.changes + GRIPPER_STEPS)]  # after the gripper's hold, in which the path stands still
+        ends = [*self.path.changes, len(self.path.positions) - 1]
+        segment = min(self.flips, len(ends) - 1)
+        low, end = min(starts[segment], ends[segment]), ends[segment]
+        near = low + int(np.linalg.norm(self.path.positions[low:end + 1] - observation.eef_pos, axis=1).argmin())
         target = min(near + self.stride, end)
         heights = self.path.positions[:, 2]
         point = camera.quantise(self.path.positions[target], observation.K, observation.E, self.grid, self.size,
