@@ -137,6 +137,10 @@ class Backbone(nn.Module):
             maps = self(torch.zeros(1, size, size, 3, dtype=torch.uint8))
         self.channels, self.grids = [m.shape[1] for m in maps], [m.shape[2] for m in maps]
 
+    @property
+    def device(self):
+        return self.mean.device
+
     def _freeze(self, model):
         """Trace and freeze: folds batch norms, two to three times faster on a CPU."""
         example = torch.zeros(1, 3, self.input_size, self.input_size).contiguous(memory_format=torch.channels_last)
@@ -161,13 +165,13 @@ class Backbone(nn.Module):
 def cached_features(backbone, images, folder="cache/features"):
     """Features of images (N,S,S,3) uint8 -> list of read-only memmaps (N,C,H,W) float16, computed once.
 
-    On a CPU images go through one by one, as they do live: batches round differently. The key is the images' bytes and the backbone's identity. A cache entry is written atomically; a killed computation
-    leaves none.
+    On a CPU images go through one by one, as they do live: batches round differently. The key is the images' bytes and the
+    backbone's identity. A cache entry is written atomically; a killed computation leaves none.
     """
     key = hashlib.blake2b(np.ascontiguousarray(images), digest_size=12).hexdigest()
     paths = [Path(folder) / backbone.identity / f"{key}.{i}.npy" for i in range(len(backbone.channels))]
     if not all(p.exists() for p in paths):
-        batch = 1 if backbone.mean.device.type == "cpu" else 32
+        batch = 1 if backbone.device.type == "cpu" else 32
         chunks = [[m.cpu().numpy() for m in backbone(torch.from_numpy(images[i:i + batch]))] for i in range(0, len(images), batch)]
         for i, path in enumerate(paths):
             with atomic_path(path) as scratch, open(scratch, "wb") as file:
@@ -190,7 +194,7 @@ def each_on_one_thread():
 def feature_cache(backbone, groups, folder="cache/features", progress=True):
     """Features for many groups of images. groups: iterable of (name, callable returning (N,S,S,3) images) -> {name: maps}."""
     groups = list(groups)
-    on_cpu = backbone.mean.device.type == "cpu"
+    on_cpu = backbone.device.type == "cpu"
     with each_on_one_thread() if on_cpu else contextlib.nullcontext(), ThreadPoolExecutor(os.cpu_count() if on_cpu else 1) as pool:
         maps = tqdm(pool.map(lambda group: cached_features(backbone, group[1](), folder), groups), total=len(groups),
                     desc=f"features of {backbone.name}", unit="demo", disable=not progress)

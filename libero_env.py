@@ -427,16 +427,20 @@ class Scene:
                 return True
         return False
 
-    def shifted_layout(self, state, seed, low=0.03, high=0.05):
-        """The state with the task's objects each moved by `low`..`high` metres in a direction of its own.
+    def shifted_layout(self, state, seed, low=0.03, high=0.05, apart=0.04):
+        """The state with the task's objects each moved by `low`..`high` metres in a direction of its own, and by at least
+        `apart` metres relative to each other: objects moved alike keep the task's inner geometry, and a replay that happens
+        to catch the bowl's rim carries it onto the plate without looking.
 
-        Deterministic in `seed`. Directions that make objects touch are drawn again. Raises RuntimeError after 60 draws.
+        Deterministic in `seed`. Draws that make objects touch are drawn again. Raises RuntimeError after 60 draws.
         """
         rng = np.random.default_rng([seed, 35])
         movable = [n for n in (self.pick, self.place) if n in self.objects]
         for _ in range(60):
             angle, length = rng.uniform(0, 2 * np.pi, len(movable)), rng.uniform(low, high, len(movable))
             offsets = {n: (r * np.cos(a), r * np.sin(a)) for n, a, r in zip(movable, angle, length)}
+            if len(offsets) == 2 and np.linalg.norm(np.subtract(*offsets.values())) < apart:
+                continue
             shifted = self.shift_objects(state, offsets)
             if shifted is not None:
                 self.set_state(shifted)

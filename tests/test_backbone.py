@@ -27,6 +27,7 @@ class Counting:
     def __init__(self, backbone):
         self.backbone, self.calls = backbone, 0
         self.name, self.channels, self.identity = backbone.name, backbone.channels, backbone.identity
+        self.device = backbone.device
 
     def __call__(self, images):
         self.calls += 1
@@ -114,7 +115,7 @@ def test_cache_key_changes_with_one_pixel(backbone, tmp_path):
     cached_features(counting, images, tmp_path)
     images[1, 3, 4, 2] ^= 1
     cached_features(counting, images, tmp_path)
-    assert counting.calls == 2 and len(list(tmp_path.rglob("*.npy"))) == 2 * len(backbone.channels)
+    assert counting.calls == 4 and len(list(tmp_path.rglob("*.npy"))) == 2 * len(backbone.channels)
 
 
 def test_cache_key_changes_with_the_backbone(backbone, tmp_path):
@@ -123,7 +124,7 @@ def test_cache_key_changes_with_the_backbone(backbone, tmp_path):
     other.identity += "-other"
     cached_features(counting, images, tmp_path)
     cached_features(other, images, tmp_path)
-    assert (counting.calls, other.calls) == (1, 1)
+    assert (counting.calls, other.calls) == (2, 2)
 
 
 def test_a_killed_computation_leaves_no_entry(backbone, tmp_path):
@@ -133,7 +134,7 @@ def test_a_killed_computation_leaves_no_entry(backbone, tmp_path):
             raise KeyboardInterrupt
         dies.calls += 1
         return backbone(images)
-    dies.calls, dies.channels, dies.identity = 0, backbone.channels, backbone.identity
+    dies.calls, dies.channels, dies.identity, dies.device = 0, backbone.channels, backbone.identity, backbone.device
     with pytest.raises(KeyboardInterrupt):
         cached_features(dies, pictures(), tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
