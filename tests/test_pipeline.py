@@ -69,7 +69,8 @@ def test_replay_restores_official_files(collected, tmp_path):
     run("collect_demos.py", "--replay", official, "--image_size", SIZE, "--out", "replayed.hdf5", cwd=tmp_path)
     new, _ = demo_files.read_demos(tmp_path / "replayed.hdf5", int(SIZE))
     old, _ = demo_files.read_demos(collected[0])
-    np.testing.assert_allclose(new[0].ee_pos, old[0].ee_pos[:12], atol=1e-6)
+    # while it moves, MuJoCo's body poses are one physics step (2 ms) older than its state, in LIBERO's own files as well
+    np.testing.assert_allclose(new[0].ee_pos, old[0].ee_pos[:12], atol=1e-3)
     np.testing.assert_allclose(new[0].E, old[0].E, atol=1e-9)
     with demo_files.open_demos(tmp_path / "replayed.hdf5") as a, demo_files.open_demos(collected[0]) as b:
         ours = demo_files.read_images("", a, "demo_0", [0, 11]).astype(int)
