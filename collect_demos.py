@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import demos
 from expert import PickPlaceExpert, servo_action
-from libero_env import JOINT_JITTER, OPEN, Scene, env_metadata, find_task, init_states, task_of_bddl
+from libero_env import JOINT_JITTER, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
 from metrics import wilson
 from rot_utils import matrix_to_rotvec
 from runtime import UserError, atomic_path, command_line, run_script, versions, write_json
@@ -103,7 +103,7 @@ class ExpertWorker:
             recorder.add(action, executed, bool(pushing))
             scene.step(executed)
             pushing = max(0, pushing - 1)
-        held_open = scene.observe(image=False).gripper_width > 0.06
+        held_open = scene.observe(image=False).gripper_width > OPEN_WIDTH
         return recorder if expert.done and scene.success() and held_open else None
 
     def close(self):

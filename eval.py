@@ -18,7 +18,7 @@ import plots
 from checkpoint import load_policy, newest_checkpoint
 from camera import project, unproject
 from demos import GRIPPER_STEPS
-from libero_env import CLOSE, OPEN, Scene, find_task, init_states
+from libero_env import CLOSE, OPEN, OPEN_WIDTH, Scene, find_task, init_states
 from metrics import wilson
 from rollout import OUTCOMES, BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
 from runtime import UserError, append_jsonl, command_line, git_commit, read_jsonl, run_script, versions, write_json
@@ -127,7 +127,7 @@ def check_protocol(scene, reference):
             scene.step([0, 0, 0, 0, 0, 0, command])
         widths.append(round(scene.observe(image=False).gripper_width, 4))
     found["finger_widths_open_close_open_m"] = widths
-    if not (widths[0] > 0.06 and widths[1] < 0.02 and widths[2] > 0.06):
+    if not (widths[0] > OPEN_WIDTH and widths[1] < 0.02 and widths[2] > OPEN_WIDTH):
         raise RuntimeError(f"protocol: the gripper's sign is wrong, widths after open, close, open are {widths} m")
     return found
 

@@ -28,7 +28,6 @@ APT = "sudo apt-get update && sudo apt-get install -y libegl1 libegl-mesa0 libgl
 ROBOT_DOF = 9  # seven arm joints and two fingers come first in every LIBERO state
 JOINT_JITTER = 0.02  # rad; the spread of the arm's joints over the benchmark's 50 init states (0.018-0.023)
 UPRIGHT_COS = np.cos(np.radians(8))
-CONTROL_HZ = 20
 ACTION_SCALE = 0.05  # metres of goal offset per unit of a position action (OSC_POSE)
 ROTATION_SCALE = 0.5  # radians of goal offset per unit of a rotation action
 WAIT_STEPS = 12  # control steps in which the objects of an init state come to rest

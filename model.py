@@ -15,7 +15,7 @@ from torch import nn
 
 import camera
 from policy import Policy, PolicyConfig, flag, flat_index, local_soft_argmax, soft_targets, sparse_cross_entropy
-from rot_utils import euler_to_matrix, matrix_to_euler
+from rot_utils import euler_to_matrix, matrix_to_euler, wrap_angle
 
 HEIGHT_MARGIN = 0.02  # metres beyond the heights of the training data that the bins still cover
 HALF_OPEN = 0.04  # metres between the fingers
@@ -139,7 +139,7 @@ class TrajectoryHeatmapPredictor(Policy):
         """Rotations (B,T,3,3) -> bins (B,T,3) per Euler axis; angles are unwrapped about the middle of their range."""
         low, high = self.euler_range[:, 0].cpu().numpy(), self.euler_range[:, 1].cpu().numpy()
         middle = (low + high) / 2
-        euler = middle + (matrix_to_euler(rotation.cpu().numpy()) - middle + np.pi) % (2 * np.pi) - np.pi
+        euler = wrap_angle(matrix_to_euler(rotation.cpu().numpy()), middle)
         bins = np.floor((euler - low) / (high - low) * self.config.n_rot_bins).astype(int)
         return torch.from_numpy(bins.clip(0, self.config.n_rot_bins - 1)).to(rotation.device)
 
