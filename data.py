@@ -1,7 +1,7 @@
 """Datasets: single-frame samples in metres, radians and pixels, from demonstrations and cached features.
 
-The label of frame i is where the EEF is `waypoint_stride` control steps later on the recorded trajectory, clipped at the next
-gripper change, with that change as the gripper's label. Left out are frames inside a gripper's hold, frames whose way to
+The label of frame i is where the EEF is `waypoint_stride` control steps later on the recorded trajectory, or as much later as
+it takes to have moved by `min_travel`, clipped at the next gripper change, with that change as the gripper's label. Left out are frames inside a gripper's hold, frames whose way to
 the first waypoint was disturbed by a push, and frames that stand still with no change to come: after the last release they
 would teach a fixed point, and a policy that mistakes a hover for it never moves again. The retreat after the last release
 is left out too (`retreat`): without memory, rising from the placed bowl looks like the approach to it, played backwards.
@@ -25,7 +25,7 @@ def gripper_segments(actions):
     return closed, np.flatnonzero(np.diff(closed)) + 1
 
 
-def waypoint_labels(demo, stride, n_window, retreat=False):
+def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0):
     """Labels of every frame of a Demo.
 
     Returns target (N,T) the frame whose EEF pose is the waypoint, gripper (N,T) in {0, 1}, mask (N,T) bool (a waypoint
@@ -36,7 +36,11 @@ def waypoint_labels(demo, stride, n_window, retreat=False):
     frames = np.arange(length)
     following = np.searchsorted(changes, frames)  # the next change at or after each frame
     end = np.append(changes, length - 1)[following]
-    target = np.minimum(frames[:, None] + stride * np.arange(1, n_window + 1), end[:, None])
+    following_waypoint = demo_files.next_waypoint(demo.ee_pos, end, stride, min_travel)
+    target = [following_waypoint]
+    while len(target) < n_window:
+        target.append(following_waypoint[target[-1]])  # a change is its own next waypoint: the trajectory ends there
+    target = np.stack(target, -1)
     pushes = np.concatenate([[0], np.cumsum(demo.perturbed)])
     mask = pushes[target] == pushes[frames][:, None]  # no pushed frame in [i, target)
     held = np.zeros(length, bool)
@@ -62,7 +66,7 @@ class WaypointDataset(Dataset):
         rows = []
         groups = []
         for d, demo in enumerate(demos):
-            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window, config.retreat)
+            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window, config.retreat, config.min_travel)
             usable &= np.arange(len(demo)) % frame_stride == 0
             frames = np.flatnonzero(usable)
             rot = rotvec_to_matrix(demo.ee_ori)

@@ -168,6 +168,22 @@ def read_images(path, file, name, indices):
     return np.ascontiguousarray(images[:, ::-1]) if image_flipped(file) else images
 
 
+def next_waypoint(positions, end, stride, min_travel=0.0):
+    """The frame (T,) at which each frame's next waypoint lies on a recorded path.
+
+    positions (T,3) m; end (T,) int, the last frame it may be (the next gripper change). It is `stride` frames later, or as
+    many more as it takes to be `min_travel` metres away: where the path slows down, a waypoint nearer than a cell of the
+    prediction decodes to where the EEF already is, and a policy without memory stays there for ever.
+    """
+    frames = np.arange(len(positions))
+    target = np.minimum(frames + stride, end)
+    while True:
+        short = (np.linalg.norm(positions[target] - positions, axis=1) < min_travel) & (target < end)
+        if not short.any():
+            return target
+        target[short] += 1
+
+
 def split_demos(demos, val_fraction=0.15):
     """(train, validation) lists, split by demo: every k-th demo validates, at least one."""
     if len(demos) < 2:

@@ -25,6 +25,7 @@ class PolicyConfig:
     backbone: str = flag("auto", "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model")
     image_size: int = flag(448, "image side, pixels")
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
+    min_travel: float = flag(0.02, "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF already is, for ever")
     n_window: int = flag(6, "future waypoints T")
     retreat: bool = flag(False, "train on frames after the last release too")
 

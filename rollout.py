@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import camera
-from demos import GRIPPER_STEPS
+from demos import GRIPPER_STEPS, next_waypoint
 from expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, PickPlaceExpert, servo_action
 from libero_env import CLOSE, OPEN, OPEN_WIDTH, ROTATION_SCALE
 from metrics import coverage, jerk
@@ -97,21 +97,23 @@ class OracleAgent:
     """
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
 
-    def __init__(self, stride=5, grid=64, n_height_bins=32, margin=0.02):
-        self.stride, self.grid, self.n_height_bins, self.margin = stride, grid, n_height_bins, margin
+    def __init__(self, stride=5, grid=64, n_height_bins=32, margin=0.02, min_travel=0.02):
+        self.stride, self.grid, self.n_height_bins, self.margin, self.min_travel = stride, grid, n_height_bins, margin, min_travel
 
     def start(self, scene, path):
         self.path, self.flips, self.before, self.size = path, 0, 0, scene.image_size
+        self.ends = [*path.changes, len(path.positions) - 1]
+        self.waypoints = [next_waypoint(path.positions, np.maximum(end, np.arange(len(path.positions))), self.stride,
+                                        self.min_travel) for end in self.ends]
 
     def act(self, observation, closed):
         self.flips += closed != self.before
         self.before = closed
         starts = [0, *(self.path.changes + GRIPPER_STEPS)]  # after the gripper's hold, in which the path stands still
-        ends = [*self.path.changes, len(self.path.positions) - 1]
-        segment = min(self.flips, len(ends) - 1)
-        low, end = min(starts[segment], ends[segment]), ends[segment]
+        segment = min(self.flips, len(self.ends) - 1)
+        low, end = min(starts[segment], self.ends[segment]), self.ends[segment]
         near = low + int(np.linalg.norm(self.path.positions[low:end + 1] - observation.eef_pos, axis=1).argmin())
-        target = min(near + self.stride, end)
+        target = self.waypoints[segment][near]
         heights = self.path.positions[:, 2]
         point = camera.quantise(self.path.positions[target], observation.K, observation.E, self.grid, self.size,
                                 heights.min() - self.margin, heights.max() + self.margin, self.n_height_bins)
