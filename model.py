@@ -19,6 +19,7 @@ from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag, flat_index, ma
 @dataclass
 class ParaConfig(VolumeConfig):
     """Configuration of TrajectoryHeatmapPredictor."""
+    n_window: int = flag(6, "future waypoints T")
     width: int = flag(64, "channels of the convolutional trunk")
     gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head of its own at the target's cell",
                              ("joint", "separate"))

@@ -5,6 +5,8 @@ Batches hold metres, radians, pixels and world coordinates; cells and bins exist
 
     features [(B,C_i,H_i,W_i) float16], eef_pos (B,3), gripper_width (B,) between the fingers, K (B,3,3), E (B,4,4),
     target_pos (B,T,3), target_rot (B,T,3,3), target_gripper (B,T) in {0 open, 1 close}, mask (B,T) in {0, 1}
+
+Policies with a history take windows of T frames instead, one waypoint each: what is (B,...) above is (B,T,...), see data_ar.py.
 """
 import time
 from dataclasses import dataclass, field, fields
@@ -34,7 +36,6 @@ class PolicyConfig:
     image_size: int = flag(448, "image side, pixels")
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
     min_travel: float = flag(0.02, "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF already is, for ever")
-    n_window: int = flag(6, "future waypoints T")
     retreat: bool = flag(False, "train on frames after the last release too")
 
 
@@ -106,6 +107,10 @@ class Policy(nn.Module):
         return [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
                 {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
 
+    def decide(self, batch):
+        """`predict` for one observation (B = 1), in the order in which an episode brings them; T is the trajectory's."""
+        return self.predict(batch)
+
     @torch.inference_mode()
     def act(self, observation):
         """Observation -> Waypoint."""
@@ -114,8 +119,8 @@ class Policy(nn.Module):
         maps = [m.to(device) for m in self.backbone(torch.from_numpy(observation.image[None]))]
         middle = time.perf_counter()
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
-        out = self.predict({"features": maps, "eef_pos": tensor(observation.eef_pos), "gripper_width": tensor(observation.gripper_width), "K": tensor(observation.K),
-                            "E": tensor(observation.E)})
+        out = self.decide({"features": maps, "eef_pos": tensor(observation.eef_pos), "K": tensor(observation.K),
+                           "gripper_width": tensor(observation.gripper_width), "E": tensor(observation.E)})
         position = out["position"][0].double().cpu().numpy()
         grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)
         rotation = out["rotation"][0, 0].double().cpu().numpy()
