@@ -25,6 +25,7 @@ from runtime import UserError, append_jsonl, command_line, git_commit, read_json
 from workers import run_jobs
 
 SHIFT_SEED, VAL_SEED, VAL_SHIFT_SEED = 1_000, 70_000_000, 90_000_000  # apart from collect_demos.py's seeds and each other
+HOPELESS = 6  # crashed episodes without one that ran after which an evaluation gives up
 LAYOUTS = ("benchmark", "shifted", "val", "val_shifted")
 
 
@@ -258,6 +259,8 @@ def evaluate(args):
         append_jsonl(episodes, row)
         rows[outcome.job] = row
         scored = [r for r in rows.values() if "crash" not in r]
+        if not scored and len(rows) >= HOPELESS:
+            raise UserError(f"the first {len(rows)} episodes all crashed, the last with {row['crash']} (tracebacks: {episodes})")
         bar.set_postfix_str(f"success {sum(r['success'] for r in scored)}/{len(scored)}", refresh=False)
         bar.update()
     bar.close()
