@@ -15,7 +15,7 @@ import math
 
 import torch
 
-CHUNK = 65536  # scores at a time: 256 KB of fp32 stay in a core's cache
+CHUNK = 131072  # scores at a time: 512 KB of fp32 stay in a core's cache
 SLACK = 20.0  # a row's shift is renewed when a score exceeds it by this: e^20 times 1e5 voxels is far from fp32's end
 
 
@@ -128,7 +128,7 @@ def rows_of(code):
 
 def chunks(M, N, chunk):
     """Slices over N pixels such that M rows of scores fill about `chunk` (default CHUNK) numbers."""
-    step = max(64, (chunk or CHUNK) // M) if chunk is None else max(1, chunk // M)
+    step = max(64, CHUNK // M) if chunk is None else max(1, chunk // M)
     return [slice(i, min(i + step, N)) for i in range(0, N, step)]
 
 
@@ -192,7 +192,7 @@ def backward_rows(code, image_score, lse, d_pooled, d_pixels, shift, xy, z, chun
 def voxel_attention(query, table, image, positional, key, value, projection=None, anchor=None, chunk=None):
     """Multi-head attention of queries to all voxels of their frame, exact, without building a token.
 
-    query (B,Q,h,D); table: VoxelTable of the B cameras; image (B,N,C); positional Wg (d,P); key, value (h,D,d) act on
+    query (B,Q,h,D); table: VoxelTable of the B cameras; image (B,C,N); positional Wg (d,P); key, value (h,D,d) act on
     tokens; projection (d,C) takes image features to tokens, or None when C = d; anchor (B,Q,3) in metres: positions are
     measured from it, per query; chunk: scores at a time.
 
@@ -203,7 +203,7 @@ def voxel_attention(query, table, image, positional, key, value, projection=None
     B, Q, h, D = query.shape
     absorbed = torch.einsum("bqhd,hde->bqhe", query, key) / math.sqrt(D)  # (B,Q,h,d)
     image_query = absorbed if projection is None else absorbed @ projection
-    image_score = image_query.flatten(1, 2) @ image.transpose(1, 2)  # (B,Q*h,N)
+    image_score = image_query.flatten(1, 2) @ image  # (B,Q*h,N)
     exact = table.xy.dtype
     with torch.autocast(query.device.type, enabled=False):
         positional = positional.to(exact)
@@ -215,7 +215,7 @@ def voxel_attention(query, table, image, positional, key, value, projection=None
         if anchor is not None:
             pooled = shift_encoding(pooled, anchor[:, :, None], table.waves)
         position = pooled @ positional.T
-    seen = (pixels.to(image.dtype) @ image).unflatten(1, (Q, h))  # (B,Q,h,C)
+    seen = (pixels.to(image.dtype) @ image.mT).unflatten(1, (Q, h))  # (B,Q,h,C)
     tokens = position + (seen if projection is None else seen @ projection.T)
     return torch.einsum("bqhe,hde->bqhd", tokens, value), lse.view(B, Q, h), pixels.view(B, Q, h, -1)
 
@@ -282,13 +282,13 @@ class _PositionLogits(torch.autograd.Function):
 def voxel_logits(query, table, image, positional, height_query, anchor=None):
     """Logits of queries over all voxels: the token space read out, (B,Q,Z,N) in the table's dtype.
 
-    query (B,Q,d) . (Wg PE(xyz - anchor)) + height_query (B,Q,Z,C) . image (B,N,C), with positional Wg (d,P), anchor (B,Q,3).
+    query (B,Q,d) . (Wg PE(xyz - anchor)) + height_query (B,Q,Z,C) . image (B,C,N), with positional Wg (d,P), anchor (B,Q,3).
     A height_query that is the same for all heights gives the plain product with the token; its dependence on the height is
     what lets p(height | pixel) depend on the image at that pixel (an additive score cannot).
     """
     B, Q, Z, C = height_query.shape
     exact = table.xy.dtype
-    seen = height_query.flatten(1, 2) @ image.transpose(1, 2)  # (B,Q*Z,N)
+    seen = height_query.flatten(1, 2) @ image  # (B,Q*Z,N)
     with torch.autocast(query.device.type, enabled=False):
         code = query.to(exact) @ positional.to(exact)
         if anchor is not None:

@@ -40,8 +40,8 @@ def weights(dtype=torch.float64, seed=0, batch=3, queries=2, projected=True, pix
     generator = torch.Generator().manual_seed(seed)
     make = lambda *shape, scale=1.0: (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
     P = 6 * len(WAVES)
-    found = {"query": make(batch, queries, HEADS, D // HEADS, scale=2), "image": make(batch, pixels, C if projected else D),
-             "positional": make(D, P), "key": make(HEADS, D // HEADS, D), "value": make(HEADS, D // HEADS, D)}
+    found = {"query": make(batch, queries, HEADS, D // HEADS, scale=2), "image": make(batch, C if projected else D, pixels),
+             "positional": make(D, P), "key": make(HEADS, D // HEADS, D, scale=0.3), "value": make(HEADS, D // HEADS, D)}
     return {**found, "projection": make(D, C)} if projected else found
 
 
@@ -52,7 +52,7 @@ def naive_attention(query, xyz, image, positional, key, value, projection=None, 
     if anchor is not None:
         xyz = xyz - anchor[:, :, None, None]
     position = lv.encode_position(xyz, WAVES).to(positional.dtype) @ positional.T
-    token = position + (image if projection is None else image @ projection.T)[:, None, None]  # (B,Q,Z,N,d)
+    token = position + (image.mT if projection is None else image.mT @ projection.T)[:, None, None]  # (B,Q,Z,N,d)
     k, v = (torch.einsum("bqzne,hde->bqhznd", token, w) for w in (key, value))
     score = torch.einsum("bqhd,bqhznd->bqhzn", query, k) / math.sqrt(width)
     p = score.flatten(3).softmax(-1).view_as(score)
@@ -109,7 +109,7 @@ def test_rising_scores_renew_the_shift(scale, dtype):
     """Later pixels that score hundreds more than the first neither overflow nor lose what came before."""
     table, xyz = geometry(*cameras(3, True), dtype=dtype)
     inputs = weights(dtype)
-    ramp = torch.linspace(0, scale, SIDE**2, dtype=dtype)[None, :, None]
+    ramp = torch.linspace(0, scale, SIDE**2, dtype=dtype)
     inputs["image"] = (inputs["image"] * ramp / 30).detach().requires_grad_()
     tolerance = EXACT if dtype == torch.float64 else {"rtol": 1e-2, "atol": 1e-2}  # scores in the thousands have 7 digits
     found, expected = lv.voxel_attention(table=table, chunk=20, **inputs), naive_attention(xyz=xyz, **inputs)
@@ -197,7 +197,7 @@ def test_merged_attention_is_one_joint_softmax():
     out, lse, _ = lv.voxel_attention(table=table, **inputs)
     found = lv.merge_attention(out, lse, *lv.dense_attention(inputs["query"], k, v, allowed))
 
-    token = lv.encode_position(xyz, WAVES) @ inputs["positional"].T + (inputs["image"] @ inputs["projection"].T)[:, None]
+    token = lv.encode_position(xyz, WAVES) @ inputs["positional"].T + (inputs["image"].mT @ inputs["projection"].T)[:, None]
     voxel_k, voxel_v = (torch.einsum("bzne,hde->bznhd", token, inputs[n]).flatten(1, 2) for n in ("key", "value"))
     reach = torch.cat([torch.ones(3, 2, voxel_k.shape[1], dtype=torch.bool), allowed], 2)
     q, all_k, all_v = (x.transpose(1, 2) for x in (inputs["query"], torch.cat([voxel_k, k], 1), torch.cat([voxel_v, v], 1)))
@@ -219,13 +219,13 @@ def test_logits_equal_the_product_with_every_token(same, anchored):
     table, xyz = geometry(*cameras(3, same))
     generator = torch.Generator().manual_seed(2)
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
-    inputs = {"query": make(3, 2, D), "image": make(3, SIDE**2, C), "positional": make(D, 6 * len(WAVES)),
+    inputs = {"query": make(3, 2, D), "image": make(3, C, SIDE**2), "positional": make(D, 6 * len(WAVES)),
               "height_query": make(3, 2, HEIGHTS, C)}
     anchor = torch.rand(3, 2, 3, dtype=torch.float64, generator=generator) if anchored else torch.zeros(3, 2, 3, dtype=torch.float64)
     found = lv.voxel_logits(table=table, anchor=anchor if anchored else None, **inputs)
     token = lv.encode_position(xyz[:, None] - anchor[:, :, None, None], WAVES) @ inputs["positional"].T
     expected = torch.einsum("bqd,bqznd->bqzn", inputs["query"], token) + torch.einsum(
-        "bqzc,bnc->bqzn", inputs["height_query"], inputs["image"])
+        "bqzc,bcn->bqzn", inputs["height_query"], inputs["image"])
     compare([found], [expected], EXACT)
     compare(gradients([found], inputs)[1], gradients([expected], inputs)[1], EXACT)
 
@@ -237,7 +237,7 @@ def test_heights_see_the_image():
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     query, positional, heights = make(1, 1, D), make(D, 6 * len(WAVES)), make(1, 1, HEIGHTS, C)
     given = lambda image, heights: lv.voxel_logits(query, table, image, positional, heights).softmax(2)[0, 0, :, 3]
-    one, other = make(1, SIDE**2, C), make(1, SIDE**2, C)
+    one, other = make(1, C, SIDE**2), make(1, C, SIDE**2)
     assert (given(one, heights) - given(other, heights)).abs().max() > 0.05
     flat = heights[:, :, :1].expand_as(heights)
     assert (given(one, flat) - given(other, flat)).abs().max() < 1e-12
