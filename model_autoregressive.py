@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import camera
 from layers import FrameBlock, Resolutions, fourier
 from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag, masked_mean
+from runtime import UserError
 
 TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
 SPACE_FREQUENCIES = 6  # over image widths: the finest wave is 1/16 image, 28 px
@@ -64,7 +64,7 @@ def feedback_steps(feedback):
         return float("inf") if feedback == "measured" else 1
     if feedback.startswith("hybrid:") and feedback[7:].isdigit() and int(feedback[7:]) > 0:
         return int(feedback[7:])
-    raise ValueError(f"--feedback {feedback}: use measured, predicted or hybrid:N with N >= 1")
+    raise UserError(f"--feedback {feedback}: use measured, predicted or hybrid:N with N >= 1")
 
 
 class AutoregressivePolicy(VolumeGeometry):
@@ -74,7 +74,7 @@ class AutoregressivePolicy(VolumeGeometry):
         super().__init__(config, channels)
         c, d = config, config.dim
         if c.dim % c.n_heads:
-            raise ValueError(f"--dim {c.dim} is no multiple of --n_heads {c.n_heads}")
+            raise UserError(f"--dim {c.dim} is no multiple of --n_heads {c.n_heads}")
         self.n_patches, n_old = c.patch_grid**2, (c.patch_grid // 2) ** 2 if c.recent_hires else 0
         self.resolutions = Resolutions(c.recent_hires, self.n_patches + 2, self.n_patches)
         self.project = nn.ModuleList([nn.Conv2d(n, d, 1) for n in channels])
@@ -107,6 +107,7 @@ class AutoregressivePolicy(VolumeGeometry):
         if c.coarse_to_fine:
             self.offset_head = nn.Sequential(nn.Linear(d + (c.key_width if c.head == "pointer" else 0), d), nn.GELU(), nn.Linear(d, 3))
         self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
+        self.check()
         self.reset()
 
     # -- tokens ------------------------------------------------------------------------------------------------------
@@ -317,6 +318,11 @@ class AutoregressivePolicy(VolumeGeometry):
         return self.decide_rows(batch, logits, keys, query, eef.shape[:2])
 
     # -- closed loop -------------------------------------------------------------------------------------------------
+
+    def check(self):
+        feedback_steps(self.config.feedback)
+        if self.config.temperature <= 0:
+            raise UserError(f"--temperature {self.config.temperature}: must be positive")
 
     def reset(self):
         self.number, self.past, self.before, self.fed, self.window = 0, None, None, None, []

@@ -51,6 +51,19 @@ def trajectory_overlay(images, eef, true, predicted, frames, path):
     _save(figure, path)
 
 
+def paths_overlay(image, true, lines, path):
+    """A recorded path (M,2) px and predicted ones {name: (N,2) px}, waypoints as dots, on an image (S,S,3), a panel each."""
+    figure, axes = plt.subplots(1, len(lines), figsize=(5.4 * len(lines), 5.4), squeeze=False)
+    for axis, (name, line) in zip(axes[0], lines.items()):
+        axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
+        axis.plot(true[:, 0], true[:, 1], color=TRUE, linewidth=3, alpha=0.8, label="recorded path")
+        axis.plot(line[:, 0], line[:, 1], color=PREDICTED, marker="o", markersize=4, linewidth=1.2, label="predicted, fed back")
+        axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=name)
+        axis.axis("off")
+    axes[0, 0].legend(loc="lower left", fontsize=8)
+    _save(figure, path)
+
+
 def write_strip(images, path):
     """Small frames (s,s,3) side by side in one PNG."""
     from PIL import Image

@@ -31,7 +31,8 @@ def flag(default, help, choices=None):
 
 @dataclass
 class PolicyConfig:
-    """What every policy is configured by. It travels in the checkpoint."""
+    """What every policy is configured by. It travels in the checkpoint. `presets`: {name: other defaults}, of train.py's flags too."""
+    presets = {}
     backbone: str = flag("auto", "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model")
     image_size: int = flag(448, "image side, pixels")
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
@@ -97,6 +98,9 @@ class Policy(nn.Module):
 
     def forward(self, batch):
         return self.loss(batch)  # so that DistributedDataParallel's hooks run
+
+    def check(self):
+        """Raise UserError for settings that contradict each other."""
 
     def reset(self):
         """Start of an episode: forget the history."""

@@ -12,9 +12,9 @@ LAYERS = [
     {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "plots"},
     {"backbone", "demos", "policy"},
     {"libero_env", "expert", "rollout"},  # and every model* and data*
-    {"registry", "checkpoint"},
+    {"registry", "checkpoint", "validation"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv",
-     "check_setup"},
+     "check_setup", "openloop"},
 ]
 SCRIPTS = LAYERS[4]
 BESIDE = {"expert": {"libero_env"}, "rollout": {"expert", "libero_env"}, "checkpoint": {"registry"}}  # same layer
