@@ -11,6 +11,7 @@ A voxel's world z is its height bin, the same for all pixels, so only the x and 
 Letters: B batch, Q queries, h heads, D width of a head, d = h D width of a token, C image channels, N pixels, Z height bins,
 F wavelengths, P = 6 F numbers of a PE, V = Z N voxels, M rows (queries x heads) that share a table.
 """
+import copy
 import math
 
 import torch
@@ -46,21 +47,16 @@ def shift_encoding(code, offset, waves):
 
 
 class VoxelTable:
-    """PE of the voxels of each distinct camera in a batch; a constant without gradient.
+    """PE of the voxels of G cameras; a constant without gradient, to be kept while the cameras stand still.
 
-    origin, slope (B,N,2): x and y of the ray of pixel n in metres are origin + slope * height, exactly affine (see
+    origin, slope (G,N,2): x and y of the ray of pixel n in metres are origin + slope * height, exactly affine (see
     `camera.unproject`); heights (Z,) m; waves (F,) m. Rays that never reach the heights (level with the camera, infinite)
-    are put at 0. `xy` (G,Z,4F,N) for the G distinct cameras, `z` (Z,2F); `items`: for each camera the batch items that it took.
+    are put at 0. `xy` (G,Z,4F,N), `z` (Z,2F); `items`: for each camera the batch items that it took, at first item g camera g.
     """
 
     def __init__(self, origin, slope, heights, waves, dtype=torch.float32):
         rays = torch.cat([origin, slope], -1).double()
         rays = torch.where(rays.isfinite().all(-1, keepdim=True), rays, 0.0)
-        if (rays == rays[:1]).all():
-            rays, self.items = rays[:1], [slice(None)]
-        else:
-            first, which = distinct(rays)
-            rays, self.items = rays[first], [(which == g).nonzero()[:, 0] for g in range(len(first))]
         self.heights, self.waves = heights.double(), waves.double().to(rays.device)
         self.z = encode_position(self.heights[:, None], self.waves).to(dtype)
         origin, slope = rays.transpose(1, 2)[:, :, None].split(2, 1)  # (G,2,1,N)
@@ -73,6 +69,13 @@ class VoxelTable:
                 pair = out[z].view(2, 2, F, -1)
                 torch.sin(angle, out=pair[:, 0])
                 torch.cos(angle, out=pair[:, 1])
+        self.items = [slice(g, g + 1) for g in range(len(self.xy))]
+
+    def select(self, which):
+        """The same tables for a batch whose item i was taken by camera which[i] (B,)."""
+        chosen = copy.copy(self)
+        chosen.items = [(which == g).nonzero()[:, 0] for g in range(len(self.xy))] if len(self.xy) > 1 else [slice(None)]
+        return chosen
 
     @property
     def shape(self):
@@ -192,7 +195,7 @@ def backward_rows(code, image_score, lse, d_pooled, d_pixels, shift, xy, z, chun
 def voxel_attention(query, table, image, positional, key, value, projection=None, anchor=None, chunk=None):
     """Multi-head attention of queries to all voxels of their frame, exact, without building a token.
 
-    query (B,Q,h,D); table: VoxelTable of the B cameras; image (B,C,N); positional Wg (d,P); key, value (h,D,d) act on
+    query (B,Q,h,D); table: VoxelTable of the B items' cameras; image (B,C,N); positional Wg (d,P); key, value (h,D,d) act on
     tokens; projection (d,C) takes image features to tokens, or None when C = d; anchor (B,Q,3) in metres: positions are
     measured from it, per query; chunk: scores at a time.
 

@@ -30,9 +30,10 @@ def geometry(K, E, dtype=torch.float64, heights=HEIGHTS, side=SIDE):
     v, u = (x.flatten() for x in torch.meshgrid(centre, centre, indexing="ij"))
     z = camera.bin_to_height(torch.arange(heights, dtype=torch.float64), 0.9, 1.3, heights)
     xyz = camera.unproject(u, v, z[:, None], K[:, None, None], E[:, None, None])
-    at = lambda h: camera.unproject(u, v, h, K[:, None], E[:, None])[..., :2]
+    first, which = lv.distinct(torch.cat([K.flatten(1), E.flatten(1)], 1))
+    at = lambda h: camera.unproject(u, v, h, K[first, None], E[first, None])[..., :2]
     slope = at(torch.tensor(1.0)) - at(torch.tensor(0.0))
-    return lv.VoxelTable(at(torch.tensor(0.0)), slope, z, WAVES, dtype), xyz
+    return lv.VoxelTable(at(torch.tensor(0.0)), slope, z, WAVES, dtype).select(which), xyz
 
 
 def weights(dtype=torch.float64, seed=0, batch=3, queries=2, projected=True, pixels=SIDE**2):
