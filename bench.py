@@ -3,9 +3,11 @@
     python bench.py features             # traced and frozen backbone against the plain one; one thread per image or per pixel row
     python bench.py eval --ckpt X        # evaluation with 1 and with 2 workers, and where an episode's seconds go
     python bench.py train                # a training step by grid and precision
+    python bench.py voxel [--quick]      # attention to voxel tokens: built, against absorbed; time, memory, equality
 """
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -121,7 +123,134 @@ def bench_eval(args):
     return {"title": "evaluation", "seconds": rows}
 
 
-BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval}
+VOXEL_CASES = [(batch, side, bins, d, Q) for side, bins in ((28, 16), (56, 32)) for d in (128, 384) for batch in (1, 4)
+               for Q in (1, 8, 21)]
+VOXEL_QUICK = [(1, 28, 16, 128, 8)]
+VOXEL_HEADS = 4
+
+
+class VoxelCase:
+    """One size of attention to voxel tokens, forward and backward, on random features; each batch item has its own camera."""
+
+    def __init__(self, batch, side, bins, d, Q, device):
+        import torch
+
+        import camera
+        import layers_voxel as lv
+        self.device, self.waves, self.name = device, lv.wavelengths(), f"batch {batch}, V {side * side * bins}, d {d}, Q {Q}"
+        torch.manual_seed(0)
+        make = lambda *shape, scale=1.0: (scale * torch.randn(*shape)).to(device).requires_grad_()
+        h, D, P = VOXEL_HEADS, d // VOXEL_HEADS, 6 * len(self.waves)
+        self.inputs = {"query": make(batch, Q, h, D), "image": make(batch, d, side * side), "positional": make(d, P, scale=P**-0.5),
+                       "key": make(h, D, d, scale=d**-0.5), "value": make(h, D, d, scale=d**-0.5)}
+        self.weight = torch.randn(batch, Q, h, D).to(device)
+        E = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)).repeat(batch, 1, 1)
+        E[:, :3, 3] = torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64) + 0.1 * torch.arange(batch)[:, None]
+        K = torch.from_numpy(camera.intrinsics(45, 448)).expand(batch, 3, 3)
+        pixel = camera.cell_to_pixel(torch.arange(side, dtype=torch.float64), side, 448)
+        v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
+        self.heights = torch.linspace(0.9, 1.3, bins, dtype=torch.float64).to(device)
+        at = lambda height: camera.unproject(u, v, height, K[:, None], E[:, None]).to(device)
+        self.origin, far = at(torch.zeros(1)), at(torch.ones(1))
+        self.slope = far - self.origin
+        self.table = None
+
+    def make_table(self):
+        import layers_voxel as lv
+        return lv.VoxelTable(self.origin[..., :2], self.slope[..., :2], self.heights, self.waves)
+
+    def finish(self, out):
+        import torch
+        grads = torch.autograd.grad((out * self.weight).sum(), list(self.inputs.values()))
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return out.detach(), *grads
+
+    def built(self, autocast=False):
+        """All tokens built and projected, then scaled_dot_product_attention (FlashAttention where there is one)."""
+        import torch
+        import torch.nn.functional as F
+
+        import layers_voxel as lv
+        q, image, positional, key, value = self.inputs.values()
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=autocast):
+            xyz = self.origin[:, None] + self.slope[:, None] * self.heights[:, None, None]  # (B,Z,N,3)
+            token = lv.encode_position(xyz, self.waves).float() @ positional.T + image.mT[:, None]  # (B,Z,N,d)
+            k, v = ((token.flatten(1, 2) @ w.flatten(0, 1).T).unflatten(-1, w.shape[:2]).transpose(1, 2) for w in (key, value))
+            out = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v).transpose(1, 2)
+        return self.finish(out.float())
+
+    def built_bf16(self):
+        return self.built(autocast=True)
+
+    def absorbed(self):
+        """The same without tokens, its table made anew for a camera never seen before."""
+        import layers_voxel as lv
+        return self.finish(lv.voxel_attention(table=self.make_table(), **self.inputs)[0])
+
+    def absorbed_again(self):
+        """The same with the table kept from an earlier step: a camera that stands still, or the next layer."""
+        import layers_voxel as lv
+        self.table = self.table or self.make_table()
+        return self.finish(lv.voxel_attention(table=self.table, **self.inputs)[0])
+
+    def peak_mb(self, way):
+        """Memory beyond the inputs at its peak, MB: on a GPU what is allocated, else the process's resident pages."""
+        import torch
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            getattr(self, way)()
+            return (torch.cuda.max_memory_allocated() - before) / 1e6
+        status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
+        VoxelCase(1, 8, 2, 16, 1, "cpu").__getattribute__(way)()  # libraries load their code at the first call
+        before = status("VmRSS:")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        getattr(self, way)()
+        return status("VmHWM:") - before
+
+
+def voxel_peak_mb(case, way, device):
+    """`peak_mb` in a process of its own on a CPU: freed memory that is used again would not be seen as growth."""
+    if device != "cpu":
+        return VoxelCase(*case, device).peak_mb(way)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_fresh_peak_mb, (case, way))
+
+
+def _fresh_peak_mb(case, way):
+    return VoxelCase(*case, "cpu").peak_mb(way)
+
+
+def bench_voxel(args):
+    """Tokens built against absorbed, forward and backward."""
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ways = ["built", "absorbed", "absorbed_again"] + ["built_bf16"] * (device != "cpu")
+    rows = []
+    print(f"\nattention to V voxel tokens, {VOXEL_HEADS} heads, forward and backward, {device}, {torch.get_num_threads()} threads; "
+          "difference: of outputs and gradients, relative to the largest entry of each")
+    print(f"  {'':<34}" + "".join(f"{w + ' ms':>18}" for w in ways) + f"{'times faster':>18}{'MB':>16}{'times less':>12}{'difference':>12}")
+    for sizes in VOXEL_QUICK if args.quick else VOXEL_CASES:
+        case = VoxelCase(*sizes, device)
+        found, expected = case.absorbed(), case.built()
+        difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
+        del found, expected
+        seconds = alternate({w: getattr(case, w) for w in ways}, args.rounds)
+        memory = {w: voxel_peak_mb(sizes, w, device) for w in ways}
+        slow = seconds[ways[-1] if device != "cpu" else "built"]
+        faster = [slow / seconds[w] for w in ("absorbed", "absorbed_again")]
+        less = memory["built"] / memory["absorbed"]
+        print(f"  {case.name:<34}" + "".join(f"{1000 * seconds[w]:>18.1f}" for w in ways) + f"{faster[0]:>9.1f}{faster[1]:>9.1f}"
+              f"{memory['built']:>9.1f}{memory['absorbed']:>7.1f}{less:>12.1f}{difference:>12.1e}", flush=True)
+        rows.append({"batch": sizes[0], "voxels": sizes[1]**2 * sizes[2], "d": sizes[3], "queries": sizes[4],
+                     "ms": {w: round(1000 * seconds[w], 2) for w in ways}, "peak_mb": {w: round(m, 1) for w, m in memory.items()},
+                     "times_faster": [round(f, 2) for f in faster], "times_less_memory": round(less, 1), "difference": difference})
+    return {"title": "attention to voxel tokens", "device": device, "rows": rows}
+
+
+BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval, "voxel": bench_voxel}
 
 
 def main(argv=None):
@@ -130,6 +259,7 @@ def main(argv=None):
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="voxel: the smallest size alone")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args(argv)
     tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features", "train"])]

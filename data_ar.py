@@ -45,7 +45,7 @@ class WindowDataset(WaypointDataset):
     """Windows of `config.context` frames; index i is the window that ends at the i-th usable frame.
 
     `batch(indices)` gives features [(B,T,C,H,W) float16], eef_pos (B,T,3), gripper_width (B,T), K (B,T,3,3), E (B,T,4,4),
-    valid (B,T) bool (False: padding), targets and mask of every frame as in policy.py: target_pos (B,T,3), mask (B,T) ...
+    valid (B,T) bool (False: padding), first_eef (B,3) the EEF at the episode's start, targets and mask of every frame as in policy.py: target_pos (B,T,3), mask (B,T) ...
     """
 
     def label(self, path, config, frame_stride):
@@ -69,6 +69,7 @@ class WindowDataset(WaypointDataset):
         self.fill(row_demo, row_frame, target[:, None], gripper[:, None], usable[:, None])
         ends = np.array([w[-1] for w in self.windows])
         self.demo, self.frame = row_demo[ends], row_frame[ends]
+        self.first_eef = torch.from_numpy(np.stack([demo.ee_pos[0] for demo in self.demos]))
         return starts
 
     def __len__(self):
@@ -94,7 +95,7 @@ class WindowDataset(WaypointDataset):
             features.append(torch.from_numpy(out))
         pick = lambda x: x[rows]  # (N,...) -> (B,T,...)
         d = self.row_demo[rows]
-        return {"features": features, "valid": torch.from_numpy(valid), "eef_pos": pick(self.eef_pos),
+        return {"features": features, "valid": torch.from_numpy(valid), "eef_pos": pick(self.eef_pos), "first_eef": self.first_eef[d[:, 0]],
                 "gripper_width": pick(self.gripper_width), "K": self.K[d], "E": self.E[d],
                 "target_pos": pick(self.target_pos)[..., 0, :], "target_rot": pick(self.target_rot)[:, :, 0],
                 "target_gripper": pick(self.target_gripper)[..., 0],

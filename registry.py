@@ -5,6 +5,8 @@ from data import WaypointDataset
 from data_ar import WindowDataset
 from model import ParaConfig, TrajectoryHeatmapPredictor
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
+from model_voxel_ar import VoxelConfig, VoxelPolicy
+from model_voxel_ar_rel import RelativeVoxelConfig, RelativeVoxelPolicy
 from runtime import UserError
 
 
@@ -17,6 +19,8 @@ class Entry(NamedTuple):
 REGISTRY = {
     "para": Entry(TrajectoryHeatmapPredictor, ParaConfig, WaypointDataset),
     "autoregressive": Entry(AutoregressivePolicy, AutoregressiveConfig, WindowDataset),
+    "voxel_ar": Entry(VoxelPolicy, VoxelConfig, WindowDataset),
+    "voxel_ar_rel": Entry(RelativeVoxelPolicy, RelativeVoxelConfig, WindowDataset),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"rot_utils", "camera", "layers", "metrics", "runtime", "workers", "plots"},
+    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "plots"},
     {"backbone", "demos", "policy"},
     {"libero_env", "expert", "rollout"},  # and every model* and data*
     {"registry", "checkpoint", "validation"},

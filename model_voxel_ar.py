@@ -1,0 +1,275 @@
+"""B, the voxel-token policy: the action space is the token space.
+
+The image-aligned volume of a frame is its set of tokens, one a voxel: Wg PE(world xyz) + the feature of its pixel, unprojected
+through that frame's own camera. They are keys and values only, and never built (layers_voxel.py). A learned query a step
+reads the EEF tokens up to that step, which are points in the same space, and all voxels of its frame, in one softmax, several
+times over; then it is compared with every voxel token, and that product is the distribution over the next waypoint.
+
+No step's query sees another step's image or a later EEF, so that every frame of a window is trained in one pass.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import camera
+import layers_voxel as lv
+from model_autoregressive import feedback_steps
+from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag, masked_mean
+from runtime import UserError
+
+
+@dataclass
+class VoxelConfig(VolumeConfig):
+    """Configuration of VoxelPolicy."""
+    grid: int = flag(56, "voxel columns H = W: 56 with 32 height bins, or 28 with 16")
+    context: int = flag(20, "EEF positions that a query sees")
+    dim: int = flag(384, "width d of queries and tokens")
+    n_layers: int = flag(4, "layers")
+    n_heads: int = flag(4, "attention heads")
+    mlp_ratio: int = flag(4, "feed-forward width over d")
+    key_width: int = flag(64, "channels of the image features, before their projection to d")
+    dilations: str = flag("1,2,4", "dilations of the convolutions over image features: the first before attention, the others before the readout")
+    n_waves: int = flag(8, "wavelengths of the positional encoding, P = 6 times as many")
+    shortest_wave: float = flag(0.04, "metres")
+    longest_wave: float = flag(3.0, "metres")
+    gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head on the query", ("joint", "separate"))
+    eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the readout's convolutions")
+    eef_noise_m: float = flag(0.02, "training noise of EEF positions, standard deviation in metres along each axis")
+    eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
+    feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")
+    sample: bool = flag(False, "sample the waypoint instead of taking the peak")
+    temperature: float = flag(1.0, "of --sample")
+
+    presets = {"full": {}, "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=2, max_steps=1000,
+                                         val_every=250)}
+
+
+class VoxelBlock(nn.Module):
+    """Pre-norm block: queries (N,1,d) read EEF tokens and voxels in one softmax, then a feed-forward network."""
+
+    def __init__(self, dim, n_heads, mlp_ratio, n_voxels):
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q, self.k, self.v, self.out = nn.Linear(dim, dim), *(nn.Linear(dim, dim, bias=False) for _ in "kv"), nn.Linear(dim, dim)
+        # a handful of EEF tokens would drown among 100,000 voxels: they start with half of the attention
+        self.balance = nn.Parameter(torch.full((n_heads,), math.log(n_voxels)))
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+
+    def forward(self, x, eef, known, voxels):
+        """x (N,1,d), eef (N,S,d) tokens of which known (N,1,S) may be read, voxels: the other arguments of voxel_attention.
+
+        Returns x (N,1,d) and the attention over pixels (N,1,h,HW).
+        """
+        heads = lambda y: y.unflatten(-1, (self.n_heads, -1))
+        q = heads(self.q(self.norm1(x)))
+        key, value = (linear.weight.unflatten(0, (self.n_heads, -1)) for linear in (self.k, self.v))
+        seen, lse, pixels = lv.voxel_attention(q, key=key, value=value, **voxels)
+        past, past_lse = lv.dense_attention(q, heads(self.k(eef)), heads(self.v(eef)), known)
+        past_lse = past_lse + self.balance - known.sum(-1, keepdim=True).log()
+        out, _ = lv.merge_attention(seen, lse, past.to(seen.dtype), past_lse.to(lse.dtype))
+        x = x + self.out(out.flatten(-2))
+        return x + self.mlp(self.norm2(x)), pixels
+
+
+class VoxelPolicy(VolumeGeometry):
+    """See the module's docstring. `channels`: of the backbone's maps."""
+
+    def __init__(self, config, channels):
+        super().__init__(config, channels)
+        c, d, width = config, config.dim, config.key_width
+        if d % c.n_heads:
+            raise UserError(f"--dim {d} is no multiple of --n_heads {c.n_heads}")
+        self.waves = lv.wavelengths(c.n_waves, c.shortest_wave, c.longest_wave)
+        self.n_gripper = 2 if c.gripper_head == "joint" else 1
+        first, *others = map(int, c.dilations.split(","))
+        self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
+        self.context = nn.Conv2d(width, width, 3, padding=first, dilation=first)
+        self.trunk = nn.Sequential(*[layer for n in others for layer in (nn.Conv2d(width, width, 3, padding=n, dilation=n), nn.GELU())])
+        self.positional = nn.Linear(6 * c.n_waves, d, bias=False)  # Wg, the same for voxels and EEF tokens
+        self.image = nn.Linear(width, d, bias=False)
+        self.token = nn.Parameter(torch.randn(2, d) * 0.5)  # EEF, query
+        self.age = nn.Parameter(torch.randn(c.context, d) * 0.1)  # how many steps ago
+        self.state = nn.Linear(3 + 1, d)  # the EEF's last move, fingers
+        self.start = nn.Linear(d, d)
+        self.blocks = nn.ModuleList([VoxelBlock(d, c.n_heads, c.mlp_ratio, math.prod(self.volume_shape)) for _ in range(c.n_layers)])
+        self.norm = nn.LayerNorm(d)
+        self.key_query = nn.Linear(d, 2 * width if c.eef_mark else width)
+        self.pointer = nn.Linear(d, self.n_gripper * (d + 2 * width))  # per command: against PE, and image features by height
+        self.prior = nn.Parameter(torch.randn(self.n_gripper, width) * width**-0.5)
+        self.height = nn.Linear(2 * c.n_waves, width, bias=False)
+        self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
+        if c.gripper_head == "separate":
+            self.gripper = nn.Linear(d, 2)
+        self._table = (None, None)
+        self.reset()
+
+    # -- where things are --------------------------------------------------------------------------------------------
+
+    def anchors(self, eef, first):
+        """The points that each step measures positions from (B,T,3) in metres, or None for the world's origin: B.
+
+        eef (B,T,3): known EEF positions; first (B,3): the episode's first.
+        """
+        return None
+
+    def table(self, K, E):
+        """VoxelTable of N frames' cameras K (N,3,3), E (N,4,4); kept from call to call while the cameras stay the same."""
+        c, cameras = self.config, torch.cat([K.flatten(1), E.flatten(1)], 1)
+        first, which = lv.distinct(cameras)
+        key = torch.cat([cameras[first].flatten(), self.height_range])
+        kept, table = self._table
+        if kept is None or kept.device != key.device or not torch.equal(kept, key):
+            pixel = camera.cell_to_pixel(torch.arange(c.grid, dtype=torch.float64, device=K.device), c.grid, c.image_size)
+            v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
+            low, high = (camera.unproject(u, v, h, K[first, None], E[first, None]) for h in self.height_range)
+            slope = (high - low)[..., :2] / (self.height_range[1] - self.height_range[0])
+            heights = camera.bin_to_height(torch.arange(c.n_height_bins, dtype=torch.float64, device=K.device), *self.height_range, c.n_height_bins)
+            table = lv.VoxelTable(low[..., :2] - slope * self.height_range[0], slope, heights, self.waves)
+            self._table = (key, table)
+        return table.select(which)
+
+    def noised(self, eef):
+        """EEF positions (B,T,3), in training with noise common to the window and of each frame."""
+        c = self.config
+        if not self.training or c.eef_noise_share <= 0:
+            return eef
+        common, own = (torch.randn(s, device=eef.device) * (torch.rand(*s[:-1], 1, device=eef.device) < c.eef_noise_share)
+                       for s in ((len(eef), 1, 3), eef.shape))
+        return eef + c.eef_noise_m * (common + 0.5 * own)
+
+    # -- the network -------------------------------------------------------------------------------------------------
+
+    def eef_tokens(self, eef, widths, anchor, rows):
+        """EEF tokens (N,S,d) that the steps `rows` (N,) of the flattened (B*T) read, S = T, and which are known to them (N,1,S).
+
+        eef (B,T,3), widths (B,T) between the fingers, anchor (N,3) or None: each step's own origin.
+        """
+        B, T = widths.shape
+        b, t = rows // T, rows % T
+        positions = eef[b]  # (N,S,3)
+        if anchor is not None:
+            positions = positions - anchor[:, None]
+        code = lv.encode_position(positions, self.waves).to(self.positional.weight.dtype)
+        moved = (eef - torch.cat([eef[:, :1], eef[:, :-1]], 1)).float()
+        state = self.state(torch.cat([10 * moved, (widths < HALF_OPEN).float()[..., None]], -1))[b]
+        age = t[:, None] - torch.arange(T, device=rows.device)  # (N,S), negative in the future
+        tokens = self.token[0] + self.positional(code) + state + self.age[age.clamp(0, len(self.age) - 1)]
+        return tokens, ((age >= 0) & (age < self.config.context))[:, None]
+
+    def image_features(self, features):
+        """Backbone maps [(N,C_i,H_i,W_i)], normalised -> features (N,C,H,W) of the grid with a neighbourhood's context."""
+        size = (self.config.grid,) * 2
+        x = sum(F.interpolate(project(maps), size=size, mode="bilinear", align_corners=False) for maps, project in zip(features, self.project))
+        return F.gelu(self.context(x))
+
+    def run(self, batch, eef, rows):
+        """Steps `rows` (N,) of the flattened (B*T) -> logits (N,G,Z,H,W), queries (N,d), attention maps [(N,h,H,W)] by layer."""
+        B, T = batch["gripper_width"].shape
+        flat = lambda x: x[rows // T, rows % T]
+        anchor = self.anchors(eef, batch["first_eef"])
+        anchor = None if anchor is None else flat(anchor)
+        table = self.table(flat(batch["K"]), flat(batch["E"]))
+        image = self.image_features(self.normalised([flat(f) for f in batch["features"]]))  # (N,C,H,W)
+        tokens, known = self.eef_tokens(eef, batch["gripper_width"], anchor, rows)
+        own = tokens[torch.arange(len(rows), device=rows.device), rows % T]
+        x = (self.token[1] + self.start(own))[:, None]  # (N,1,d)
+        voxels = {"table": table, "image": image.flatten(2), "positional": self.positional.weight, "projection": self.image.weight,
+                  "anchor": None if anchor is None else anchor[:, None]}
+        maps = []
+        for block in self.blocks:
+            x, pixels = block(x, tokens, known, voxels)
+            maps.append(pixels[:, 0].unflatten(-1, image.shape[2:]))
+        query = self.norm(x[:, 0])
+        cells = self.cells(flat(eef), {k: flat(batch[k]) for k in "KE"})
+        return self.readout(query, image, table, anchor, cells), query, maps
+
+    def readout(self, query, image, table, anchor, cells):
+        """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W). cells (N,2) yx: where the last known EEF is seen."""
+        c, N, width = self.config, len(query), self.config.key_width
+        added = self.key_query(query)
+        x = image + added[:, :width, None, None]
+        if c.eef_mark:
+            y, z = cells.round().long().clamp(0, c.grid - 1).unbind(-1)
+            mark = torch.zeros(N, 1, *image.shape[2:], device=x.device, dtype=x.dtype)
+            mark[torch.arange(N, device=x.device), 0, y, z] = 1
+            x = x + mark * added[:, width:, None, None]
+        x = self.trunk(x).flatten(2)  # (N,C,HW)
+        position, plain, by_height = self.pointer(query).unflatten(-1, (self.n_gripper, -1)).split([c.dim, width, width], -1)
+        heights = table.heights.to(query.device)[None, :, None]  # (1,Z,1)
+        if anchor is not None:
+            heights = heights - anchor[:, None, 2:]
+        seen = self.height(lv.encode_position(heights, self.waves).to(self.height.weight.dtype))  # (N or 1,Z,C)
+        height_query = (plain + self.prior)[:, :, None] + by_height[:, :, None] * seen[:, None]  # (N,G,Z,C)
+        logits = lv.voxel_logits(position / math.sqrt(c.dim), table, x, self.positional.weight, height_query / math.sqrt(width),
+                                 None if anchor is None else anchor[:, None].expand(-1, self.n_gripper, -1))
+        return logits.unflatten(-1, (c.grid, c.grid))
+
+    # -- the policy's interface ----------------------------------------------------------------------------------------
+
+    def loss(self, batch):
+        """Cross-entropies of gripper x volume and of rotation over the unmasked frames of windows, in nats."""
+        c, mask = self.config, batch["mask"]
+        rows = mask.flatten().nonzero()[:, 0]
+        rows = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)  # masked, for a finite loss
+        pick = lambda x: x.flatten(0, 1)[rows]
+        logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
+        mask, gripper = pick(mask), pick(batch["target_gripper"])
+        coordinates = pick(self.coordinates(batch["target_pos"], batch))
+        volume = self.volume_loss(logits.flatten(1), coordinates, gripper if self.n_gripper == 2 else None)
+        rotation = self.rotation_loss(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)), pick(batch["target_rot"]))
+        parts = {"volume_ce": masked_mean(volume, mask), "rotation_ce": masked_mean(rotation, mask)}
+        total = parts["volume_ce"] + c.rotation_weight * parts["rotation_ce"]
+        if self.n_gripper == 1:
+            parts["gripper_ce"] = masked_mean(F.cross_entropy(self.gripper(query).float(), gripper, reduction="none"), mask)
+            total = total + parts["gripper_ce"]
+        return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
+
+    def predict(self, batch):
+        """The next waypoint of every frame of windows: {"position" (B,T,3), "gripper" (B,T), "rotation" (B,T,3,3)}."""
+        B, T = batch["gripper_width"].shape
+        parts = [self.decided(batch, torch.arange(b * T, (b + 1) * T, device=batch["K"].device)) for b in range(B)]
+        return {k: torch.stack([p[k] for p in parts]) for k in parts[0]}
+
+    def decided(self, batch, rows):
+        """Waypoints of steps `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper" (N,), "rotation" (N,3,3)}."""
+        c = self.config
+        logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
+        logits = logits.float()
+        if c.sample:
+            drawn = torch.distributions.Categorical(logits=logits.flatten(1) / c.temperature).sample()
+            logits = torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, drawn[:, None], 0.0).view_as(logits)
+        coordinates, gripper = self.decode_volume(logits)
+        T = batch["gripper_width"].shape[1]
+        cameras = {k: batch[k][rows // T, rows % T] for k in "KE"}
+        gripper = gripper if self.n_gripper == 2 else self.gripper(query).argmax(-1)
+        return {"position": self.points(coordinates, cameras), "gripper": gripper,
+                "rotation": self.decode_rotation(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)))}
+
+    # -- closed loop -------------------------------------------------------------------------------------------------
+
+    def check(self):
+        feedback_steps(self.config.feedback)
+        if self.config.temperature <= 0:
+            raise UserError(f"--temperature {self.config.temperature}: must be positive")
+
+    def reset(self):
+        self.number, self.fed, self.first, self.past = 0, None, None, []
+
+    def decide(self, batch):
+        """One observation (B = 1) after those since `reset`: of earlier frames only the EEF tokens are kept."""
+        eef = batch["eef_pos"]
+        if self.fed is not None and self.number >= feedback_steps(self.config.feedback):
+            eef = self.fed
+        self.first = eef if self.first is None else self.first
+        self.past = (self.past + [(eef, batch["gripper_width"])])[-self.config.context:]
+        positions, widths = (torch.stack(x, 1) for x in zip(*self.past))  # (1,S,3), (1,S)
+        frame = {k: [m[:, None].expand(-1, len(self.past), -1, -1, -1) for m in batch[k]] if k == "features" else
+                 batch[k][:, None].expand(-1, len(self.past), -1, -1) for k in ("features", "K", "E")}
+        last = torch.tensor([len(self.past) - 1], device=eef.device)
+        out = self.decided({**frame, "eef_pos": positions, "gripper_width": widths, "first_eef": self.first}, last)
+        self.number, self.fed = self.number + 1, out["position"]
+        return {k: v[None] for k, v in out.items()}
