@@ -3,6 +3,7 @@
     python bench.py features             # traced and frozen backbone against the plain one; one thread per image or per pixel row
     python bench.py eval --ckpt X        # evaluation with 1 and with 2 workers, and where an episode's seconds go
     python bench.py train                # a training step by grid and precision
+    python bench.py attention            # A: block-causal against a dense mask, cached decision against recomputing, step sizes
     python bench.py voxel [--quick]      # attention to voxel tokens: built, against absorbed; time, memory, equality
 """
 import argparse
@@ -250,7 +251,134 @@ def bench_voxel(args):
     return {"title": "attention to voxel tokens", "device": device, "rows": rows}
 
 
-BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval, "voxel": bench_voxel}
+def window_peak_mb(call):
+    """Memory of a CPU process beyond what it holds, at the peak of `call`, MB."""
+    status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
+    before = status("VmRSS:")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    call()
+    return status("VmHWM:") - before
+
+
+def attention_ways(frames, side, dim, heads):
+    """{way: callable}, forward and backward of one layer's attention over a window, and the difference of their results."""
+    import torch
+    import torch.nn.functional as F
+
+    from layers import dense_mask, frame_attention
+    torch.manual_seed(0)
+    N = side * side + 2
+    q, k, v = (torch.randn(1, frames, N, heads, dim // heads, requires_grad=True) for _ in "qkv")
+    weight, mask = torch.randn(1, frames, N, heads, dim // heads), dense_mask(frames, N, frames, N, frames)
+    flat = lambda x: x.flatten(1, 2).transpose(1, 2)
+    finish = lambda out: (out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v)))
+    ways = {"dense mask": lambda: finish(F.scaled_dot_product_attention(flat(q), flat(k), flat(v), attn_mask=mask)
+                                         .transpose(1, 2).unflatten(1, (frames, N))),
+            "block-causal": lambda: finish(frame_attention(q, k, v, frames))}
+    difference = max((a - b).abs().max().item() for a, b in zip(ways["dense mask"](), ways["block-causal"]()))
+    return ways, difference
+
+
+def _fresh_attention_peak(case, way):
+    return window_peak_mb(attention_ways(*case)[0][way])
+
+
+def window_of(config, frames, batch, train):
+    """(policy, batch of windows on random features) for step and decision times."""
+    import torch
+
+    from model_autoregressive import AutoregressivePolicy
+    torch.manual_seed(0)
+    policy = AutoregressivePolicy(config, [40, 112]).train(train)
+    K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).expand(batch, frames, 3, 3)
+    E = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)).repeat(batch, frames, 1, 1)
+    E[..., 2, 3] = 2.0
+    place = lambda: torch.rand(batch, frames, 3, dtype=torch.float64) * 0.3 + torch.tensor([0, 0, 0.9])
+    return policy, {"features": [torch.randn(batch, frames, 40, 56, 56).half(), torch.randn(batch, frames, 112, 28, 28).half()],
+                    "eef_pos": place(), "target_pos": place(), "gripper_width": torch.full((batch, frames), 0.08), "K": K, "E": E,
+                    "valid": torch.ones(batch, frames, dtype=torch.bool), "mask": torch.ones(batch, frames),
+                    "target_rot": torch.eye(3, dtype=torch.float64).expand(batch, frames, 3, 3),
+                    "target_gripper": torch.zeros(batch, frames, dtype=torch.long)}
+
+
+def decide_all(policy, windows, cached):
+    """The newest decision of an episode: callable that takes it with the cache, or by computing the whole window."""
+    import torch
+    frames = windows["eef_pos"].shape[1]
+    at = lambda t: {k: [m[:, t] for m in v] if isinstance(v, list) else v[:, t] for k, v in windows.items()
+                    if k in ("features", "eef_pos", "gripper_width", "K", "E")}
+    with torch.inference_mode():
+        policy.eval().reset()
+        for t in range(frames - 1):
+            policy.decide(at(t))
+    kept = policy.number, policy.past, policy.before, policy.fed
+
+    def once():
+        with torch.inference_mode():
+            policy.number, policy.past, policy.before, policy.fed = kept
+            return policy.decide(at(frames - 1))["position"][0, -1]
+
+    def window():
+        with torch.inference_mode():
+            return policy.predict(windows)["position"][0, -1]
+    return once if cached else window
+
+
+def bench_attention(args):
+    """The autoregressive policy: its attention, its decisions, its training step."""
+    import torch
+
+    from model_autoregressive import AutoregressiveConfig
+    small = dict(AutoregressiveConfig.presets["small"])
+    sizes = {"small": {k: small[k] for k in ("dim", "n_layers", "n_heads", "mlp_ratio", "patch_grid")}, "full": {}}
+    if args.quick:
+        sizes, lengths = {"tiny": dict(dim=32, n_layers=2, n_heads=2, patch_grid=7, key_width=8, grid=28)}, (3,)
+    else:
+        lengths = (8, 20)
+    rows = []
+    for name, size in sizes.items():
+        for frames in lengths:
+            config = AutoregressiveConfig(context=frames, **size)
+            case = (frames, config.patch_grid, config.dim, config.n_heads)
+            ways, difference = attention_ways(*case)
+            seconds = alternate(ways, 1 if name == "full" else args.rounds)
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                memory = {way: pool.apply(_fresh_attention_peak, (case, way)) for way in ways}
+            dense, block = ways
+            print(f"\n{name}, {frames} frames of {config.patch_grid}x{config.patch_grid} patches, d {config.dim}: attention of a layer, "
+                  f"forward and backward\n  dense mask {1000 * seconds[dense]:.0f} ms, {memory[dense]:.0f} MB; block-causal "
+                  f"{1000 * seconds[block]:.0f} ms, {memory[block]:.0f} MB: x{seconds[dense] / seconds[block]:.2f} in time, "
+                  f"x{memory[dense] / max(memory[block], 1e-9):.2f} in memory; largest difference {difference:.1e}", flush=True)
+            row = {"size": name, "frames": frames, "attention_ms": {k: round(1000 * v, 1) for k, v in seconds.items()},
+                   "attention_mb": {k: round(v, 1) for k, v in memory.items()}, "difference": difference}
+            policy, windows = window_of(config, frames, 1, False)
+            calls = {"window computed anew": decide_all(policy, windows, False), "with the cache": decide_all(policy, windows, True)}
+            apart = (calls["window computed anew"]() - calls["with the cache"]()).abs().max().item()
+            seconds = alternate(calls, 1 if name == "full" else args.rounds)
+            anew, cached = seconds.values()
+            print(f"  newest decision: window {1000 * anew:.0f} ms, cache {1000 * cached:.0f} ms: x{anew / cached:.1f}; apart {apart:.1e} m", flush=True)
+            row["decision_ms"] = {"window": round(1000 * anew, 1), "cache": round(1000 * cached, 1)}
+            row["step"] = []
+            for batch in (2, 4) if name != "full" else (2,):
+                policy, windows = window_of(config, frames, batch, True)
+                optimizer = torch.optim.AdamW(policy.parameters())
+
+                def step():
+                    optimizer.zero_grad()
+                    policy(windows)["loss"].backward()
+                    optimizer.step()
+                if name != "full":
+                    step()  # warm-up
+                start = time.perf_counter()
+                peak = window_peak_mb(step)
+                took = time.perf_counter() - start
+                row["step"].append({"batch": batch, "ms": round(1000 * took, 1), "peak_mb": round(peak, 1)})
+                print(f"  training step, batch {batch}: {1000 * took:.0f} ms, {peak:.0f} MB beyond weights and data", flush=True)
+            rows.append(row)
+    return {"title": "autoregressive policy", "threads": torch.get_num_threads(), "rows": rows}
+
+
+BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval, "voxel": bench_voxel, "attention": bench_attention}
 
 
 def main(argv=None):
@@ -259,7 +387,7 @@ def main(argv=None):
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="voxel: the smallest size alone")
+    parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args(argv)
     tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features", "train"])]

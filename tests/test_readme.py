@@ -18,7 +18,7 @@ SMALL = {"collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_ra
          "train.py": ["--max_steps", "2", "--image_size", SIZE, "--grid", "14", "--width", "8", "--backbone", "efficientnet_lite0",
                       "--batch_size", "2", "--wandb", "off"],
          "eval.py": ["--n_episodes", "1", "--max_steps", "12", "--n_videos", "0", "--workers", "1"], "report.py": [],
-         "bench.py": ["--rounds", "1"]}
+         "bench.py": ["--rounds", "1", "--quick"], "openloop.py": ["--max_val", "1"]}
 
 
 def test_readme_names_the_users_commands():

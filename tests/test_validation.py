@@ -1,0 +1,78 @@
+"""Checks on held-out demonstrations: whether a policy looks, free-running rollouts, on policies whose answer is known."""
+import numpy as np
+import pytest
+import torch
+
+from conftest import CLOSES, OPENS, SIZE
+from data import WaypointDataset
+from data_ar import WindowDataset
+from demos import GRIPPER_STEPS, read_demos
+from model import ParaConfig
+from model_autoregressive import AutoregressiveConfig
+from policy import Policy
+from validation import SHIFT_PX, decision_frames, free_run, looks, newest, to_pixels
+
+COMMON = dict(backbone="efficientnet_lite0", image_size=SIZE, waypoint_stride=5)
+
+
+@pytest.fixture(scope="module", params=["single", "windows"])
+def dataset(request, synthetic_demos, backbone, tmp_path_factory):
+    """Synthetic demonstrations as single frames and as windows."""
+    demos, _ = read_demos(synthetic_demos)
+    kind, config = ((WaypointDataset, ParaConfig(**COMMON)) if request.param == "single" else
+                    (WindowDataset, AutoregressiveConfig(**COMMON, context=3)))
+    return kind(synthetic_demos, demos, config, backbone, cache=tmp_path_factory.mktemp("cache"), progress=False)
+
+
+class Known(Policy):
+    """Answers where the EEF is said to be plus an offset (it never looks), or the mean colour's place (it only looks)."""
+
+    def __init__(self, dataset, blind):
+        super().__init__(dataset.config)
+        self.blind, self.anchor = blind, torch.nn.Parameter(torch.zeros(1))
+
+    def predict(self, batch):
+        eef = batch["eef_pos"] if batch["eef_pos"].ndim == 3 else batch["eef_pos"][:, None]
+        if not self.blind:
+            grain = batch["features"][0].double().mean((-1, -2, -3))  # a number of the image alone
+            eef = torch.zeros_like(eef) + torch.tensor([0.0, 0.0, 1.0]) + 0.1 * grain.reshape(*eef.shape[:-1], 1)
+        return {"position": eef, "gripper": torch.zeros(eef.shape[:2], dtype=torch.long),
+                "rotation": torch.eye(3, dtype=torch.float64).expand(*eef.shape[:2], 3, 3)}
+
+
+def test_looks_tells_a_guesser_from_a_looker(dataset):
+    """A policy that answers from its state moves with it by the whole shift and does not mind blank images; one that looks does
+    not move at all."""
+    guess, look = (looks(Known(dataset, blind), dataset, "cpu") for blind in (True, False))
+    assert guess["shift_px"] == pytest.approx(SHIFT_PX, rel=1e-6) and guess["blank_ratio"] == pytest.approx(1)
+    assert look["shift_px"] == 0 and look["blank_ratio"] != 1
+
+
+def test_newest_is_the_last_valid_frame(dataset):
+    """Windows are scored on their newest frame, on the same labels that a single-frame dataset has."""
+    batch = dataset.batch(np.arange(len(dataset)))
+    single, out = newest(batch, {"position": batch["target_pos"]})
+    assert single["target_pos"].shape[0] == len(dataset) and torch.equal(out["position"], single["target_pos"])
+    for i in (0, len(dataset) // 2, len(dataset) - 1):
+        np.testing.assert_array_equal(single["eef_pos"][i], dataset.demos[dataset.demo[i]].ee_pos[dataset.frame[i]])
+
+
+def test_decision_frames_jump_over_gripper_holds(dataset):
+    """Decisions of a free-running rollout start at the first frame, never fall into a hold, and end at the release."""
+    demo = dataset.demos[1]
+    frames, targets = decision_frames(demo, dataset.config)
+    assert frames[0] == 0 and targets[-1] == OPENS and CLOSES in targets
+    assert not any(c < f < c + GRIPPER_STEPS for c in (CLOSES, OPENS) for f in frames)
+
+
+def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos, backbone):
+    """Fed its own answer, a policy that answers where it is never leaves the start; jerk and coverage say so."""
+    demo = dataset.demos[1]
+    rollout = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config)
+    np.testing.assert_allclose(rollout["predicted"], np.broadcast_to(demo.ee_pos[0], rollout["predicted"].shape))
+    assert rollout["jerk_mm"] == pytest.approx(0, abs=1e-9) and rollout["true_jerk_mm"] > 1
+    path = to_pixels(rollout["path"], demo.K, demo.E)
+    near = np.linalg.norm(path - path[0], axis=1) <= 8
+    assert rollout["coverage_8px"] == pytest.approx(near.mean())
+    measured = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config, fed="measured")
+    np.testing.assert_allclose(measured["predicted"], demo.ee_pos[measured["frames"]])
