@@ -54,8 +54,8 @@ class WindowDataset(WaypointDataset):
         for d, demo in enumerate(self.demos):
             target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat, config.min_travel)
             following = following_frames(demo, target[:, 0])
-            windows = [window_frames(following, last, config.context, ~held_frames(demo)) for last in np.flatnonzero(usable)
-                       if last % frame_stride == 0]
+            kept = np.arange(len(demo)) % frame_stride == 0  # whose features are needed: every one costs a pass of the backbone
+            windows = [window_frames(following, last, config.context, ~held_frames(demo) & kept) for last in np.flatnonzero(usable & kept)]
             needed = sorted({f for w in windows for f in w})
             place = {f: i for i, f in enumerate(needed)}
             start = sum(len(s) for s in starts)

@@ -27,7 +27,7 @@ class ParaConfig(VolumeConfig):
     eef_height: bool = flag(True, "the EEF's embedding depends on its height (interpolated between height bins)")
     eef_gripper: bool = flag(True, "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed")
 
-    presets = {"full": {}, "small": dict(grid=56, width=48, batch_size=8, max_steps=750, val_every=250)}
+    presets = {"full": {}, "small": dict(grid=56, width=48, batch_size=8, max_steps=750, val_every=375)}
 
 
 class TrajectoryHeatmapPredictor(VolumeGeometry):

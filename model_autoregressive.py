@@ -54,8 +54,8 @@ class AutoregressiveConfig(VolumeConfig):
     sample: bool = flag(False, "sample the waypoint instead of taking the peak")
     temperature: float = flag(1.0, "of --sample")
 
-    presets = {"full": {}, "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, patch_grid=14, batch_size=2, max_steps=1000,
-                                         val_every=250)}
+    presets = {"full": {}, "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, patch_grid=14, key_width=48, batch_size=4,
+                                         max_steps=800, val_every=400)}
 
 
 def feedback_steps(feedback):
