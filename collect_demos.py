@@ -21,6 +21,7 @@ import demos
 from expert import PickPlaceExpert, servo_action
 from libero_env import JOINT_JITTER, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
 from metrics import wilson
+from rollout import expert_episode
 from rot_utils import matrix_to_rotvec
 from runtime import UserError, atomic_path, command_line, run_script, versions, write_json
 from workers import run_jobs
@@ -177,16 +178,9 @@ class SurveyWorker:
                 return None
             wins, steps = 0, []
             for state in scene.init_states()[:self.n_states]:
-                scene.begin_episode(state)
-                expert = PickPlaceExpert().plan(scene)
-                for step in range(MAX_STEPS):
-                    eef = scene.observe(image=False).eef_pos
-                    target, gripper = expert.act(scene, eef)
-                    if expert.done:
-                        break
-                    scene.step(servo_action(eef, target, gripper))
-                wins += scene.success()
-                steps.append(step)
+                path = expert_episode(scene, state)
+                wins += path.success
+                steps.append(len(path.positions))
             return wins, len(steps), float(np.mean(steps))
         finally:
             scene.close()

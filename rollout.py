@@ -38,13 +38,8 @@ class ExpertPath:
         return self.positions[:self.changes[1] + 1] if len(self.changes) > 1 else self.positions
 
 
-def expert_path(scene, state, cache="cache/expert_paths"):
-    """The expert's path from a state, from the cache where it is there. Leaves the scene wherever the expert ended."""
-    key = hashlib.blake2b(np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]]).tobytes(), digest_size=12)
-    path = Path(cache) / f"{scene.task.key}{'_clean' if scene.clean else ''}" / f"{key.hexdigest()}.npz"
-    if path.exists():
-        with np.load(path) as stored:
-            return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]))
+def expert_episode(scene, state):
+    """Run the expert from a state -> its ExpertPath. Leaves the scene where it ended."""
     scene.begin_episode(state)
     expert, positions, closed = PickPlaceExpert().plan(scene), [], []
     for _ in range(EXPERT_STEPS):
@@ -55,7 +50,17 @@ def expert_path(scene, state, cache="cache/expert_paths"):
         positions.append(eef)
         closed.append(gripper > 0)
         scene.step(servo_action(eef, target, gripper))
-    found = ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), scene.success())
+    return ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), scene.success())
+
+
+def expert_path(scene, state, cache="cache/expert_paths"):
+    """The expert's path from a state, from the cache where it is there. Leaves the scene wherever the expert ended."""
+    key = hashlib.blake2b(np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]]).tobytes(), digest_size=12)
+    path = Path(cache) / f"{scene.task.key}{'_clean' if scene.clean else ''}" / f"{key.hexdigest()}.npz"
+    if path.exists():
+        with np.load(path) as stored:
+            return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]))
+    found = expert_episode(scene, state)
     with atomic_path(path) as scratch, open(scratch, "wb") as file:
         np.savez(file, positions=found.positions, closed=found.closed, success=found.success)
     return found
