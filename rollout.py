@@ -17,6 +17,7 @@ from runtime import atomic_path
 
 SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
 FLIP_DISTANCE = 0.012  # the gripper changes only this near to the waypoint that asks for it (metres)
+REACHED = 0.01  # metres at which a waypoint of a predicted trajectory lies behind: half of what training keeps between waypoints
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
 EXPERT_STEPS = 250
 OUTCOMES = ("miss", "grasp", "place", "released")
@@ -198,6 +199,17 @@ class Episode:
         return OUTCOMES[max(i for i, reached in enumerate((True, self.lifted, self.success, self.released)) if reached)]
 
 
+def ahead(waypoint, eef, gripper):
+    """The trajectory's first waypoint that is not reached already: `eef` (3,) is farther than REACHED, or the gripper is to change.
+
+    A policy without memory that hovers over a bowl and answers "hover" would do so for ever, although its own trajectory goes on.
+    """
+    for k, (point, command) in enumerate(zip(waypoint.trajectory, waypoint.grippers)):
+        if command != gripper or np.linalg.norm(point - eef) > REACHED:
+            return Waypoint(point, waypoint.rotation, float(command), waypoint.trajectory[k:], waypoint.grippers[k:])
+    return waypoint
+
+
 def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_steps=600, waypoint_stride=5, video_every=0,
                 path=None):
     """One closed-loop episode from `state` -> (row of results, frames [(image, plan or None)], decision images).
@@ -213,7 +225,7 @@ def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_step
     decisions, thumbs = 0, []
     while not episode.over:
         observation = episode.observe(agent.needs_image)
-        waypoint = agent.act(observation, int(episode.gripper == CLOSE))
+        waypoint = ahead(agent.act(observation, int(episode.gripper == CLOSE)), episode.eef, episode.gripper)
         decisions += 1
         episode.plan = waypoint
         if observation.image is not None:
