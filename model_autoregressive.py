@@ -356,7 +356,7 @@ class AutoregressivePolicy(VolumeGeometry):
             self.past = [(k[:, -keep:], v[:, -keep:]) for k, v in cache] if keep else None
             self.before = eef
             logits, keys = self.head([f[:, 0] for f in features], patches[:, 0], query[:, 0])
-            out = self.decide_rows(frame, logits, keys, query[:, 0], (1, 1))
+            out = self.decide_rows(frame, self.elsewhere(logits, self.now(frame)), keys, query[:, 0], (1, 1))
         self.number, self.fed = self.number + 1, out["position"]
         return out
 
@@ -368,4 +368,9 @@ class AutoregressivePolicy(VolumeGeometry):
         eef = self.eef_coordinates(batch)
         start = torch.full((1,), self.number - len(self.window) + 1, device=eef.device)
         logits, keys, query = self.run(batch, eef, start, torch.tensor([eef.shape[1] - 1], device=eef.device))
-        return self.decide_rows(frame, logits, keys, query, (1, 1))
+        return self.decide_rows(frame, self.elsewhere(logits, self.now(frame)), keys, query, (1, 1))
+
+    @staticmethod
+    def now(frame):
+        """The one frame of a window of length 1, without its time dimension."""
+        return {k: frame[k][:, 0] for k in ("eef_pos", "gripper_width", "K", "E")}

@@ -317,6 +317,18 @@ class VolumeGeometry(Policy):
         volume = logits[torch.arange(len(logits), device=logits.device), gripper].flatten(1)
         return local_soft_argmax(volume, self.volume_shape, 2 if self.config.decode == "soft" else 0), gripper
 
+    def elsewhere(self, logits, batch):
+        """Logits (N,2,Z,H,W) without the voxels where the EEF already is, gripper unchanged: no label lies nearer than
+        `min_travel`, and a policy that answers "here" would answer so for ever. batch: eef_pos (N,3), gripper_width (N,), K, E."""
+        Z, H, W = self.volume_shape
+        line = lambda n: torch.arange(n, device=logits.device, dtype=torch.float64)
+        zyx = torch.stack(torch.meshgrid(line(Z), line(H), line(W), indexing="ij"), -1)
+        points = self.points(zyx.expand(len(logits), -1, -1, -1, -1), batch)
+        here = (points - batch["eef_pos"].double()[:, None, None, None]).norm(dim=-1) < 0.75 * self.config.min_travel  # (N,Z,H,W)
+        command = (batch["gripper_width"] < HALF_OPEN).long()
+        same = F.one_hot(command, logits.shape[1]).bool()[..., None, None, None]  # (N,2,1,1,1)
+        return logits.masked_fill(here[:, None] & same, -torch.inf)
+
     def rotation_loss(self, logits, rotation):
         """Cross-entropy (N,) averaged over the axes, of logits (N,3,bins) at rotations (N,3,3)."""
         return F.cross_entropy(logits.float().transpose(1, 2), self.euler_bins(rotation), reduction="none").mean(-1)

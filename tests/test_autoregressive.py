@@ -205,6 +205,7 @@ def observations(windows, frames, path):
 def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
     """Decisions with the cache are those of the whole window at once: measured positions, frames inside the context."""
     policy = policy_of(windows, **changes)
+    policy.elsewhere = lambda logits, batch: logits  # the window's predictions keep all voxels
     index = next(i for i, w in enumerate(windows.windows) if len(w) == SMALL["context"] and windows.row_demo[w[0]] == 0)
     frames = windows.row_frame[windows.windows[index]]
     batch = windows.batch([index])
@@ -215,6 +216,19 @@ def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
     else:
         expected = policy.predict(batch)["position"][0]
     np.testing.assert_allclose(acted, expected.detach().numpy(), atol=1e-4)
+
+
+def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
+    """Acting, voxels within the labels' least distance of the EEF are out of the question unless the gripper changes."""
+    policy, batch = policy_of(windows), full_windows(windows, 2)
+    frame = {k: batch[k][:, 0] for k in ("eef_pos", "gripper_width", "K", "E")}
+    logits = torch.zeros(2, 2, *policy.volume_shape)
+    fine = {**frame, "eef_pos": policy.points(torch.tensor([[4.0, 7.0, 8.0], [2.0, 3.0, 9.0]])[:, None].double(), frame)[:, 0]}
+    left = torch.isfinite(policy.elsewhere(logits, fine))
+    command = (frame["gripper_width"] < 0.04).long()
+    for i, (z, y, x) in enumerate([(4, 7, 8), (2, 3, 9)]):
+        assert not left[i, command[i], z, y, x] and left[i, 1 - command[i]].all()
+        assert left[i].float().mean() > 0.9
 
 
 def test_feedback(windows, synthetic_demos):
