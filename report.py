@@ -1,6 +1,7 @@
 """One self-contained HTML page of a run and its evaluations: no server, no network.
 
     python report.py --run runs/NAME --evals results/para_benchmark results/para_shifted --out report.html
+    python report.py --evals results/* --markdown        # the README's table
 """
 import argparse
 import base64
@@ -64,6 +65,18 @@ def success_table(summaries):
     return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>" + "".join(rows) + "</table>"
 
 
+def markdown(summaries):
+    """The success table as Markdown: a row per evaluation."""
+    lines = ["| policy | layout | placed and released | LIBERO success | steps | jerk | coverage 4 / 8 / 16 px |", "|---|---|---|---|---|---|---|"]
+    cell = lambda value, interval: f"{100 * value:.0f}% ({100 * interval[0]:.0f}-{100 * interval[1]:.0f})"
+    for s in summaries:
+        cover = " / ".join("-" if s[f"coverage_{e}px"] is None else f"{s[f'coverage_{e}px']:.2f}" for e in (4, 8, 16))
+        if s["n"]:
+            lines.append(f"| {s['model_type']} | {s['setting']}, n = {s['n']} | {cell(s['released_rate'], s['released_interval'])} | "
+                         f"{cell(s['success_rate'], s['interval'])} | {s['mean_steps']:.0f} | {s['jerk_mm']:.2f} | {cover} |")
+    return "\n".join(lines)
+
+
 def build(run, evals):
     """The page's HTML."""
     config = read_json(run / "config.json", "finished run") if run else {}
@@ -110,7 +123,11 @@ def main(argv=None):
     parser.add_argument("--run", type=Path, help="training run folder")
     parser.add_argument("--evals", type=Path, nargs="+", required=True, help="evaluation folders")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--markdown", action="store_true", help="only print the success table as Markdown")
     args = parser.parse_args(argv)
+    if args.markdown:
+        print(markdown([read_json(e / "summary.json", "finished evaluation") for e in args.evals]))
+        return
     page, summaries = build(args.run, args.evals)
     with atomic_path(args.out) as scratch:
         scratch.write_text(page)
