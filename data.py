@@ -88,6 +88,8 @@ class WaypointDataset(Dataset):
         maps = feature_cache(backbone, groups, cache, progress)
         self.maps = [maps.get(d.name) for d in demos]
 
+    read = staticmethod(demo_files.read_demos)  # (path, image_size, limit) -> (list of Demo, dict of attributes)
+
     def _images(self, name, frames):
         with demo_files.open_demos(self.path) as file:
             return demo_files.read_images(self.path, file, name, frames)
