@@ -51,6 +51,20 @@ def trajectory_overlay(images, eef, true, predicted, frames, path):
     _save(figure, path)
 
 
+def rotation_histogram(values, ratios, episodes, chosen, path):
+    """Distribution of the values on each space's principal axis, {space: (N,) deg}, with the explained-variance ratios, and the
+    chosen space's values over each episode's frames [(T,) deg]."""
+    figure, axes = plt.subplots(1, len(values) + 1, figsize=(4.2 * (len(values) + 1), 3.2))
+    for axis, (space, v) in zip(axes, values.items()):
+        axis.hist(v, bins=48, color="#4477aa")
+        axis.set(title=f"{space}: {', '.join(f'{r:.3f}' for r in ratios[space])} of variance", xlabel="value on the axis (deg)", ylabel="frames")
+    for episode in episodes:
+        axes[-1].plot(episode, color="#4477aa", alpha=0.4, linewidth=0.8)
+    axes[-1].set(title=f"{chosen}: every episode", xlabel="frame", ylabel="value on the axis (deg)")
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def write_strip(images, path):
     """Small frames (s,s,3) side by side in one PNG."""
     from PIL import Image
