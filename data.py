@@ -25,6 +25,14 @@ def gripper_segments(actions):
     return closed, np.flatnonzero(np.diff(closed)) + 1
 
 
+def held_frames(demo):
+    """Frames (T,) bool inside a gripper's hold, at which no decision is ever taken."""
+    held = np.zeros(len(demo), bool)
+    for change in gripper_segments(demo.actions)[1]:
+        held[change + 1:change + GRIPPER_STEPS] = True
+    return held
+
+
 def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0):
     """Labels of every frame of a Demo.
 
@@ -43,9 +51,7 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0):
     target = np.stack(target, -1)
     pushes = np.concatenate([[0], np.cumsum(demo.perturbed)])
     mask = pushes[target] == pushes[frames][:, None]  # no pushed frame in [i, target)
-    held = np.zeros(length, bool)
-    for change in changes:
-        held[change + 1:change + GRIPPER_STEPS] = True
+    held = held_frames(demo)
     still = np.linalg.norm(demo.ee_pos[target[:, 0]] - demo.ee_pos, axis=1) < STILL
     in_force = np.append(closed[:1], closed[:-1])  # at the change frame itself the old command still is
     usable = mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == in_force))
@@ -63,32 +69,39 @@ class WaypointDataset(Dataset):
 
     def __init__(self, path, demos, config, backbone, frame_stride=1, cache="cache/features", progress=True):
         self.path, self.demos, self.config, self.backbone = path, demos, config, backbone
-        rows = []
-        groups = []
-        for d, demo in enumerate(demos):
-            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window, config.retreat, config.min_travel)
-            usable &= np.arange(len(demo)) % frame_stride == 0
-            frames = np.flatnonzero(usable)
-            rot = rotvec_to_matrix(demo.ee_ori)
-            for slot, i in enumerate(frames):
-                rows.append((d, slot, i, demo.ee_pos[i], demo.ee_pos[target[i]], rot[target[i]], gripper[i], mask[i],
-                             np.abs(demo.gripper_states[i]).sum()))
-            if len(frames):
-                groups.append((demo.name, lambda name=demo.name, frames=frames: self._images(name, frames)))
-        if not rows:
-            raise UserError(f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations")
-        columns = list(zip(*rows))
-        self.demo, self.slot, self.frame = (np.array(c) for c in columns[:3])
-        self.eef_pos, self.target_pos, self.target_rot = (torch.from_numpy(np.stack(c)) for c in columns[3:6])
-        self.target_gripper = torch.from_numpy(np.stack(columns[6]))
-        self.mask = torch.from_numpy(np.stack(columns[7]).astype(np.float32))
-        self.gripper_width = torch.from_numpy(np.array(columns[8]))
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
+        needed = self.label(path, config, frame_stride)
+        groups = [(demo.name, lambda name=demo.name, frames=frames: self._images(name, frames))
+                  for demo, frames in zip(demos, needed) if len(frames)]
         maps = feature_cache(backbone, groups, cache, progress)
         self.maps = [maps.get(d.name) for d in demos]
 
     read = staticmethod(demo_files.read_demos)  # (path, image_size, limit) -> (list of Demo, dict of attributes)
+
+    def label(self, path, config, frame_stride):
+        """Set the samples' labels; return for each demo the frames whose features are needed."""
+        rows, needed = [], []
+        for d, demo in enumerate(self.demos):
+            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window, config.retreat, config.min_travel)
+            usable &= np.arange(len(demo)) % frame_stride == 0
+            needed.append(np.flatnonzero(usable))
+            rows += [(d, slot, i, target[i], gripper[i], mask[i]) for slot, i in enumerate(needed[-1])]
+        if not rows:
+            raise UserError(f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations")
+        self.demo, self.slot, self.frame, target, gripper, mask = (np.array(c) for c in zip(*rows))
+        self.fill(self.demo, self.frame, target, gripper, mask)
+        return needed
+
+    def fill(self, demo, frame, target, gripper, mask):
+        """Set the low-dimensional tensors of N rows: demo and frame (N,), target frames, commands and masks (N,T)."""
+        stack = lambda values: torch.from_numpy(np.stack(values))
+        rotation = [rotvec_to_matrix(d.ee_ori) for d in self.demos]
+        self.eef_pos = stack([self.demos[d].ee_pos[i] for d, i in zip(demo, frame)])
+        self.target_pos = stack([self.demos[d].ee_pos[t] for d, t in zip(demo, target)])
+        self.target_rot = stack([rotation[d][t] for d, t in zip(demo, target)])
+        self.gripper_width = stack([np.abs(self.demos[d].gripper_states[i]).sum() for d, i in zip(demo, frame)])
+        self.target_gripper, self.mask = torch.from_numpy(gripper), torch.from_numpy(mask.astype(np.float32))
 
     def _images(self, name, frames):
         with demo_files.open_demos(self.path) as file:
@@ -104,6 +117,10 @@ class WaypointDataset(Dataset):
         """Cached maps [(B,C,H,W) float16] of samples."""
         return [torch.from_numpy(np.stack([self.maps[self.demo[i]][m][self.slot[i]] for i in indices]))
                 for m in range(len(self.backbone.channels))]
+
+    def last_features(self, indices):
+        """Maps [(B,C,H,W) float16] of the samples' newest frames."""
+        return self.features(indices)
 
     def batch(self, indices):
         """Samples -> dict of tensors, see policy.py."""
@@ -124,7 +141,7 @@ class WaypointDataset(Dataset):
         euler = wrap_angle(euler, circular_mean(euler))
         picked = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)
         features = []
-        for maps in self.features(picked):
+        for maps in self.last_features(picked):
             maps = maps.float()
             features.append((maps.mean((0, 2, 3)).numpy(), maps.std((0, 2, 3)).clamp(min=1e-4).numpy()))
         return {"height_range": np.array([heights.min(), heights.max()]),

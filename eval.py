@@ -42,6 +42,18 @@ def episode_state(scene, layout, index):
     raise RuntimeError(f"60 resets in a row were bad for {layout} {index}")
 
 
+def use_flags(policy, args):
+    """Set how a policy with a history is used: --feedback, --sample, --temperature. Raises UserError for one without."""
+    for name in ("feedback", "sample", "temperature"):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if not hasattr(policy.config, name):
+            raise UserError(f"--{name}: {type(policy).__name__} has no such choice; only policies with a history have")
+        setattr(policy.config, name, value)
+    policy.check()
+
+
 class EvalWorker:
     """Owns a scene and an agent; a job is an episode's index, or "protocol"."""
 
@@ -51,6 +63,7 @@ class EvalWorker:
         self.extra, self.agent = {}, None
         if args.policy == "checkpoint":
             policy, _, self.extra = load_policy(args.ckpt, args.device, args.backbone_weights)
+            use_flags(policy, args)
             self.agent = PolicyAgent(policy)
         elif args.policy == "oracle":
             self.agent = OracleAgent(args.waypoint_stride, args.grid, args.n_height_bins)
@@ -173,6 +186,9 @@ def build_parser():
     parser.add_argument("--teleport", action="store_true", help="servo to each absolute waypoint")
     parser.add_argument("--zero_rotation", action="store_true", help="keep the start's orientation")
     parser.add_argument("--max_steps", type=int, default=600, help="control steps an episode may take")
+    parser.add_argument("--feedback", help="policies with a history: measured, predicted or hybrid:N (the checkpoint's)")
+    parser.add_argument("--sample", action="store_const", const=True, help="policies with a history: sample the waypoint")
+    parser.add_argument("--temperature", type=float, help="of --sample")
     parser.add_argument("--layout", default="benchmark", choices=LAYOUTS)
     parser.add_argument("--n_episodes", type=int, default=50)
     parser.add_argument("--task_suite", help="the checkpoint's own task, else libero_spatial")
@@ -200,6 +216,7 @@ def prepare(args):
             args.ckpt, sentence = newest_checkpoint()
             print(sentence)
         policy, info, _ = load_policy(args.ckpt, "cpu", args.backbone_weights)  # bad files are refused before workers start
+        use_flags(policy, args)
         args.image_size, args.waypoint_stride = policy.config.image_size, policy.config.waypoint_stride
         trained_on = info.get("dataset", {})
         args.task_suite = args.task_suite or trained_on.get("task_suite")

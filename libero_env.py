@@ -426,7 +426,7 @@ class Scene:
                 return True
         return False
 
-    def shifted_layout(self, state, seed, low=0.03, high=0.05, apart=0.04):
+    def shifted_layout(self, state, seed, low=0.04, high=0.05, apart=0.04):
         """The state with the task's objects each moved by `low`..`high` metres in a direction of its own, and by at least
         `apart` metres relative to each other: objects moved alike keep the task's inner geometry, and a replay that happens
         to catch the bowl's rim carries it onto the plate without looking.

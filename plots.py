@@ -51,17 +51,16 @@ def trajectory_overlay(images, eef, true, predicted, frames, path):
     _save(figure, path)
 
 
-def rotation_histogram(values, ratios, episodes, chosen, path):
-    """Distribution of the values on each space's principal axis, {space: (N,) deg}, with the explained-variance ratios, and the
-    chosen space's values over each episode's frames [(T,) deg]."""
-    figure, axes = plt.subplots(1, len(values) + 1, figsize=(4.2 * (len(values) + 1), 3.2))
-    for axis, (space, v) in zip(axes, values.items()):
-        axis.hist(v, bins=48, color="#4477aa")
-        axis.set(title=f"{space}: {', '.join(f'{r:.3f}' for r in ratios[space])} of variance", xlabel="value on the axis (deg)", ylabel="frames")
-    for episode in episodes:
-        axes[-1].plot(episode, color="#4477aa", alpha=0.4, linewidth=0.8)
-    axes[-1].set(title=f"{chosen}: every episode", xlabel="frame", ylabel="value on the axis (deg)")
-    figure.tight_layout()
+def paths_overlay(image, true, lines, path):
+    """A recorded path (M,2) px and predicted ones {name: (N,2) px}, waypoints as dots, on an image (S,S,3), a panel each."""
+    figure, axes = plt.subplots(1, len(lines), figsize=(5.4 * len(lines), 5.4), squeeze=False)
+    for axis, (name, line) in zip(axes[0], lines.items()):
+        axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
+        axis.plot(true[:, 0], true[:, 1], color=TRUE, linewidth=3, alpha=0.8, label="recorded path")
+        axis.plot(line[:, 0], line[:, 1], color=PREDICTED, marker="o", markersize=4, linewidth=1.2, label="predicted, fed back")
+        axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=name)
+        axis.axis("off")
+    axes[0, 0].legend(loc="lower left", fontsize=8)
     _save(figure, path)
 
 

@@ -5,13 +5,23 @@ Batches hold metres, radians, pixels and world coordinates; cells and bins exist
 
     features [(B,C_i,H_i,W_i) float16], eef_pos (B,3), gripper_width (B,) between the fingers, K (B,3,3), E (B,4,4),
     target_pos (B,T,3), target_rot (B,T,3,3), target_gripper (B,T) in {0 open, 1 close}, mask (B,T) in {0, 1}
+
+Policies with a history take windows of T frames instead, one waypoint each: what is (B,...) above is (B,T,...), see data_ar.py.
 """
 import time
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+import camera
+from rot_utils import euler_to_matrix, matrix_to_euler, wrap_angle
+
+HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
+HEIGHT_MARGIN = 0.02  # metres beyond the heights of the training data that the bins still cover
+ROTATION_MARGIN = 0.02  # radians, likewise
 
 
 def flag(default, help, choices=None):
@@ -21,12 +31,12 @@ def flag(default, help, choices=None):
 
 @dataclass
 class PolicyConfig:
-    """What every policy is configured by. It travels in the checkpoint."""
+    """What every policy is configured by. It travels in the checkpoint. `presets`: {name: other defaults}, of train.py's flags too."""
+    presets = {}
     backbone: str = flag("auto", "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model")
     image_size: int = flag(448, "image side, pixels")
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
     min_travel: float = flag(0.02, "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF already is, for ever")
-    n_window: int = flag(6, "future waypoints T")
     retreat: bool = flag(False, "train on frames after the last release too")
 
 
@@ -89,6 +99,9 @@ class Policy(nn.Module):
     def forward(self, batch):
         return self.loss(batch)  # so that DistributedDataParallel's hooks run
 
+    def check(self):
+        """Raise UserError for settings that contradict each other."""
+
     def reset(self):
         """Start of an episode: forget the history."""
 
@@ -98,6 +111,10 @@ class Policy(nn.Module):
         return [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
                 {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
 
+    def decide(self, batch):
+        """`predict` for one observation (B = 1), in the order in which an episode brings them; T is the trajectory's."""
+        return self.predict(batch)
+
     @torch.inference_mode()
     def act(self, observation):
         """Observation -> Waypoint."""
@@ -106,8 +123,8 @@ class Policy(nn.Module):
         maps = [m.to(device) for m in self.backbone(torch.from_numpy(observation.image[None]))]
         middle = time.perf_counter()
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
-        out = self.predict({"features": maps, "eef_pos": tensor(observation.eef_pos), "gripper_width": tensor(observation.gripper_width), "K": tensor(observation.K),
-                            "E": tensor(observation.E)})
+        out = self.decide({"features": maps, "eef_pos": tensor(observation.eef_pos), "K": tensor(observation.K),
+                           "gripper_width": tensor(observation.gripper_width), "E": tensor(observation.E)})
         position = out["position"][0].double().cpu().numpy()
         grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)
         rotation = out["rotation"][0, 0].double().cpu().numpy()
@@ -197,3 +214,114 @@ def local_soft_argmax(logits, shape, radius=2):
     clamped = torch.minimum(around.clamp(min=0), limit)
     near = logits.gather(-1, flat_index(clamped, shape)).double().masked_fill(~valid, -torch.inf)
     return (near.softmax(-1)[..., None] * clamped).sum(1)
+
+
+@dataclass
+class VolumeConfig(PolicyConfig):
+    """What policies that classify waypoints over image cells x height bins share."""
+    grid: int = flag(64, "prediction grid H = W")
+    n_height_bins: int = flag(32, "height bins Z")
+    n_rot_bins: int = flag(32, "bins per Euler axis")
+    target: str = flag("soft", "one-hot or Gaussian cell and height targets", ("soft", "hard"))
+    sigma: float = flag(0.7, "standard deviation of soft targets, cells and bins")
+    rotation_weight: float = flag(0.1, "weight of the rotation loss")
+    decode: str = flag("soft", "local soft-argmax, or plain argmax", ("soft", "argmax"))
+
+
+class VolumeGeometry(Policy):
+    """A policy whose waypoints are (cell, height bin): statistics as buffers, and the way between world and volume.
+
+    Points have any leading dimensions (...,3); cameras of a batch have the first of them: K (B,3,3) serves points (B,T,3).
+    """
+
+    def __init__(self, config, channels):
+        super().__init__(config)
+        for i, n in enumerate(channels):
+            self.register_buffer(f"feature_mean_{i}", torch.zeros(n))
+            self.register_buffer(f"feature_std_{i}", torch.ones(n))
+        self.register_buffer("height_range", torch.tensor([0.9, 1.3], dtype=torch.float64))  # metres
+        self.register_buffer("euler_range", torch.tensor([[-np.pi, np.pi]] * 3, dtype=torch.float64))  # radians, unwrapped
+
+    def fit_statistics(self, statistics):
+        """Height and Euler ranges and feature normalisation from the training data; see `data.WaypointDataset.statistics`."""
+        low, high = statistics["height_range"]
+        self.height_range.copy_(torch.tensor([low - HEIGHT_MARGIN, high + HEIGHT_MARGIN]))
+        euler = torch.as_tensor(statistics["euler_range"])
+        self.euler_range.copy_(euler + torch.tensor([-ROTATION_MARGIN, ROTATION_MARGIN]))
+        for i, (mean, std) in enumerate(statistics["features"]):
+            getattr(self, f"feature_mean_{i}").copy_(torch.as_tensor(mean))
+            getattr(self, f"feature_std_{i}").copy_(torch.as_tensor(std))
+
+    @property
+    def volume_shape(self):
+        return self.config.n_height_bins, self.config.grid, self.config.grid
+
+    def normalised(self, features):
+        """Backbone maps [(...,C,H,W) float16] -> the same in float32 with zero mean and unit deviation a channel."""
+        return [(maps.float() - getattr(self, f"feature_mean_{i}").view(-1, 1, 1)) / getattr(self, f"feature_std_{i}").view(-1, 1, 1)
+                for i, maps in enumerate(features)]
+
+    # -- between world and volume ------------------------------------------------------------------------------------
+
+    def cameras(self, batch, ndim):
+        """The batch's K and E with ones inserted, so that they serve points of `ndim` dimensions."""
+        K, E = batch["K"], batch["E"]
+        while K.ndim < ndim + 1:
+            K, E = K.unsqueeze(-3), E.unsqueeze(-3)
+        return K, E
+
+    def cells(self, points, batch):
+        """World points (...,3) -> continuous cells yx (...,2)."""
+        u, v, _ = camera.project(points, *self.cameras(batch, points.ndim))
+        to_cell = lambda x: camera.pixel_to_cell(x, self.config.grid, self.config.image_size)
+        return torch.stack([to_cell(v), to_cell(u)], -1)
+
+    def coordinates(self, points, batch):
+        """World points (...,3) -> continuous volume coordinates zyx (...,3)."""
+        z = camera.height_to_bin(points[..., 2], *self.height_range, self.config.n_height_bins)
+        return torch.cat([z[..., None], self.cells(points, batch)], -1)
+
+    def points(self, coordinates, batch):
+        """Continuous volume coordinates zyx (...,3) -> world points (...,3)."""
+        c = self.config
+        height = camera.bin_to_height(coordinates[..., 0], *self.height_range, c.n_height_bins)
+        v, u = (camera.cell_to_pixel(coordinates[..., i], c.grid, c.image_size) for i in (1, 2))
+        return camera.unproject(u, v, height, *self.cameras(batch, coordinates.ndim))
+
+    def euler_bins(self, rotation):
+        """Rotations (...,3,3) -> bins (...,3) per Euler axis; angles are unwrapped about the middle of their range."""
+        low, high = self.euler_range[:, 0].cpu().numpy(), self.euler_range[:, 1].cpu().numpy()
+        euler = wrap_angle(matrix_to_euler(rotation.cpu().numpy()), (low + high) / 2)
+        bins = np.floor((euler - low) / (high - low) * self.config.n_rot_bins).astype(int)
+        return torch.from_numpy(bins.clip(0, self.config.n_rot_bins - 1)).to(rotation.device)
+
+    def decode_rotation(self, logits):
+        """Logits (...,3,bins) -> rotations (...,3,3) at the bins' centres."""
+        share = (logits.argmax(-1).double() + 0.5) / self.config.n_rot_bins
+        low, high = self.euler_range.unbind(-1)
+        return torch.from_numpy(euler_to_matrix((low + share * (high - low)).cpu().numpy())).to(logits.device)
+
+    # -- losses and decoding -----------------------------------------------------------------------------------------
+
+    def volume_loss(self, logits, coordinates, gripper=None):
+        """Cross-entropy (N,) of logits (N, G*Z*H*W) at coordinates zyx (N,3); gripper (N,) in {0, 1} where G = 2 is joint."""
+        c = self.config
+        index, weight = soft_targets(coordinates, self.volume_shape, c.sigma if c.target == "soft" else 0.0)
+        if gripper is not None:
+            index = index + gripper[:, None] * int(np.prod(self.volume_shape))
+        return sparse_cross_entropy(logits, index, weight.float())
+
+    def decode_volume(self, logits):
+        """Logits (N,G,Z,H,W) -> coordinates zyx (N,3), gripper (N,) in {0..G-1}: the command of the highest peak."""
+        gripper = logits.flatten(2).amax(-1).argmax(-1)
+        volume = logits[torch.arange(len(logits), device=logits.device), gripper].flatten(1)
+        return local_soft_argmax(volume, self.volume_shape, 2 if self.config.decode == "soft" else 0), gripper
+
+    def rotation_loss(self, logits, rotation):
+        """Cross-entropy (N,) averaged over the axes, of logits (N,3,bins) at rotations (N,3,3)."""
+        return F.cross_entropy(logits.float().transpose(1, 2), self.euler_bins(rotation), reduction="none").mean(-1)
+
+
+def masked_mean(values, mask):
+    """Mean of values (N,) where mask (N,) is one; 0 where it never is."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-import plots
+import plots_rotation
 from data_smith300_volume import VolumeDataset
 from rot_utils import (EV_GATE, NEAR_SINGULAR, SPACES, basis_path, fingerprint, fit_basis, matrix_to_euler,
                        reconstruction_error, rotvec_to_matrix, save_basis)
@@ -68,7 +68,7 @@ def precompute(args):
     path = Path(args.out) if args.out else basis_path(args.dataset)
     save_basis(path, chosen)
     lengths = np.cumsum([len(d) for d in demos])[:-1]
-    plots.rotation_histogram({s: np.degrees(b.value(rotations)) for s, b in bases.items()}, {s: b.ev_ratio for s, b in bases.items()},
+    plots_rotation.rotation_histogram({s: np.degrees(b.value(rotations)) for s, b in bases.items()}, {s: b.ev_ratio for s, b in bases.items()},
                              np.split(np.degrees(chosen.value(rotations)), lengths), args.space, path.with_suffix(".png"))
     print(f"{path}: written ({args.space}, explained variance {ev:.3f}), picture {path.with_suffix('.png').name}")
     return 0

@@ -2,7 +2,9 @@
 from typing import NamedTuple
 
 from data import WaypointDataset
+from data_ar import WindowDataset
 from model import ParaConfig, TrajectoryHeatmapPredictor
+from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from runtime import UserError
 
 
@@ -14,6 +16,7 @@ class Entry(NamedTuple):
 
 REGISTRY = {
     "para": Entry(TrajectoryHeatmapPredictor, ParaConfig, WaypointDataset),
+    "autoregressive": Entry(AutoregressivePolicy, AutoregressiveConfig, WindowDataset),
 }
 
 

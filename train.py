@@ -26,13 +26,12 @@ from tqdm import tqdm
 import demos as demo_files
 import plots
 from backbone import Backbone, resolve_backbone
-from camera import project
 from checkpoint import load_tensors, save_policy, save_tensors
-from metrics import coverage, jerk
 from policy import add_config_flags
 from registry import REGISTRY, look_up
 from runtime import (RunLogger, StopSignal, UserError, append_jsonl, autocast, command_line, git_commit, init_distributed,
                      read_jsonl, run_script, seed_everything, versions, write_json)
+from validation import newest, to_device, to_pixels, validate
 
 DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
 
@@ -64,6 +63,10 @@ def build_parser(config_class=None):
     parser.add_argument("--wandb", default="offline", choices=("online", "offline", "off"))
     if config_class:
         add_config_flags(parser, config_class)
+        if config_class.presets:
+            parser.add_argument("--preset", choices=["auto", *config_class.presets], default="auto",
+                                help="sizes: " + "; ".join(f"{k} {v or 'the defaults'}" for k, v in config_class.presets.items())
+                                + "; auto: small without a GPU")
     return parser
 
 
@@ -76,16 +79,31 @@ def parse_args(argv=None):
             raise UserError(f"--resume {first.resume}: no {stored}, so this is no run folder")
         values = json.loads(stored.read_text())
         config_class = look_up(values["args"]["model_type"]).config
-        args = build_parser(config_class).parse_args(values["argv"])
+        args = with_preset(build_parser(config_class), [*values["argv"], *(["--preset", values["args"]["preset"]] if "preset" in values["args"] else [])])
         args.resume = args.out = first.resume
         args.backbone = values["config"]["backbone"]
     else:
         config_class = look_up(first.model_type).config
-        args = build_parser(config_class).parse_args(argv)
-    for name in ("batch_size", "max_steps", "frame_stride", "waypoint_stride", "n_window", "val_every", "save_every"):
-        if getattr(args, name) < 1:
+        args = with_preset(build_parser(config_class), argv)
+    for name in ("batch_size", "max_steps", "frame_stride", "waypoint_stride", "n_window", "context", "val_every", "save_every"):
+        if getattr(args, name, 1) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     return args, config_class
+
+
+def with_preset(parser, argv):
+    """Parse flags on top of the defaults that the model's --preset sets."""
+    args = parser.parse_args(argv)
+    if "preset" in args:
+        if args.preset == "auto":
+            gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
+            args.preset = "full" if gpu else "small"
+        config_class, chosen = look_up(args.model_type).config, args.preset
+        parser.set_defaults(**config_class.presets[chosen])
+        args = parser.parse_args(argv)
+        args.preset = chosen
+        print(f"--preset {chosen}")
+    return args
 
 
 def ensure_dataset(args, dist):
@@ -116,50 +134,6 @@ def learning_rate(args, step, minutes):
     if args.max_minutes:
         progress = max(progress, minutes / args.max_minutes)
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def to_device(batch, device):
-    move = lambda v: [m.to(device) for m in v] if isinstance(v, list) else v.to(device)
-    return {k: move(v) for k, v in batch.items()}
-
-
-@torch.no_grad()
-def validate(policy, dataset, device, batch_size=16, limit=400):
-    """Loss and decoded errors on held-out demonstrations.
-
-    Of the first waypoint: error in cm (median, 90th percentile) and px (median), gripper accuracy, rotation error in degrees.
-    Of the trajectory: coverage at 4, 8 and 16 px and jerk in cm/step^2 beside the truth's.
-    """
-    policy.eval()
-    indices = np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)
-    losses, cm, px, gripper, degrees, cover, jerks = [], [], [], [], [], {4: [], 8: [], 16: []}, ([], [])
-    for i in range(0, len(indices), batch_size):
-        batch = to_device(dataset.batch(indices[i:i + batch_size]), device)
-        losses.append({k: v.item() for k, v in policy.loss(batch).items()})
-        out = policy.predict(batch)
-        true, predicted = batch["target_pos"].cpu().numpy(), out["position"].double().cpu().numpy()
-        K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
-        true_px, predicted_px = (np.stack(project(p, K, E)[:2], -1) for p in (true, predicted))
-        cm.extend(100 * np.linalg.norm(true[:, 0] - predicted[:, 0], axis=-1))
-        px.extend(np.linalg.norm(true_px[:, 0] - predicted_px[:, 0], axis=-1))
-        gripper.extend((out["gripper"] == batch["target_gripper"])[:, 0].cpu().numpy())
-        turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
-        cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
-        degrees.extend(torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))[:, 0].cpu().numpy())
-        for j in range(len(true)):
-            valid = batch["mask"][j].cpu().numpy() > 0
-            start = np.stack(project(batch["eef_pos"][j].cpu().numpy(), K[j, 0], E[j, 0])[:2])[None]
-            for eps, values in cover.items():
-                values.append(coverage(true_px[j][valid], np.concatenate([start, predicted_px[j]]), eps))
-            for values, points in zip(jerks, (predicted[j], true[j])):
-                values.append(100 * jerk(points))
-    row = {f"val/{k}": float(np.mean([l[k] for l in losses])) for k in losses[0]}
-    row.update({"val/cm_median": np.median(cm), "val/cm_p90": np.percentile(cm, 90), "val/px_median": np.median(px),
-                "val/gripper_accuracy": np.mean(gripper), "val/rotation_deg_median": np.median(degrees),
-                **{f"val/coverage_{e}px": np.mean(v) for e, v in cover.items()},
-                "val/jerk_cm": np.mean(jerks[0]), "val/true_jerk_cm": np.mean(jerks[1])})
-    policy.train()
-    return {k: round(float(v), 5) for k, v in row.items()}
 
 
 def profile_steps(policy, dataset, device, precision):
@@ -340,12 +314,12 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
         rows = np.flatnonzero(dataset.demo == episode)
         rows = rows[np.linspace(0, len(rows) - 1, min(n_frames, len(rows))).astype(int)]
         batch = to_device(dataset.batch(rows), device)
-        predicted = policy.predict(batch)["position"].double().cpu().numpy()
+        batch, out = newest(batch, policy.predict(batch))
         K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
-        to_px = lambda points: np.stack(project(points, K, E)[:2], -1)
+        to_px = lambda points: to_pixels(points, K, E)
         images = dataset._images(dataset.demos[episode].name, dataset.frame[rows])
         plots.trajectory_overlay(images, to_px(batch["eef_pos"].cpu().numpy()[:, None])[:, 0], to_px(batch["target_pos"].cpu().numpy()),
-                                 to_px(predicted), dataset.frame[rows], folder / f"overlay_{episode}.png")
+                                 to_px(out["position"].double().cpu().numpy()), dataset.frame[rows], folder / f"overlay_{episode}.png")
 
 
 if __name__ == "__main__":

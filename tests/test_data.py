@@ -10,11 +10,11 @@ import demos as demo_files
 from conftest import CLOSES, OPENS, PUSHED, SIZE, write_synthetic_demos
 from data import WaypointDataset, gripper_segments, waypoint_labels
 from demos import GRIPPER_STEPS, read_demos
-from policy import PolicyConfig
+from model import ParaConfig
 from rot_utils import rotation_angle, rotvec_to_matrix
 from runtime import UserError
 
-CONFIG = PolicyConfig(backbone="efficientnet_lite0", image_size=SIZE, waypoint_stride=5, n_window=3)
+CONFIG = ParaConfig(backbone="efficientnet_lite0", image_size=SIZE, waypoint_stride=5, n_window=3)
 
 
 class Track(SimpleNamespace):

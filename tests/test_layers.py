@@ -9,12 +9,12 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"rot_utils", "camera", "layers", "metrics", "runtime", "workers", "plots"},
+    {"rot_utils", "camera", "layers", "metrics", "runtime", "workers", "plots", "plots_rotation"},
     {"backbone", "demos", "policy"},
     {"libero_env", "expert", "rollout"},  # and every model* and data*
-    {"registry", "checkpoint"},
+    {"registry", "checkpoint", "validation"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv",
-     "check_setup"},
+     "check_setup", "openloop"},
 ]
 SCRIPTS = LAYERS[4]
 BESIDE = {"expert": {"libero_env"}, "rollout": {"expert", "libero_env"}, "checkpoint": {"registry"}}  # same layer

@@ -121,7 +121,7 @@ def test_config_fields_are_flags():
     parser = argparse.ArgumentParser()
     add_config_flags(parser, Config)
     assert Config(**vars(parser.parse_args([]))) == Config()
-    changed = parser.parse_args(["--n_window", "3", "--rate", "0.1", "--deep", "--kind", "hard"])
-    assert Config(**vars(changed)) == Config(n_window=3, rate=0.1, deep=True, kind="hard")
+    changed = parser.parse_args(["--waypoint_stride", "3", "--rate", "0.1", "--deep", "--kind", "hard"])
+    assert Config(**vars(changed)) == Config(waypoint_stride=3, rate=0.1, deep=True, kind="hard")
     with pytest.raises(SystemExit):
         parser.parse_args(["--kind", "other"])

@@ -1,0 +1,101 @@
+"""Datasets: windows of frames for policies with a history.
+
+A window ends at a usable frame and runs backwards along the decisions that would have led there: the frame before f is
+one whose next waypoint is f. So frame t's image shows the robot where the waypoint of t-1 was, and the last known EEF
+position of frame t is the one that its image shows; the next waypoint is never among the inputs. Labels are those of
+data.py, for every frame of the window. Windows that reach the episode's start are shorter; they are padded at their end, where
+causal attention cannot see the padding.
+"""
+import numpy as np
+import torch
+
+from data import WaypointDataset, gripper_segments, held_frames, waypoint_labels
+from demos import GRIPPER_STEPS
+from runtime import UserError
+
+NEAR = 3  # control steps by which a decision may have missed the frame that follows it
+
+
+def following_frames(demo, target):
+    """The frame (T,) at which the decision after each frame's is taken: its waypoint, or the end of the gripper's hold there."""
+    _, changes = gripper_segments(demo.actions)
+    hold = np.where(np.isin(target, changes), GRIPPER_STEPS, 0)
+    return np.minimum(target + hold, len(demo) - 1)
+
+
+def window_frames(following, last, length, allowed):
+    """Frames (at most `length`, ascending) of the window that ends at frame `last`.
+
+    following (T,) from `following_frames`; allowed (T,) bool, frames at which a decision can be taken.
+    """
+    frames = [last]
+    while len(frames) < length:
+        before = np.flatnonzero(allowed[:frames[0]])
+        before = before[following[before] > before]
+        if not len(before):
+            break
+        misses = np.abs(following[before] - frames[0])
+        if misses.min() > NEAR:
+            break
+        frames.insert(0, int(before[np.flatnonzero(misses == misses.min())[-1]]))
+    return frames
+
+
+class WindowDataset(WaypointDataset):
+    """Windows of `config.context` frames; index i is the window that ends at the i-th usable frame.
+
+    `batch(indices)` gives features [(B,T,C,H,W) float16], eef_pos (B,T,3), gripper_width (B,T), K (B,T,3,3), E (B,T,4,4),
+    valid (B,T) bool (False: padding), targets and mask of every frame as in policy.py: target_pos (B,T,3), mask (B,T) ...
+    """
+
+    def label(self, path, config, frame_stride):
+        starts, rows = [], []
+        self.windows = []
+        for d, demo in enumerate(self.demos):
+            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat, config.min_travel)
+            following = following_frames(demo, target[:, 0])
+            windows = [window_frames(following, last, config.context, ~held_frames(demo)) for last in np.flatnonzero(usable)
+                       if last % frame_stride == 0]
+            needed = sorted({f for w in windows for f in w})
+            place = {f: i for i, f in enumerate(needed)}
+            start = sum(len(s) for s in starts)
+            starts.append(needed)
+            self.windows += [np.array([start + place[f] for f in w]) for w in windows]
+            rows += [(d, i, f, target[f, 0], gripper[f, 0], float(usable[f])) for i, f in enumerate(needed)]
+        if not self.windows:
+            raise UserError(f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations")
+        row_demo, self.row_slot, row_frame, target, gripper, usable = (np.array(c) for c in zip(*rows))
+        self.row_demo, self.row_frame = row_demo, row_frame
+        self.fill(row_demo, row_frame, target[:, None], gripper[:, None], usable[:, None])
+        ends = np.array([w[-1] for w in self.windows])
+        self.demo, self.frame = row_demo[ends], row_frame[ends]
+        return starts
+
+    def __len__(self):
+        return len(self.windows)
+
+    def last_features(self, indices):
+        ends = [self.windows[i][-1] for i in indices]
+        return [torch.from_numpy(np.stack([self.maps[self.row_demo[r]][m][self.row_slot[r]] for r in ends]))
+                for m in range(len(self.backbone.channels))]
+
+    def batch(self, indices):
+        """Windows -> dict of tensors, see the class."""
+        T = self.config.context
+        windows = [self.windows[i] for i in np.asarray(indices)]
+        valid = np.array([[t < len(w) for t in range(T)] for w in windows])
+        rows = np.array([[w[min(t, len(w) - 1)] for t in range(T)] for w in windows])  # padding repeats the last frame
+        features = []
+        for m in range(len(self.backbone.channels)):
+            sample = self.maps[self.row_demo[rows[0, 0]]][m]
+            out = np.zeros((*rows.shape, *sample.shape[1:]), np.float16)
+            for b, t in zip(*np.nonzero(valid)):
+                out[b, t] = self.maps[self.row_demo[rows[b, t]]][m][self.row_slot[rows[b, t]]]
+            features.append(torch.from_numpy(out))
+        pick = lambda x: x[rows]  # (N,...) -> (B,T,...)
+        d = self.row_demo[rows]
+        return {"features": features, "valid": torch.from_numpy(valid), "eef_pos": pick(self.eef_pos),
+                "gripper_width": pick(self.gripper_width), "K": self.K[d], "E": self.E[d],
+                "target_pos": pick(self.target_pos)[..., 0, :], "target_rot": pick(self.target_rot)[:, :, 0],
+                "target_gripper": pick(self.target_gripper)[..., 0],
+                "mask": pick(self.mask)[..., 0] * torch.from_numpy(valid.astype(np.float32))}

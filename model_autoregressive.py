@@ -1,0 +1,361 @@
+"""A, the autoregressive policy: one waypoint a step from a window of past frames and EEF positions.
+
+A frame's group of tokens is {its patches, the last known EEF, a learned query}; attention is bidirectional inside a group
+and causal across groups (layers.py). The query of frame t knows the EEF that image t shows and everything before, never its
+own target, so that every frame of a window is supervised in one pass. Heads on the query:
+
+    pointer  its output makes the weights of a 1x1 convolution over per-cell features (a small convolutional trunk on the image
+             features plus the transformer's own patch outputs, upsampled): one joint softmax over gripper x height x cell
+    mlp      an MLP over absolute cells and gripper, heights by a linear layer; as first specified
+
+The EEF's position is noised in training, everywhere it enters: demonstrations whose layouts hardly differ let a network
+predict the next waypoint from the current state without looking, and noise makes looking the better bet.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layers import FrameBlock, Resolutions, fourier
+from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag, masked_mean
+from runtime import UserError
+
+TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
+SPACE_FREQUENCIES = 6  # over image widths: the finest wave is 1/16 image, 28 px
+EEF, QUERY = 0, 1  # places among a group's own two tokens
+
+
+@dataclass
+class AutoregressiveConfig(VolumeConfig):
+    """Configuration of AutoregressivePolicy."""
+    grid: int = flag(56, "prediction grid H = W")
+    context: int = flag(8, "frames T that attention sees")
+    dim: int = flag(384, "width d of the transformer")
+    n_layers: int = flag(6, "layers")
+    n_heads: int = flag(6, "attention heads")
+    mlp_ratio: int = flag(4, "feed-forward width over d")
+    patch_grid: int = flag(28, "patch tokens a side")
+    recent_hires: int = flag(0, "the K newest frames at --patch_grid, older ones at half of it; 0: all alike")
+    head: str = flag("pointer", "query . cell features, or an MLP over absolute cells", ("pointer", "mlp"))
+    key_width: int = flag(64, "channels of the pointer's cell features")
+    dilations: str = flag("1,2,4", "dilations of the convolutions over the pointer's cell features")
+    anchor: str = flag("frame", "positions relative to each frame's own EEF (exact cache), or to the newest frame's",
+                       ("frame", "current"))
+    temporal: bool = flag(True, "temporal embedding")
+    patch_position: bool = flag(False, "absolute 2D position embedding of patches and EEF")
+    relative: bool = flag(True, "embedding of positions relative to the last known EEF")
+    eef_noise_px: float = flag(14.0, "training noise of the EEF's pixel position, standard deviation")
+    eef_noise_m: float = flag(0.017, "training noise of the EEF's height, metres")
+    eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
+    coarse_to_fine: bool = flag(False, "the cell, then an offset inside it, instead of the soft-argmax about the cell")
+    smooth_weight: float = flag(0.0, "weight of the squared second difference (grid cells) of a free-running rollout")
+    feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")
+    sample: bool = flag(False, "sample the waypoint instead of taking the peak")
+    temperature: float = flag(1.0, "of --sample")
+
+    presets = {"full": {}, "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, patch_grid=14, batch_size=2, max_steps=1000,
+                                         val_every=250)}
+
+
+def feedback_steps(feedback):
+    """--feedback -> decisions that use the measured position before predictions are fed back (inf: all)."""
+    if feedback in ("measured", "predicted"):
+        return float("inf") if feedback == "measured" else 1
+    if feedback.startswith("hybrid:") and feedback[7:].isdigit() and int(feedback[7:]) > 0:
+        return int(feedback[7:])
+    raise UserError(f"--feedback {feedback}: use measured, predicted or hybrid:N with N >= 1")
+
+
+class AutoregressivePolicy(VolumeGeometry):
+    """See the module's docstring. `channels`: of the backbone's maps."""
+
+    def __init__(self, config, channels):
+        super().__init__(config, channels)
+        c, d = config, config.dim
+        if c.dim % c.n_heads:
+            raise UserError(f"--dim {c.dim} is no multiple of --n_heads {c.n_heads}")
+        self.n_patches, n_old = c.patch_grid**2, (c.patch_grid // 2) ** 2 if c.recent_hires else 0
+        self.resolutions = Resolutions(c.recent_hires, self.n_patches + 2, self.n_patches)
+        self.project = nn.ModuleList([nn.Conv2d(n, d, 1) for n in channels])
+        self.token = nn.Parameter(torch.randn(2, d) * 0.5)  # EEF, query
+        self.state = nn.Linear(2 * SPACE_FREQUENCIES + 3 + 1, d)  # the EEF's height, its last move, fingers
+        linear = lambda n: nn.Linear(n, d, bias=False)
+        if c.temporal:
+            self.temporal = linear(2 * len(TIME_FREQUENCIES))
+        if c.relative:
+            self.relative = nn.ModuleList([linear(2 * SPACE_FREQUENCIES) for _ in "yx"])
+        if c.patch_position:
+            self.position = nn.ModuleList([linear(2 * SPACE_FREQUENCIES) for _ in "yx"])
+        if n_old:
+            self.coarse = nn.Parameter(torch.randn(d) * 0.5)  # tells pooled patches from patches
+        self.blocks = nn.ModuleList([FrameBlock(d, c.n_heads, c.mlp_ratio) for _ in range(c.n_layers)])
+        self.norm = nn.LayerNorm(d)
+        if c.head == "pointer":
+            width = c.key_width
+            self.key_project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
+            self.key_patches = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
+            self.key_query = nn.Linear(d, width)
+            self.key_trunk = nn.Sequential(*[layer for n in map(int, c.dilations.split(",")) for layer in (
+                nn.Conv2d(width, width, 3, padding=n, dilation=n), nn.GELU())])
+            self.pointer = nn.Linear(d, 2 * c.n_height_bins * width)
+            self.prior = nn.Parameter(torch.randn(2 * c.n_height_bins, width) * width**-0.5)
+            nn.init.normal_(self.pointer.weight, std=0.1 * d**-0.5)
+        else:
+            self.cell_head = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, 2 * c.grid**2))
+            self.height_head = nn.Linear(d, 2 * c.n_height_bins)
+        if c.coarse_to_fine:
+            self.offset_head = nn.Sequential(nn.Linear(d + (c.key_width if c.head == "pointer" else 0), d), nn.GELU(), nn.Linear(d, 3))
+        self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
+        self.check()
+        self.reset()
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+
+    def eef_coordinates(self, batch):
+        """The last known EEF of every frame as volume coordinates zyx (B,T,3) float32, noised in training."""
+        c, eef = self.config, self.coordinates(batch["eef_pos"], batch).float()
+        if self.training and c.eef_noise_share > 0:
+            low, high = self.height_range.float()
+            scale = torch.stack([c.eef_noise_m / (high - low) * c.n_height_bins,
+                                 *[torch.tensor(c.eef_noise_px * c.grid / c.image_size, device=eef.device)] * 2])
+            common, own = (torch.randn(s, device=eef.device) * (torch.rand(*s[:-1], 1, device=eef.device) < c.eef_noise_share)
+                           for s in ((len(eef), 1, 3), eef.shape))  # a whole window off, and single frames
+            eef = eef + scale * (common + 0.5 * own)
+        return eef
+
+    def share(self, coordinates):
+        """Volume coordinates zyx -> shares of the height range and of the image, about [-0.5, 0.5]."""
+        c = self.config
+        size = torch.tensor([c.n_height_bins, c.grid, c.grid], device=coordinates.device)
+        return (coordinates + 0.5) / size - 0.5
+
+    def place(self, tables, y, x):
+        """Embedding of positions by a y part plus an x part: y (...,H) and x (...,W) -> (...,H,W,d)."""
+        parts = [table(fourier(p, SPACE_FREQUENCIES)) for table, p in zip(tables, (y, x))]
+        return parts[0][..., :, None, :] + parts[1][..., None, :, :]
+
+    def patches(self, features, side, anchor):
+        """Backbone maps of frames -> patch tokens (B,T,side^2,d) with their position embeddings. anchor (B,T,2) yx shares."""
+        B, T = anchor.shape[:2]
+        tokens = 0
+        for maps, project in zip(features, self.project):
+            maps = maps.flatten(0, 1)
+            if maps.shape[-1] > side:
+                maps = F.adaptive_avg_pool2d(maps, side)
+            elif maps.shape[-1] < side:
+                maps = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+            tokens = tokens + project(maps)
+        tokens = tokens.permute(0, 2, 3, 1).unflatten(0, (B, T))  # (B,T,H,W,d)
+        line = (torch.arange(side, device=anchor.device) + 0.5) / side - 0.5
+        if self.config.relative:
+            tokens = tokens + self.place(self.relative, line - anchor[..., :1], line - anchor[..., 1:])
+        if self.config.patch_position:
+            tokens = tokens + self.place(self.position, line, line)
+        return tokens.flatten(2, 3)
+
+    def tokens(self, features, eef, before, batch, start):
+        """Groups of tokens (B,T,N,d). eef (B,T,3) coordinates; before (B,1,3) those of the frame before the first, or of the
+        first; start (B,) the first frame's number in its episode, or any when training."""
+        c = self.config
+        eef = self.share(eef)
+        anchor = eef[..., 1:] if c.anchor == "frame" else self.newest(eef[..., 1:], batch)
+        moved = eef - torch.cat([self.share(before), eef[:, :-1]], 1)
+        fingers = (batch["gripper_width"] < HALF_OPEN).float()[..., None]
+        state = self.state(torch.cat([fourier(eef[..., 0], SPACE_FREQUENCIES), 10 * moved, fingers], -1))  # (B,T,d)
+        own = self.token + torch.stack([state, torch.zeros_like(state)], 2)  # (B,T,2,d): EEF, query
+        at = lambda tables, yx: self.place(tables, yx[..., :1], yx[..., 1:])[..., 0, :]  # (B,T,2) -> (B,T,1,d)
+        if c.relative:
+            own = own + at(self.relative, eef[..., 1:] - anchor)
+        if c.patch_position:
+            own = own + at(self.position, eef[..., 1:])
+        groups = [self.patches(features, c.patch_grid, anchor), own]
+        if c.recent_hires:
+            groups.append(self.patches(features, c.patch_grid // 2, anchor) + self.coarse)
+        x = torch.cat(groups, 2)
+        if c.temporal:
+            number = start[:, None] + torch.arange(eef.shape[1], device=eef.device)
+            angle = 2 * torch.pi / TIME_PERIOD * number[..., None] * torch.tensor(TIME_FREQUENCIES, device=eef.device)
+            x = x + self.temporal(torch.cat([angle.sin(), angle.cos()], -1))[:, :, None]
+        return x
+
+    def newest(self, eef, batch):
+        """The last valid frame's entry of (B,T,2), for every frame."""
+        last = batch["valid"].sum(1) - 1 if "valid" in batch else torch.full((len(eef),), eef.shape[1] - 1, device=eef.device)
+        return eef[torch.arange(len(eef), device=eef.device), last][:, None].expand_as(eef)
+
+    # -- the network -------------------------------------------------------------------------------------------------
+
+    def encode(self, x, past=None):
+        """Tokens (B,T,N,d) -> query outputs (B,T,d), patch outputs (B,T,H*W,d) of the layer before the last, cache."""
+        c, cache = self.config, []
+        for i, block in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            if last:
+                patches = x[:, :, :self.n_patches]
+            rows = slice(self.n_patches + QUERY, self.n_patches + QUERY + 1) if last else None  # nobody reads the others
+            x, kept = block(x, c.context, self.resolutions, past[i] if past else None, rows)
+            cache.append(kept)
+        return self.norm(x[:, :, 0]), patches, cache
+
+    def cell_features(self, features, patches, query):
+        """Pointer's keys (N,C,H,W) of N frames: maps [(N,C,H,W)], patch outputs (N,H*W,d), query outputs (N,d)."""
+        c = self.config
+        size = dict(size=(c.grid, c.grid), mode="bilinear", align_corners=False)
+        x = sum(F.interpolate(project(maps), **size) for maps, project in zip(features, self.key_project))
+        coarse = self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
+        return self.key_trunk(x + F.interpolate(coarse, **size) + self.key_query(query)[..., None, None])
+
+    def head(self, features, patches, query):
+        """N frames -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None."""
+        c = self.config
+        if c.head == "mlp":
+            cells = self.cell_head(query).view(-1, 2, 1, c.grid, c.grid)
+            heights = self.height_head(query).view(-1, 2, c.n_height_bins, 1, 1)
+            return cells + heights.log_softmax(2), None  # p(gripper, cell) p(height | gripper)
+        keys = self.cell_features(features, patches, query)
+        weights = self.pointer(query).unflatten(-1, (-1, c.key_width)) + self.prior  # (N,2Z,C)
+        logits = torch.bmm(weights, keys.flatten(2))
+        return logits.view(-1, 2, c.n_height_bins, c.grid, c.grid), keys
+
+    def run(self, batch, eef, start, rows=None):
+        """A window -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the flattened (B*T)."""
+        features = self.normalised(batch["features"])
+        query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start))
+        flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
+        query = flat(query)
+        logits, keys = self.head([flat(f) for f in features], flat(patches), query)
+        return logits, keys, query
+
+    def offset(self, keys, query, coordinates):
+        """Offset zyx (N,3) in [-0.5, 0.5] inside the cell at integer coordinates (N,3)."""
+        if keys is not None:
+            flat = (coordinates[:, 1] * self.config.grid + coordinates[:, 2]).long()
+            query = torch.cat([query, keys.flatten(2)[torch.arange(len(keys), device=keys.device), :, flat]], -1)
+        return 0.5 * self.offset_head(query).float().tanh()
+
+    # -- the policy's interface ----------------------------------------------------------------------------------------
+
+    def supervised(self, batch):
+        """Which of the B*T frames are trained on: flat indices. At least one, masked or not, for a finite loss."""
+        mask = batch["mask"]
+        if self.config.anchor == "current":  # older frames are seen from the newest one's EEF, which is their future
+            newest = torch.arange(mask.shape[1], device=mask.device) == batch["valid"].sum(1, keepdim=True) - 1
+            mask = mask * newest
+        rows = mask.flatten().nonzero()[:, 0]
+        return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)
+
+    def loss(self, batch):
+        """Cross-entropies of gripper x volume and of rotation over the supervised frames, in nats; see the config for more."""
+        c, B, T = self.config, *batch["mask"].shape
+        eef = self.eef_coordinates(batch)
+        start = (torch.randint(TIME_PERIOD, (B,), device=eef.device) if self.training
+                 else torch.zeros(B, dtype=torch.long, device=eef.device))
+        rows = self.supervised(batch)
+        pick = lambda x: x.flatten(0, 1)[rows]
+        mask = pick(batch["mask"])
+        coordinates = self.coordinates(batch["target_pos"], batch)
+        logits, keys, query = self.run(batch, eef, start, rows)
+        parts = {"volume_ce": masked_mean(self.volume_loss(logits.flatten(1), pick(coordinates), pick(batch["target_gripper"])), mask),
+                 "rotation_ce": masked_mean(self.rotation_loss(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)),
+                                                               pick(batch["target_rot"])), mask)}
+        total = parts["volume_ce"] + c.rotation_weight * parts["rotation_ce"]
+        if c.coarse_to_fine:
+            true = pick(coordinates).float()
+            cell = torch.minimum(true.round().clamp(min=0), torch.tensor(self.volume_shape, device=true.device) - 1)
+            error = F.smooth_l1_loss(self.offset(keys, query, cell), (true - cell).clamp(-0.5, 0.5), reduction="none", beta=0.1)
+            parts["offset_l1"] = masked_mean(error.mean(-1), mask)
+            total = total + parts["offset_l1"]
+        if c.smooth_weight > 0:
+            parts["smoothness"] = self.smoothness(batch, logits, eef, start, rows)
+            total = total + c.smooth_weight * parts["smoothness"]
+        return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
+
+    def smoothness(self, batch, logits, eef, start, rows):
+        """Mean squared second difference, in cells and bins, of waypoints predicted when each frame is fed the prediction of
+        the frame before it: a free-running rollout of one step from everywhere."""
+        B, T = batch["mask"].shape
+        with torch.no_grad():
+            predicted = eef.flatten(0, 1).clone()
+            predicted[rows] = self.decode_volume(logits.float())[0].to(eef.dtype)
+        fed = torch.cat([eef[:, :1], predicted.view(B, T, 3)[:, :-1]], 1)
+        again, _, _ = self.run(batch, fed, start, rows)
+        volume = again.float().logsumexp(1).flatten(1).softmax(-1).view(-1, *self.volume_shape)
+        mean = [(volume.sum([a for a in (1, 2, 3) if a != axis]) * torch.arange(n, device=volume.device)).sum(-1)
+                for axis, n in zip((1, 2, 3), self.volume_shape)]  # expectations along z, y and x
+        path = torch.zeros(B * T, 3, device=eef.device).index_copy(0, rows, torch.stack(mean, -1)).view(B, T, 3)
+        known = torch.zeros(B * T, device=eef.device).index_fill(0, rows, 1.0).view(B, T) * batch["mask"]
+        triple = known[:, 2:] * known[:, 1:-1] * known[:, :-2]
+        return masked_mean((path.diff(n=2, dim=1) ** 2).sum(-1).flatten(), triple.flatten())
+
+    def decide_rows(self, batch, logits, keys, query, shape):
+        """Head outputs of N = prod(shape) frames -> {"position" (*shape,3), "gripper" (*shape), "rotation" (*shape,3,3)}."""
+        c, logits = self.config, logits.float()
+        if c.sample:
+            drawn = torch.distributions.Categorical(logits=logits.flatten(1) / c.temperature).sample()
+            gripper = drawn // (logits[0, 0].numel())
+            keep = torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, drawn[:, None], 0.0)
+            coordinates, _ = self.decode_volume(keep.view_as(logits))
+        else:
+            coordinates, gripper = self.decode_volume(logits)
+        if c.coarse_to_fine:
+            best = coordinates.round() if c.sample else self.peak(logits, gripper)
+            coordinates = best + self.offset(keys, query, best.to(query.device)).double()
+        position = self.points(coordinates.view(*shape, 3), batch)
+        rotation = self.decode_rotation(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)))
+        return {"position": position, "gripper": gripper.view(shape), "rotation": rotation.view(*shape, 3, 3)}
+
+    def peak(self, logits, gripper):
+        """Integer coordinates zyx (N,3) of the highest logit under the chosen command."""
+        best = logits[torch.arange(len(logits), device=logits.device), gripper].flatten(1).argmax(-1)
+        _, H, W = self.volume_shape
+        return torch.stack([best // (H * W), best // W % H, best % W], -1).double()
+
+    def predict(self, batch):
+        """The next waypoint of every frame of windows: {"position" (B,T,3), "gripper" (B,T), "rotation" (B,T,3,3)}."""
+        eef = self.eef_coordinates(batch)
+        logits, keys, query = self.run(batch, eef, torch.zeros(len(eef), dtype=torch.long, device=eef.device))
+        return self.decide_rows(batch, logits, keys, query, eef.shape[:2])
+
+    # -- closed loop -------------------------------------------------------------------------------------------------
+
+    def check(self):
+        feedback_steps(self.config.feedback)
+        if self.config.temperature <= 0:
+            raise UserError(f"--temperature {self.config.temperature}: must be positive")
+
+    def reset(self):
+        self.number, self.past, self.before, self.fed, self.window = 0, None, None, None, []
+
+    def decide(self, batch):
+        """One observation (B = 1) after those since `reset`, with keys and values of earlier frames from the cache.
+
+        With --anchor current every frame's tokens change with the newest EEF: the window is computed anew.
+        """
+        frame = {k: [m[:, None] for m in v] if isinstance(v, list) else v[:, None] for k, v in batch.items()}
+        if self.fed is not None and self.number >= feedback_steps(self.config.feedback):
+            frame["eef_pos"] = self.fed
+        if self.config.anchor == "current":
+            out = self.decide_window(frame)
+        else:
+            features, eef = self.normalised(frame["features"]), self.eef_coordinates(frame)
+            before = eef if self.before is None else self.before
+            start = torch.full((1,), self.number, device=eef.device)
+            query, patches, cache = self.encode(self.tokens(features, eef, before, frame, start), self.past)
+            keep = self.config.context - 1
+            self.past = [(k[:, -keep:], v[:, -keep:]) for k, v in cache] if keep else None
+            self.before = eef
+            logits, keys = self.head([f[:, 0] for f in features], patches[:, 0], query[:, 0])
+            out = self.decide_rows(frame, logits, keys, query[:, 0], (1, 1))
+        self.number, self.fed = self.number + 1, out["position"]
+        return out
+
+    def decide_window(self, frame):
+        """The newest frame's waypoint, from the last `context` frames computed anew."""
+        self.window = (self.window + [frame])[-self.config.context:]
+        join = lambda parts: [torch.cat(m, 1) for m in zip(*parts)] if isinstance(parts[0], list) else torch.cat(parts, 1)
+        batch = {k: join([f[k] for f in self.window]) for k in frame}
+        eef = self.eef_coordinates(batch)
+        start = torch.full((1,), self.number - len(self.window) + 1, device=eef.device)
+        logits, keys, query = self.run(batch, eef, start, torch.tensor([eef.shape[1] - 1], device=eef.device))
+        return self.decide_rows(frame, logits, keys, query, (1, 1))

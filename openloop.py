@@ -1,0 +1,77 @@
+"""Open-loop rollouts of policies side by side on validation demonstrations: from the first frame on, own predictions fed back.
+
+    python openloop.py --ckpt checkpoints/autoregressive_libero_spatial_0.safetensors checkpoints/para_libero_spatial_0.safetensors
+
+At each decision of a recorded demonstration a policy sees the recorded image and takes its own previous waypoint for the EEF's
+position. Reported: free-space coverage of the recorded path by the predicted one, jerk of the waypoints (mean norm of their
+second difference, mm) beside the truth's, pixel error. Overlays show truth and predictions from the first frame on.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import demos as demo_files
+import plots
+from checkpoint import load_policy
+from runtime import UserError, command_line, git_commit, run_script, write_json
+from validation import EPS, free_run, to_pixels
+
+
+def roll(path, demos, policy, fed, label):
+    return [free_run(policy, path, demo, policy.config, fed) for demo in tqdm(demos, desc=f"{label}, {fed}", unit="demo")]
+
+
+def summary(rollouts):
+    """Means over demonstrations; coverage over all their points together."""
+    points = np.array([len(r["path"]) for r in rollouts])
+    row = {f"coverage_{e}px": float(np.average([r[f"coverage_{e}px"] for r in rollouts], weights=points)) for e in EPS}
+    row.update({k: float(np.mean([r[k] for r in rollouts])) for k in ("jerk_mm", "true_jerk_mm")})
+    px = np.concatenate([r["px"] for r in rollouts])
+    return {**row, "px_median": float(np.median(px)), "px_p90": float(np.percentile(px, 90)), "n_demos": len(rollouts), "n_points": int(points.sum())}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", type=Path, nargs="+", required=True)
+    parser.add_argument("--dataset", type=Path, default=Path("data/libero_spatial_0.hdf5"))
+    parser.add_argument("--val_fraction", type=float, default=0.15, help="as in training: the demonstrations it held out are used")
+    parser.add_argument("--n_demos", type=int, help="use only the first N demonstrations of the file, as in training")
+    parser.add_argument("--max_val", type=int, help="at most so many validation demonstrations")
+    parser.add_argument("--backbone_weights", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/openloop"))
+    args = parser.parse_args(argv)
+    rows, paths, held_out = [], {}, None
+    for ckpt in args.ckpt:
+        policy, info, _ = load_policy(ckpt, "cpu", args.backbone_weights)
+        if held_out is None:
+            everything, attributes = demo_files.read_demos(args.dataset, policy.config.image_size, args.n_demos)
+            held_out = demo_files.split_demos(everything, args.val_fraction)[1][:args.max_val]
+        elif policy.config.image_size != held_out[0].image_size:
+            raise UserError(f"{ckpt}: takes images of {policy.config.image_size} px, {args.dataset} has {held_out[0].image_size}")
+        for fed in ("measured", "predicted"):
+            rollouts = roll(args.dataset, held_out, policy, fed, ckpt.stem)
+            rows.append({"checkpoint": str(ckpt), "model_type": info["model_type"], "fed": fed, **summary(rollouts)})
+            if fed == "predicted":
+                paths[ckpt.stem] = rollouts
+    for i, demo in enumerate(held_out[:3]):
+        with demo_files.open_demos(args.dataset) as file:
+            image = demo_files.read_images(args.dataset, file, demo.name, [0])[0]
+        to_px = lambda p: to_pixels(p, demo.K, demo.E)
+        start = demo.ee_pos[:1]
+        lines = {name: to_px(np.concatenate([start, r[i]["predicted"]])) for name, r in paths.items()}
+        plots.paths_overlay(image, to_px(next(iter(paths.values()))[i]["path"]), lines, args.out / f"rollout_{demo.name}.png")
+    table = {"command": command_line(), "commit": git_commit(), "dataset": str(args.dataset), "task_suite": str(attributes.get("task_suite")),
+             "task_id": int(attributes.get("task_id", 0)), "rows": rows}
+    write_json(args.out / "openloop.json", table)
+    print(f"\n{'model':<24}{'fed':<11}{'coverage 4 / 8 / 16 px':<26}{'jerk mm (true)':<20}px median / 90%")
+    for r in rows:
+        cover = " / ".join(f"{r[f'coverage_{e}px']:.3f}" for e in EPS)
+        print(f"{r['model_type']:<24}{r['fed']:<11}{cover:<26}"
+              f"{r['jerk_mm']:6.1f} ({r['true_jerk_mm']:.1f}){'':<7}{r['px_median']:.1f} / {r['px_p90']:.1f}")
+    print(f"{args.out}/openloop.json, rollout_*.png")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,148 @@
+"""What a policy does on held-out demonstrations, without a simulator: errors, whether it looks, and free-running rollouts."""
+import numpy as np
+import torch
+
+import demos as demo_files
+from camera import project, unproject
+from data import gripper_segments, waypoint_labels
+from data_ar import following_frames
+from metrics import coverage, jerk
+
+SHIFT_PX = 20.0  # the EEF input's displacement in `looks`
+EPS = (4, 8, 16)  # pixels of free-space coverage
+
+
+def to_device(batch, device):
+    move = lambda v: [m.to(device) for m in v] if isinstance(v, list) else v.to(device)
+    return {k: move(v) for k, v in batch.items()}
+
+
+def newest(batch, out):
+    """Window batches as single-frame ones: targets and predictions of each window's newest frame, one waypoint each.
+    Batches without a history come back as they are."""
+    if batch["eef_pos"].ndim == 2:
+        return batch, out
+    last = batch["valid"].sum(1) - 1
+    pick = lambda x: x[torch.arange(len(x), device=x.device), last]
+    single = {k: pick(batch[k]) for k in ("eef_pos", "K", "E")}
+    single.update({k: pick(batch[k])[:, None] for k in ("target_pos", "target_rot", "target_gripper", "mask")})
+    return single, {k: pick(v)[:, None] for k, v in out.items()}
+
+
+def to_pixels(points, K, E):
+    """World points (...,3) -> pixels (...,2)."""
+    return np.stack(project(points, K, E)[:2], -1)
+
+
+def chosen(dataset, limit):
+    return np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)
+
+
+@torch.no_grad()
+def validate(policy, dataset, device, batch_size=16, limit=400):
+    """Loss and decoded errors on held-out demonstrations.
+
+    Of the first waypoint: error in cm (median, 90th percentile) and px (median), gripper accuracy, rotation error in degrees.
+    Of the trajectory: coverage at 4, 8 and 16 px and jerk in cm/step^2 beside the truth's. And `looks`.
+    """
+    policy.eval()
+    losses, cm, px, gripper, degrees, cover, jerks = [], [], [], [], [], {e: [] for e in EPS}, ([], [])
+    indices = chosen(dataset, limit)
+    for i in range(0, len(indices), batch_size):
+        batch = to_device(dataset.batch(indices[i:i + batch_size]), device)
+        losses.append({k: v.item() for k, v in policy.loss(batch).items()})
+        batch, out = newest(batch, policy.predict(batch))
+        true, predicted = batch["target_pos"].cpu().numpy(), out["position"].double().cpu().numpy()
+        K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
+        true_px, predicted_px = to_pixels(true, K, E), to_pixels(predicted, K, E)
+        cm.extend(100 * np.linalg.norm(true[:, 0] - predicted[:, 0], axis=-1))
+        px.extend(np.linalg.norm(true_px[:, 0] - predicted_px[:, 0], axis=-1))
+        gripper.extend((out["gripper"] == batch["target_gripper"])[:, 0].cpu().numpy())
+        turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
+        cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
+        degrees.extend(torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))[:, 0].cpu().numpy())
+        for j in range(len(true)):
+            known = batch["mask"][j].cpu().numpy() > 0
+            start = to_pixels(batch["eef_pos"][j].cpu().numpy(), K[j, 0], E[j, 0])[None]
+            for eps, values in cover.items():
+                values.append(coverage(true_px[j][known], np.concatenate([start, predicted_px[j]]), eps))
+            for values, points in zip(jerks, (predicted[j], true[j])):
+                values.append(100 * jerk(points))
+    row = {f"val/{k}": float(np.mean([l[k] for l in losses])) for k in losses[0]}
+    row.update({"val/cm_median": np.median(cm), "val/cm_p90": np.percentile(cm, 90), "val/px_median": np.median(px),
+                "val/gripper_accuracy": np.mean(gripper), "val/rotation_deg_median": np.median(degrees),
+                **{f"val/coverage_{e}px": np.mean(v) for e, v in cover.items()},
+                "val/jerk_cm": np.mean(jerks[0]), "val/true_jerk_cm": np.mean(jerks[1])})
+    row.update({f"val/{k}": v for k, v in looks(policy, dataset, device, batch_size).items()})
+    policy.train()
+    return {k: round(float(v), 5) for k, v in row.items()}
+
+
+@torch.no_grad()
+def looks(policy, dataset, device, batch_size=16, limit=96):
+    """Two tests that a policy looks instead of guessing from its own state, on the first waypoint of the newest frame.
+
+    shift_px: how far the predicted waypoint moves (median, px) when every EEF position it is given moves by 20 px, each sample
+    in a direction of its own. blank_ratio: by what factor the median error grows when the images are blank.
+    """
+    policy.eval()
+    size, moved, errors, blind = dataset.config.image_size, [], [], []
+    blank = dataset.backbone(torch.full((1, size, size, 3), 128, dtype=torch.uint8))
+    indices = chosen(dataset, limit)
+    first = lambda batch, out: to_pixels(out["position"][:, 0].double().cpu().numpy(), batch["K"].cpu().numpy(), batch["E"].cpu().numpy())
+    for i in range(0, len(indices), batch_size):
+        batch = to_device(dataset.batch(indices[i:i + batch_size]), device)
+        angle = torch.as_tensor(2 * np.pi * (np.arange(i, i + len(batch["K"])) * 0.618 % 1), device=device)  # even, and repeatable
+        angle = angle.view(-1, *[1] * (batch["eef_pos"].ndim - 2))
+        u, v, _ = project(batch["eef_pos"], batch["K"], batch["E"])
+        shifted = {**batch, "eef_pos": unproject(u + SHIFT_PX * angle.cos(), v + SHIFT_PX * angle.sin(), batch["eef_pos"][..., 2],
+                                                 batch["K"], batch["E"])}
+        empty = {**batch, "features": [b.to(device)[0].expand_as(m) for b, m in zip(blank, batch["features"])]}
+        single, out = newest(batch, policy.predict(batch))
+        true = first(single, {"position": single["target_pos"]})
+        plain = first(single, out)
+        moved.extend(np.linalg.norm(first(*newest(shifted, policy.predict(shifted))) - plain, axis=-1))
+        errors.extend(np.linalg.norm(plain - true, axis=-1))
+        blind.extend(np.linalg.norm(first(*newest(empty, policy.predict(empty))) - true, axis=-1))
+    return {"shift_px": np.median(moved), "blank_ratio": np.median(blind) / max(np.median(errors), 1e-9)}
+
+
+def decision_frames(demo, config):
+    """Frames of a demonstration at which decisions fall, from its first on, up to the last gripper change."""
+    target, _, _, _ = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat, config.min_travel)
+    following, (_, changes) = following_frames(demo, target[:, 0]), gripper_segments(demo.actions)
+    end, frames = changes[-1] if len(changes) else len(demo) - 1, [0]
+    while following[frames[-1]] > frames[-1] and target[frames[-1], 0] < end:
+        frames.append(int(following[frames[-1]]))
+    return frames, target[frames, 0]
+
+
+@torch.no_grad()
+def free_run(policy, path, demo, config, fed="predicted"):
+    """Open-loop rollout on a demonstration from its first frame on: at each of its decisions the policy sees the recorded image
+    and, as the last known EEF position, its own previous waypoint (fed="predicted") or the recorded one ("measured").
+
+    Returns {"predicted" (N,3) m, "true" (N,3) m, "path" (M,3) the recorded positions up to the last gripper change,
+    "gripper" (N,) in {0, 1}, "frames", "coverage_4px" ..., "jerk_mm", "true_jerk_mm" (second differences of the waypoints), "px" (N,)}.
+    """
+    frames, targets = decision_frames(demo, config)
+    device = next(policy.parameters()).device
+    with demo_files.open_demos(path) as file:
+        images = demo_files.read_images(path, file, demo.name, frames)
+    policy.eval().reset()
+    tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
+    predicted, gripper, eef = [], [], demo.ee_pos[0]
+    for image, frame in zip(images, frames):
+        eef = demo.ee_pos[frame] if fed == "measured" or not predicted else predicted[-1]
+        maps = [m.to(device) for m in policy.backbone(torch.from_numpy(image[None]))]
+        out = policy.decide({"features": maps, "eef_pos": tensor(eef), "K": tensor(demo.K), "E": tensor(demo.E),
+                             "gripper_width": tensor(np.abs(demo.gripper_states[frame]).sum())})
+        predicted.append(out["position"][0, 0].double().cpu().numpy())
+        gripper.append(int(out["gripper"][0, 0]))
+    policy.reset()
+    predicted, true, path_px = np.array(predicted), demo.ee_pos[targets], demo.ee_pos[:targets[-1] + 1]
+    to_px = lambda points: to_pixels(points, demo.K, demo.E)
+    line = to_px(np.concatenate([demo.ee_pos[:1], predicted]))
+    return {"predicted": predicted, "true": true, "path": path_px, "gripper": np.array(gripper), "frames": np.array(frames),
+            **{f"coverage_{e}px": coverage(to_px(path_px), line, e) for e in EPS}, "jerk_mm": 1000 * jerk(predicted),
+            "true_jerk_mm": 1000 * jerk(true), "px": np.linalg.norm(to_px(predicted) - to_px(true), axis=-1)}
