@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 import plots_rotation
-from data_smith300_volume import VolumeDataset
 from rot_utils import (EV_GATE, NEAR_SINGULAR, SPACES, basis_path, fingerprint, fit_basis, matrix_to_euler,
                        reconstruction_error, rotvec_to_matrix, save_basis)
 from runtime import command_line, git_commit, run_script
+from smith300 import read_dataset
 
 GATE_EXIT = 3
 
@@ -41,7 +41,7 @@ def table(bases, rotations, chosen):
 
 def precompute(args):
     """Fit both spaces, print the table, pass the gate, write basis and picture -> exit code."""
-    demos, _ = VolumeDataset.read(args.dataset, limit=args.n_demos)
+    demos, _ = read_dataset(args.dataset, limit=args.n_demos)
     rotations = rotvec_to_matrix(np.concatenate([d.ee_ori for d in demos]))
     provenance = {"dataset": Path(args.dataset).name, "demos": len(demos), "frames": len(rotations),
                   "fingerprints": [fingerprint(d.ee_ori) for d in demos], "command": command_line(), "commit": git_commit(),

@@ -15,8 +15,10 @@ import pytest
 
 import demos
 import helpers
+import smith300
 from camera import intrinsics, project
-from rot_utils import euler_to_matrix, matrix_to_euler, matrix_to_rotvec
+from rot_utils import (basis_path, euler_to_matrix, fingerprint, fit_basis, matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix,
+                       save_basis)
 
 SIZE = 64  # pixels of the synthetic images
 STEPS, CLOSES, OPENS = 40, 10, 26  # a demo's length and the frames of its two gripper changes
@@ -96,7 +98,6 @@ def write_synthetic_episodes(path, n_episodes=4, steps=STEPS, size=SIZE, seed=0,
     The gripper turns about the vertical to a yaw of the episode's own. pitch: radians by which it is tilted from straight down, so
     that -pi/2 points it ahead; wide: columns of margin at both sides of the frames.
     """
-    import data_smith300_volume as smith300
     K, E = agentview(size)
     K = K + [[0, 0, wide], [0, 0, 0], [0, 0, 0]]
     for i in range(n_episodes):
@@ -114,16 +115,25 @@ def write_synthetic_episodes(path, n_episodes=4, steps=STEPS, size=SIZE, seed=0,
     return Path(path)
 
 
+def with_basis(path, space="so3"):
+    """Write the rotation basis of a dataset of either format beside it; return the dataset's path."""
+    demos_, _ = smith300.read_dataset(path)
+    rotations = rotvec_to_matrix(np.concatenate([d.ee_ori for d in demos_]))
+    provenance = {"dataset": Path(path).name, "fingerprints": [fingerprint(d.ee_ori) for d in demos_]}
+    save_basis(basis_path(path), fit_basis(rotations, space, provenance))
+    return path
+
+
 @pytest.fixture(scope="session")
 def synthetic_demos(tmp_path_factory):
-    """A valid small demonstration file. Shared: do not write to it."""
-    return write_synthetic_demos(tmp_path_factory.mktemp("demos") / "synthetic.hdf5")
+    """A valid small demonstration file, its rotation basis beside it. Shared: do not write to it."""
+    return with_basis(write_synthetic_demos(tmp_path_factory.mktemp("demos") / "synthetic.hdf5"))
 
 
 @pytest.fixture(scope="session")
 def synthetic_episodes(tmp_path_factory):
-    """A valid small smith300 folder. Shared: do not write to it."""
-    return write_synthetic_episodes(tmp_path_factory.mktemp("smith300") / "izzy")
+    """A valid small smith300 folder with its rotation basis. Shared: do not write to it."""
+    return with_basis(write_synthetic_episodes(tmp_path_factory.mktemp("smith300") / "izzy"))
 
 
 @pytest.fixture(scope="session")

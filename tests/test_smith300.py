@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-import data_smith300_volume as smith300
+import smith300
 from camera import project
-from conftest import SIZE, STEPS, agentview, write_synthetic_episodes
-from data_smith300_volume import VolumeDataset, read_episodes, read_frames
+from conftest import SIZE, STEPS, agentview, with_basis, write_synthetic_episodes
+from data_smith300_volume import VolumeDataset
 from policy import PolicyConfig
-from rot_utils import BASIS_FILE, euler_to_matrix, fingerprint, fit_basis, rotation_angle, rotvec_to_matrix, save_basis
+from rot_utils import BASIS_FILE, euler_to_matrix, rotation_angle, rotvec_to_matrix
 from runtime import UserError
+from smith300 import read_episodes, read_frames
 
 
 @dataclass
@@ -27,14 +28,6 @@ CONFIG = Config(backbone="efficientnet_lite0", image_size=SIZE, n_window=8, wayp
 def dataset(tmp_path):
     """A small valid dataset of two episodes, to be spoilt."""
     return write_synthetic_episodes(tmp_path / "izzy", n_episodes=2, steps=30, size=32)
-
-
-def with_basis(path):
-    """Write the basis of a dataset's own rotations beside it."""
-    demos, _ = read_episodes(path)
-    rotations = rotvec_to_matrix(np.concatenate([d.ee_ori for d in demos]))
-    save_basis(path / BASIS_FILE, fit_basis(rotations, "so3", {"dataset": path.name, "fingerprints": [fingerprint(d.ee_ori) for d in demos]}))
-    return path
 
 
 def change(key, function):
@@ -101,7 +94,7 @@ CASES = {
     "zero episodes": (lambda p: [shutil.rmtree(e) for e in p.glob("episode_*")], "izzy", "zero episodes", "collect_demos.py"),
     "foreign dataset": (lambda p: (p / "dataset.json").write_text('{"format": "other-2"}'), "dataset.json", "other-2", "convert"),
     "cut dataset.json": (lambda p: (p / "dataset.json").write_text('{"format'), "dataset.json", "truncated", "remove"),
-    "no dataset": (shutil.rmtree, "izzy", "no such folder", "data_smith300_volume.py"),
+    "no dataset": (shutil.rmtree, "izzy", "no such folder", "smith300.py"),
 }
 
 
@@ -180,7 +173,7 @@ def test_a_failed_write_leaves_no_episode(tmp_path):
 def test_the_dataset_has_the_interface_of_the_others(synthetic_episodes, backbone, tmp_path):
     """Eight waypoints in metres with rotations and commands, the frame's own features, and statistics with the basis."""
     import torch
-    path = with_basis(shutil.copytree(synthetic_episodes, tmp_path / "izzy"))
+    path = synthetic_episodes
     demos, _ = VolumeDataset.read(path, SIZE)
     dataset = VolumeDataset(path, demos, CONFIG, backbone, cache=tmp_path / "cache", progress=False)
     batch = dataset.batch([0, 5, 9])
