@@ -3,8 +3,11 @@ from typing import NamedTuple
 
 from data import WaypointDataset
 from data_ar import WindowDataset
+from data_smith300_volume import VolumeDataset
 from model import ParaConfig, TrajectoryHeatmapPredictor
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
+from model_dino_volume_kv import DinoVolumeKV, DinoVolumeKVConfig
+from model_dino_volume_kv_full import DinoVolumeKVFull, DinoVolumeKVFullConfig
 from runtime import UserError
 
 
@@ -17,6 +20,8 @@ class Entry(NamedTuple):
 REGISTRY = {
     "para": Entry(TrajectoryHeatmapPredictor, ParaConfig, WaypointDataset),
     "autoregressive": Entry(AutoregressivePolicy, AutoregressiveConfig, WindowDataset),
+    "dino_volume_kv": Entry(DinoVolumeKV, DinoVolumeKVConfig, VolumeDataset),
+    "dino_volume_kv_full": Entry(DinoVolumeKVFull, DinoVolumeKVFullConfig, VolumeDataset),
 }
 
 
