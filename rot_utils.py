@@ -247,6 +247,29 @@ def load_basis(path, fingerprints=None):
     return basis
 
 
+def load_stats(path):
+    """Read a checkpoint's <ckpt>_stats.json with NumPy alone -> its dictionary, in which rotation["basis"] is a RotationBasis.
+
+    Raises UserError for a missing, damaged or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such statistics; train.py writes them beside the checkpoint, copy both")
+    try:
+        stats = json.loads(path.read_text())
+        rotation = stats["rotation"]
+        if rotation["kind"] == "pca":
+            rotation["basis"] = RotationBasis.from_dict(rotation["basis"])
+            check_basis(rotation["basis"], path)
+        elif np.shape(rotation["euler_range"]) != (3, 2):
+            raise ValueError("euler_range is not (3, 2)")
+        rotation["n_bins"], stats["height_range"], stats["n_window"], stats["image_size"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: truncated or no checkpoint statistics ({type(error).__name__}: {error}); copy it again from beside "
+                        "the checkpoint")
+    return stats
+
+
 def check_basis(basis, where):
     """Raise UserError unless the basis can encode and decode rotations."""
     shape = (3, 3) if basis.space == "so3" else (3,)
