@@ -47,6 +47,14 @@ def save_policy(path, policy, model_type, info, extra=None):
     tensors = {f"model.{k}": v for k, v in policy.state_dict().items()}
     save_tensors(path, {**tensors, **{f"extra.{k}": v for k, v in (extra or {}).items()}}, info)
     write_json(Path(path).with_suffix(".json"), info)
+    stats = policy.deployment_stats()
+    if stats:
+        write_json(stats_path(path), {"model_type": model_type, "backbone_identity": policy.backbone.identity, **stats})
+
+
+def stats_path(path):
+    """<ckpt>_stats.json beside a checkpoint: bins, ranges and rotation basis, for readers without torch (rot_utils.load_stats)."""
+    return Path(path).with_name(f"{Path(path).stem}_stats.json")
 
 
 def fill_config(config_class, stored, path):

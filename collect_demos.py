@@ -2,6 +2,8 @@
 
     python collect_demos.py --n_demos 48                             # scripted expert, libero_spatial task 0
     python collect_demos.py --task_suite libero_goal --task_id 4     # a long free-space movement
+    python collect_demos.py --grasp rim --layout_spread 0.05         # grasps around the rim: yaw varies with the objects
+    python collect_demos.py --grasp rim --format smith300            # the same as a folder of real-robot episodes
     python collect_demos.py --replay OFFICIAL.hdf5 --image_size 448  # official states, re-rendered, cameras added
     python collect_demos.py --survey libero_spatial                  # the expert's success rate on every task
 
@@ -9,6 +11,7 @@ Each finished demo is its own file in OUT.parts until all are there; a killed ru
 """
 import argparse
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -18,11 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 import demos
-from expert import PickPlaceExpert, servo_action
+import smith300
+from expert import EXPERTS, PickPlaceExpert, servo_action
 from libero_env import JOINT_JITTER, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
 from metrics import wilson
 from rollout import expert_episode
-from rot_utils import matrix_to_rotvec
+from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, run_script, versions, write_json
 from workers import run_jobs
 
@@ -60,6 +64,16 @@ class Recorder:
             demos.write_demo(file.create_group("demo"), arrays, np.stack(self.images))
 
 
+    def write_episode(self, folder, video):
+        """Write the demonstration as a smith300 episode folder, atomically."""
+        column = lambda key: np.stack([row[key] for row in self.rows]).astype(float)
+        K, E = self.scene.camera()
+        smith300.write_episode(folder, {
+            "eef_pos_t": column("obs/ee_pos"), "eef_euler_t": matrix_to_euler(rotvec_to_matrix(column("obs/ee_ori"))),
+            "gripper_t": (column("actions")[:, 6] > 0).astype(float), "perturbed_t": column("perturbed"),
+            "gripper_width_t": np.abs(column("obs/gripper_states")).sum(-1), "intrinsics": K, "extrinsics": E}, self.images, video)
+
+
 class ExpertWorker:
     """Records one scripted demonstration per job (an index) into its own file."""
 
@@ -80,8 +94,11 @@ class ExpertWorker:
             if recorder is None:
                 counts["failed_demos"] += 1
                 continue
-            recorder.write(self.folder / f"demo_{index:05d}.hdf5", seed=seed, source="scripted expert",
-                           pick=self.scene.pick, place=self.scene.place)
+            if self.args.format == "smith300":
+                recorder.write_episode(part_path(self.folder, index, "smith300"), self.args.video)
+            else:
+                recorder.write(part_path(self.folder, index), seed=seed, source="scripted expert", grasp=self.args.grasp,
+                               pick=self.scene.pick, place=self.scene.place)
             return counts
         raise RuntimeError(f"30 seeds in a row gave no good demonstration for index {index}: {dict(counts)}")
 
@@ -89,13 +106,14 @@ class ExpertWorker:
         """Run the expert from the current state -> Recorder, or None if it failed."""
         scene, recorder = self.scene, Recorder(self.scene)
         scene.begin_episode(scene.state())
-        expert, push, pushing = PickPlaceExpert().plan(scene), None, 0
+        expert, push, pushing = EXPERTS[self.args.grasp]().plan(scene), None, 0
         for _ in range(MAX_STEPS):
-            eef = scene.observe(image=False).eef_pos
-            target, gripper = expert.act(scene, eef)
+            now = scene.observe(image=False)
+            eef = now.eef_pos
+            target, gripper = expert.act(scene, eef, now.eef_rot)
             if expert.done:
                 break
-            action = servo_action(eef, target, gripper)
+            action = servo_action(eef, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot)
             if not pushing and expert.phase in PUSHABLE and rng.random() < self.args.push_rate / 10:
                 direction = rng.normal(size=3)
                 direction[2] = abs(direction[2]) if eef[2] < 1.05 else direction[2]  # not into the table
@@ -140,7 +158,7 @@ class ReplayWorker:
         for state, action, done, pushed in zip(states, actions, executed, perturbed):
             self.scene.set_state(state)
             recorder.add(action, done, pushed)
-        recorder.write(self.folder / f"demo_{index:05d}.hdf5", source=f"replay of {Path(self.args.replay).name} {name}",
+        recorder.write(part_path(self.folder, index), source=f"replay of {Path(self.args.replay).name} {name}",
                        pick=self.scene.pick or "", place=self.scene.place or "", success=self.scene.success())
         return Counter(not_successful_at_the_end=int(not self.scene.success()))
 
@@ -224,8 +242,26 @@ def merge(parts, out, attrs, counts):
             data.attrs[key] = value
 
 
+def part_path(folder, index, form="libero"):
+    """Where a finished demonstration waits for the others: a file, or a smith300 folder."""
+    return folder / (f"episode_{index:05d}" if form == "smith300" else f"demo_{index:05d}.hdf5")
+
+
+def gather(folder, parts, out, attrs):
+    """Make the folder of finished episodes the dataset: settings out, provenance in, one rename."""
+    for other in folder.iterdir():
+        if other not in parts:
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
+    smith300.write_dataset_stamp(folder, attrs)
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(folder, out)
+
+
 def readable(part):
     """True if a part left by an earlier run is whole."""
+    if not part.suffix:
+        return part.is_dir()  # renamed into place once it was
     try:
         with h5py.File(part, "r") as file:
             return demos.IMAGE in file["demo"]
@@ -260,7 +296,7 @@ def collect(args):
         raise UserError(f"{folder}: holds parts of a run with other settings; finish it with the same command, or remove the folder")
     write_json(stamp, settings)
 
-    part = lambda i: folder / f"demo_{i:05d}.hdf5"
+    part = lambda i: part_path(folder, i, args.format)
     jobs = [i for i in range(args.n_demos) if not readable(part(i))]
     tally = folder / "counts.json"
     counts = Counter(json.loads(tally.read_text()) if tally.exists() else {})
@@ -278,9 +314,13 @@ def collect(args):
     if failures:
         raise UserError(f"{len(failures)} of {args.n_demos} demonstrations failed, first: "
                         f"{failures[0].error.strip().splitlines()[-1]}; the others are kept in {folder}, the same command resumes")
-    attrs = demos.file_attributes(task, env_metadata(task), args.seed, command_line(), versions())
-    merge([part(i) for i in range(args.n_demos)], out, attrs, counts)
-    shutil.rmtree(folder)
+    attrs = demos.file_attributes(task, {**env_metadata(task), "grasp": args.grasp}, args.seed, command_line(), versions())
+    if args.format == "smith300":
+        keys = ("task_suite", "task_id", "language", "seed", "command", "grasp")
+        gather(folder, [part(i) for i in range(args.n_demos)], out, {**{k: attrs[k] for k in keys}, "versions": versions(), "num_demos": args.n_demos, **counts})
+    else:
+        merge([part(i) for i in range(args.n_demos)], out, attrs, counts)
+        shutil.rmtree(folder)
     filtered = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items() if v) or "nothing filtered"
     print(f"{out}: {args.n_demos} demonstrations of {task.key} ({filtered})")
 
@@ -298,6 +338,9 @@ def build_parser():
     parser.add_argument("--start_jitter", type=float, default=JOINT_JITTER, help="std of the start joints, rad")
     parser.add_argument("--push_rate", type=float, default=0.15, help="pushes per 10 control steps of free motion")
     parser.add_argument("--layout_spread", type=float, default=0.0, help="further uniform shift of each task object, +- m")
+    parser.add_argument("--grasp", default="side", choices=list(EXPERTS), help="side: always the bowl's -y rim; rim: around it, see expert.rim_angle")
+    parser.add_argument("--format", default="libero", choices=("libero", "smith300"), help="HDF5 file, or folder of real-robot episodes")
+    parser.add_argument("--video", action="store_true", help="smith300: an MP4 per episode instead of PNG frames")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")
@@ -309,11 +352,14 @@ def main(argv=None):
     if args.survey:
         args.n_demos = args.n_demos or 50
         return survey(args)
+    if args.replay and (args.format != "libero" or args.grasp != "side"):
+        raise UserError("--replay re-renders recorded states into an HDF5 file: --format and --grasp have no meaning with it")
     if args.n_demos is not None and args.n_demos < 1:
         raise UserError("--n_demos: at least 1 demonstration is needed")
     if args.out is None:
         stem = Path(args.replay).stem + "_replayed" if args.replay else f"{args.task_suite or 'libero_spatial'}_{args.task_id}"
-        args.out = f"data/{stem}.hdf5"
+        stem += "" if args.grasp == "side" or args.replay else f"_{args.grasp}"
+        args.out = f"data/{stem}_smith300" if args.format == "smith300" else f"data/{stem}.hdf5"
     collect(args)
 
 

@@ -77,6 +77,8 @@ class WaypointDataset(Dataset):
         maps = feature_cache(backbone, groups, cache, progress)
         self.maps = [maps.get(d.name) for d in demos]
 
+    read = staticmethod(demo_files.read_demos)  # (path, image_size, limit) -> (list of Demo, dict of attributes)
+
     def label(self, path, config, frame_stride):
         """Set the samples' labels; return for each demo the frames whose features are needed."""
         rows, needed = [], []

@@ -18,6 +18,7 @@ import plots
 from checkpoint import load_policy, newest_checkpoint
 from camera import project, unproject
 from demos import GRIPPER_STEPS
+from expert import EXPERTS
 from libero_env import CLOSE, OPEN, OPEN_WIDTH, Scene, find_task, init_states
 from metrics import wilson
 from rollout import OUTCOMES, BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
@@ -76,10 +77,10 @@ class EvalWorker:
             return check_protocol(self.scene, self.extra)
         args, scene = self.args, self.scene
         state = episode_state(scene, args.layout, job)
-        path = expert_path(scene, state)
+        path = expert_path(scene, state, grasp=args.grasp)
         every = args.video_every if job < args.n_videos else 0
         if args.policy == "expert":
-            row, frames, thumbs = run_expert(scene, state, video_every=every, path=path)
+            row, frames, thumbs = run_expert(scene, state, video_every=every, path=path, grasp=args.grasp)
         else:
             row, frames, thumbs = run_episode(scene, self.agent, state, args.teleport, args.zero_rotation, args.max_steps,
                                               args.waypoint_stride, every, path)
@@ -194,6 +195,7 @@ def build_parser():
     parser.add_argument("--n_episodes", type=int, default=50)
     parser.add_argument("--task_suite", help="the checkpoint's own task, else libero_spatial")
     parser.add_argument("--task_id", type=int)
+    parser.add_argument("--grasp", choices=list(EXPERTS), help="the expert's grasp, for expert, oracle and coverage (the checkpoint's data's, else side)")
     parser.add_argument("--clean_scene", action="store_true", help="without distractors and unused fixtures")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--recycle", type=int, default=25, help="episodes after which a worker is replaced")
@@ -220,10 +222,10 @@ def prepare(args):
         use_flags(policy, args)
         args.image_size, args.waypoint_stride = policy.config.image_size, policy.config.waypoint_stride
         trained_on = info.get("dataset", {})
-        args.task_suite = args.task_suite or trained_on.get("task_suite")
+        args.task_suite, args.grasp = args.task_suite or trained_on.get("task_suite"), args.grasp or trained_on.get("grasp")
         args.task_id = int(trained_on.get("task_id", 0)) if args.task_id is None else args.task_id
         print(f"{args.ckpt}: {info['model_type']}, step {info['step']}, backbone {info['backbone_identity']}")
-    args.task_suite, args.task_id = args.task_suite or "libero_spatial", args.task_id or 0
+    args.task_suite, args.task_id, args.grasp = args.task_suite or "libero_spatial", args.task_id or 0, args.grasp or "side"
     task = find_task(args.task_suite, args.task_id)
     available = len(init_states(task))
     if args.n_episodes < 1 or args.layout == "benchmark" and args.n_episodes > available:

@@ -17,12 +17,10 @@ from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag, flat_index, ma
 
 
 @dataclass
-class ParaConfig(VolumeConfig):
-    """Configuration of TrajectoryHeatmapPredictor."""
+class TrunkConfig(VolumeConfig):
+    """Configuration of PixelTrunk."""
     n_window: int = flag(6, "future waypoints T")
     width: int = flag(64, "channels of the convolutional trunk")
-    gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head of its own at the target's cell",
-                             ("joint", "separate"))
     dilations: str = flag("1,2,4", "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark")
     eef_height: bool = flag(True, "the EEF's embedding depends on its height (interpolated between height bins)")
     eef_gripper: bool = flag(True, "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed")
@@ -30,13 +28,19 @@ class ParaConfig(VolumeConfig):
     presets = {"full": {}, "small": dict(grid=56, width=48, batch_size=8, max_steps=750, val_every=375)}
 
 
-class TrajectoryHeatmapPredictor(VolumeGeometry):
-    """See the module's docstring. `channels`: of the backbone's maps."""
+@dataclass
+class ParaConfig(TrunkConfig):
+    """Configuration of TrajectoryHeatmapPredictor."""
+    gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head of its own at the target's cell",
+                             ("joint", "separate"))
+
+
+class PixelTrunk(VolumeGeometry):
+    """From the backbone's maps to the features of the prediction grid, with the EEF's cell marked. `channels`: of the maps."""
 
     def __init__(self, config, channels):
         super().__init__(config, channels)
         c, width = config, config.width
-        self.n_gripper = 2 if c.gripper_head == "joint" else 1
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
         self.eef_embedding = nn.Parameter(torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width) * 0.5)
         # a far cell does not see the EEF's mark: that nothing is held yet has to be known at the plate too
@@ -44,13 +48,6 @@ class TrajectoryHeatmapPredictor(VolumeGeometry):
         dilations = [int(d) for d in c.dilations.split(",")]
         self.trunk = nn.Sequential(*[layer for d in dilations
                                      for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())])
-        self.volume = nn.Conv2d(width, c.n_window * self.n_gripper * c.n_height_bins, 1)
-        self.step_embedding = nn.Parameter(torch.randn(c.n_window, width) * 0.5)
-        self.rotation = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3 * c.n_rot_bins))
-        if c.gripper_head == "separate":
-            self.gripper = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
-
-    # -- the network -------------------------------------------------------------------------------------------------
 
     def trunk_features(self, batch):
         """Features of the prediction grid (B,C,H,W), with the EEF's cell marked."""
@@ -74,18 +71,29 @@ class TrajectoryHeatmapPredictor(VolumeGeometry):
         closed = (batch["gripper_width"] < HALF_OPEN).long() * (len(table) - 1)
         return (1 - share) * table[closed, low] + share * table[closed, (low + 1).clamp(max=last)]
 
+    def at_cells(self, features, cells):
+        """Trunk features (B,C,H,W) at integer cells (B,T,2) yx -> (B,T,C)."""
+        flat = flat_index(cells, (self.config.grid,) * 2)  # (B,T)
+        return features.flatten(2).gather(2, flat[:, None].expand(-1, features.shape[1], -1)).transpose(1, 2)
+
+
+class TrajectoryHeatmapPredictor(PixelTrunk):
+    """See the module's docstring. `channels`: of the backbone's maps."""
+
+    def __init__(self, config, channels):
+        super().__init__(config, channels)
+        c, width = config, config.width
+        self.n_gripper = 2 if c.gripper_head == "joint" else 1
+        self.volume = nn.Conv2d(width, c.n_window * self.n_gripper * c.n_height_bins, 1)
+        self.step_embedding = nn.Parameter(torch.randn(c.n_window, width) * 0.5)
+        self.rotation = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3 * c.n_rot_bins))
+        if c.gripper_head == "separate":
+            self.gripper = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
+
     def volume_logits(self, features):
         """Trunk features (B,C,H,W) -> logits (B,T,G,Z,H,W), G = 2 gripper commands when they are joint, else 1."""
         c = self.config
         return self.volume(features).view(len(features), c.n_window, self.n_gripper, c.n_height_bins, c.grid, c.grid)
-
-    def at_cells(self, features, cells):
-        """Trunk features (B,C,H,W) at integer cells (B,T,2) yx, plus the waypoint's embedding -> (B,T,C)."""
-        flat = flat_index(cells, (self.config.grid,) * 2)  # (B,T)
-        picked = features.flatten(2).gather(2, flat[:, None].expand(-1, features.shape[1], -1))  # (B,C,T)
-        return picked.transpose(1, 2) + self.step_embedding
-
-    # -- the policy's interface ----------------------------------------------------------------------------------------
 
     def loss(self, batch):
         """Cross-entropies of volume, rotation and (if separate) gripper, averaged over the unmasked waypoints, in nats."""
@@ -96,7 +104,7 @@ class TrajectoryHeatmapPredictor(VolumeGeometry):
         logits = self.volume_logits(features).flatten(0, 1).flatten(1)  # (B*T, G*Z*H*W)
         volume = self.volume_loss(logits, coordinates.flatten(0, 1), gripper if self.n_gripper == 2 else None)
         parts = {"volume_ce": masked_mean(volume, mask)}
-        picked = self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
+        picked = self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1)) + self.step_embedding
         rotation = self.rotation(picked).unflatten(-1, (3, c.n_rot_bins)).flatten(0, 1)  # (B*T,3,bins)
         parts["rotation_ce"] = masked_mean(self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask)
         if self.n_gripper == 1:
@@ -111,7 +119,7 @@ class TrajectoryHeatmapPredictor(VolumeGeometry):
         logits = self.volume_logits(features).float().flatten(0, 1)  # (B*T,G,Z,H,W)
         coordinates, picked_gripper = self.decode_volume(logits)
         coordinates = coordinates.view(-1, c.n_window, 3)
-        picked = self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
+        picked = self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1)) + self.step_embedding
         gripper = picked_gripper.view(-1, c.n_window) if self.n_gripper == 2 else self.gripper(picked).argmax(-1)
         rotation = self.decode_rotation(self.rotation(picked).unflatten(-1, (3, c.n_rot_bins)))
         return {"position": self.points(coordinates, batch), "gripper": gripper, "rotation": rotation}

@@ -57,13 +57,15 @@ def add_config_flags(parser, config_class):
 class Waypoint:
     """What a policy answers: the next EEF target in the world frame and the trajectory it belongs to.
 
-    position (3,) m; rotation (3,3) or None; gripper -1 opens, +1 closes; trajectory (T,3) m; grippers (T,) in {-1, +1}.
+    position (3,) m; rotation (3,3) or None; gripper -1 opens, +1 closes; trajectory (T,3) m; grippers (T,) in {-1, +1}; rotations
+    (T,3,3) or None.
     """
     position: np.ndarray
     rotation: np.ndarray
     gripper: float
     trajectory: np.ndarray
     grippers: np.ndarray
+    rotations: np.ndarray = None
 
 
 class Policy(nn.Module):
@@ -105,6 +107,14 @@ class Policy(nn.Module):
     def reset(self):
         """Start of an episode: forget the history."""
 
+    def volume_parameters(self):
+        """Parameters of the volume head and of all that it reads: what `--freeze_steps` holds still in a finetune."""
+        return []
+
+    def deployment_stats(self):
+        """JSON-able numbers that a robot needs beside the checkpoint to read the policy's answers; none for most policies."""
+        return None
+
     def param_groups(self, weight_decay):
         """Optimiser groups: matrices and kernels decay, biases, norms and embeddings do not."""
         trainable = [p for p in self.parameters() if p.requires_grad]
@@ -127,10 +137,10 @@ class Policy(nn.Module):
                            "gripper_width": tensor(observation.gripper_width), "E": tensor(observation.E)})
         position = out["position"][0].double().cpu().numpy()
         grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)
-        rotation = out["rotation"][0, 0].double().cpu().numpy()
+        rotations = out["rotation"][0].double().cpu().numpy()
         self.seconds["features"] += middle - start
         self.seconds["policy"] += time.perf_counter() - middle
-        return Waypoint(position[0], rotation, float(grippers[0]), position, grippers)
+        return Waypoint(position[0], rotations[0], float(grippers[0]), position, grippers, rotations)
 
 
 def neighbours(radius, dims, device):

@@ -3,8 +3,11 @@ from typing import NamedTuple
 
 from data import WaypointDataset
 from data_ar import WindowDataset
+from data_smith300_volume import VolumeDataset
 from model import ParaConfig, TrajectoryHeatmapPredictor
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
+from model_dino_volume_kv import DinoVolumeKV, DinoVolumeKVConfig
+from model_dino_volume_kv_full import DinoVolumeKVFull, DinoVolumeKVFullConfig
 from model_voxel_ar import VoxelConfig, VoxelPolicy
 from model_voxel_ar_rel import RelativeVoxelConfig, RelativeVoxelPolicy
 from runtime import UserError
@@ -21,6 +24,8 @@ REGISTRY = {
     "autoregressive": Entry(AutoregressivePolicy, AutoregressiveConfig, WindowDataset),
     "voxel_ar": Entry(VoxelPolicy, VoxelConfig, WindowDataset),
     "voxel_ar_rel": Entry(RelativeVoxelPolicy, RelativeVoxelConfig, WindowDataset),
+    "dino_volume_kv": Entry(DinoVolumeKV, DinoVolumeKVConfig, VolumeDataset),
+    "dino_volume_kv_full": Entry(DinoVolumeKVFull, DinoVolumeKVFullConfig, VolumeDataset),
 }
 
 

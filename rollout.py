@@ -8,11 +8,10 @@ import numpy as np
 
 import camera
 from demos import GRIPPER_STEPS, next_waypoint
-from expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, PickPlaceExpert, servo_action
-from libero_env import CLOSE, OPEN, OPEN_WIDTH, ROTATION_SCALE
+from expert import EXPERTS, GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, servo_action
+from libero_env import CLOSE, OPEN, OPEN_WIDTH
 from metrics import coverage, jerk
 from policy import Waypoint
-from rot_utils import matrix_to_rotvec
 from runtime import atomic_path
 
 SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
@@ -25,10 +24,12 @@ OUTCOMES = ("miss", "grasp", "place", "released")
 
 @dataclass
 class ExpertPath:
-    """The expert's own episode from a state: positions (N,3) per control step, gripper closed (N,) in {0, 1}, success."""
+    """The expert's own episode from a state: positions (N,3) per control step, gripper closed (N,) in {0, 1}, success, and
+    rotations (N,3,3) of an expert that turns its gripper."""
     positions: np.ndarray
     closed: np.ndarray
     success: bool
+    rotations: np.ndarray = None
 
     @property
     def changes(self):
@@ -39,31 +40,34 @@ class ExpertPath:
         return self.positions[:self.changes[1] + 1] if len(self.changes) > 1 else self.positions
 
 
-def expert_episode(scene, state):
+def expert_episode(scene, state, grasp="side"):
     """Run the expert from a state -> its ExpertPath. Leaves the scene where it ended."""
     scene.begin_episode(state)
-    expert, positions, closed = PickPlaceExpert().plan(scene), [], []
+    expert, positions, closed, rotations = EXPERTS[grasp]().plan(scene), [], [], []
     for _ in range(EXPERT_STEPS):
-        eef = scene.observe(image=False).eef_pos
-        target, gripper = expert.act(scene, eef)
+        now = scene.observe(image=False)
+        target, gripper = expert.act(scene, now.eef_pos, now.eef_rot)
         if expert.done:
             break
-        positions.append(eef)
+        positions.append(now.eef_pos)
         closed.append(gripper > 0)
-        scene.step(servo_action(eef, target, gripper))
-    return ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), scene.success())
+        rotations.append(now.eef_rot)
+        scene.step(servo_action(now.eef_pos, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot))
+    return ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), scene.success(),
+                      None if expert.rotation is None else np.array(rotations))
 
 
-def expert_path(scene, state, cache="cache/expert_paths"):
+def expert_path(scene, state, cache="cache/expert_paths", grasp="side"):
     """The expert's path from a state, from the cache where it is there. Leaves the scene wherever the expert ended."""
     key = hashlib.blake2b(np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]]).tobytes(), digest_size=12)
-    path = Path(cache) / f"{scene.task.key}{'_clean' if scene.clean else ''}" / f"{key.hexdigest()}.npz"
+    kind = f"{scene.task.key}{'_clean' if scene.clean else ''}{'' if grasp == 'side' else f'_{grasp}'}"
+    path = Path(cache) / kind / f"{key.hexdigest()}.npz"
     if path.exists():
         with np.load(path) as stored:
-            return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]))
-    found = expert_episode(scene, state)
+            return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]), stored.get("rotations"))
+    found = expert_episode(scene, state, grasp)
     with atomic_path(path) as scratch, open(scratch, "wb") as file:
-        np.savez(file, positions=found.positions, closed=found.closed, success=found.success)
+        np.savez(file, **{k: v for k, v in vars(found).items() if v is not None})
     return found
 
 
@@ -124,7 +128,8 @@ class OracleAgent:
         point = camera.quantise(self.path.positions[target], observation.K, observation.E, self.grid, self.size,
                                 heights.min() - self.margin, heights.max() + self.margin, self.n_height_bins)
         gripper = CLOSE if self.path.closed[target] else OPEN
-        return Waypoint(point, None, gripper, point[None], np.array([gripper]))
+        rotation = None if self.path.rotations is None else self.path.rotations[target]
+        return Waypoint(point, rotation, gripper, point[None], np.array([gripper]))
 
 
 class BlindAgent:
@@ -186,9 +191,7 @@ class Episode:
 
     def step(self, target, rotation=None):
         """One control step towards a target position, and rotation if given."""
-        action = servo_action(self.eef, target, self.gripper)
-        if rotation is not None:
-            action[3:6] = np.clip(matrix_to_rotvec(rotation @ self.eef_rot.T) / ROTATION_SCALE, -1, 1)
+        action = servo_action(self.eef, target, self.gripper, rotation=rotation, eef_rot=self.eef_rot)
         start = time.perf_counter()
         self.scene.step(action)
         self.seconds["physics"] += time.perf_counter() - start
@@ -246,14 +249,14 @@ def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_step
     return result_row(scene, episode, agent, decisions, path, started), episode.frames, thumbs
 
 
-def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None):
+def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, grasp="side"):
     """An episode of the scripted expert itself, in the same account as `run_episode`."""
     started = time.perf_counter()
     scene.begin_episode(state)
-    episode, expert = Episode(scene, max_steps, video_every), PickPlaceExpert().plan(scene)
+    episode, expert = Episode(scene, max_steps, video_every), EXPERTS[grasp]().plan(scene)
     while not episode.over and not expert.done:
-        target, episode.gripper = expert.act(scene, episode.eef)
-        episode.step(target)
+        target, episode.gripper = expert.act(scene, episode.eef, episode.eef_rot)
+        episode.step(target, expert.rotation)
     agent = type("Expert", (), {"seconds": {"features": 0.0, "policy": 0.0}})
     return result_row(scene, episode, agent, episode.steps, path, started), episode.frames, []
 

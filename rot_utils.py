@@ -1,5 +1,22 @@
-"""Rotations in NumPy alone, so that a robot's laptop can import it. Quaternions are (x, y, z, w); matrices act on columns."""
+"""Rotations in NumPy alone, so that a robot's laptop can import it. Quaternions are (x, y, z, w); matrices act on columns.
+
+The second half is the 1D rotation basis: demonstrations that turn their gripper mostly about one axis need one number for it.
+"""
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
+
+from runtime import UserError, atomic_path
+
+BASIS_FILE = "rotation_pca_basis.npz"
+SPACES = ("euler", "so3")
+EV_GATE = 0.85  # share of the variance that one axis must explain
+NEAR_SINGULAR = np.radians(75)  # pitch beyond which roll and yaw begin to trade places
+PRECOMPUTE = "compute it with `python precompute_rotation_pca.py --dataset PATH`"
 
 
 def quat_to_matrix(quat):
@@ -24,26 +41,26 @@ def rotvec_to_matrix(rotvec):
 
 
 def matrix_to_quat(matrix):
-    """Rotation matrix (3,3) -> unit quaternion (4,) xyzw with w >= 0, by the largest of its four components (Shepperd)."""
-    m = np.asarray(matrix, dtype=float)
-    trace = np.trace(m)
-    squares = np.array([1 + 2 * m[0, 0] - trace, 1 + 2 * m[1, 1] - trace, 1 + 2 * m[2, 2] - trace, 1 + trace])
-    i = int(np.argmax(squares))
-    q = np.empty(4)
-    if i == 3:
-        q[:] = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1], squares[3]
-    else:
-        j, k = (i + 1) % 3, (i + 2) % 3
-        q[i], q[j], q[k], q[3] = squares[i], m[j, i] + m[i, j], m[k, i] + m[i, k], m[k, j] - m[j, k]
-    q /= np.linalg.norm(q)
-    return -q if q[3] < 0 else q
+    """Rotation matrices (...,3,3) -> unit quaternions (...,4) xyzw with w >= 0, by the largest of the four components
+    (Shepperd): row i of the matrix below is 4 q_i times the quaternion."""
+    m = np.moveaxis(np.asarray(matrix, dtype=float), (-2, -1), (0, 1))
+    xy, xz, yz = m[0, 1] + m[1, 0], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1]
+    xw, yw, zw = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
+    trace = m[0, 0] + m[1, 1] + m[2, 2]
+    products = np.array([[1 + 2 * m[0, 0] - trace, xy, xz, xw], [xy, 1 + 2 * m[1, 1] - trace, yz, yw],
+                         [xz, yz, 1 + 2 * m[2, 2] - trace, zw], [xw, yw, zw, 1 + trace]])
+    products = np.moveaxis(products, (0, 1), (-2, -1))
+    best = np.diagonal(products, axis1=-2, axis2=-1).argmax(-1)
+    q = np.take_along_axis(products, best[..., None, None], -2)[..., 0, :]
+    q = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    return np.where(q[..., 3:] < 0, -q, q)
 
 
 def matrix_to_rotvec(matrix):
-    """Rotation matrix (3,3) -> axis-angle vector (3,) in radians, angle in [0, pi]."""
+    """Rotation matrices (...,3,3) -> axis-angle vectors (...,3) in radians, angle in [0, pi]: the log map."""
     q = matrix_to_quat(matrix)
-    norm = np.linalg.norm(q[:3])
-    return np.zeros(3) if norm < 1e-12 else q[:3] / norm * 2 * np.arctan2(norm, q[3])
+    norm = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
+    return q[..., :3] * np.where(norm < 1e-12, 2.0, 2 * np.arctan2(norm, q[..., 3:]) / np.maximum(norm, 1e-12))
 
 
 def matrix_to_euler(matrix):
@@ -77,3 +94,194 @@ def rotation_angle(a, b):
     """Angle in radians between rotations (...,3,3) and (...,3,3)."""
     cosine = (np.einsum("...ij,...ij->...", a, b) - 1) / 2
     return np.arccos(np.clip(cosine, -1, 1))
+
+
+# -- the 1D rotation basis -------------------------------------------------------------------------------------------
+
+
+def frechet_mean(rotations, tolerance=1e-10, steps=100):
+    """Rotation (3,3) with the least mean squared angle to rotations (N,3,3): Karcher's iteration, mean <- mean . exp(mean log),
+    from the chordal mean (the rotation nearest to the matrices' average, by SVD)."""
+    u, _, vt = np.linalg.svd(np.mean(rotations, axis=0))
+    mean = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
+    for _ in range(steps):
+        step = matrix_to_rotvec(mean.T @ rotations).mean(axis=0)
+        mean = mean @ rotvec_to_matrix(step)
+        if np.linalg.norm(step) < tolerance:
+            break
+    return mean
+
+
+@dataclass(frozen=True)
+class RotationBasis:
+    """One axis of rotation about a mean, and the range of values on it that the demonstrations cover.
+
+    space "so3": R = mean . exp(value . axis), mean (3,3), axis (3,) unit, in the mean's own frame, value in radians.
+    space "euler": (roll, pitch, yaw) = mean + value . axis, mean (3,) radians.
+    low, high: range of values; ev_ratio (3,): explained-variance ratios, largest first; provenance: where it comes from.
+    """
+    space: str
+    mean: np.ndarray
+    axis: np.ndarray
+    low: float
+    high: float
+    ev_ratio: np.ndarray
+    provenance: dict = field(default_factory=dict)
+
+    def value(self, rotation):
+        """Rotations (...,3,3) -> values (...), radians, unwrapped about the middle of the range.
+
+        so3: the value whose rotation is nearest to the given one, that is its twist about the axis, which has the period 2 pi.
+        """
+        if self.space == "euler":
+            return euler_offsets(rotation, self.mean) @ self.axis
+        x, y, z = self.axis
+        A = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+        relative = self.mean.T @ np.asarray(rotation, dtype=float)
+        overlap = lambda other: np.einsum("...ij,ij->...", relative, other)
+        return wrap_angle(np.arctan2(overlap(A), -overlap(A @ A)), (self.low + self.high) / 2)
+
+    def rotation(self, value):
+        """Values (...) -> rotations (...,3,3)."""
+        offset = np.asarray(value, dtype=float)[..., None] * self.axis
+        return euler_to_matrix(self.mean + offset) if self.space == "euler" else self.mean @ rotvec_to_matrix(offset)
+
+    def to_bin(self, value, n_bins):
+        """Values (...) -> bins (...) int, min(floor(norm N), N - 1); a value outside the range goes to the bin at its end."""
+        norm = (np.asarray(value, dtype=float) - self.low) / (self.high - self.low)
+        return np.clip(np.floor(norm * n_bins), 0, n_bins - 1).astype(np.int64)
+
+    def from_bin(self, bins, n_bins):
+        """Bins (...), which may lie between two -> values (...): bin i is centred at (i + 0.5) / N of the range."""
+        return self.low + (np.asarray(bins, dtype=float) + 0.5) / n_bins * (self.high - self.low)
+
+    def encode(self, rotation, n_bins):
+        """Rotations (...,3,3) -> bins (...)."""
+        return self.to_bin(self.value(rotation), n_bins)
+
+    def decode(self, bins, n_bins):
+        """Bins (...) -> rotations (...,3,3) at their centres: the inverse of `encode` to half a bin."""
+        return self.rotation(self.from_bin(bins, n_bins))
+
+    def to_dict(self):
+        """JSON-able, for `from_dict`."""
+        listed = lambda v: v.tolist() if isinstance(v, np.ndarray) else v
+        return {k: listed(getattr(self, k)) for k in self.__dataclass_fields__}
+
+    @classmethod
+    def from_dict(cls, d):
+        return cls(d["space"], np.array(d["mean"]), np.array(d["axis"]), float(d["low"]), float(d["high"]),
+                   np.array(d["ev_ratio"]), d.get("provenance", {}))
+
+
+def euler_offsets(rotation, mean):
+    """Rotations (...,3,3) -> roll, pitch, yaw relative to `mean` (3,), each in [-pi, pi): unwrapped about the mean."""
+    return wrap_angle(matrix_to_euler(rotation) - mean)
+
+
+def fit_basis(rotations, space="so3", provenance=None):
+    """Principal axis of rotations (N,3,3) -> RotationBasis. Raises UserError if they do not turn at all."""
+    rotations = np.asarray(rotations, dtype=float)
+    if space == "euler":
+        euler = matrix_to_euler(rotations)
+        mean = circular_mean(euler)
+        mean = mean + wrap_angle(euler - mean).mean(axis=0)
+        offsets = wrap_angle(euler - mean)
+        offsets = offsets - offsets.mean(axis=0)
+    else:
+        mean = frechet_mean(rotations)
+        offsets = matrix_to_rotvec(mean.T @ rotations)
+    _, scale, axes = np.linalg.svd(offsets, full_matrices=False)
+    if scale[0] < 1e-6 * np.sqrt(len(rotations)):
+        raise UserError("the rotations do not vary at all, so they have no principal axis; use demonstrations that turn the gripper")
+    axis = axes[0] * np.sign(axes[0][np.abs(axes[0]).argmax()])  # of the two signs, one for certain
+    basis = RotationBasis(space, mean, axis, -np.pi, np.pi, scale**2 / (scale**2).sum(), provenance or {})
+    values = basis.value(rotations)
+    return RotationBasis(space, mean, axis, float(values.min()), float(values.max()), basis.ev_ratio, basis.provenance)
+
+
+def reconstruction_error(basis, rotations):
+    """Angles (N,) in radians between rotations (N,3,3) and the nearest that the one axis can say, before binning."""
+    return rotation_angle(basis.rotation(basis.value(rotations)), rotations)
+
+
+def basis_path(dataset):
+    """Where a dataset's basis lies: in a dataset that is a folder, beside one that is a file."""
+    dataset = Path(dataset)
+    return (dataset if dataset.is_dir() else dataset.parent) / BASIS_FILE
+
+
+def save_basis(path, basis):
+    """Write a basis as npz, atomically: mean, principal_axis, pca_min, pca_max, ev_ratio, space, provenance (JSON)."""
+    with atomic_path(path) as scratch, open(scratch, "wb") as file:
+        np.savez(file, mean=basis.mean, principal_axis=basis.axis, pca_min=basis.low, pca_max=basis.high,
+                 ev_ratio=basis.ev_ratio, space=basis.space, provenance=json.dumps(basis.provenance))
+
+
+def fingerprint(rotvec):
+    """Digest (hex) of one demonstration's axis-angle vectors (T,3), by which a basis knows what it was computed from."""
+    rounded = np.round(np.asarray(rotvec, dtype=float), 5) + 0.0  # + 0.0: no negative zeros
+    return hashlib.blake2b(rounded.tobytes(), digest_size=8).hexdigest()
+
+
+def load_basis(path, fingerprints=None):
+    """Read `save_basis` -> RotationBasis. fingerprints: of the demonstrations that it must have been computed from.
+
+    Raises UserError for a missing, damaged or impossible file, and for one that was computed from other demonstrations.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no rotation basis there; {PRECOMPUTE}")
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            basis = RotationBasis(str(f["space"]), f["mean"].astype(float), f["principal_axis"].astype(float), float(f["pca_min"]),
+                                  float(f["pca_max"]), f["ev_ratio"].astype(float), json.loads(str(f["provenance"])))
+    except KeyError as error:
+        raise UserError(f"{path}: key {error.args[0]} is missing, so this is no rotation basis; {PRECOMPUTE}")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: truncated or not an npz of a rotation basis ({error}); {PRECOMPUTE}")
+    check_basis(basis, path)
+    if fingerprints is not None and not set(fingerprints) <= set(basis.provenance.get("fingerprints", ())):
+        raise UserError(f"{path}: a foreign basis, computed from {basis.provenance.get('dataset', 'another dataset')} and not from "
+                        f"these demonstrations; {PRECOMPUTE}")
+    return basis
+
+
+def load_stats(path):
+    """Read a checkpoint's <ckpt>_stats.json with NumPy alone -> its dictionary, in which rotation["basis"] is a RotationBasis.
+
+    Raises UserError for a missing, damaged or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such statistics; train.py writes them beside the checkpoint, copy both")
+    try:
+        stats = json.loads(path.read_text())
+        rotation = stats["rotation"]
+        if rotation["kind"] == "pca":
+            rotation["basis"] = RotationBasis.from_dict(rotation["basis"])
+            check_basis(rotation["basis"], path)
+        elif np.shape(rotation["euler_range"]) != (3, 2):
+            raise ValueError("euler_range is not (3, 2)")
+        rotation["n_bins"], stats["height_range"], stats["n_window"], stats["image_size"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: truncated or no checkpoint statistics ({type(error).__name__}: {error}); copy it again from beside "
+                        "the checkpoint")
+    return stats
+
+
+def check_basis(basis, where):
+    """Raise UserError unless the basis can encode and decode rotations."""
+    shape = (3, 3) if basis.space == "so3" else (3,)
+    for wrong, key, what in (
+            (basis.space not in SPACES, "space", f"is '{basis.space}', one of {', '.join(SPACES)} is expected"),
+            (basis.mean.shape != shape, "mean", f"has shape {basis.mean.shape}, {shape} is expected"),
+            (basis.axis.shape != (3,), "principal_axis", f"has shape {basis.axis.shape}, (3,) is expected"),
+            (not all(np.isfinite(v).all() for v in (basis.mean, basis.axis, basis.low, basis.high, basis.ev_ratio)), "mean",
+             "or another number is NaN or Inf"),
+            (basis.axis.shape == (3,) and abs(np.linalg.norm(basis.axis) - 1) > 1e-6, "principal_axis", "is no unit vector"),
+            (basis.space == "so3" and basis.mean.shape == shape and np.abs(basis.mean @ basis.mean.T - np.eye(3)).max() > 1e-6,
+             "mean", "is no rotation matrix"),
+            (not basis.low < basis.high, "pca_min", "is not below pca_max")):
+        if wrong:
+            raise UserError(f"{where}: {key} {what}; {PRECOMPUTE}")

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import demos as demo_files
+import finetune
 import plots
 from backbone import Backbone, resolve_backbone
 from checkpoint import load_tensors, save_policy, save_tensors
@@ -39,9 +40,11 @@ DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
 def build_parser(config_class=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_type", default="para", choices=list(REGISTRY))
-    parser.add_argument("--dataset", type=Path, default=DEFAULT_DATASET, help=f"LIBERO-format HDF5 ({DEFAULT_DATASET})")
+    parser.add_argument("--dataset", type=Path, default=DEFAULT_DATASET, help=f"LIBERO-format HDF5, or where the model takes it a smith300 folder ({DEFAULT_DATASET})")
     parser.add_argument("--n_demos", type=int, help="use only the first N demonstrations")
     parser.add_argument("--out", type=Path, help="run folder (runs/MODEL_DATE)")
+    parser.add_argument("--init_from", type=Path, metavar="CKPT", help="finetune: start from this checkpoint's tensors that fit by name and shape")
+    parser.add_argument("--freeze_steps", type=int, default=500, help="with --init_from: steps in which the volume head stays as it is")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder; its own flags are used")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     parser.add_argument("--cache", type=Path, default=Path("cache/features"), help="folder of cached features")
@@ -166,10 +169,13 @@ def profile_steps(policy, dataset, device, precision):
     return rows
 
 
-def protocol_reference(path, demo, side=56):
-    """A training frame's state and small image. eval.py renders the state and compares: a flip cannot go unnoticed."""
-    with demo_files.open_demos(path) as file:
-        image = demo_files.read_images(path, file, demo.name, [0])[0]
+def protocol_reference(dataset, side=56):
+    """A training frame's state and small image. eval.py renders the state and compares: a flip cannot go unnoticed.
+    Recordings of a real robot have no states to render."""
+    demo = dataset.demos[0]
+    if not demo.states.size:
+        return {}
+    image = dataset._images(demo.name, [0])[0]
     size = len(image) // side * side
     small = image[:size, :size].reshape(side, size // side, side, size // side, 3).mean((1, 3))
     return {"protocol_state": torch.from_numpy(demo.states[0]), "protocol_image": torch.from_numpy(small.round().astype(np.uint8))}
@@ -205,7 +211,7 @@ def train(args, config_class):
     ensure_dataset(args, dist)
     seed_everything(args.seed)
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
-    all_demos, attributes = demo_files.read_demos(args.dataset, config.image_size, args.n_demos)
+    all_demos, attributes = entry.dataset.read(args.dataset, config.image_size, args.n_demos)
     train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
     asked = config.backbone
     config.backbone = resolve_backbone(asked, args.backbone_weights)
@@ -222,13 +228,16 @@ def train(args, config_class):
 
     policy = entry.policy(config, backbone.channels).attach(backbone).to(dist.device)
     policy.fit_statistics(train_set.statistics())
+    if args.init_from and not args.resume:
+        finetune.init_from(policy, args.init_from)
+    freeze_steps = args.freeze_steps if args.init_from else 0
     optimizer = torch.optim.AdamW(policy.param_groups(args.weight_decay), lr=args.lr)
     step, minutes = 0, 0.0
     if args.resume and state_path.exists():
         step, minutes = load_state(state_path, policy, optimizer)
     provenance = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "config": vars(config),
                   "command": command_line(), "commit": git_commit(), "versions": versions(), "seed": args.seed,
-                  "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos") if k in attributes},
+                  "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp") if k in attributes},
                   "train_demos": len(train_demos), "val_demos": len(val_demos), "train_frames": len(train_set),
                   "parameters": sum(p.numel() for p in policy.parameters()), "backbone_asked": asked,
                   "backbone_identity": backbone.identity}
@@ -239,10 +248,15 @@ def train(args, config_class):
         print(f"{folder}: {args.model_type}, {provenance['parameters']:,} parameters, backbone {backbone.identity} "
               f"(asked for: {asked}), {len(train_demos)} + {len(val_demos)} demonstrations, {len(train_set)} training frames, step {step}")
     logger = RunLogger(folder, args.wandb, provenance, dist.is_main)
+    basis = getattr(train_set, "basis", None)
+    if basis is not None and dist.is_main:
+        logger.log(step, {"rotation/ev_ratio": float(basis.ev_ratio[0])})
+        print(f"rotation basis ({basis.space}): one axis explains {basis.ev_ratio[0]:.3f} of the variance, "
+              f"{np.degrees(basis.low):.1f} to {np.degrees(basis.high):.1f} deg")
     profile = profile_steps(policy, train_set, dist.device, args.precision) if dist.is_main and not args.resume else None
     if profile:
         append_jsonl(folder / "profile.jsonl", {"device": dist.device, "rows": profile})
-    reference = protocol_reference(args.dataset, train_demos[0])
+    reference = protocol_reference(train_set)
 
     module = torch.nn.parallel.DistributedDataParallel(policy) if dist.world > 1 else policy
     module = torch.compile(module) if args.compile else module
@@ -253,6 +267,11 @@ def train(args, config_class):
             info = {k: v for k, v in provenance.items() if k != "config"}
             save_policy(folder / "checkpoint.safetensors", policy, args.model_type,
                         {**info, "step": step, "minutes": round(minutes, 3), "metrics": metrics or {}}, reference)
+
+    def report_creep():
+        found = finetune.volume_creep(read_jsonl(folder / "metrics.jsonl"), freeze_steps) if freeze_steps else None
+        if found:
+            tqdm.write(("warning: " if found[1] else "") + found[0])
 
     bar = tqdm(total=args.max_steps, initial=step, desc="training", unit="step", disable=not dist.is_main)
     metrics, before, started = None, minutes, time.perf_counter()
@@ -268,6 +287,8 @@ def train(args, config_class):
             raise UserError(f"the loss is {parts['loss'].item()} at step {step}; the last saved state stays, lower --lr")
         optimizer.zero_grad(set_to_none=True)
         parts["loss"].backward()
+        if step < freeze_steps:
+            finetune.hold_volume(policy)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip)
         optimizer.step()
         step += 1
@@ -278,10 +299,11 @@ def train(args, config_class):
             logger.log(step, {**{f"train/{k}": v.item() for k, v in parts.items()}, "lr": rate, "grad_norm": float(norm),
                               "minutes": round(minutes, 3)})
         stopping = dist.all_true(stop.raised)
-        if step % args.val_every == 0 and not stopping and dist.is_main:
+        if (step % args.val_every == 0 or step == freeze_steps) and not stopping and dist.is_main:
             metrics = validate(policy, val_set, dist.device)
             logger.log(step, metrics)
             tqdm.write(f"step {step}: " + ", ".join(f"{k[4:]} {v:.3g}" for k, v in metrics.items()))
+            report_creep()
         if step % args.save_every == 0 or stopping:
             save(metrics)
         barrier(dist)
@@ -296,6 +318,7 @@ def train(args, config_class):
         if step % args.val_every or metrics is None:
             metrics = validate(policy, val_set, dist.device)
             logger.log(step, metrics)
+        report_creep()
         save(metrics)
         plots.loss_curve(read_jsonl(folder / "metrics.jsonl"), folder / "loss.png")
         overlays(policy, val_set, dist.device, folder)

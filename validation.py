@@ -42,11 +42,12 @@ def chosen(dataset, limit):
 def validate(policy, dataset, device, batch_size=16, limit=400):
     """Loss and decoded errors on held-out demonstrations.
 
-    Of the first waypoint: error in cm (median, 90th percentile) and px (median), gripper accuracy, rotation error in degrees.
-    Of the trajectory: coverage at 4, 8 and 16 px and jerk in cm/step^2 beside the truth's. And `looks`.
+    Of the first waypoint: error in cm (median, 90th percentile) and px (median), gripper accuracy, rotation error in degrees
+    (median, 95th percentile; of all waypoints too). Of the trajectory: coverage at 4, 8 and 16 px and jerk in cm/step^2 beside the truth's. And `looks`.
     """
     policy.eval()
     losses, cm, px, gripper, degrees, cover, jerks = [], [], [], [], [], {e: [] for e in EPS}, ([], [])
+    every_degrees = []
     indices = chosen(dataset, limit)
     for i in range(0, len(indices), batch_size):
         batch = to_device(dataset.batch(indices[i:i + batch_size]), device)
@@ -60,7 +61,9 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
         gripper.extend((out["gripper"] == batch["target_gripper"])[:, 0].cpu().numpy())
         turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
         cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
-        degrees.extend(torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))[:, 0].cpu().numpy())
+        turned = torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))  # (B,T)
+        degrees.extend(turned[:, 0].cpu().numpy())
+        every_degrees.extend(turned[batch["mask"] > 0].cpu().numpy())
         for j in range(len(true)):
             known = batch["mask"][j].cpu().numpy() > 0
             start = to_pixels(batch["eef_pos"][j].cpu().numpy(), K[j, 0], E[j, 0])[None]
@@ -71,6 +74,8 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
     row = {f"val/{k}": float(np.mean([l[k] for l in losses])) for k in losses[0]}
     row.update({"val/cm_median": np.median(cm), "val/cm_p90": np.percentile(cm, 90), "val/px_median": np.median(px),
                 "val/gripper_accuracy": np.mean(gripper), "val/rotation_deg_median": np.median(degrees),
+                "val/rotation_deg_p95": np.percentile(degrees, 95), "val/rotation_deg_all_median": np.median(every_degrees),
+                "val/rotation_deg_all_p95": np.percentile(every_degrees, 95),
                 **{f"val/coverage_{e}px": np.mean(v) for e, v in cover.items()},
                 "val/jerk_cm": np.mean(jerks[0]), "val/true_jerk_cm": np.mean(jerks[1])})
     row.update({f"val/{k}": v for k, v in looks(policy, dataset, device, batch_size).items()})

@@ -15,8 +15,10 @@ import pytest
 
 import demos
 import helpers
+import smith300
 from camera import intrinsics, project
-from rot_utils import euler_to_matrix, matrix_to_rotvec
+from rot_utils import (basis_path, euler_to_matrix, fingerprint, fit_basis, matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix,
+                       save_basis)
 
 FIRST = ("test_readme.py", "test_pipeline.py")  # the longest files: two processes share the suite evenly if these start first
 
@@ -97,10 +99,48 @@ def write_synthetic_demos(path, n_demos=4, steps=STEPS, size=SIZE, seed=0, pushe
     return Path(path)
 
 
+def write_synthetic_episodes(path, n_episodes=4, steps=STEPS, size=SIZE, seed=0, pitch=0.0, video=False, wide=0):
+    """Write a valid smith300 folder without a robot; return its path.
+
+    The gripper turns about the vertical to a yaw of the episode's own. pitch: radians by which it is tilted from straight down, so
+    that -pi/2 points it ahead; wide: columns of margin at both sides of the frames.
+    """
+    K, E = agentview(size)
+    K = K + [[0, 0, wide], [0, 0, 0], [0, 0, 0]]
+    for i in range(n_episodes):
+        rng = np.random.default_rng([seed, i])
+        position, gripper = pick_and_place(rng, steps)
+        yaw = np.linspace(0, 1.0 if i % 2 else -1.0, steps)
+        tremor = euler_to_matrix(rng.normal(scale=0.02, size=(steps, 3)))
+        turn = euler_to_matrix(np.stack([0 * yaw, 0 * yaw, yaw], -1)) @ euler_to_matrix(np.array([np.pi, 0, 0]))
+        rotation = turn @ euler_to_matrix(np.array([0, pitch, 0])) @ tremor
+        images = np.stack([np.pad(render(rng, p, *agentview(size), size), ((0, 0), (wide, wide), (0, 0))) for p in position])
+        smith300.write_episode(Path(path) / f"episode_{i:05d}", {
+            "eef_pos_t": position, "eef_euler_t": matrix_to_euler(rotation), "gripper_t": (gripper > 0).astype(float),
+            "intrinsics": K, "extrinsics": E}, images, video)
+    smith300.write_dataset_stamp(path, {"task_suite": "libero_spatial", "task_id": 0, "seed": seed})
+    return Path(path)
+
+
+def with_basis(path, space="so3"):
+    """Write the rotation basis of a dataset of either format beside it; return the dataset's path."""
+    demos_, _ = smith300.read_dataset(path)
+    rotations = rotvec_to_matrix(np.concatenate([d.ee_ori for d in demos_]))
+    provenance = {"dataset": Path(path).name, "fingerprints": [fingerprint(d.ee_ori) for d in demos_]}
+    save_basis(basis_path(path), fit_basis(rotations, space, provenance))
+    return path
+
+
 @pytest.fixture(scope="session")
 def synthetic_demos(tmp_path_factory):
-    """A valid small demonstration file. Shared: do not write to it."""
-    return write_synthetic_demos(tmp_path_factory.mktemp("demos") / "synthetic.hdf5")
+    """A valid small demonstration file, its rotation basis beside it. Shared: do not write to it."""
+    return with_basis(write_synthetic_demos(tmp_path_factory.mktemp("demos") / "synthetic.hdf5"))
+
+
+@pytest.fixture(scope="session")
+def synthetic_episodes(tmp_path_factory):
+    """A valid small smith300 folder with its rotation basis. Shared: do not write to it."""
+    return with_basis(write_synthetic_episodes(tmp_path_factory.mktemp("smith300") / "izzy"))
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,15 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "plots"},
-    {"backbone", "demos", "policy"},
+    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "plots", "plots_rotation"},
+    {"backbone", "demos", "smith300", "policy"},
     {"libero_env", "expert", "rollout"},  # and every model* and data*
-    {"registry", "checkpoint", "validation"},
-    {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv",
+    {"registry", "checkpoint", "finetune", "validation"},
+    {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
      "check_setup", "openloop"},
 ]
 SCRIPTS = LAYERS[4]
-BESIDE = {"expert": {"libero_env"}, "rollout": {"expert", "libero_env"}, "checkpoint": {"registry"}}  # same layer
+BESIDE = {"expert": {"libero_env"}, "rollout": {"expert", "libero_env"}, "checkpoint": {"registry"}, "finetune": {"checkpoint"}, "smith300": {"demos"}}  # same layer
 LONG = {"libero_env"}  # may exceed 400 lines: all that touches the simulator is in one file
 SIMULATOR = {"robosuite", "libero"}
 FILES = sorted(ROOT.glob("*.py"))
@@ -92,7 +92,7 @@ def test_one_file_knows_the_simulator():
 @pytest.mark.parametrize("names, absent", [
     (["rot_utils", "camera"], ["torch", "h5py"]),
     (["libero_env"], ["robosuite", "libero", "mujoco", "torch"]),
-    (["workers", "demos"], ["torch", "timm"]),
+    (["workers", "demos", "smith300"], ["torch", "timm"]),
     (["registry", "checkpoint"], ["robosuite", "libero", "mujoco"]),
 ])
 def test_light_imports_stay_light(names, absent):

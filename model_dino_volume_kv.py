@@ -1,0 +1,154 @@
+"""DinoVolumeKV: all waypoints at once, a volume factored into queries of height and time and keys of pixels.
+
+    logits[t,z,y,x] = query(t,z) . key(y,x) / sqrt(dim)
+
+Queries know no image: they are encodings of the height bin and of the waypoint's number, sinusoidal or learned, through an MLP.
+Keys come from the pixel features of model.PixelTrunk, in which the EEF's cell is marked. Gripper and rotation of a waypoint are
+read off at its keypoint zyx: the true one in training (teacher forcing), the decoded one in use.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import PixelTrunk, TrunkConfig
+from policy import flag, masked_mean
+
+ENCODINGS = ("sin", "learned")
+
+
+@dataclass
+class DinoVolumeKVConfig(TrunkConfig):
+    """Configuration of DinoVolumeKV."""
+    n_window: int = flag(8, "future waypoints T")
+    grid: int = flag(56, "prediction grid H = W")
+    dim: int = flag(128, "channels of queries, keys and tokens (d_model)")
+    height_enc: str = flag("sin", "encoding of the height bin in the queries", ENCODINGS)
+    time_enc: str = flag("sin", "encoding of the waypoint's number in the queries", ENCODINGS)
+    rotation_weight: float = flag(0.5, "weight of the rotation loss")
+
+
+def sinusoid(index, dim, base=10000.0):
+    """Positional encoding of index (...) -> (...,dim): sines and cosines at frequencies base^(-2i/dim) (Vaswani et al. 2017)."""
+    frequency = base ** (-torch.arange(0, dim, 2, device=index.device, dtype=torch.float32) / dim)
+    angle = index[..., None].float() * frequency
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+class IndexEncoding(nn.Module):
+    """Integer index (...) in 0..n-1 -> (...,dim): "sin", a sinusoid through a linear layer, or "learned", a table."""
+
+    def __init__(self, kind, n, dim):
+        super().__init__()
+        self.kind, self.dim = kind, dim
+        if kind == "sin":
+            self.linear = nn.Linear(dim, dim)
+        else:
+            self.table = nn.Parameter(torch.randn(n, dim) * 0.5)
+
+    def forward(self, index):
+        return self.linear(sinusoid(index, self.dim)) if self.kind == "sin" else self.table[index]
+
+
+class DinoVolumeKV(PixelTrunk):
+    """See the module's docstring. A subclass changes what is read off at the keypoints: `build_heads`, `predict_from_keypoints`."""
+    heads = ("token_", "gripper_head", "rotation_head")  # prefixes of the parameters that are no part of the volume
+
+    def __init__(self, config, channels):
+        super().__init__(config, channels)
+        c = config
+        self.height_code = IndexEncoding(c.height_enc, c.n_height_bins, c.dim)
+        self.time_code = IndexEncoding(c.time_enc, c.n_window, c.dim)
+        self.query = nn.Sequential(nn.Linear(c.dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
+        self.key = nn.Conv2d(c.width, c.dim, 1)
+        self.build_heads()
+
+    def build_heads(self):
+        c = self.config
+        self.token_pixel = nn.Linear(c.width, c.dim)
+        self.token_time = IndexEncoding(c.time_enc, c.n_window, c.dim)
+        self.gripper_head = nn.Linear(c.dim, 2)
+        self.rotation_head = nn.Linear(c.dim, 3 * c.n_rot_bins)
+
+    def volume_parameters(self):
+        return [p for name, p in self.named_parameters() if not name.startswith(self.heads)]
+
+    # -- the network -------------------------------------------------------------------------------------------------
+
+    def queries(self):
+        """(T,Z,C), the same for every image."""
+        device, c = self.height_range.device, self.config
+        time, height = torch.arange(c.n_window, device=device), torch.arange(c.n_height_bins, device=device)
+        return self.query(self.time_code(time)[:, None] + self.height_code(height)[None])
+
+    def volume_logits(self, features):
+        """Trunk features (B,C,H,W) -> logits (B,T,Z,H,W)."""
+        queries, keys = self.queries() * self.config.dim ** -0.5, self.key(features)
+        T, Z, C = queries.shape
+        return F.conv2d(keys, queries.to(keys.dtype).reshape(T * Z, C, 1, 1)).unflatten(1, (T, Z))  # a product with every cell
+
+    def keypoints(self, coordinates):
+        """Continuous coordinates zyx (B,T,3) -> the nearest bins inside, integers."""
+        last = torch.tensor(self.volume_shape, device=coordinates.device) - 1
+        return torch.minimum(coordinates.round().long().clamp(min=0), last)
+
+    def predict_from_keypoints(self, features, kp_zyx, valid=None):
+        """Trunk features (B,C,H,W), keypoints (B,T,3) int, valid (B,T) bool or None for all -> gripper logits (B,T,2), rotation
+        logits (B,T,A,bins) of the A angles that a rotation is told by."""
+        time = torch.arange(kp_zyx.shape[1], device=kp_zyx.device)
+        token = F.gelu(self.token_pixel(self.at_cells(features, kp_zyx[..., 1:])) + self.token_time(time))
+        return self.gripper_head(token), self.rotation_head(token).unflatten(-1, (3, self.config.n_rot_bins))
+
+    # -- rotation: three Euler angles here -------------------------------------------------------------------------------
+
+    def rotation_bins(self, rotation):
+        """Rotations (...,3,3) -> bins (...,A)."""
+        return self.euler_bins(rotation)
+
+    def rotation_loss(self, logits, rotation):
+        """Cross-entropy (N,) a angle, averaged, of logits (N,A,bins) at rotations (N,3,3), in nats. Labels are one-hot and have no
+        entropy of their own, so this is also what is left above it."""
+        return F.cross_entropy(logits.float().transpose(1, 2), self.rotation_bins(rotation), reduction="none").mean(-1)
+
+    # -- the policy's interface ----------------------------------------------------------------------------------------
+
+    def loss(self, batch):
+        """Cross-entropies of volume, gripper and rotation, averaged over the unmasked waypoints, in nats; and in evaluation the
+        shares of waypoints whose highest logit is the true one (top-1), of each part and of all parts together."""
+        c, mask = self.config, batch["mask"].flatten()
+        features, coordinates = self.trunk_features(batch), self.coordinates(batch["target_pos"], batch)
+        logits = self.volume_logits(features).flatten(0, 1).flatten(1)  # (B*T, Z*H*W)
+        keypoints = self.keypoints(coordinates)
+        gripper, rotation = self.predict_from_keypoints(features, keypoints, batch["mask"] > 0)
+        gripper, rotation = gripper.flatten(0, 1).float(), rotation.flatten(0, 1)
+        target_gripper, target_rot = batch["target_gripper"].flatten(), batch["target_rot"].flatten(0, 1)
+        parts = {"volume_ce": masked_mean(self.volume_loss(logits, coordinates.flatten(0, 1)), mask),
+                 "gripper_ce": masked_mean(F.cross_entropy(gripper, target_gripper, reduction="none"), mask),
+                 "rotation_ce": masked_mean(self.rotation_loss(rotation, target_rot), mask)}
+        total = parts["volume_ce"] + parts["gripper_ce"] + c.rotation_weight * parts["rotation_ce"]
+        if not self.training:
+            best = torch.stack(torch.unravel_index(logits.argmax(-1), self.volume_shape), -1) == keypoints.flatten(0, 1)  # (B*T,3)
+            right = {"pixel": best[:, 1:].all(-1), "height": best[:, 0], "gripper": gripper.argmax(-1) == target_gripper,
+                     "rotation": (rotation.argmax(-1) == self.rotation_bins(target_rot)).all(-1)}
+            right["joint"] = torch.stack(list(right.values())).all(0)
+            parts.update({f"top1_{k}": masked_mean(v.float(), mask) for k, v in right.items()})
+        return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
+
+    def predict(self, batch):
+        features = self.trunk_features(batch)
+        logits = self.volume_logits(features).float()
+        coordinates, _ = self.decode_volume(logits.flatten(0, 1)[:, None])
+        coordinates = coordinates.view(*logits.shape[:2], 3)
+        gripper, rotation = self.predict_from_keypoints(features, self.keypoints(coordinates))
+        return {"position": self.points(coordinates, batch), "gripper": gripper.argmax(-1), "rotation": self.decode_rotation(rotation),
+                "rotation_logits": rotation.float()}
+
+    def deployment_stats(self):
+        """All that turns this policy's bins into metres and radians, JSON-able: see rot_utils.load_stats."""
+        c = self.config
+        return {"image_size": c.image_size, "n_window": c.n_window, "waypoint_stride": c.waypoint_stride, "grid": c.grid,
+                "n_height_bins": c.n_height_bins, "height_range": self.height_range.tolist(), "rotation": self.rotation_stats()}
+
+    def rotation_stats(self):
+        return {"kind": "euler", "n_bins": self.config.n_rot_bins, "euler_range": self.euler_range.tolist()}

@@ -1,0 +1,57 @@
+"""Pictures of rotations: the values on a principal axis, what is predicted of them over an episode, and gripper commands."""
+
+from plots import _save, plt
+
+BLUE = "#4477aa"
+
+
+def rotation_histogram(values, ratios, episodes, chosen, path):
+    """Distribution of the values on each space's principal axis, {space: (N,) deg}, with the explained-variance ratios, and the
+    chosen space's values over each episode's frames [(T,) deg]."""
+    figure, axes = plt.subplots(1, len(values) + 1, figsize=(4.2 * (len(values) + 1), 3.2))
+    for axis, (space, v) in zip(axes, values.items()):
+        axis.hist(v, bins=48, color=BLUE)
+        axis.set(title=f"{space}: {', '.join(f'{r:.3f}' for r in ratios[space])} of variance", xlabel="value on the axis (deg)", ylabel="frames")
+    for episode in episodes:
+        axes[-1].plot(episode, color=BLUE, alpha=0.4, linewidth=0.8)
+    axes[-1].set(title=f"{chosen}: every episode", xlabel="frame", ylabel="value on the axis (deg)")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def rotation_curves(runs, path):
+    """Held-out rotation cross-entropy over steps, {name: [[(step, nats)] a seed]}: thin lines are seeds."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for colour, (name, seeds) in zip((BLUE, "#ee6677", "#228833", "#ccbb44"), runs.items()):
+        for i, points in enumerate(seeds):
+            axis.plot(*zip(*points), color=colour, linewidth=1.2, marker="o", markersize=3, label=name if i == 0 else None)
+    axis.set(xlabel="step", ylabel="rotation cross-entropy an axis (nats)", title="held-out demonstrations", ylim=(0, None))
+    axis.legend()
+    _save(figure, path)
+
+
+def episode_strips(episodes, key, truth, label, path):
+    """A panel per episode: {name: values (N,)} of `key` predicted at each frame, and the truth. episodes: [(title, frames, {name: {key:
+    values}}, {truth: values})]."""
+    figure, axes = plt.subplots(len(episodes), 1, figsize=(10, 2.2 * len(episodes)), squeeze=False, sharex=False)
+    for axis, (title, frames, models, true) in zip(axes[:, 0], episodes):
+        axis.plot(frames, true[truth], color="black", linewidth=3, alpha=0.3, label="demonstration")
+        for i, (colour, (name, values)) in enumerate(zip((BLUE, "#ee6677", "#228833", "#ccbb44"), models.items())):
+            axis.plot(frames, values[key] + (0.03 * (i + 1) if key == "gripper" else 0), color=colour, linewidth=1.2, label=name)
+        axis.set(title=title, ylabel=label)
+    axes[0, 0].legend(fontsize=8)
+    axes[-1, 0].set(xlabel="frame")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def distribution_strip(probabilities, true_bins, title, path):
+    """One panel a waypoint: the predicted distribution (T,bins) over the rotation bins, the true bin (T,) marked."""
+    figure, axes = plt.subplots(1, len(probabilities), figsize=(2 * len(probabilities), 2.2), sharey=True)
+    for t, (axis, p, true) in enumerate(zip(axes, probabilities, true_bins)):
+        axis.bar(range(len(p)), p, width=1.0, color=BLUE)
+        axis.axvline(true, color="#ee6677", linewidth=1.2)
+        axis.set(title=f"waypoint {t + 1}", xlabel="bin")
+    axes[0].set(ylabel=title)
+    figure.tight_layout()
+    _save(figure, path)
