@@ -8,16 +8,16 @@ out=${1:-demo}
 py=${PY:-.venv/bin/python}
 flags="--teleport --zero_rotation --max_steps 300 --n_videos 1"
 
-[ -f "$out/demos.hdf5" ] || "$py" collect_demos.py --n_demos "${DEMO_DEMOS:-14}" --out "$out/demos.hdf5"
+[ -f "$out/demos.hdf5" ] || "$py" collect_demos.py --n_demos "${DEMO_DEMOS:-12}" --out "$out/demos.hdf5"
 if [ -f "$out/run/state.safetensors" ]; then
   "$py" train.py --resume "$out/run"
 else
   "$py" train.py --model_type para --dataset "$out/demos.hdf5" --out "$out/run" --backbone efficientnet_lite0 \
-    --max_minutes "${DEMO_MINUTES:-2.5}" --wandb off
+    --max_minutes "${DEMO_MINUTES:-2}" --wandb off
 fi
 for layout in benchmark shifted; do
-  "$py" eval.py --ckpt "$out/run/checkpoint.safetensors" $flags --layout $layout --n_episodes "${DEMO_EPISODES:-10}" --out "$out/para_$layout"
-  "$py" eval.py --policy blind $flags --layout $layout --n_episodes "${DEMO_EPISODES:-10}" --out "$out/blind_$layout"
+  "$py" eval.py --ckpt "$out/run/checkpoint.safetensors" $flags --layout $layout --n_episodes "${DEMO_EPISODES:-8}" --out "$out/para_$layout"
+  "$py" eval.py --policy blind $flags --layout $layout --n_episodes "${DEMO_EPISODES:-8}" --out "$out/blind_$layout"
 done
 "$py" report.py --run "$out/run" --evals "$out"/para_benchmark "$out"/para_shifted "$out"/blind_benchmark "$out"/blind_shifted \
   --out "$out/report.html"

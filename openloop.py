@@ -1,6 +1,6 @@
 """Open-loop rollouts of policies side by side on validation demonstrations: from the first frame on, own predictions fed back.
 
-    python openloop.py --ckpt checkpoints/autoregressive_libero_spatial_0.safetensors checkpoints/para_libero_spatial_0.safetensors
+    python openloop.py --ckpt runs/NAME/checkpoint.safetensors checkpoints/para_libero_spatial_0.safetensors
 
 At each decision of a recorded demonstration a policy sees the recorded image and takes its own previous waypoint for the EEF's
 position. Reported: free-space coverage of the recorded path by the predicted one, jerk of the waypoints (mean norm of their
@@ -54,7 +54,7 @@ def main(argv=None):
             rollouts = roll(args.dataset, held_out, policy, fed, ckpt.stem)
             rows.append({"checkpoint": str(ckpt), "model_type": info["model_type"], "fed": fed, **summary(rollouts)})
             if fed == "predicted":
-                paths[ckpt.stem] = rollouts
+                paths[f"{len(paths)}: {info['model_type']}"] = rollouts  # the same model type may come twice
     for i, demo in enumerate(held_out[:3]):
         with demo_files.open_demos(args.dataset) as file:
             image = demo_files.read_images(args.dataset, file, demo.name, [0])[0]

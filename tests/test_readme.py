@@ -14,11 +14,12 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 PYTHON = [c for c in COMMANDS if c.startswith("python ")]
+TRAIN = ["--max_steps", "2", "--image_size", SIZE, "--grid", "14", "--backbone", "efficientnet_lite0", "--batch_size", "2", "--wandb", "off"]
+MODEL = {"para": ["--width", "8"], "dino_volume_kv_full": ["--dim", "16"],
+         "autoregressive": ["--context", "3", "--dim", "16", "--n_layers", "2", "--n_heads", "2", "--patch_grid", "4", "--key_width", "8"]}
 SMALL = {"collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_rate", "0"],
-         "train.py": ["--max_steps", "2", "--image_size", SIZE, "--grid", "14", "--width", "8", "--backbone", "efficientnet_lite0",
-                      "--batch_size", "2", "--wandb", "off"],
          "eval.py": ["--n_episodes", "1", "--max_steps", "12", "--n_videos", "0", "--workers", "1"], "report.py": [],
-         "bench.py": ["--rounds", "1", "--quick"], "openloop.py": ["--max_val", "1"]}
+         "bench.py": ["--rounds", "1", "--quick"], "openloop.py": ["--max_val", "1"], "precompute_rotation_pca.py": ["--allow_low_ev"]}
 
 
 def test_readme_names_the_users_commands():
@@ -35,17 +36,23 @@ def test_readme_command_runs(line, collected, trained, tmp_path):
     script = words[0]
     if "--policy" in words and "expert" in words or "--survey" in words:
         small = ["--n_episodes", "1", "--workers", "1", "--n_videos", "0"] if script == "eval.py" else ["--n_demos", "1"]
+    elif script == "train.py":
+        small = TRAIN + MODEL[words[words.index("--model_type") + 1]]
     else:
         small = SMALL[script]
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "libero_spatial_0.hdf5").symlink_to(collected[0])
+    for name in ("libero_spatial_0.hdf5", "rim.hdf5"):
+        (tmp_path / "data" / name).symlink_to(collected[0])
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "NAME").symlink_to(trained[0])
+    for name in ("NAME", "OTHER"):
+        (tmp_path / "runs" / name).symlink_to(trained[0])
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     if "--replay" in words:
         (tmp_path / "OFFICIAL.hdf5").symlink_to(collected[0])
     elif script == "collect_demos.py" and "--survey" not in words:
         small = [*small, "--out", "fresh.hdf5"]
+    if "dino_volume_kv_full" in words:
+        run("precompute_rotation_pca.py", "--dataset", "data/rim.hdf5", "--allow_low_ev", cwd=tmp_path)
     if script == "report.py":
         for name in "AB":
             run("eval.py", "--ckpt", trained[0] / "checkpoint.safetensors", "--n_episodes", 1, "--max_steps", 6, "--n_videos", 0,
