@@ -107,3 +107,12 @@ class FrameBlock(nn.Module):
         q = self.q(y).unflatten(-1, (self.n_heads, -1))
         x = x + self.out(frame_attention(q, k, v, context, resolutions).flatten(-2))
         return x + self.mlp(self.norm2(x)), (k, v)
+
+    def weights(self, x, row, n_tokens):
+        """How token `row` of each frame of x (B,T,N,d) weighs the first `n_tokens` of its own frame: (B,T,n_tokens), mean over
+        heads, summing to one over these tokens."""
+        y = self.norm1(x)
+        k = self.kv(y[:, :, :n_tokens]).unflatten(-1, (2, self.n_heads, -1))[:, :, :, 0]
+        q = self.q(y[:, :, row]).unflatten(-1, (self.n_heads, -1))
+        scores = torch.einsum("bthe,btnhe->bthn", q, k) / q.shape[-1] ** 0.5
+        return scores.softmax(-1).mean(2)

@@ -317,6 +317,16 @@ class AutoregressivePolicy(VolumeGeometry):
         logits, keys, query = self.run(batch, eef, torch.zeros(len(eef), dtype=torch.long, device=eef.device))
         return self.decide_rows(batch, logits, keys, query, eef.shape[:2])
 
+    def attention(self, batch):
+        """Where each frame's query looks in its own frame in the last layer: (B,T,H,W) over patches, summing to one."""
+        eef, c = self.eef_coordinates(batch), self.config
+        start = torch.zeros(len(eef), dtype=torch.long, device=eef.device)
+        x = self.tokens(self.normalised(batch["features"]), eef, eef[:, :1], batch, start)
+        for block in self.blocks[:-1]:
+            x, _ = block(x, c.context, self.resolutions)
+        weights = self.blocks[-1].weights(x, self.n_patches + QUERY, self.n_patches)
+        return weights.unflatten(-1, (c.patch_grid, c.patch_grid))
+
     # -- closed loop -------------------------------------------------------------------------------------------------
 
     def check(self):

@@ -51,6 +51,18 @@ def trajectory_overlay(images, eef, true, predicted, frames, path):
     _save(figure, path)
 
 
+def attention_overlay(images, maps, frames, path):
+    """Attention over patches (N,H,W) as heat over images (N,S,S,3), a panel each."""
+    figure, axes = plt.subplots(1, len(images), figsize=(3.2 * len(images), 3.4), squeeze=False)
+    for axis, image, heat, frame in zip(axes[0], images, maps, frames):
+        size = (0, image.shape[1], image.shape[0], 0)
+        axis.imshow(image.mean(-1), cmap="gray", extent=size)
+        axis.imshow(heat, cmap="inferno", alpha=0.55, extent=size, interpolation="bilinear")
+        axis.set_title(f"frame {frame}")
+        axis.axis("off")
+    _save(figure, path)
+
+
 def paths_overlay(image, true, lines, path):
     """A recorded path (M,2) px and predicted ones {name: (N,2) px}, waypoints as dots, on an image (S,S,3), a panel each."""
     figure, axes = plt.subplots(1, len(lines), figsize=(5.4 * len(lines), 5.4), squeeze=False)

@@ -313,13 +313,17 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
     for episode in range(min(n_episodes, len(dataset.demos))):
         rows = np.flatnonzero(dataset.demo == episode)
         rows = rows[np.linspace(0, len(rows) - 1, min(n_frames, len(rows))).astype(int)]
-        batch = to_device(dataset.batch(rows), device)
-        batch, out = newest(batch, policy.predict(batch))
+        whole = to_device(dataset.batch(rows), device)
+        batch, out = newest(whole, policy.predict(whole))
         K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
         to_px = lambda points: to_pixels(points, K, E)
         images = dataset._images(dataset.demos[episode].name, dataset.frame[rows])
         plots.trajectory_overlay(images, to_px(batch["eef_pos"].cpu().numpy()[:, None])[:, 0], to_px(batch["target_pos"].cpu().numpy()),
                                  to_px(out["position"].double().cpu().numpy()), dataset.frame[rows], folder / f"overlay_{episode}.png")
+        if hasattr(policy, "attention"):
+            last = whole["valid"].sum(1).cpu() - 1
+            heat = policy.attention(whole)[torch.arange(len(rows)), last].float().cpu().numpy()
+            plots.attention_overlay(images, heat, dataset.frame[rows], folder / f"attention_{episode}.png")
 
 
 if __name__ == "__main__":
