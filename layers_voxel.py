@@ -12,6 +12,7 @@ Letters: B batch, Q queries, h heads, D width of a head, d = h D width of a toke
 F wavelengths, P = 6 F numbers of a PE, V = Z N voxels, M rows (queries x heads) that share a table.
 """
 import copy
+import importlib.util
 import math
 
 import torch
@@ -122,10 +123,10 @@ class _Attend(torch.autograd.Function):
 
 
 def rows_of(code):
-    """(forward, backward) over the rows of one table: chunks of torch calls, or the fused kernels on a GPU."""
-    if code.is_cuda and code.dtype == torch.float32:
-        import layers_voxel_triton
-        return layers_voxel_triton.forward_rows, layers_voxel_triton.backward_rows
+    """(forward, backward) over the rows of one table: chunks of torch calls, or the fused kernels on a GPU that has Triton."""
+    if code.is_cuda and code.dtype == torch.float32 and importlib.util.find_spec("triton"):
+        import layers_voxel_triton as fused
+        return fused.forward_rows, fused.backward_rows
     return forward_rows, backward_rows
 
 

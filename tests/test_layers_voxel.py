@@ -1,5 +1,8 @@
 """Attention to voxel tokens that are never built, against a twin that builds them all."""
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch.nn.functional as F
 
 import camera
 import layers_voxel as lv
-from conftest import agentview, look_at
+from conftest import ROOT, agentview, look_at
 from camera import intrinsics
 
 SIDE, HEIGHTS, D, HEADS, C = 5, 4, 12, 3, 7
@@ -253,3 +256,32 @@ def test_nothing_of_a_token_volume_is_stored():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         lv.voxel_attention(table=table, **inputs)
     assert max(kept) <= 1600 * C and sum(kept) < 16 * 1600 * D / 4
+
+
+FUSED = """
+import torch, layers_voxel as lv, layers_voxel_triton as fused
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.manual_seed(0)
+for M, N, Z, F in ((21, 77, 3, 8), (5, 32, 2, 5)):
+    table = lv.VoxelTable(torch.rand(1, N, 2), torch.rand(1, N, 2), torch.linspace(0.9, 1.3, Z), lv.wavelengths(F))
+    code, scores, d_pooled, d_pixels, shift = (torch.randn(M, *s) for s in ((6 * F,), (N,), (6 * F,), (N,), ()))
+    scores[:, 50:] += 90  # a block that drowns the others
+    move = lambda *xs: [x.to(device) for x in xs]
+    plain = lv.forward_rows(code, scores, table.xy[0], table.z, None)
+    found = fused.forward_rows(*move(code, scores, table.xy[0], table.z))
+    arguments = (code, scores, plain[2], d_pooled, d_pixels, shift, table.xy[0], table.z)
+    plain += lv.backward_rows(*arguments, None)
+    found += fused.backward_rows(*move(*arguments))
+    for a, b in zip(found, plain):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-4)
+print("agree")
+"""
+
+
+def test_fused_kernels_equal_the_chunks():
+    """The Triton kernels give what the chunked torch code gives, with rows, pixels and encodings that fill no block; without
+    a GPU in Triton's interpreter, so that the kernels' arithmetic is checked everywhere."""
+    pytest.importorskip("triton")
+    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", FUSED], cwd=ROOT, env={**os.environ, **interpret}, capture_output=True, text=True)
+    assert done.stdout.strip() == "agree", done.stderr
