@@ -17,6 +17,7 @@ from smith300 import read_episodes, read_frames
 
 @dataclass
 class Config(PolicyConfig):
+    n_window: int = 8
     rotation: str = "pca"
     basis: str = ""
 
