@@ -12,6 +12,7 @@ Latency of each call and its parts go to standard error. Beside the checkpoint l
 """
 import argparse
 import base64
+import contextlib
 import io
 import json
 import sys
@@ -31,7 +32,8 @@ from runtime import UserError, run_script
 def load(args):
     """The policy, ready to act, checked against its statistics. Raises UserError for another policy or foreign statistics."""
     stats = load_stats(args.stats or stats_path(args.ckpt))
-    policy, info, _ = load_policy(args.ckpt, args.device, args.backbone_weights)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers alone
+        policy, info, _ = load_policy(args.ckpt, args.device, args.backbone_weights)
     own = policy.deployment_stats()
     if own is None:
         raise UserError(f"{args.ckpt}: is a {info['model_type']}; only dino_volume_kv and dino_volume_kv_full are deployed by this script")

@@ -153,7 +153,7 @@ def square_image(image, size):
     if (width, height) != (size, size):
         left, top = (width - side) / 2, (height - side) / 2
         image = image.resize((size, size), Image.BILINEAR, box=(left, top, left + side, top + side))
-    return np.asarray(image)
+    return np.array(image)  # a copy: PIL's own memory is read-only
 
 
 def read_episode(folder, image_size=None):

@@ -318,7 +318,7 @@ def train(args, config_class):
         if step % args.val_every or metrics is None:
             metrics = validate(policy, val_set, dist.device)
             logger.log(step, metrics)
-        report_creep()
+            report_creep()
         save(metrics)
         plots.loss_curve(read_jsonl(folder / "metrics.jsonl"), folder / "loss.png")
         overlays(policy, val_set, dist.device, folder)

@@ -87,6 +87,11 @@ def test_finetune_freezes_then_thaws_and_deploys(v7, rim, tmp_path):
     answer = run("deploy_dino_kv.py", "--ckpt", tmp_path / "new" / "checkpoint.safetensors", "--source", rim[0] / "episode_00000", "--limit", 2,
                  cwd=tmp_path)
     assert len(answer.stdout.splitlines()) == 2 and " ms (" in answer.stderr
+    run("compare_rotation.py", "--run", f"v7={v7}", "--run", "new=new", "--out", "comparison", "--n_episodes", 1, cwd=tmp_path)
+    cells = json.loads((tmp_path / "comparison" / "summary.json").read_text())["cells"]
+    assert set(cells) == {"v7", "new"} and cells["new"]["top1_joint"] == [[r for r in rows if "val/top1_joint" in r][-1]["val/top1_joint"]]
+    assert {p.name for p in (tmp_path / "comparison").glob("*.png")} == {
+        "rotation_ce.png", "gripper.png", "rotation.png", "distribution_v7.png", "distribution_new.png"}
 
 
 def test_it_acts_in_the_simulator_with_its_rotation(v7, tmp_path):
