@@ -31,7 +31,7 @@ class VoxelConfig(VolumeConfig):
     n_heads: int = flag(4, "attention heads")
     mlp_ratio: int = flag(4, "feed-forward width over d")
     key_width: int = flag(64, "channels of the image features, before their projection to d")
-    dilations: str = flag("1,2,4", "dilations of the convolutions over image features: the first before attention, the others before the readout")
+    dilations: str = flag("1,2,4", "dilations of the convolutions over image features: the first before attention, the rest before readout")
     n_waves: int = flag(8, "wavelengths of the positional encoding, P = 6 times as many")
     shortest_wave: float = flag(0.04, "metres")
     longest_wave: float = flag(3.0, "metres")
@@ -127,7 +127,8 @@ class VoxelPolicy(VolumeGeometry):
             v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
             low, high = (camera.unproject(u, v, h, K[first, None], E[first, None]) for h in self.height_range)
             slope = (high - low)[..., :2] / (self.height_range[1] - self.height_range[0])
-            heights = camera.bin_to_height(torch.arange(c.n_height_bins, dtype=torch.float64, device=K.device), *self.height_range, c.n_height_bins)
+            bins = torch.arange(c.n_height_bins, dtype=torch.float64, device=K.device)
+            heights = camera.bin_to_height(bins, *self.height_range, c.n_height_bins)
             table = lv.VoxelTable(low[..., :2] - slope * self.height_range[0], slope, heights, self.waves)
             self._table = (key, table)
         return table.select(which)
@@ -163,7 +164,8 @@ class VoxelPolicy(VolumeGeometry):
     def image_features(self, features):
         """Backbone maps [(N,C_i,H_i,W_i)], normalised -> features (N,C,H,W) of the grid with a neighbourhood's context."""
         size = (self.config.grid,) * 2
-        x = sum(F.interpolate(project(maps), size=size, mode="bilinear", align_corners=False) for maps, project in zip(features, self.project))
+        resize = lambda x: F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        x = sum(resize(project(maps)) for maps, project in zip(features, self.project))
         return F.gelu(self.context(x))
 
     def run(self, batch, eef, rows):
