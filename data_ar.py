@@ -45,7 +45,8 @@ class WindowDataset(WaypointDataset):
     """Windows of `config.context` frames; index i is the window that ends at the i-th usable frame.
 
     `batch(indices)` gives features [(B,T,C,H,W) float16], eef_pos (B,T,3), gripper_width (B,T), K (B,T,3,3), E (B,T,4,4),
-    valid (B,T) bool (False: padding), first_eef (B,3) the EEF at the episode's start, targets and mask of every frame as in policy.py: target_pos (B,T,3), mask (B,T) ...
+    valid (B,T) bool (False: padding), first_eef (B,3) the EEF at the episode's start, targets and mask of every frame as in
+    policy.py: target_pos (B,T,3), mask (B,T) ...
     """
 
     def label(self, path, config, frame_stride):

@@ -79,7 +79,8 @@ def sizes(M, xy, z):
     (Z, P, N), PZ = xy.shape, z.shape[1]
     BM = min(64, max(16, triton.next_power_of_2(M)))
     blocks = triton.cdiv(N, PIXELS)
-    constants = {"P": P, "PZ": PZ, "BM": BM, "BN": PIXELS, "BP": max(16, triton.next_power_of_2(P)), "BZ": max(16, triton.next_power_of_2(PZ))}
+    constants = {"P": P, "PZ": PZ, "BM": BM, "BN": PIXELS, "BP": max(16, triton.next_power_of_2(P)),
+                 "BZ": max(16, triton.next_power_of_2(PZ))}
     return (triton.cdiv(M, BM), blocks), (M, N, Z), constants
 
 

@@ -31,7 +31,7 @@ class VoxelConfig(VolumeConfig):
     n_heads: int = flag(4, "attention heads")
     mlp_ratio: int = flag(4, "feed-forward width over d")
     key_width: int = flag(64, "channels of the image features, before their projection to d")
-    dilations: str = flag("1,2,4", "dilations of the convolutions over image features: the first before attention, the others before the readout")
+    dilations: str = flag("1,2,4", "dilations of the convolutions over image features: the first before attention, the rest before readout")
     n_waves: int = flag(8, "wavelengths of the positional encoding, P = 6 times as many")
     shortest_wave: float = flag(0.04, "metres")
     longest_wave: float = flag(3.0, "metres")
@@ -127,7 +127,8 @@ class VoxelPolicy(VolumeGeometry):
             v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
             low, high = (camera.unproject(u, v, h, K[first, None], E[first, None]) for h in self.height_range)
             slope = (high - low)[..., :2] / (self.height_range[1] - self.height_range[0])
-            heights = camera.bin_to_height(torch.arange(c.n_height_bins, dtype=torch.float64, device=K.device), *self.height_range, c.n_height_bins)
+            bins = torch.arange(c.n_height_bins, dtype=torch.float64, device=K.device)
+            heights = camera.bin_to_height(bins, *self.height_range, c.n_height_bins)
             table = lv.VoxelTable(low[..., :2] - slope * self.height_range[0], slope, heights, self.waves)
             self._table = (key, table)
         return table.select(which)
@@ -163,7 +164,8 @@ class VoxelPolicy(VolumeGeometry):
     def image_features(self, features):
         """Backbone maps [(N,C_i,H_i,W_i)], normalised -> features (N,C,H,W) of the grid with a neighbourhood's context."""
         size = (self.config.grid,) * 2
-        x = sum(F.interpolate(project(maps), size=size, mode="bilinear", align_corners=False) for maps, project in zip(features, self.project))
+        resize = lambda x: F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        x = sum(resize(project(maps)) for maps, project in zip(features, self.project))
         return F.gelu(self.context(x))
 
     def run(self, batch, eef, rows):
@@ -230,15 +232,23 @@ class VoxelPolicy(VolumeGeometry):
 
     def predict(self, batch):
         """The next waypoint of every frame of windows: {"position" (B,T,3), "gripper" (B,T), "rotation" (B,T,3,3)}."""
-        B, T = batch["gripper_width"].shape
-        parts = [self.decided(batch, torch.arange(b * T, (b + 1) * T, device=batch["K"].device)) for b in range(B)]
+        parts = [self.decided(batch, rows) for rows in self.window_rows(batch)]
         return {k: torch.stack([p[k] for p in parts]) for k in parts[0]}
 
-    def decided(self, batch, rows):
-        """Waypoints of steps `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper" (N,), "rotation" (N,3,3)}."""
+    def window_rows(self, batch):
+        """Window by window, its steps as rows of the flattened (B*T): the volumes of a whole batch would fill the memory."""
+        B, T = batch["gripper_width"].shape
+        return torch.arange(B * T, device=batch["K"].device).view(B, T)
+
+    def decided(self, batch, rows, acting=False):
+        """Waypoints of steps `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper" (N,), "rotation" (N,3,3)}.
+        acting: none that lies where the EEF already is."""
         c = self.config
         logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
         logits = logits.float()
+        if acting and self.n_gripper == 2:
+            T = batch["gripper_width"].shape[1]
+            logits = self.elsewhere(logits, {k: batch[k][rows // T, rows % T] for k in ("eef_pos", "gripper_width", "K", "E")})
         if c.sample:
             drawn = torch.distributions.Categorical(logits=logits.flatten(1) / c.temperature).sample()
             logits = torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, drawn[:, None], 0.0).view_as(logits)
@@ -248,6 +258,15 @@ class VoxelPolicy(VolumeGeometry):
         gripper = gripper if self.n_gripper == 2 else self.gripper(query).argmax(-1)
         return {"position": self.points(coordinates, cameras), "gripper": gripper,
                 "rotation": self.decode_rotation(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)))}
+
+    def attention(self, batch):
+        """Where each step's query looks in its own frame in the last layer: (B,T,H,W), the mean over heads, summing to one."""
+        return torch.stack([self.run(batch, batch["eef_pos"], rows)[2][-1].mean(1) for rows in self.window_rows(batch)])
+
+    def distribution(self, batch):
+        """Each step's probabilities of the next waypoint over voxels, both gripper commands together: (B,T,Z,H,W)."""
+        return torch.stack([self.run(batch, batch["eef_pos"], rows)[0].float().flatten(1).softmax(-1).view(
+            -1, self.n_gripper, *self.volume_shape).sum(1) for rows in self.window_rows(batch)])
 
     # -- closed loop -------------------------------------------------------------------------------------------------
 
@@ -270,6 +289,6 @@ class VoxelPolicy(VolumeGeometry):
         frame = {k: [m[:, None].expand(-1, len(self.past), -1, -1, -1) for m in batch[k]] if k == "features" else
                  batch[k][:, None].expand(-1, len(self.past), -1, -1) for k in ("features", "K", "E")}
         last = torch.tensor([len(self.past) - 1], device=eef.device)
-        out = self.decided({**frame, "eef_pos": positions, "gripper_width": widths, "first_eef": self.first}, last)
+        out = self.decided({**frame, "eef_pos": positions, "gripper_width": widths, "first_eef": self.first}, last, acting=True)
         self.number, self.fed = self.number + 1, out["position"]
         return {k: v[None] for k, v in out.items()}

@@ -63,6 +63,23 @@ def attention_overlay(images, maps, frames, path):
     _save(figure, path)
 
 
+def volume_projections(images, volumes, frames, path):
+    """Distributions over voxels (N,Z,H,W) in three projections, a column an image (N,S,S,3): over the image (summed along the
+    rays), height against image column, and height against image row; each scaled to its own highest value."""
+    figure, axes = plt.subplots(3, len(images), figsize=(3.2 * len(images), 6), squeeze=False, height_ratios=(3, 1, 1))
+    for column, image, volume, frame in zip(axes.T, images, volumes, frames):
+        size = (0, image.shape[1], image.shape[0], 0)
+        column[0].imshow(image.mean(-1), cmap="gray", extent=size)
+        column[0].imshow(volume.sum(0), cmap="inferno", alpha=0.55, extent=size)
+        column[0].set_title(f"frame {frame}")
+        column[0].axis("off")
+        for axis, side, label in ((column[1], volume.sum(1), "image column"), (column[2], volume.sum(2), "image row")):
+            axis.imshow(side, cmap="inferno", origin="lower", aspect="auto")
+            axis.set(xlabel=label, ylabel="height bin")
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def paths_overlay(image, true, lines, path):
     """A recorded path (M,2) px and predicted ones {name: (N,2) px}, waypoints as dots, on an image (S,S,3), a panel each."""
     figure, axes = plt.subplots(1, len(lines), figsize=(5.4 * len(lines), 5.4), squeeze=False)

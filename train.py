@@ -343,10 +343,13 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
         images = dataset._images(dataset.demos[episode].name, dataset.frame[rows])
         plots.trajectory_overlay(images, to_px(batch["eef_pos"].cpu().numpy()[:, None])[:, 0], to_px(batch["target_pos"].cpu().numpy()),
                                  to_px(out["position"].double().cpu().numpy()), dataset.frame[rows], folder / f"overlay_{episode}.png")
+        last = whole["valid"].sum(1).cpu() - 1 if "valid" in whole else None
         if hasattr(policy, "attention"):
-            last = whole["valid"].sum(1).cpu() - 1
             heat = policy.attention(whole)[torch.arange(len(rows)), last].float().cpu().numpy()
             plots.attention_overlay(images, heat, dataset.frame[rows], folder / f"attention_{episode}.png")
+        if hasattr(policy, "distribution"):
+            volumes = policy.distribution(whole)[torch.arange(len(rows)), last].cpu().numpy()
+            plots.volume_projections(images, volumes, dataset.frame[rows], folder / f"volume_{episode}.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The voxel-token policies B and C: what a step may know, whose camera places its voxels, where positions are measured from."""
 import copy
 
+import numpy as np
 import pytest
 import torch
 
 import layers_voxel as lv
+import plots
 from conftest import agentview
 from model_voxel_ar import VoxelConfig, VoxelPolicy
 from model_voxel_ar_rel import RelativeVoxelConfig, RelativeVoxelPolicy
@@ -92,7 +94,9 @@ def test_acting_equals_training(kind, context):
         out = policy.decide(frames(batch, t))
         span = slice(max(0, t - context + 1), t + 1)
         window = {k: [m[:1, span] for m in v] if k == "features" else v[:1] if k == "first_eef" else v[:1, span] for k, v in batch.items()}
-        expected = policy.predict(window)
+        with torch.no_grad():
+            last = torch.tensor([window["mask"].shape[1] - 1])
+            expected = {k: v[None] for k, v in policy.decided(window, last, acting=True).items()}
         torch.testing.assert_close(out["position"][0], expected["position"][0, -1:], rtol=0, atol=1e-4)
         assert out["gripper"].item() == expected["gripper"][0, -1] and out["rotation"].shape == (1, 1, 3, 3)
 
@@ -185,3 +189,31 @@ def test_variants_learn_and_predict(changes):
     policy(batch)["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in policy.parameters())
     assert policy.eval().predict(batch)["position"].isfinite().all()
+
+
+def test_acting_never_answers_here():
+    """In use no waypoint lies where the EEF already is with the command already given: such an answer would stay for ever."""
+    policy, batch = make("B"), windows()
+    with torch.no_grad():
+        policy.prior.mul_(0)
+        policy.pointer.weight.mul_(0)
+        policy.pointer.bias.mul_(0)  # all voxels alike: the first would be taken
+        zyx = torch.zeros(1, 3, dtype=torch.float64)
+        frame = frames(batch, 0)
+        frame["eef_pos"], frame["gripper_width"] = policy.points(zyx, frame), torch.tensor([0.08])
+        policy.reset()
+        out = policy.decide(frame)
+    assert (out["position"][0, 0] - frame["eef_pos"][0]).norm() > 0.5 * policy.config.min_travel or out["gripper"].item() == 1
+
+
+@every_kind
+def test_pictures_show_distributions(kind, tmp_path):
+    """What train.py draws are distributions: over voxels and over the pixels that the query reads, and drawing them works."""
+    policy, batch = make(kind), windows()
+    with torch.no_grad():
+        volume, heat = policy.distribution(batch), policy.attention(batch)
+    assert volume.shape == (B, T, *policy.volume_shape) and heat.shape == (B, T, SMALL["grid"], SMALL["grid"])
+    for x, dims in ((volume, (2, 3, 4)), (heat, (2, 3))):
+        torch.testing.assert_close(x.sum(dims), torch.ones(B, T), rtol=1e-4, atol=1e-4)
+    plots.volume_projections(np.zeros((T, 64, 64, 3), np.uint8), volume[0].numpy(), range(T), tmp_path / "volume.png")
+    assert (tmp_path / "volume.png").stat().st_size > 5000
