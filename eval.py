@@ -4,7 +4,7 @@
     python eval.py --ckpt runs/NAME/checkpoint.safetensors --teleport --zero_rotation --layout shifted --n_episodes 50
     python eval.py --policy oracle --teleport --zero_rotation             # expert, oracle or blind through the same path
 
-Layouts: `benchmark` is LIBERO's own init states; `shifted` moves the task's objects 3-5 cm, each by itself; `val` and
+Layouts: `benchmark` is LIBERO's own init states; `shifted` moves the task's objects 4-5 cm, each by itself; `val` and
 `val_shifted` are random layouts apart from both, for tuning. An interrupted run goes on with the same command.
 """
 import argparse

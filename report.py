@@ -91,7 +91,7 @@ def build(run, evals):
     page += ["<h2>Closed-loop success</h2>", success_table(summaries),
              "<p class=lead>Rates with Wilson 95% intervals. <b>Placed and released</b> asks for LIBERO's predicate with the gripper "
              "commanded and measured open. The benchmark's init states barely vary: <b>blind</b>, an open-loop replay of the mean "
-             "layout, solves most of them. Only the shifted layout, with the objects moved 3-5 cm, shows that a policy looks.</p>"]
+             "layout, solves most of them. Only the shifted layout, with the objects moved 4-5 cm, shows that a policy looks.</p>"]
     if run:
         page.append("<h2>Training</h2>")
         with tempfile.TemporaryDirectory() as scratch:
