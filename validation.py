@@ -35,6 +35,8 @@ def to_pixels(points, K, E):
 
 
 def chosen(dataset, limit):
+    """At most `limit` indices, evenly spread; fewer of windows, of which every frame is computed and only the newest is scored."""
+    limit = limit if dataset.batch([0])["eef_pos"].ndim == 2 else max(1, limit // 3)
     return np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)
 
 
