@@ -280,6 +280,8 @@ def write_episode(folder, arrays, images, video=False, fps=20):
                 Image.fromarray(image).save(scratch / "frames" / f"{i:06d}.png", compress_level=1)
         with open(scratch / "episode.npz", "wb") as file:
             np.savez_compressed(file, **arrays)
+        if folder.exists():  # a worker that outlived its killed parent may have written the same episode meanwhile
+            shutil.rmtree(folder)
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -161,6 +161,16 @@ def test_a_damaged_video_is_named(tmp_path):
         read_episodes(path)
 
 
+def test_an_episode_is_replaced_whole(tmp_path):
+    """Written twice, as by a worker that outlived its parent, an episode is the second one, with no frame of the first."""
+    arrays = {"eef_pos_t": np.zeros((3, 3))}
+    for n in (5, 3):
+        smith300.write_episode(tmp_path / "episode_00000", arrays, np.full((n, 8, 8, 3), n, np.uint8))
+    assert [p.name for p in tmp_path.iterdir()] == ["episode_00000"]
+    images = read_frames(tmp_path / "episode_00000", range(3), 8)
+    assert len(list((tmp_path / "episode_00000" / "frames").iterdir())) == 3 and (images == 3).all()
+
+
 def test_a_failed_write_leaves_no_episode(tmp_path):
     """A kill in the middle of writing leaves no folder that looks like an episode."""
     with pytest.raises(Exception):
