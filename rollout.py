@@ -12,11 +12,13 @@ from expert import EXPERTS, GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, se
 from libero_env import CLOSE, OPEN, OPEN_WIDTH
 from metrics import coverage, jerk
 from policy import Waypoint
+from rot_utils import rotation_angle
 from runtime import atomic_path
 
 SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
 FLIP_DISTANCE = 0.012  # the gripper changes only this near to the waypoint that asks for it (metres)
 REACHED = 0.01  # metres at which a waypoint of a predicted trajectory lies behind: half of what training keeps between waypoints
+TURNED = np.radians(5)  # rotation error from which a waypoint is not reached yet
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
 EXPERT_STEPS = 250
 OUTCOMES = ("miss", "grasp", "place", "released")
@@ -202,14 +204,18 @@ class Episode:
         return OUTCOMES[max(i for i, reached in enumerate((True, self.lifted, self.success, self.released)) if reached)]
 
 
-def ahead(waypoint, eef, gripper):
-    """The trajectory's first waypoint that is not reached already: `eef` (3,) is farther than REACHED, or the gripper is to change.
+def ahead(waypoint, eef, gripper, eef_rot=None):
+    """The trajectory's first waypoint that is not reached already: `eef` (3,) is farther than REACHED, or the gripper is to change,
+    or, where rotations are servoed too and `eef_rot` (3,3) is given, the gripper still has to turn.
 
     A policy without memory that hovers over a bowl and answers "hover" would do so for ever, although its own trajectory goes on.
     """
     for k, (point, command) in enumerate(zip(waypoint.trajectory, waypoint.grippers)):
-        if command != gripper or np.linalg.norm(point - eef) > REACHED:
-            return Waypoint(point, waypoint.rotation, float(command), waypoint.trajectory[k:], waypoint.grippers[k:])
+        rotation = waypoint.rotation if waypoint.rotations is None else waypoint.rotations[k]
+        turned = eef_rot is not None and rotation is not None and rotation_angle(rotation, eef_rot) > TURNED
+        if command != gripper or turned or np.linalg.norm(point - eef) > REACHED:
+            return Waypoint(point, rotation, float(command), waypoint.trajectory[k:], waypoint.grippers[k:],
+                            None if waypoint.rotations is None else waypoint.rotations[k:])
     return waypoint
 
 
@@ -228,7 +234,8 @@ def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_step
     decisions, thumbs = 0, []
     while not episode.over:
         observation = episode.observe(agent.needs_image)
-        waypoint = ahead(agent.act(observation, int(episode.gripper == CLOSE)), episode.eef, episode.gripper)
+        waypoint = ahead(agent.act(observation, int(episode.gripper == CLOSE)), episode.eef, episode.gripper,
+                         None if zero_rotation else episode.eef_rot)
         decisions += 1
         episode.plan = waypoint
         if observation.image is not None:

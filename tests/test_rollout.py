@@ -4,6 +4,7 @@ import numpy as np
 from demos import next_waypoint
 from policy import Waypoint
 from rollout import ahead
+from rot_utils import euler_to_matrix
 
 
 def waypoint(points, grippers):
@@ -24,6 +25,17 @@ def test_a_gripper_change_is_never_skipped():
     eef = np.zeros(3)
     found = ahead(waypoint([eef, eef + 0.1], [1, 1]), eef, -1.0)
     assert found.gripper == 1 and not found.position.any()
+
+
+def test_a_rotation_still_to_come_is_not_skipped():
+    """Where rotations are servoed, a waypoint is reached only once the gripper has turned; what is skipped takes its rotation along."""
+    eef, turn = np.zeros(3), euler_to_matrix(np.array([0, 0, 0.5]))
+    plan = waypoint([eef, eef + 0.1], [-1, -1])
+    plan.rotations, plan.rotation = np.stack([turn, np.eye(3)]), turn
+    assert ahead(plan, eef, -1.0, np.eye(3)).rotation is not None and len(ahead(plan, eef, -1.0, np.eye(3)).trajectory) == 2
+    skipped = ahead(plan, eef, -1.0, turn)
+    np.testing.assert_array_equal(skipped.rotation, np.eye(3))
+    assert len(skipped.rotations) == len(skipped.trajectory) == 1
 
 
 def test_a_trajectory_that_stands_still_is_left_alone():
