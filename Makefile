@@ -23,7 +23,7 @@ demo: setup
 	@PY=$(PY) ./demo.sh $(DEMO)
 
 test: setup
-	@$(PY) -m pytest tests -q -n 2 --dist loadfile --durations=15
+	@$(PY) -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 bench: setup
 	@$(PY) bench.py
