@@ -209,9 +209,9 @@ class SurveyWorker:
 
 def survey(args):
     """Table the expert's success rate on every task of a suite and write it to results/."""
-    jobs = [(args.survey, i) for i in range(10)]
+    jobs = [(args.survey, i) for i in range(args.n_tasks)]
     rows = {}
-    for outcome in tqdm(run_jobs(jobs, SurveyWorker, (args.n_demos,), args.workers, recycle=1), total=10, desc="survey"):
+    for outcome in tqdm(run_jobs(jobs, SurveyWorker, (args.n_demos,), args.workers, recycle=1), total=len(jobs), desc="survey"):
         rows[outcome.job[1]] = outcome.result if outcome.error is None else outcome.error.strip().splitlines()[-1]
     lines = ["| task | | success | 95% interval | mean steps |", "|---|---|---|---|---|"]
     table = []
@@ -333,6 +333,7 @@ def build_parser():
     parser.add_argument("--out", help="HDF5 file to write (data/SUITE_TASK.hdf5)")
     parser.add_argument("--replay", metavar="FILE", help="re-render this LIBERO HDF5 from its states")
     parser.add_argument("--survey", metavar="SUITE", help="only table the expert's success on each task of a suite")
+    parser.add_argument("--n_tasks", type=int, default=10, help="survey only the suite's first N tasks")
     parser.add_argument("--image_size", type=int, default=448, help="pixels")
     parser.add_argument("--clean_scene", action="store_true", help="without distractors and unused fixtures")
     parser.add_argument("--start_jitter", type=float, default=JOINT_JITTER, help="std of the start joints, rad")

@@ -35,7 +35,7 @@ def test_readme_command_runs(line, collected, trained, tmp_path):
     words = shlex.split(line)[1:]
     script = words[0]
     if "--policy" in words and "expert" in words or "--survey" in words:
-        small = ["--n_episodes", "1", "--workers", "1", "--n_videos", "0"] if script == "eval.py" else ["--n_demos", "1"]
+        small = ["--n_episodes", "1", "--workers", "1", "--n_videos", "0"] if script == "eval.py" else ["--n_demos", "1", "--n_tasks", "1"]
     elif script == "train.py":
         small = TRAIN + MODEL[words[words.index("--model_type") + 1]]
     else:
