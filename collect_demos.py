@@ -288,7 +288,7 @@ def collect(args):
     args.task_suite = args.task_suite or "libero_spatial"
     task = find_task(args.task_suite, args.task_id)
     folder = out.with_name(out.name + ".parts")
-    settings = {k: v for k, v in vars(args).items() if k not in ("workers", "out", "n_demos", "overwrite", "survey")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("workers", "out", "n_demos", "overwrite", "survey", "n_tasks")}
     if out.exists() and not args.overwrite:
         raise UserError(f"{out}: exists already and is left alone; give --overwrite, or another --out")
     stamp = folder / "settings.json"
