@@ -1,5 +1,6 @@
 """Shared fixtures: small synthetic demonstrations with a true camera, a small backbone, an unreachable hub."""
 import os
+import pickle
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # flat layout: the modules lie 
 import h5py
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import demos
 import helpers
@@ -162,22 +164,34 @@ def no_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
+def made_once(tmp_path_factory, name, make):
+    """What `make(folder)` returns, made by the first of the test processes that asks and read by the others."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    stored = root / f"{name}.pickle"
+    with FileLock(root / f"{name}.lock"):
+        if not stored.exists():
+            folder = root / name
+            folder.mkdir(exist_ok=True)
+            stored.write_bytes(pickle.dumps(make(folder)))
+    return pickle.loads(stored.read_bytes())
+
+
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory):
     """Three demonstrations from the real simulator, collected through a SIGKILL in the middle -> (file, first part's time)."""
-    folder = tmp_path_factory.mktemp("collected")
-    arguments = ("collect_demos.py", "--n_demos", 3, "--image_size", helpers.SIZE, "--out", "demos.hdf5")
-    parts = folder / "demos.hdf5.parts"
-    code = helpers.interrupt(arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL)
-    assert code == -signal.SIGKILL and not (folder / "demos.hdf5").exists()
-    kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("demo_*.hdf5")}
-    done = helpers.run(*arguments, cwd=folder)
-    return folder / "demos.hdf5", kept, done
+    def collect(folder):
+        arguments = ("collect_demos.py", "--n_demos", 3, "--image_size", helpers.SIZE, "--out", "demos.hdf5")
+        parts = folder / "demos.hdf5.parts"
+        code = helpers.interrupt(arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL)
+        assert code == -signal.SIGKILL and not (folder / "demos.hdf5").exists()
+        kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("demo_*.hdf5")}
+        return folder / "demos.hdf5", kept, helpers.run(*arguments, cwd=folder)
+    return made_once(tmp_path_factory, "collected", collect)
 
 
 @pytest.fixture(scope="session")
 def trained(collected, tmp_path_factory):
     """A run folder of a few steps on the collected demonstrations."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = helpers.run(*helpers.train_flags(collected[0], "run", 6), cwd=folder)
-    return folder / "run", done
+    return made_once(tmp_path_factory, "trained", lambda folder: (folder / "run", helpers.run(
+        *helpers.train_flags(collected[0], "run", 6), cwd=folder)))
