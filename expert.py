@@ -15,7 +15,7 @@ RELEASE = 0.012  # how far above the height of the grasp the bowl is let go
 PLATE_RISE = -0.004  # a bowl on the plate stands as if the plate's surface were 4 mm below the plate's own origin
 STRAY = 0.02  # metres off the line above which a descent is broken off and the hover repeated
 RIM_GAIN, RIM_LIMIT = 2.0, np.radians(60)  # see `rim_angle`; from -75 to 75 deg the arm reaches, and grasps, every rim point
-TURNED = np.radians(5)  # the gripper's yaw before a descent
+TURNED = np.radians(5)  # rotation error above which the gripper still has to turn
 PHASES = ("rise", "hover", "descend", "close", "lift", "carry", "lower", "open", "retract", "done")
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import camera
-from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag, flat_index, masked_mean
+from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, dilated_convolutions, flag, flat_index, masked_mean
 
 
 @dataclass
@@ -45,9 +45,7 @@ class PixelTrunk(VolumeGeometry):
         self.eef_embedding = nn.Parameter(torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width) * 0.5)
         # a far cell does not see the EEF's mark: that nothing is held yet has to be known at the plate too
         self.gripper_embedding = nn.Parameter(torch.randn(2, width) * 0.5) if c.eef_gripper else None
-        dilations = [int(d) for d in c.dilations.split(",")]
-        self.trunk = nn.Sequential(*[layer for d in dilations
-                                     for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())])
+        self.trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
 
     def trunk_features(self, batch):
         """Features of the prediction grid (B,C,H,W), with the EEF's cell marked."""

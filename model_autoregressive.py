@@ -17,17 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from history import HistoryConfig, HistoryPolicy
 from layers import FrameBlock, Resolutions, fourier
-from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag, masked_mean
+from policy import HALF_OPEN, dilated_convolutions, flag, masked_mean
 from runtime import UserError
 
 TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
 SPACE_FREQUENCIES = 6  # over image widths: the finest wave is 1/16 image, 28 px
-EEF, QUERY = 0, 1  # places among a group's own two tokens
+QUERY = 1  # its place among a group's own two tokens; the EEF comes first
 
 
 @dataclass
-class AutoregressiveConfig(VolumeConfig):
+class AutoregressiveConfig(HistoryConfig):
     """Configuration of AutoregressivePolicy."""
     grid: int = flag(56, "prediction grid H = W")
     context: int = flag(8, "frames T that attention sees")
@@ -47,27 +48,14 @@ class AutoregressiveConfig(VolumeConfig):
     relative: bool = flag(True, "embedding of positions relative to the last known EEF")
     eef_noise_px: float = flag(14.0, "training noise of the EEF's pixel position, standard deviation")
     eef_noise_m: float = flag(0.017, "training noise of the EEF's height, metres")
-    eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
     coarse_to_fine: bool = flag(False, "the cell, then an offset inside it, instead of the soft-argmax about the cell")
     smooth_weight: float = flag(0.0, "weight of the squared second difference (grid cells) of a free-running rollout")
-    feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")
-    sample: bool = flag(False, "sample the waypoint instead of taking the peak")
-    temperature: float = flag(1.0, "of --sample")
 
     presets = {"full": {}, "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, patch_grid=14, key_width=48, batch_size=4,
                                          max_steps=800, val_every=400)}
 
 
-def feedback_steps(feedback):
-    """--feedback -> decisions that use the measured position before predictions are fed back (inf: all)."""
-    if feedback in ("measured", "predicted"):
-        return float("inf") if feedback == "measured" else 1
-    if feedback.startswith("hybrid:") and feedback[7:].isdigit() and int(feedback[7:]) > 0:
-        return int(feedback[7:])
-    raise UserError(f"--feedback {feedback}: use measured, predicted or hybrid:N with N >= 1")
-
-
-class AutoregressivePolicy(VolumeGeometry):
+class AutoregressivePolicy(HistoryPolicy):
     """See the module's docstring. `channels`: of the backbone's maps."""
 
     def __init__(self, config, channels):
@@ -96,8 +84,7 @@ class AutoregressivePolicy(VolumeGeometry):
             self.key_project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
             self.key_patches = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
             self.key_query = nn.Linear(d, width)
-            self.key_trunk = nn.Sequential(*[layer for n in map(int, c.dilations.split(",")) for layer in (
-                nn.Conv2d(width, width, 3, padding=n, dilation=n), nn.GELU())])
+            self.key_trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
             self.pointer = nn.Linear(d, 2 * c.n_height_bins * width)
             self.prior = nn.Parameter(torch.randn(2 * c.n_height_bins, width) * width**-0.5)
             nn.init.normal_(self.pointer.weight, std=0.1 * d**-0.5)
@@ -119,9 +106,7 @@ class AutoregressivePolicy(VolumeGeometry):
             low, high = self.height_range.float()
             scale = torch.stack([c.eef_noise_m / (high - low) * c.n_height_bins,
                                  *[torch.tensor(c.eef_noise_px * c.grid / c.image_size, device=eef.device)] * 2])
-            common, own = (torch.randn(s, device=eef.device) * (torch.rand(*s[:-1], 1, device=eef.device) < c.eef_noise_share)
-                           for s in ((len(eef), 1, 3), eef.shape))  # a whole window off, and single frames
-            eef = eef + scale * (common + 0.5 * own)
+            eef = eef + scale * self.noise(eef)
         return eef
 
     def share(self, coordinates):
@@ -237,13 +222,12 @@ class AutoregressivePolicy(VolumeGeometry):
     # -- the policy's interface ----------------------------------------------------------------------------------------
 
     def supervised(self, batch):
-        """Which of the B*T frames are trained on: flat indices. At least one, masked or not, for a finite loss."""
+        """Which of the B*T frames are trained on: flat indices."""
         mask = batch["mask"]
         if self.config.anchor == "current":  # older frames are seen from the newest one's EEF, which is their future
             newest = torch.arange(mask.shape[1], device=mask.device) == batch["valid"].sum(1, keepdim=True) - 1
             mask = mask * newest
-        rows = mask.flatten().nonzero()[:, 0]
-        return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)
+        return self.trained_rows(mask)
 
     def loss(self, batch):
         """Cross-entropies of gripper x volume and of rotation over the supervised frames, in nats; see the config for more."""
@@ -290,17 +274,11 @@ class AutoregressivePolicy(VolumeGeometry):
 
     def decide_rows(self, batch, logits, keys, query, shape):
         """Head outputs of N = prod(shape) frames -> {"position" (*shape,3), "gripper" (*shape), "rotation" (*shape,3,3)}."""
-        c, logits = self.config, logits.float()
-        if c.sample:
-            drawn = torch.distributions.Categorical(logits=logits.flatten(1) / c.temperature).sample()
-            gripper = drawn // (logits[0, 0].numel())
-            keep = torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, drawn[:, None], 0.0)
-            coordinates, _ = self.decode_volume(keep.view_as(logits))
-        else:
-            coordinates, gripper = self.decode_volume(logits)
+        c, logits = self.config, self.drawn(logits.float())
+        coordinates, gripper = self.decode_volume(logits)
         if c.coarse_to_fine:
-            best = coordinates.round() if c.sample else self.peak(logits, gripper)
-            coordinates = best + self.offset(keys, query, best.to(query.device)).double()
+            best = self.peak(logits, gripper)
+            coordinates = best + self.offset(keys, query, best).double()
         position = self.points(coordinates.view(*shape, 3), batch)
         rotation = self.decode_rotation(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)))
         return {"position": position, "gripper": gripper.view(shape), "rotation": rotation.view(*shape, 3, 3)}
@@ -329,11 +307,6 @@ class AutoregressivePolicy(VolumeGeometry):
 
     # -- closed loop -------------------------------------------------------------------------------------------------
 
-    def check(self):
-        feedback_steps(self.config.feedback)
-        if self.config.temperature <= 0:
-            raise UserError(f"--temperature {self.config.temperature}: must be positive")
-
     def reset(self):
         self.number, self.past, self.before, self.fed, self.window = 0, None, None, None, []
 
@@ -343,8 +316,7 @@ class AutoregressivePolicy(VolumeGeometry):
         With --anchor current every frame's tokens change with the newest EEF: the window is computed anew.
         """
         frame = {k: [m[:, None] for m in v] if isinstance(v, list) else v[:, None] for k, v in batch.items()}
-        if self.fed is not None and self.number >= feedback_steps(self.config.feedback):
-            frame["eef_pos"] = self.fed
+        frame["eef_pos"] = self.last_known(frame["eef_pos"])
         if self.config.anchor == "current":
             out = self.decide_window(frame)
         else:

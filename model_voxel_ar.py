@@ -16,13 +16,13 @@ from torch import nn
 
 import camera
 import layers_voxel as lv
-from model_autoregressive import feedback_steps
-from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag, masked_mean
+from history import HistoryConfig, HistoryPolicy
+from policy import HALF_OPEN, dilated_convolutions, flag, masked_mean
 from runtime import UserError
 
 
 @dataclass
-class VoxelConfig(VolumeConfig):
+class VoxelConfig(HistoryConfig):
     """Configuration of VoxelPolicy."""
     grid: int = flag(56, "voxel columns H = W: 56 with 32 height bins, or 28 with 16")
     context: int = flag(20, "EEF positions that a query sees")
@@ -38,10 +38,6 @@ class VoxelConfig(VolumeConfig):
     gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head on the query", ("joint", "separate"))
     eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the readout's convolutions")
     eef_noise_m: float = flag(0.02, "training noise of EEF positions, standard deviation in metres along each axis")
-    eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
-    feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")
-    sample: bool = flag(False, "sample the waypoint instead of taking the peak")
-    temperature: float = flag(1.0, "of --sample")
 
     presets = {"full": {}, "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=2, max_steps=1000,
                                          val_every=250)}
@@ -75,7 +71,7 @@ class VoxelBlock(nn.Module):
         return x + self.mlp(self.norm2(x)), pixels
 
 
-class VoxelPolicy(VolumeGeometry):
+class VoxelPolicy(HistoryPolicy):
     """See the module's docstring. `channels`: of the backbone's maps."""
 
     def __init__(self, config, channels):
@@ -88,7 +84,7 @@ class VoxelPolicy(VolumeGeometry):
         first, *others = map(int, c.dilations.split(","))
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
         self.context = nn.Conv2d(width, width, 3, padding=first, dilation=first)
-        self.trunk = nn.Sequential(*[layer for n in others for layer in (nn.Conv2d(width, width, 3, padding=n, dilation=n), nn.GELU())])
+        self.trunk = dilated_convolutions(width, others)
         self.positional = nn.Linear(6 * c.n_waves, d, bias=False)  # Wg, the same for voxels and EEF tokens
         self.image = nn.Linear(width, d, bias=False)
         self.token = nn.Parameter(torch.randn(2, d) * 0.5)  # EEF, query
@@ -138,9 +134,7 @@ class VoxelPolicy(VolumeGeometry):
         c = self.config
         if not self.training or c.eef_noise_share <= 0:
             return eef
-        common, own = (torch.randn(s, device=eef.device) * (torch.rand(*s[:-1], 1, device=eef.device) < c.eef_noise_share)
-                       for s in ((len(eef), 1, 3), eef.shape))
-        return eef + c.eef_noise_m * (common + 0.5 * own)
+        return eef + c.eef_noise_m * self.noise(eef)
 
     # -- the network -------------------------------------------------------------------------------------------------
 
@@ -215,8 +209,7 @@ class VoxelPolicy(VolumeGeometry):
     def loss(self, batch):
         """Cross-entropies of gripper x volume and of rotation over the unmasked frames of windows, in nats."""
         c, mask = self.config, batch["mask"]
-        rows = mask.flatten().nonzero()[:, 0]
-        rows = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)  # masked, for a finite loss
+        rows = self.trained_rows(mask)
         pick = lambda x: x.flatten(0, 1)[rows]
         logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
         mask, gripper = pick(mask), pick(batch["target_gripper"])
@@ -246,14 +239,10 @@ class VoxelPolicy(VolumeGeometry):
         c = self.config
         logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
         logits = logits.float()
-        if acting and self.n_gripper == 2:
-            T = batch["gripper_width"].shape[1]
-            logits = self.elsewhere(logits, {k: batch[k][rows // T, rows % T] for k in ("eef_pos", "gripper_width", "K", "E")})
-        if c.sample:
-            drawn = torch.distributions.Categorical(logits=logits.flatten(1) / c.temperature).sample()
-            logits = torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, drawn[:, None], 0.0).view_as(logits)
-        coordinates, gripper = self.decode_volume(logits)
         T = batch["gripper_width"].shape[1]
+        if acting and self.n_gripper == 2:
+            logits = self.elsewhere(logits, {k: batch[k][rows // T, rows % T] for k in ("eef_pos", "gripper_width", "K", "E")})
+        coordinates, gripper = self.decode_volume(self.drawn(logits))
         cameras = {k: batch[k][rows // T, rows % T] for k in "KE"}
         gripper = gripper if self.n_gripper == 2 else self.gripper(query).argmax(-1)
         return {"position": self.points(coordinates, cameras), "gripper": gripper,
@@ -270,19 +259,12 @@ class VoxelPolicy(VolumeGeometry):
 
     # -- closed loop -------------------------------------------------------------------------------------------------
 
-    def check(self):
-        feedback_steps(self.config.feedback)
-        if self.config.temperature <= 0:
-            raise UserError(f"--temperature {self.config.temperature}: must be positive")
-
     def reset(self):
         self.number, self.fed, self.first, self.past = 0, None, None, []
 
     def decide(self, batch):
         """One observation (B = 1) after those since `reset`: of earlier frames only the EEF tokens are kept."""
-        eef = batch["eef_pos"]
-        if self.fed is not None and self.number >= feedback_steps(self.config.feedback):
-            eef = self.fed
+        eef = self.last_known(batch["eef_pos"])
         self.first = eef if self.first is None else self.first
         self.past = (self.past + [(eef, batch["gripper_width"])])[-self.config.context:]
         positions, widths = (torch.stack(x, 1) for x in zip(*self.past))  # (1,S,3), (1,S)

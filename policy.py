@@ -344,6 +344,11 @@ class VolumeGeometry(Policy):
         return F.cross_entropy(logits.float().transpose(1, 2), self.euler_bins(rotation), reduction="none").mean(-1)
 
 
+def dilated_convolutions(width, dilations):
+    """A trunk of 3x3 convolutions with GELU, `width` channels throughout, one for each dilation."""
+    return nn.Sequential(*[layer for d in dilations for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())])
+
+
 def masked_mean(values, mask):
     """Mean of values (N,) where mask (N,) is one; 0 where it never is."""
     return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -8,7 +8,7 @@ import numpy as np
 
 import camera
 from demos import GRIPPER_STEPS, next_waypoint
-from expert import EXPERTS, GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, servo_action
+from expert import EXPERTS, GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
 from libero_env import CLOSE, OPEN, OPEN_WIDTH
 from metrics import coverage, jerk
 from policy import Waypoint
@@ -18,7 +18,6 @@ from runtime import atomic_path
 SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
 FLIP_DISTANCE = 0.012  # the gripper changes only this near to the waypoint that asks for it (metres)
 REACHED = 0.01  # metres at which a waypoint of a predicted trajectory lies behind: half of what training keeps between waypoints
-TURNED = np.radians(5)  # rotation error from which a waypoint is not reached yet
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
 EXPERT_STEPS = 250
 OUTCOMES = ("miss", "grasp", "place", "released")

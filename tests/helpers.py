@@ -35,3 +35,11 @@ def train_flags(dataset, folder, steps):
     return ("train.py", "--dataset", dataset, "--image_size", SIZE, "--grid", 14, "--width", 8, "--max_steps", steps, "--backbone",
             "efficientnet_lite0", "--batch_size", 4, "--val_every", 3, "--save_every", 2, "--wandb", "off", "--out", folder,
             "--precision", "fp32")
+
+
+def put(index, number):
+    """A change of an array: `number` at `index`."""
+    def change(value):
+        value[index] = number
+        return value
+    return change

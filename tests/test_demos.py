@@ -8,6 +8,7 @@ import pytest
 import demos
 from conftest import OPENS, PUSHED, SIZE, STEPS, agentview, write_synthetic_demos
 from camera import project
+from helpers import put
 from runtime import UserError
 
 NAME = "bad.hdf5"
@@ -29,13 +30,6 @@ def replace(key, change, demo="demo_1"):
         del group[key]
         group[key] = change(value)
     return mutate
-
-
-def put(index, number):
-    def change(value):
-        value[index] = number
-        return value
-    return change
 
 
 def delete(key):

@@ -9,6 +9,7 @@ import smith300
 from camera import project
 from conftest import SIZE, STEPS, agentview, with_basis, write_synthetic_episodes
 from data_smith300_volume import VolumeDataset
+from helpers import put
 from policy import PolicyConfig
 from rot_utils import BASIS_FILE, euler_to_matrix, rotation_angle, rotvec_to_matrix
 from runtime import UserError
@@ -40,13 +41,6 @@ def change(key, function):
         value = function(arrays.pop(key))
         np.savez(file, **({**arrays, key: value} if value is not None else arrays))
     return mutate
-
-
-def put(index, number):
-    def function(value):
-        value[index] = number
-        return value
-    return function
 
 
 def cut(name, keep):

@@ -1,0 +1,56 @@
+"""What policies with a history share: how the last known EEF comes about in use, noise on it in training, sampling."""
+from dataclasses import dataclass
+
+import torch
+
+from policy import VolumeConfig, VolumeGeometry, flag
+from runtime import UserError
+
+
+@dataclass
+class HistoryConfig(VolumeConfig):
+    """What policies over windows of frames are configured by."""
+    eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
+    feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")
+    sample: bool = flag(False, "sample the waypoint instead of taking the peak")
+    temperature: float = flag(1.0, "of --sample")
+
+
+def feedback_steps(feedback):
+    """--feedback -> decisions that use the measured position before predictions are fed back (inf: all)."""
+    if feedback in ("measured", "predicted"):
+        return float("inf") if feedback == "measured" else 1
+    if feedback.startswith("hybrid:") and feedback[7:].isdigit() and int(feedback[7:]) > 0:
+        return int(feedback[7:])
+    raise UserError(f"--feedback {feedback}: use measured, predicted or hybrid:N with N >= 1")
+
+
+class HistoryPolicy(VolumeGeometry):
+    """A policy over windows. A subclass counts the decisions since `reset` in `number` and keeps its last waypoint in `fed`."""
+
+    def check(self):
+        feedback_steps(self.config.feedback)
+        if self.config.temperature <= 0:
+            raise UserError(f"--temperature {self.config.temperature}: must be positive")
+
+    def noise(self, eef):
+        """Normal noise (B,T,3) for EEF positions (B,T,3) in training: common to a window, and half as much of each frame's own."""
+        common, own = (torch.randn(s, device=eef.device) * (torch.rand(*s[:-1], 1, device=eef.device) < self.config.eef_noise_share)
+                       for s in ((len(eef), 1, 3), eef.shape))
+        return common + 0.5 * own
+
+    def trained_rows(self, mask):
+        """Which of the B*T frames are trained on, flat indices, from mask (B,T). At least one, masked or not, for a finite loss."""
+        rows = mask.flatten().nonzero()[:, 0]
+        return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)
+
+    def last_known(self, eef):
+        """The EEF position that a decision knows: the measured `eef`, or the waypoint before, as --feedback says."""
+        return self.fed if self.fed is not None and self.number >= feedback_steps(self.config.feedback) else eef
+
+    def drawn(self, logits):
+        """With --sample, logits (N,G,Z,H,W) of which one voxel is left, drawn at --temperature; else as they are."""
+        if not self.config.sample:
+            return logits
+        voxel = torch.distributions.Categorical(logits=logits.flatten(1) / self.config.temperature).sample()
+        return torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, voxel[:, None], 0.0).view_as(logits)
