@@ -1,6 +1,7 @@
 """Open-loop rollouts of policies side by side on validation demonstrations: from the first frame on, own predictions fed back.
 
     python openloop.py --ckpt runs/NAME/checkpoint.safetensors checkpoints/para_libero_spatial_0.safetensors
+    python openloop.py --ckpt ... --dataset calm.hdf5 --whole  # another file, e.g. one collected with --push_rate 0: no plan covers a push
 
 At each decision of a recorded demonstration a policy sees the recorded image and takes its own previous waypoint for the EEF's
 position. Reported: free-space coverage of the recorded path by the predicted one, jerk of the waypoints (mean norm of their
@@ -38,6 +39,7 @@ def main(argv=None):
     parser.add_argument("--dataset", type=Path, default=Path("data/libero_spatial_0.hdf5"))
     parser.add_argument("--val_fraction", type=float, default=0.15, help="as in training: the demonstrations it held out are used")
     parser.add_argument("--n_demos", type=int, help="use only the first N demonstrations of the file, as in training")
+    parser.add_argument("--whole", action="store_true", help="use all demonstrations of the file: one that no checkpoint was trained on")
     parser.add_argument("--max_val", type=int, help="at most so many validation demonstrations")
     parser.add_argument("--backbone_weights", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/openloop"))
@@ -47,7 +49,7 @@ def main(argv=None):
         policy, info, _ = load_policy(ckpt, "cpu", args.backbone_weights)
         if held_out is None:
             everything, attributes = demo_files.read_demos(args.dataset, policy.config.image_size, args.n_demos)
-            held_out = demo_files.split_demos(everything, args.val_fraction)[1][:args.max_val]
+            held_out = (everything if args.whole else demo_files.split_demos(everything, args.val_fraction)[1])[:args.max_val]
         elif policy.config.image_size != held_out[0].image_size:
             raise UserError(f"{ckpt}: takes images of {policy.config.image_size} px, {args.dataset} has {held_out[0].image_size}")
         for fed in ("measured", "predicted"):

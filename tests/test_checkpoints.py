@@ -1,0 +1,39 @@
+"""The committed checkpoints: they load, fit LIBERO's camera, and look at the image instead of guessing from their own state."""
+import pytest
+import torch
+
+from checkpoint import load_policy
+from conftest import ROOT, made_once
+from demos import read_demos
+from helpers import run
+from registry import look_up
+from validation import looks
+
+CHECKPOINTS = sorted((ROOT / "checkpoints").glob("*.safetensors"))
+SHIFT_PX, BLANK_RATIO = 2.0, 3.0  # at most, at least
+
+
+@pytest.fixture(scope="module")
+def full_size(collected, tmp_path_factory):
+    """One of the collected demonstrations, which no committed checkpoint was trained on, rendered at the checkpoints' size."""
+    def replay(folder):
+        run("collect_demos.py", "--replay", collected[0], "--n_demos", 1, "--image_size", 448, "--workers", 1, "--out", folder / "demo.hdf5",
+            cwd=folder)
+        return folder / "demo.hdf5"
+    return made_once(tmp_path_factory, "full_size", replay)
+
+
+@pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: p.stem)
+def test_a_committed_checkpoint_looks(path, full_size, tmp_path):
+    """EEF inputs shifted by 20 px hardly move its waypoint, and blank images at least triple its error."""
+    torch.set_num_threads(1)
+    policy, info, _ = load_policy(path, "cpu", None)
+    demos, _ = read_demos(full_size, policy.config.image_size)
+    dataset = look_up(info["model_type"]).dataset(full_size, demos, policy.config, policy.backbone, 2, tmp_path, False)
+    found = looks(policy, dataset, "cpu")
+    assert found["shift_px"] <= SHIFT_PX and found["blank_ratio"] >= BLANK_RATIO, found
+
+
+def test_there_are_checkpoints():
+    """The test above runs at all, and each checkpoint is small enough to be committed."""
+    assert CHECKPOINTS and all(p.stat().st_size < 10e6 for p in CHECKPOINTS)
