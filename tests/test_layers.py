@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "plots", "plots_rotation"},
+    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "timing", "workers", "plots", "plots_rotation"},
     {"backbone", "demos", "smith300", "policy", "history"},
     {"libero_env", "expert", "rollout"},  # and every model* and data*
-    {"registry", "checkpoint", "finetune", "validation"},
+    {"registry", "checkpoint", "finetune", "validation", "bench_attention"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
      "check_setup", "openloop"},
 ]
