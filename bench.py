@@ -5,6 +5,7 @@
     python bench.py train                # a training step by grid and precision
     python bench.py attention            # A: block-causal against a dense mask, cached decision against recomputing, step sizes
     python bench.py voxel [--quick]      # attention to voxel tokens: built, against absorbed; time, memory, equality
+    python bench.py voxel --train        # B and C: whole training steps of the preset small on the full volume, and their parts
 """
 import argparse
 import json
@@ -120,6 +121,7 @@ def main(argv=None):
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")
+    parser.add_argument("--train", action="store_true", help="voxel: training steps a second instead")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args(argv)
     tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features", "train"])]

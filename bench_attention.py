@@ -1,5 +1,9 @@
 """What attention costs, for bench.py: A's block-causal one over frames, and B's and C's to voxel tokens that are never built."""
+import tempfile
 import time
+from collections import defaultdict
+
+import numpy as np
 
 from timing import alternate, in_fresh_process, peak_mb
 
@@ -96,8 +100,100 @@ def _voxel_peak(case, way):
     return VoxelCase(*case, "cpu").peak_mb(way)
 
 
+class RandomBackbone:
+    """Features of the shipped backbone's shapes without its cost: what a training step reads from the cache."""
+    name, identity, channels = "random", "random", [40, 112]
+
+    def __init__(self):
+        import torch
+        self.device = torch.device("cpu")
+
+    def __call__(self, images):
+        import torch
+        return [torch.randn(len(images), 40, 56, 56).half(), torch.randn(len(images), 112, 28, 28).half()]
+
+
+def random_windows(config, folder, n_demos=2, steps=60):
+    """A WindowDataset over random paths under one camera, random features cached in `folder`."""
+    import camera
+    from data_ar import WindowDataset
+    from demos import Demo
+
+    class Windows(WindowDataset):
+        def _images(self, name, frames):  # of which only the bytes count: they are the key of the cache
+            return np.stack([np.full((1, 1, 3), 100 * int(name) + f, np.uint16).view(np.uint8) for f in frames])
+    E = np.diag([1.0, -1.0, -1.0, 1.0])
+    E[:3, 3] = 0, 0, 2.0
+    demos = []
+    for d in range(n_demos):
+        rng = np.random.default_rng(d)
+        path = np.array([0, 0, 1.1]) + np.linspace([0, 0, 0], rng.uniform([-0.3, -0.3, -0.1], [0.3, 0.3, 0.1]), steps)
+        actions = np.zeros((steps, 7))
+        actions[:, 6] = np.where(np.arange(steps) < steps - 1, -1.0, 1.0)
+        demos.append(Demo(str(d), actions, path, np.tile([np.pi, 0, 0], (steps, 1)), np.tile([0.04, -0.04], (steps, 1)), np.zeros((steps, 0)),
+                          np.zeros(steps, bool), camera.intrinsics(45, config.image_size), E, config.image_size, {}))
+    return Windows("random", demos, config, RandomBackbone(), cache=folder, progress=False)
+
+
+def training_steps(policy, dataset, batch, precision, n):
+    """Seconds of n training steps and of their parts, {"step", "read", ...: (n,)}, after one that warms up."""
+    import torch
+
+    from runtime import autocast
+    optimizer, spent = torch.optim.AdamW(policy.param_groups(0.01), lr=1e-3), defaultdict(list)
+    whole = [i for i, window in enumerate(dataset.windows) if len(window) == dataset.config.context]  # shorter ones would flatter
+    for step in range(n + 1):
+        clock = [time.perf_counter()]
+        data = dataset.batch([whole[7 * (step * batch + i) % len(whole)] for i in range(batch)])
+        clock.append(time.perf_counter())
+        with autocast("cpu", precision):
+            loss = policy(data)["loss"]
+        clock.append(time.perf_counter())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        clock.append(time.perf_counter())
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        clock.append(time.perf_counter())
+        if step:
+            for part, seconds in zip(("read", "forward", "backward", "optimizer"), np.diff(clock)):
+                spent[part].append(seconds)
+            spent["step"].append(clock[-1] - clock[0])
+    return spent
+
+
+def bench_voxel_train(args):
+    """Whole training steps of B's and C's preset `small` on the full volume, features read from the cache, and their parts."""
+    import torch
+
+    from registry import look_up
+    rows, threads = [], torch.get_num_threads()
+    kinds = ["fp32"] + ["bf16"] * torch.cpu._is_avx512_bf16_supported()  # --precision auto takes the last
+    print(f"\ntraining steps, preset small, {threads} threads; median ms")
+    for name in ("voxel_ar", "voxel_ar_rel"):
+        entry = look_up(name)
+        preset, fields = entry.config.presets["small"], entry.config.__dataclass_fields__
+        size = dict(grid=28, n_height_bins=16) if args.quick else {}
+        config, batch = entry.config(**{k: v for k, v in preset.items() if k in fields}, **size), preset["batch_size"]
+        with tempfile.TemporaryDirectory() as folder:
+            dataset = random_windows(config, folder)
+            for kind in kinds:
+                torch.manual_seed(0)
+                spent = training_steps(entry.policy(config, RandomBackbone.channels).train(), dataset, batch, kind, args.rounds)
+                rate, trained = 1 / np.mean(spent["step"]), config.trained_frames or config.context
+                median = {part: round(1000 * float(np.median(seconds)), 1) for part, seconds in spent.items()}
+                print(f"  {name}, {config.grid}x{config.grid}x{config.n_height_bins} voxels, {trained} frames of each of {batch} windows of {config.context}, "
+                      f"{kind}: {rate:.2f} steps/s; " + ", ".join(f"{part} {ms:.0f}" for part, ms in median.items()), flush=True)
+                rows.append({"model_type": name, "grid": config.grid, "n_height_bins": config.n_height_bins, "batch": batch, "context": config.context,
+                             "trained_frames": trained, "precision": kind, "threads": threads, "steps_per_s": round(float(rate), 3), "ms": median})
+            del dataset
+    return {"title": "training steps of voxel-token policies", "rows": rows}
+
+
 def bench_voxel(args):
-    """Tokens built against absorbed, forward and backward."""
+    """Tokens built against absorbed, forward and backward; with --train whole training steps."""
+    if args.train:
+        return bench_voxel_train(args)
     import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ways = ["built", "absorbed", "absorbed_again"] + ["built_bf16"] * (device != "cpu")

@@ -101,6 +101,7 @@ class VoxelPolicy(HistoryPolicy):
         if c.gripper_head == "separate":
             self.gripper = nn.Linear(d, 2)
         self._table = (None, None)
+        self.check()
         self.reset()
 
     # -- where things are --------------------------------------------------------------------------------------------

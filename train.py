@@ -32,7 +32,7 @@ from policy import add_config_flags
 from registry import REGISTRY, look_up
 from runtime import (RunLogger, StopSignal, UserError, append_jsonl, autocast, command_line, git_commit, init_distributed,
                      read_jsonl, run_script, seed_everything, versions, write_json)
-from validation import newest, to_device, to_pixels, validate
+from validation import predict_newest, to_device, to_pixels, validate
 
 DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
 
@@ -337,7 +337,7 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
         rows = np.flatnonzero(dataset.demo == episode)
         rows = rows[np.linspace(0, len(rows) - 1, min(n_frames, len(rows))).astype(int)]
         whole = to_device(dataset.batch(rows), device)
-        batch, out = newest(whole, policy.predict(whole))
+        batch, out = predict_newest(policy, whole)
         K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
         to_px = lambda points: to_pixels(points, K, E)
         images = dataset._images(dataset.demos[episode].name, dataset.frame[rows])
