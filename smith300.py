@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from demos import Demo, read_demos
+from demos import Demo, open_demos, read_demos
+from demos import read_images as read_demo_images
 from rot_utils import euler_to_matrix, matrix_to_rotvec
 from runtime import UserError, write_json
 
@@ -216,6 +217,14 @@ def read_episodes(path, image_size=None, limit=None):
 def read_dataset(path, image_size=None, limit=None):
     """Validate a dataset of either format, by what the path is -> (list of Demo, dict of attributes)."""
     return (read_demos if Path(path).suffix in (".hdf5", ".h5") else read_episodes)(path, image_size, limit)
+
+
+def read_images(path, name, indices, size):
+    """Images (N,size,size,3) uint8, upright, of a demonstration's frames in a dataset of either format. Raises UserError."""
+    if Path(path).is_dir():
+        return read_frames(Path(path) / name, indices, size)
+    with open_demos(path) as file:
+        return read_demo_images(path, file, name, indices)
 
 
 def iterate_frames(source, size):

@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-import demos as demo_files
+import smith300
 from camera import project, unproject
 from data import gripper_segments, waypoint_labels
 from data_ar import following_frames
@@ -156,8 +156,7 @@ def free_run(policy, path, demo, config, fed="predicted"):
     """
     frames, targets = decision_frames(demo, config)
     device = next(policy.parameters()).device
-    with demo_files.open_demos(path) as file:
-        images = demo_files.read_images(path, file, demo.name, frames)
+    images = smith300.read_images(path, demo.name, frames, config.image_size)
     policy.eval().reset()
     tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
     predicted, gripper, eef = [], [], demo.ee_pos[0]
