@@ -130,8 +130,9 @@ def random_windows(config, folder, n_demos=2, steps=60):
         path = np.array([0, 0, 1.1]) + np.linspace([0, 0, 0], rng.uniform([-0.3, -0.3, -0.1], [0.3, 0.3, 0.1]), steps)
         actions = np.zeros((steps, 7))
         actions[:, 6] = np.where(np.arange(steps) < steps - 1, -1.0, 1.0)
-        demos.append(Demo(str(d), actions, path, np.tile([np.pi, 0, 0], (steps, 1)), np.tile([0.04, -0.04], (steps, 1)), np.zeros((steps, 0)),
-                          np.zeros(steps, bool), camera.intrinsics(45, config.image_size), E, config.image_size, {}))
+        down, fingers = np.tile([np.pi, 0, 0], (steps, 1)), np.tile([0.04, -0.04], (steps, 1))
+        demos.append(Demo(str(d), actions, path, down, fingers, np.zeros((steps, 0)), np.zeros(steps, bool),
+                          camera.intrinsics(45, config.image_size), E, config.image_size, {}))
     return Windows("random", demos, config, RandomBackbone(), cache=folder, progress=False)
 
 
@@ -174,18 +175,20 @@ def bench_voxel_train(args):
         entry = look_up(name)
         preset, fields = entry.config.presets["small"], entry.config.__dataclass_fields__
         size = dict(grid=28, n_height_bins=16) if args.quick else {}
-        config, batch = entry.config(**{k: v for k, v in preset.items() if k in fields}, **size), preset["batch_size"]
+        config = entry.config(**{k: v for k, v in preset.items() if k in fields}, **size)
+        batch, trained = preset["batch_size"], config.trained_frames or config.context
+        volume = f"{config.grid}x{config.grid}x{config.n_height_bins} voxels"
         with tempfile.TemporaryDirectory() as folder:
             dataset = random_windows(config, folder)
             for kind in kinds:
                 torch.manual_seed(0)
                 spent = training_steps(entry.policy(config, RandomBackbone.channels).train(), dataset, batch, kind, args.rounds)
-                rate, trained = 1 / np.mean(spent["step"]), config.trained_frames or config.context
+                rate = float(1 / np.mean(spent["step"]))
                 median = {part: round(1000 * float(np.median(seconds)), 1) for part, seconds in spent.items()}
-                print(f"  {name}, {config.grid}x{config.grid}x{config.n_height_bins} voxels, {trained} frames of each of {batch} windows of {config.context}, "
-                      f"{kind}: {rate:.2f} steps/s; " + ", ".join(f"{part} {ms:.0f}" for part, ms in median.items()), flush=True)
-                rows.append({"model_type": name, "grid": config.grid, "n_height_bins": config.n_height_bins, "batch": batch, "context": config.context,
-                             "trained_frames": trained, "precision": kind, "threads": threads, "steps_per_s": round(float(rate), 3), "ms": median})
+                print(f"  {name}, {volume}, {trained} frames of each of {batch} windows of {config.context}, {kind}: {rate:.2f} steps/s; "
+                      + ", ".join(f"{part} {ms:.0f}" for part, ms in median.items()), flush=True)
+                rows.append({"model_type": name, "voxels": volume, "batch": batch, "context": config.context, "trained_frames": trained,
+                             "precision": kind, "threads": threads, "steps_per_s": round(rate, 3), "ms": median})
             del dataset
     return {"title": "training steps of voxel-token policies", "rows": rows}
 

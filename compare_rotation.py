@@ -1,11 +1,12 @@
 """v7 against the new rotation head, and the new one with y/x embeddings: same data, same steps, several seeds, held-out episodes.
 
     python compare_rotation.py --dataset data/rim.hdf5 --seeds 3 --max_steps 500 --out results/rotation
-    python compare_rotation.py --run v7=runs/v7_0 --run v7=runs/v7_1 --run new=runs/new_0 --run new=runs/new_1 --out results/rotation
+    python compare_rotation.py --run v7=runs/v7_0 --run v7=runs/v7_1 --run new=runs/new_0 --run new=runs/new_1
 
-The first trains what is not trained yet (further flags go to train.py as they are), in RUNS/NAME_SEED, and then compares; after a kill
-the same command goes on. The second compares finished runs: each --run is NAME=FOLDER, runs of one name are its seeds. Written are
-summary.json, the tables as table.md, and PNGs; rotations are drawn on the axis of the dataset's rotation_pca_basis.npz.
+The first trains what is not trained yet (further flags go to train.py as they are), in RUNS/NAME_SEED, and then compares; after
+a kill the same command goes on. The second compares finished runs: each --run is NAME=FOLDER, runs of one name are its seeds.
+Written are summary.json, the tables as table.md, and PNGs; rotations are drawn on the axis of the dataset's
+rotation_pca_basis.npz.
 """
 import argparse
 import json
@@ -26,10 +27,12 @@ from rot_utils import basis_path, load_basis, rotation_angle, rotvec_to_matrix
 from runtime import UserError, command_line, git_commit, read_jsonl, run_script, versions, write_json
 from validation import to_pixels
 
-CELLS = {"v7": ["--tf_layers", "2", "--token_enc", "learned", "--rotation", "euler", "--n_rot_bins", "32"], "new": [], "new_yx": ["--yx_embedding"]}
-METRICS = {"val/rotation_ce": "rotation CE, nats an axis", "val/top1_pixel": "top-1 pixel", "val/top1_height": "height", "val/top1_gripper": "gripper",
-           "val/top1_rotation": "rotation", "val/top1_joint": "joint", "val/rotation_deg_all_median": "rotation error, deg, median",
-           "val/rotation_deg_all_p95": "95%", "val/cm_median": "position error, cm, median"}
+CELLS = {"v7": ["--tf_layers", "2", "--token_enc", "learned", "--rotation", "euler", "--n_rot_bins", "32"], "new": [],
+         "new_yx": ["--yx_embedding"]}
+METRICS = {"val/rotation_ce": "rotation CE, nats an axis", "val/top1_pixel": "top-1 pixel", "val/top1_height": "height",
+           "val/top1_gripper": "gripper", "val/top1_rotation": "rotation", "val/top1_joint": "joint",
+           "val/rotation_deg_all_median": "rotation error, deg, median", "val/rotation_deg_all_p95": "95%",
+           "val/cm_median": "position error, cm, median"}
 AXIS_M = 0.05  # half of the drawn closing direction
 
 
@@ -43,21 +46,26 @@ def script(name, *arguments):
         raise UserError(f"{name} ended with exit code {code}; what it wrote stays, the same command goes on")
 
 
+def train_flags(args, name, seed, further):
+    """What train.py gets for one configuration and seed."""
+    return ["--model_type", "dino_volume_kv_full", "--dataset", str(args.dataset), "--seed", str(seed), "--max_steps", str(args.max_steps),
+            "--out", str(args.runs / f"{name}_{seed}"), *CELLS[name], *further]
+
+
 def train_cells(args, further):
     """Train every cell and seed that is not finished -> ["NAME=FOLDER"]."""
     runs = []
     if not basis_path(args.dataset).exists():
         script("precompute_rotation_pca.py", "--dataset", args.dataset)
     for seed in range(args.seeds):
-        for name, flags in CELLS.items():
-            folder = args.runs / f"{name}_{seed}"
-            flags = ["--model_type", "dino_volume_kv_full", "--dataset", str(args.dataset), "--seed", str(seed), "--max_steps", str(args.max_steps),
-                     "--out", str(folder), *flags, *further]
+        for name in CELLS:
+            folder, flags = args.runs / f"{name}_{seed}", train_flags(args, name, seed, further)
             runs.append(f"{name}={folder}")
             if not (folder / "config.json").exists():
                 script("train.py", *flags)
             elif (other := json.loads((folder / "config.json").read_text())["argv"]) != flags:
-                raise UserError(f"{folder}: was trained with `{' '.join(other)}`, asked for is `{' '.join(flags)}`; give another --runs")
+                raise UserError(f"{folder}: was trained with `{' '.join(other)}`, asked for is `{' '.join(flags)}`; "
+                                "give another --runs")
             elif not finished(folder):
                 script("train.py", "--resume", folder)
             if not finished(folder):
@@ -75,14 +83,15 @@ def finished(folder):
 
 @torch.inference_mode()
 def episode_predictions(policy, maps, demo, batch_size=16):
-    """A policy's answers at every frame of an episode, from its features [(N,C,H,W)] -> {"position" (N,3), "gripper" (N,), "rotation"
-    (N,3,3)} of the first waypoint, and "logits" (N,T,A,bins)."""
+    """A policy's answers at every frame of an episode, from its features [(N,C,H,W)] -> {"position" (N,3), "gripper" (N,),
+    "rotation" (N,3,3)} of the first waypoint, and "logits" (N,T,A,bins)."""
     found = defaultdict(list)
     for start in range(0, len(demo), batch_size):
         part = slice(start, min(start + batch_size, len(demo)))
         same = lambda x: torch.from_numpy(x).expand(part.stop - start, *x.shape)
-        out = policy.predict({"features": [m[part] for m in maps], "eef_pos": torch.from_numpy(demo.ee_pos[part]), "K": same(demo.K), "E": same(demo.E),
-                              "gripper_width": torch.from_numpy(np.abs(demo.gripper_states[part]).sum(-1))})
+        width = np.abs(demo.gripper_states[part]).sum(-1)
+        out = policy.predict({"features": [m[part] for m in maps], "eef_pos": torch.from_numpy(demo.ee_pos[part]),
+                              "gripper_width": torch.from_numpy(width), "K": same(demo.K), "E": same(demo.E)})
         for key in ("position", "gripper", "rotation"):
             found[key].append(out[key][:, 0].numpy())
         found["logits"].append(out["rotation_logits"].numpy())
@@ -101,7 +110,7 @@ def unsteadiness(rotation):
 
 
 def guess_nats(bins):
-    """Entropy of the labels' own distribution, nats an axis: the cross-entropy of a guesser who knows how often each bin (N,A) occurs."""
+    """Entropy of the labels' bins (N,A), nats an axis: the cross-entropy of a guesser who knows how often each bin occurs."""
     share = [np.unique(column, return_counts=True)[1] / len(column) for column in np.asarray(bins).T]
     return float(np.mean([-(p * np.log(p)).sum() for p in share]))
 
@@ -152,15 +161,20 @@ def spread(values, form=".3g"):
 
 def tables(summary):
     """The comparison as Markdown: validation at the end of training, then whole episodes, a row a configuration."""
-    lines = ["| | seeds | " + " | ".join(METRICS.values()) + " | CE, mean over training | CE of a guesser |", "|---" * (len(METRICS) + 4) + "|"]
+    row = lambda *cells: "| " + " | ".join(map(str, cells)) + " |"
+    head = ["", "seeds", *METRICS.values(), "CE, mean over training", "CE of a guesser"]
+    lines = [row(*head), "|---" * len(head) + "|"]
     for name, s in summary.items():
-        lines.append(f"| {name} | {s['seeds']} | " + " | ".join(spread(s[k[4:]]) for k in METRICS) + f" | {spread(s['rotation_ce_mean'])} | {s['guess_nats']:.3g} |")
-    lines += ["", "| | episodes x seeds | closes an episode, mean, most | opens | at most one each | rotation error, deg, median, 95% | "
-              "turn from frame to frame, deg (demonstrated) |", "|---" * 7 + "|"]
+        lines.append(row(name, s["seeds"], *(spread(s[k]) for k in [*(m[4:] for m in METRICS), "rotation_ce_mean"]), f"{s['guess_nats']:.3g}"))
+    head = ["", "episodes x seeds", "closes an episode, mean, most", "opens", "at most one each",
+            "rotation error, deg, median, 95%", "turn from frame to frame, deg (demonstrated)"]
+    lines += ["", row(*head), "|---" * len(head) + "|"]
+    count = lambda values: f"{np.mean(values):.2f}, {max(values)}"
     for name, s in summary.items():
         once = np.mean([c <= 1 and o <= 1 for c, o in zip(s["closes"], s["opens"])])
-        lines.append(f"| {name} | {len(s['closes'])} | {np.mean(s['closes']):.2f}, {max(s['closes'])} | {np.mean(s['opens']):.2f}, {max(s['opens'])} | {100 * once:.0f}% | "
-                     f"{s['episode_deg_median']:.2f}, {s['episode_deg_p95']:.2f} | {np.mean(s['unsteadiness_deg']):.2f} ({np.mean(s['true_unsteadiness_deg']):.2f}) |")
+        lines.append(row(name, len(s["closes"]), count(s["closes"]), count(s["opens"]), f"{100 * once:.0f}%",
+                         f"{s['episode_deg_median']:.2f}, {s['episode_deg_p95']:.2f}",
+                         f"{np.mean(s['unsteadiness_deg']):.2f} ({np.mean(s['true_unsteadiness_deg']):.2f})"))
     return "\n".join(lines)
 
 
@@ -177,8 +191,10 @@ def draw(predictions, policies, demos, path, basis, out):
         config = next(iter(policies.values())).config
         target, gripper, _, usable = labels(demo, config)
         last, rotation = np.flatnonzero(usable)[-1] + 1, rotvec_to_matrix(demo.ee_ori)
-        models = {n: {"gripper": p[i]["gripper"][:last], "value": np.degrees(basis.value(p[i]["rotation"][:last]))} for n, p in predictions.items()}
-        episodes.append((demo.name, np.arange(last), models, {"gripper": gripper[:last, 0], "value": np.degrees(basis.value(rotation[target[:last, 0]]))}))
+        value = lambda r: np.degrees(basis.value(r))
+        models = {n: {"gripper": p[i]["gripper"][:last], "value": value(p[i]["rotation"][:last])} for n, p in predictions.items()}
+        truth = {"gripper": gripper[:last, 0], "value": value(rotation[target[:last, 0]])}
+        episodes.append((demo.name, np.arange(last), models, truth))
         if i:
             continue
         frame, shown = int(np.flatnonzero(usable)[usable.sum() // 4]), np.linspace(0, last - 1, 8).astype(int)
@@ -187,8 +203,10 @@ def draw(predictions, policies, demos, path, basis, out):
             bins = policies[name].rotation_bins(torch.from_numpy(rotation[target[frame]]))[:, -1].numpy()
             plots_rotation.distribution_strip(shares, bins, f"{name}, frame {frame}", out / f"distribution_{name}.png")
         segments = {"demonstration": closing_directions(demo.ee_pos[target[shown, 0]], rotation[target[shown, 0]], demo)}
-        segments.update({n: closing_directions(p[i]["position"][shown], p[i]["rotation"][shown], demo) for n, p in predictions.items()})
-        plots_rotation.rotation_overlay(smith300.read_images(path, demo.name, shown, config.image_size), segments, shown, out / "overlay.png")
+        for name, p in predictions.items():
+            segments[name] = closing_directions(p[i]["position"][shown], p[i]["rotation"][shown], demo)
+        images = smith300.read_images(path, demo.name, shown, config.image_size)
+        plots_rotation.rotation_overlay(images, segments, shown, out / "overlay.png")
     plots_rotation.episode_strips(episodes, "gripper", "gripper", "close", out / "gripper.png")
     plots_rotation.episode_strips(episodes, "value", "value", "rotation (deg)", out / "rotation.png")
 
@@ -211,9 +229,10 @@ def compare(args, runs):
                 backbone, (path, val) = policy.backbone, held_out(info, policy)
                 demos, basis, dataset = val[:args.n_episodes], load_basis(basis_path(path)), info["args"]["dataset"]
                 images = (smith300.read_images(path, d.name, range(len(d)), policy.config.image_size) for d in demos)
-                features = [[torch.cat(m) for m in zip(*(backbone(torch.from_numpy(i[None])) for i in episode))] for episode in images]
+                features = [[torch.cat(m) for m in zip(*(backbone(torch.from_numpy(i[None])) for i in e))] for e in images]
             elif info["args"]["dataset"] != dataset:
-                raise UserError(f"{folder}: was trained on {info['args']['dataset']}, the runs before on {dataset}; compare runs on one dataset")
+                raise UserError(f"{folder}: was trained on {info['args']['dataset']}, the runs before on {dataset}; "
+                                "compare runs on one dataset")
             row, found = measure(policy, demos, features)
             rows.append(row)
             if name not in first:
@@ -221,20 +240,23 @@ def compare(args, runs):
                 bins = []
                 for demo in val:
                     target, _, mask, usable = labels(demo, policy.config)
-                    bins.append(policy.rotation_bins(torch.from_numpy(rotvec_to_matrix(demo.ee_ori)[target[mask & usable[:, None]]])))
+                    true = rotvec_to_matrix(demo.ee_ori)[target[mask & usable[:, None]]]
+                    bins.append(policy.rotation_bins(torch.from_numpy(true)))
         joined = {k: [v for row in rows for v in row[k]] for k in rows[0]}
         degrees = joined.pop("degrees")
         summary[name] = {"seeds": len(rows), **{k[4:]: [last[k] for last, _ in records[name]] for k in METRICS},
                          "rotation_ce_mean": [float(np.mean([v for _, v in curve])) for _, curve in records[name]],
-                         "steps": [last["step"] for last, _ in records[name]], "guess_nats": guess_nats(torch.cat(bins)), **joined,
+                         "steps": [last["step"] for last, _ in records[name]], **joined, "guess_nats": guess_nats(torch.cat(bins)),
                          "episode_deg_median": float(np.median(degrees)), "episode_deg_p95": float(np.percentile(degrees, 95))}
     print(tables(summary))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.md").write_text(tables(summary) + "\n")
-    plots_rotation.rotation_curves({n: [curve for _, curve in some] for n, some in records.items()}, args.out / "rotation_ce.png")
+    curves = {n: [curve for _, curve in some] for n, some in records.items()}
+    plots_rotation.rotation_curves(curves, args.out / "rotation_ce.png")
     draw(first, policies, demos, path, basis, args.out)
-    write_json(args.out / "summary.json", {"command": command_line(), "commit": git_commit(), "versions": versions(), "dataset": dataset,
-                                           "runs": {n: list(map(str, some)) for n, some in folders.items()}, "cells": summary})
+    provenance = {"command": command_line(), "commit": git_commit(), "versions": versions(), "dataset": dataset}
+    names = {n: list(map(str, some)) for n, some in folders.items()}
+    write_json(args.out / "summary.json", {**provenance, "runs": names, "cells": summary})
     print(f"{args.out}: summary.json, table.md, rotation_ce.png, gripper.png, rotation.png, overlay.png, distribution_*.png")
 
 

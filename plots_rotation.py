@@ -59,9 +59,11 @@ def distribution_strip(probabilities, true_bins, title, path):
 
 
 def rotation_overlay(images, segments, frames, path):
-    """Directions in which the fingers close, at the next waypoint, on images (N,S,S,3): {name: segments (N,2,2) px}, the first in white."""
+    """Directions in which the fingers close, at the next waypoint, on images (N,S,S,3): {name: segments (N,2,2) px}, the first one
+    in white."""
     columns = min(4, len(images))
-    figure, axes = plt.subplots(-(-len(images) // columns), columns, figsize=(4 * columns, 4.2 * -(-len(images) // columns)), squeeze=False)
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4.2 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for i, (axis, image, frame) in enumerate(zip(axes.flat, images, frames)):

@@ -1,8 +1,8 @@
 """The format of real-robot recordings ("smith300"): one folder per episode. Write, read, validate.
 
     DATASET/
-      dataset.json             optional: {"format": "smith300-1", and provenance: task_suite, task_id, language, grasp, command, seed,
-                               versions, ...}; a checkpoint takes from it which task eval.py runs
+      dataset.json             optional: {"format": "smith300-1", and provenance: task_suite, task_id, grasp, command, seed, ...};
+                               a checkpoint takes from it which task eval.py runs
       rotation_pca_basis.npz   written by precompute_rotation_pca.py
       episode_00000/
         frames/000000.png ...  RGB, PNG or JPG in alphabetical order, or instead of the folder one video.mp4

@@ -44,7 +44,7 @@ def predict_newest(policy, batch):
 
 
 def newest_loss(policy, batch):
-    """The policy's loss on the frames that are scored: of windows the newest alone, the same that a policy without a history has."""
+    """The policy's loss on the frames that are scored: of windows the newest alone, as of a policy without a history."""
     if batch["eef_pos"].ndim == 3:
         only = torch.zeros_like(batch["mask"]).flatten().index_fill(0, newest_rows(batch), 1).view_as(batch["mask"])
         batch = {**batch, "mask": batch["mask"] * only}
