@@ -48,8 +48,8 @@ def script(name, *arguments):
 
 def train_flags(args, name, seed, further):
     """What train.py gets for one configuration and seed."""
-    return ["--model_type", "dino_volume_kv_full", "--dataset", str(args.dataset), "--seed", str(seed), "--max_steps", str(args.max_steps),
-            "--out", str(args.runs / f"{name}_{seed}"), *CELLS[name], *further]
+    return ["--model_type", "dino_volume_kv_full", "--dataset", str(args.dataset), "--seed", str(seed),
+            "--max_steps", str(args.max_steps), "--out", str(args.runs / f"{name}_{seed}"), *CELLS[name], *further]
 
 
 def train_cells(args, further):
@@ -165,7 +165,8 @@ def tables(summary):
     head = ["", "seeds", *METRICS.values(), "CE, mean over training", "CE of a guesser"]
     lines = [row(*head), "|---" * len(head) + "|"]
     for name, s in summary.items():
-        lines.append(row(name, s["seeds"], *(spread(s[k]) for k in [*(m[4:] for m in METRICS), "rotation_ce_mean"]), f"{s['guess_nats']:.3g}"))
+        by_seed = [spread(s[k]) for k in [*(m[4:] for m in METRICS), "rotation_ce_mean"]]
+        lines.append(row(name, s["seeds"], *by_seed, f"{s['guess_nats']:.3g}"))
     head = ["", "episodes x seeds", "closes an episode, mean, most", "opens", "at most one each",
             "rotation error, deg, median, 95%", "turn from frame to frame, deg (demonstrated)"]
     lines += ["", row(*head), "|---" * len(head) + "|"]
@@ -246,7 +247,8 @@ def compare(args, runs):
         degrees = joined.pop("degrees")
         summary[name] = {"seeds": len(rows), **{k[4:]: [last[k] for last, _ in records[name]] for k in METRICS},
                          "rotation_ce_mean": [float(np.mean([v for _, v in curve])) for _, curve in records[name]],
-                         "steps": [last["step"] for last, _ in records[name]], **joined, "guess_nats": guess_nats(torch.cat(bins)),
+                         "steps": [last["step"] for last, _ in records[name]],
+                         "guess_nats": guess_nats(torch.cat(bins)), **joined,
                          "episode_deg_median": float(np.median(degrees)), "episode_deg_p95": float(np.percentile(degrees, 95))}
     print(tables(summary))
     args.out.mkdir(parents=True, exist_ok=True)
