@@ -263,7 +263,8 @@ def compare(args, runs):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)  # or --backbone, meant for train.py, would be --backbone_weights
     parser.add_argument("--run", action="append", metavar="NAME=FOLDER", help="a finished run; once per seed")
     parser.add_argument("--dataset", type=Path, help="train on this dataset first: an HDF5 file or a smith300 folder")
     parser.add_argument("--seeds", type=int, default=3)
