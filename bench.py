@@ -5,10 +5,10 @@
     python bench.py train                # a training step by grid and precision
     python bench.py attention            # A: block-causal against a dense mask, cached decision against recomputing, step sizes
     python bench.py voxel [--quick]      # attention to voxel tokens: built, against absorbed; time, memory, equality
+    python bench.py voxel --train        # B and C: whole training steps of the preset small on the full volume, and their parts
 """
 import argparse
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,22 +17,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
+from bench_attention import bench_attention, bench_voxel
 from runtime import UserError, command_line, git_commit, run_script, write_json
-
-
-def alternate(variants, rounds):
-    """Run callables in turn, A B A B ..., after a warm-up of each -> {name: median seconds}."""
-    times = {name: [] for name in variants}
-    for call in variants.values():
-        call()
-    for _ in range(rounds):
-        for name, call in variants.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(t)) for name, t in times.items()}
+from timing import alternate
 
 
 def report(title, seconds, unit):
@@ -124,260 +111,6 @@ def bench_eval(args):
     return {"title": "evaluation", "seconds": rows}
 
 
-VOXEL_CASES = [(batch, side, bins, d, Q) for side, bins in ((28, 16), (56, 32)) for d in (128, 384) for batch in (1, 4)
-               for Q in (1, 8, 21)]
-VOXEL_QUICK = [(1, 28, 16, 128, 8)]
-VOXEL_HEADS = 4
-
-
-class VoxelCase:
-    """One size of attention to voxel tokens, forward and backward, on random features; each batch item has its own camera."""
-
-    def __init__(self, batch, side, bins, d, Q, device):
-        import torch
-
-        import camera
-        import layers_voxel as lv
-        self.device, self.waves, self.name = device, lv.wavelengths(), f"batch {batch}, V {side * side * bins}, d {d}, Q {Q}"
-        torch.manual_seed(0)
-        make = lambda *shape, scale=1.0: (scale * torch.randn(*shape)).to(device).requires_grad_()
-        h, D, P = VOXEL_HEADS, d // VOXEL_HEADS, 6 * len(self.waves)
-        self.inputs = {"query": make(batch, Q, h, D), "image": make(batch, d, side * side), "positional": make(d, P, scale=P**-0.5),
-                       "key": make(h, D, d, scale=d**-0.5), "value": make(h, D, d, scale=d**-0.5)}
-        self.weight = torch.randn(batch, Q, h, D).to(device)
-        E = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)).repeat(batch, 1, 1)
-        E[:, :3, 3] = torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64) + 0.1 * torch.arange(batch)[:, None]
-        K = torch.from_numpy(camera.intrinsics(45, 448)).expand(batch, 3, 3)
-        pixel = camera.cell_to_pixel(torch.arange(side, dtype=torch.float64), side, 448)
-        v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
-        self.heights = torch.linspace(0.9, 1.3, bins, dtype=torch.float64).to(device)
-        at = lambda height: camera.unproject(u, v, height, K[:, None], E[:, None]).to(device)
-        self.origin, far = at(torch.zeros(1)), at(torch.ones(1))
-        self.slope = far - self.origin
-        self.table = None
-
-    def make_table(self):
-        import layers_voxel as lv
-        return lv.VoxelTable(self.origin[..., :2], self.slope[..., :2], self.heights, self.waves)
-
-    def finish(self, out):
-        import torch
-        grads = torch.autograd.grad((out * self.weight).sum(), list(self.inputs.values()))
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-        return out.detach(), *grads
-
-    def built(self, autocast=False):
-        """All tokens built and projected, then scaled_dot_product_attention (FlashAttention where there is one)."""
-        import torch
-        import torch.nn.functional as F
-
-        import layers_voxel as lv
-        q, image, positional, key, value = self.inputs.values()
-        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=autocast):
-            xyz = self.origin[:, None] + self.slope[:, None] * self.heights[:, None, None]  # (B,Z,N,3)
-            token = lv.encode_position(xyz, self.waves).float() @ positional.T + image.mT[:, None]  # (B,Z,N,d)
-            k, v = ((token.flatten(1, 2) @ w.flatten(0, 1).T).unflatten(-1, w.shape[:2]).transpose(1, 2) for w in (key, value))
-            out = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v).transpose(1, 2)
-        return self.finish(out.float())
-
-    def built_bf16(self):
-        return self.built(autocast=True)
-
-    def absorbed(self):
-        """The same without tokens, its table made anew for a camera never seen before."""
-        import layers_voxel as lv
-        return self.finish(lv.voxel_attention(table=self.make_table(), **self.inputs)[0])
-
-    def absorbed_again(self):
-        """The same with the table kept from an earlier step: a camera that stands still, or the next layer."""
-        import layers_voxel as lv
-        self.table = self.table or self.make_table()
-        return self.finish(lv.voxel_attention(table=self.table, **self.inputs)[0])
-
-    def peak_mb(self, way):
-        """Memory beyond the inputs at its peak, MB: on a GPU what is allocated, else the process's resident pages."""
-        import torch
-        if self.device != "cpu":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            getattr(self, way)()
-            return (torch.cuda.max_memory_allocated() - before) / 1e6
-        status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
-        VoxelCase(1, 8, 2, 16, 1, "cpu").__getattribute__(way)()  # libraries load their code at the first call
-        before = status("VmRSS:")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-        getattr(self, way)()
-        return status("VmHWM:") - before
-
-
-def voxel_peak_mb(case, way, device):
-    """`peak_mb` in a process of its own on a CPU: freed memory that is used again would not be seen as growth."""
-    if device != "cpu":
-        return VoxelCase(*case, device).peak_mb(way)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_fresh_peak_mb, (case, way))
-
-
-def _fresh_peak_mb(case, way):
-    return VoxelCase(*case, "cpu").peak_mb(way)
-
-
-def bench_voxel(args):
-    """Tokens built against absorbed, forward and backward."""
-    import torch
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ways = ["built", "absorbed", "absorbed_again"] + ["built_bf16"] * (device != "cpu")
-    rows = []
-    print(f"\nattention to V voxel tokens, {VOXEL_HEADS} heads, forward and backward, {device}, {torch.get_num_threads()} threads; "
-          "difference: of outputs and gradients, relative to the largest entry of each")
-    print(f"  {'':<34}" + "".join(f"{w + ' ms':>18}" for w in ways) + f"{'times faster':>18}{'MB':>16}{'times less':>12}{'difference':>12}")
-    for sizes in VOXEL_QUICK if args.quick else VOXEL_CASES:
-        case = VoxelCase(*sizes, device)
-        found, expected = case.absorbed(), case.built()
-        difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
-        del found, expected
-        seconds = alternate({w: getattr(case, w) for w in ways}, args.rounds)
-        memory = {w: voxel_peak_mb(sizes, w, device) for w in ways}
-        slow = seconds[ways[-1] if device != "cpu" else "built"]
-        faster = [slow / seconds[w] for w in ("absorbed", "absorbed_again")]
-        less = memory["built"] / memory["absorbed"]
-        print(f"  {case.name:<34}" + "".join(f"{1000 * seconds[w]:>18.1f}" for w in ways) + f"{faster[0]:>9.1f}{faster[1]:>9.1f}"
-              f"{memory['built']:>9.1f}{memory['absorbed']:>7.1f}{less:>12.1f}{difference:>12.1e}", flush=True)
-        rows.append({"batch": sizes[0], "voxels": sizes[1]**2 * sizes[2], "d": sizes[3], "queries": sizes[4],
-                     "ms": {w: round(1000 * seconds[w], 2) for w in ways}, "peak_mb": {w: round(m, 1) for w, m in memory.items()},
-                     "times_faster": [round(f, 2) for f in faster], "times_less_memory": round(less, 1), "difference": difference})
-    return {"title": "attention to voxel tokens", "device": device, "rows": rows}
-
-
-def window_peak_mb(call):
-    """Memory of a CPU process beyond what it holds, at the peak of `call`, MB."""
-    status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
-    before = status("VmRSS:")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    call()
-    return status("VmHWM:") - before
-
-
-def attention_ways(frames, side, dim, heads):
-    """{way: callable}, forward and backward of one layer's attention over a window, and the difference of their results."""
-    import torch
-    import torch.nn.functional as F
-
-    from layers import dense_mask, frame_attention
-    torch.manual_seed(0)
-    N = side * side + 2
-    q, k, v = (torch.randn(1, frames, N, heads, dim // heads, requires_grad=True) for _ in "qkv")
-    weight, mask = torch.randn(1, frames, N, heads, dim // heads), dense_mask(frames, N, frames, N, frames)
-    flat = lambda x: x.flatten(1, 2).transpose(1, 2)
-    finish = lambda out: (out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v)))
-    ways = {"dense mask": lambda: finish(F.scaled_dot_product_attention(flat(q), flat(k), flat(v), attn_mask=mask)
-                                         .transpose(1, 2).unflatten(1, (frames, N))),
-            "block-causal": lambda: finish(frame_attention(q, k, v, frames))}
-    difference = max((a - b).abs().max().item() for a, b in zip(ways["dense mask"](), ways["block-causal"]()))
-    return ways, difference
-
-
-def _fresh_attention_peak(case, way):
-    return window_peak_mb(attention_ways(*case)[0][way])
-
-
-def window_of(config, frames, batch, train):
-    """(policy, batch of windows on random features) for step and decision times."""
-    import torch
-
-    from model_autoregressive import AutoregressivePolicy
-    torch.manual_seed(0)
-    policy = AutoregressivePolicy(config, [40, 112]).train(train)
-    K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).expand(batch, frames, 3, 3)
-    E = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)).repeat(batch, frames, 1, 1)
-    E[..., 2, 3] = 2.0
-    place = lambda: torch.rand(batch, frames, 3, dtype=torch.float64) * 0.3 + torch.tensor([0, 0, 0.9])
-    return policy, {"features": [torch.randn(batch, frames, 40, 56, 56).half(), torch.randn(batch, frames, 112, 28, 28).half()],
-                    "eef_pos": place(), "target_pos": place(), "gripper_width": torch.full((batch, frames), 0.08), "K": K, "E": E,
-                    "valid": torch.ones(batch, frames, dtype=torch.bool), "mask": torch.ones(batch, frames),
-                    "target_rot": torch.eye(3, dtype=torch.float64).expand(batch, frames, 3, 3),
-                    "target_gripper": torch.zeros(batch, frames, dtype=torch.long)}
-
-
-def decide_all(policy, windows, cached):
-    """The newest decision of an episode: callable that takes it with the cache, or by computing the whole window."""
-    import torch
-    frames = windows["eef_pos"].shape[1]
-    at = lambda t: {k: [m[:, t] for m in v] if isinstance(v, list) else v[:, t] for k, v in windows.items()
-                    if k in ("features", "eef_pos", "gripper_width", "K", "E")}
-    with torch.inference_mode():
-        policy.eval().reset()
-        for t in range(frames - 1):
-            policy.decide(at(t))
-    kept = policy.number, policy.past, policy.before, policy.fed
-
-    def once():
-        with torch.inference_mode():
-            policy.number, policy.past, policy.before, policy.fed = kept
-            return policy.decide(at(frames - 1))["position"][0, -1]
-
-    def window():
-        with torch.inference_mode():
-            return policy.predict(windows)["position"][0, -1]
-    return once if cached else window
-
-
-def bench_attention(args):
-    """The autoregressive policy: its attention, its decisions, its training step."""
-    import torch
-
-    from model_autoregressive import AutoregressiveConfig
-    small = dict(AutoregressiveConfig.presets["small"])
-    sizes = {"small": {k: small[k] for k in ("dim", "n_layers", "n_heads", "mlp_ratio", "patch_grid")}, "full": {}}
-    if args.quick:
-        sizes, lengths = {"tiny": dict(dim=32, n_layers=2, n_heads=2, patch_grid=7, key_width=8, grid=28)}, (3,)
-    else:
-        lengths = (8, 20)
-    rows = []
-    for name, size in sizes.items():
-        for frames in lengths:
-            config = AutoregressiveConfig(context=frames, **size)
-            case = (frames, config.patch_grid, config.dim, config.n_heads)
-            ways, difference = attention_ways(*case)
-            seconds = alternate(ways, 1 if name == "full" else args.rounds)
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                memory = {way: pool.apply(_fresh_attention_peak, (case, way)) for way in ways}
-            dense, block = ways
-            print(f"\n{name}, {frames} frames of {config.patch_grid}x{config.patch_grid} patches, d {config.dim}: attention of a layer, "
-                  f"forward and backward\n  dense mask {1000 * seconds[dense]:.0f} ms, {memory[dense]:.0f} MB; block-causal "
-                  f"{1000 * seconds[block]:.0f} ms, {memory[block]:.0f} MB: x{seconds[dense] / seconds[block]:.2f} in time, "
-                  f"x{memory[dense] / max(memory[block], 1e-9):.2f} in memory; largest difference {difference:.1e}", flush=True)
-            row = {"size": name, "frames": frames, "attention_ms": {k: round(1000 * v, 1) for k, v in seconds.items()},
-                   "attention_mb": {k: round(v, 1) for k, v in memory.items()}, "difference": difference}
-            policy, windows = window_of(config, frames, 1, False)
-            calls = {"window computed anew": decide_all(policy, windows, False), "with the cache": decide_all(policy, windows, True)}
-            apart = (calls["window computed anew"]() - calls["with the cache"]()).abs().max().item()
-            seconds = alternate(calls, 1 if name == "full" else args.rounds)
-            anew, cached = seconds.values()
-            print(f"  newest decision: window {1000 * anew:.0f} ms, cache {1000 * cached:.0f} ms: x{anew / cached:.1f}; apart {apart:.1e} m", flush=True)
-            row["decision_ms"] = {"window": round(1000 * anew, 1), "cache": round(1000 * cached, 1)}
-            row["step"] = []
-            for batch in (2, 4) if name != "full" else (2,):
-                policy, windows = window_of(config, frames, batch, True)
-                optimizer = torch.optim.AdamW(policy.parameters())
-
-                def step():
-                    optimizer.zero_grad()
-                    policy(windows)["loss"].backward()
-                    optimizer.step()
-                if name != "full":
-                    step()  # warm-up
-                start = time.perf_counter()
-                peak = window_peak_mb(step)
-                took = time.perf_counter() - start
-                row["step"].append({"batch": batch, "ms": round(1000 * took, 1), "peak_mb": round(peak, 1)})
-                print(f"  training step, batch {batch}: {1000 * took:.0f} ms, {peak:.0f} MB beyond weights and data", flush=True)
-            rows.append(row)
-    return {"title": "autoregressive policy", "threads": torch.get_num_threads(), "rows": rows}
-
-
 BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval, "voxel": bench_voxel, "attention": bench_attention}
 
 
@@ -388,6 +121,7 @@ def main(argv=None):
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")
+    parser.add_argument("--train", action="store_true", help="voxel: training steps a second instead")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args(argv)
     tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features", "train"])]

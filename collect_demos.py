@@ -70,7 +70,7 @@ class Recorder:
         K, E = self.scene.camera()
         smith300.write_episode(folder, {
             "eef_pos_t": column("obs/ee_pos"), "eef_euler_t": matrix_to_euler(rotvec_to_matrix(column("obs/ee_ori"))),
-            "gripper_t": (column("actions")[:, 6] > 0).astype(float), "perturbed_t": column("perturbed"),
+            "gripper_t": (column("actions")[:, 6] > 0).astype(float), "perturbed_t": column("perturbed"), "states_t": column("states"),
             "gripper_width_t": np.abs(column("obs/gripper_states")).sum(-1), "intrinsics": K, "extrinsics": E}, self.images, video)
 
 
@@ -316,8 +316,8 @@ def collect(args):
                         f"{failures[0].error.strip().splitlines()[-1]}; the others are kept in {folder}, the same command resumes")
     attrs = demos.file_attributes(task, {**env_metadata(task), "grasp": args.grasp}, args.seed, command_line(), versions())
     if args.format == "smith300":
-        keys = ("task_suite", "task_id", "language", "seed", "command", "grasp")
-        gather(folder, [part(i) for i in range(args.n_demos)], out, {**{k: attrs[k] for k in keys}, "versions": versions(), "num_demos": args.n_demos, **counts})
+        own = {k: v for k, v in attrs.items() if k not in ("format", "image_orientation")}
+        gather(folder, [part(i) for i in range(args.n_demos)], out, {**own, "versions": versions(), "num_demos": args.n_demos, **counts})
     else:
         merge([part(i) for i in range(args.n_demos)], out, attrs, counts)
         shutil.rmtree(folder)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 import demos as demo_files
+import smith300
 from backbone import feature_cache
 from demos import GRIPPER_STEPS
 from rot_utils import circular_mean, matrix_to_euler, rotvec_to_matrix, wrap_angle
@@ -63,7 +64,7 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0):
 class WaypointDataset(Dataset):
     """Frames of demonstrations with their future waypoints.
 
-    demos: list of Demo from file `path`; config: a PolicyConfig; frame_stride: use every k-th frame.
+    demos: list of Demo from `path`, an HDF5 file or a smith300 folder; config: a PolicyConfig; frame_stride: use every k-th frame.
     `batch(indices)` gives the dict of tensors described in policy.py.
     """
 
@@ -77,7 +78,7 @@ class WaypointDataset(Dataset):
         maps = feature_cache(backbone, groups, cache, progress)
         self.maps = [maps.get(d.name) for d in demos]
 
-    read = staticmethod(demo_files.read_demos)  # (path, image_size, limit) -> (list of Demo, dict of attributes)
+    read = staticmethod(smith300.read_dataset)  # of either format: (path, image_size, limit) -> (list of Demo, dict of attributes)
 
     def label(self, path, config, frame_stride):
         """Set the samples' labels; return for each demo the frames whose features are needed."""
@@ -104,8 +105,7 @@ class WaypointDataset(Dataset):
         self.target_gripper, self.mask = torch.from_numpy(gripper), torch.from_numpy(mask.astype(np.float32))
 
     def _images(self, name, frames):
-        with demo_files.open_demos(self.path) as file:
-            return demo_files.read_images(self.path, file, name, frames)
+        return smith300.read_images(self.path, name, frames, self.config.image_size)
 
     def __len__(self):
         return len(self.frame)

@@ -11,6 +11,7 @@ from runtime import UserError
 class HistoryConfig(VolumeConfig):
     """What policies over windows of frames are configured by."""
     eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
+    trained_frames: int = flag(0, "frames of each window that a training step is about, drawn anew at every step; 0: all of them")
     feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")
     sample: bool = flag(False, "sample the waypoint instead of taking the peak")
     temperature: float = flag(1.0, "of --sample")
@@ -32,6 +33,8 @@ class HistoryPolicy(VolumeGeometry):
         feedback_steps(self.config.feedback)
         if self.config.temperature <= 0:
             raise UserError(f"--temperature {self.config.temperature}: must be positive")
+        if self.config.trained_frames < 0:
+            raise UserError(f"--trained_frames {self.config.trained_frames}: 0 for all frames of a window, or how many")
 
     def noise(self, eef):
         """Normal noise (B,T,3) for EEF positions (B,T,3) in training: common to a window, and half as much of each frame's own."""
@@ -40,7 +43,15 @@ class HistoryPolicy(VolumeGeometry):
         return common + 0.5 * own
 
     def trained_rows(self, mask):
-        """Which of the B*T frames are trained on, flat indices, from mask (B,T). At least one, masked or not, for a finite loss."""
+        """Which of the B*T frames are trained on, flat indices, from mask (B,T). At least one, masked or not, for a finite loss.
+
+        In training at most `trained_frames` of each window, drawn at random: the loss stays the same in expectation, and a policy
+        whose steps share nothing but EEF tokens pays for the drawn ones alone.
+        """
+        n = self.config.trained_frames
+        if self.training and 0 < n < mask.shape[1]:
+            draw = torch.rand(mask.shape, device=mask.device) * mask
+            mask = mask * (draw >= draw.topk(n).values[:, -1:])
         rows = mask.flatten().nonzero()[:, 0]
         return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)
 

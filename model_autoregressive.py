@@ -250,7 +250,7 @@ class AutoregressivePolicy(HistoryPolicy):
             error = F.smooth_l1_loss(self.offset(keys, query, cell), (true - cell).clamp(-0.5, 0.5), reduction="none", beta=0.1)
             parts["offset_l1"] = masked_mean(error.mean(-1), mask)
             total = total + parts["offset_l1"]
-        if c.smooth_weight > 0:
+        if c.smooth_weight > 0 and self.training:
             parts["smoothness"] = self.smoothness(batch, logits, eef, start, rows)
             total = total + c.smooth_weight * parts["smoothness"]
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
@@ -289,11 +289,17 @@ class AutoregressivePolicy(HistoryPolicy):
         _, H, W = self.volume_shape
         return torch.stack([best // (H * W), best // W % H, best % W], -1).double()
 
+    def decided(self, batch, rows):
+        """Waypoints of frames `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper" (N,), "rotation" (N,3,3)}."""
+        eef = self.eef_coordinates(batch)
+        outputs = self.run(batch, eef, torch.zeros(len(eef), dtype=torch.long, device=eef.device), rows)
+        return self.decide_rows({k: batch[k].flatten(0, 1)[rows] for k in "KE"}, *outputs, (len(rows),))
+
     def predict(self, batch):
         """The next waypoint of every frame of windows: {"position" (B,T,3), "gripper" (B,T), "rotation" (B,T,3,3)}."""
-        eef = self.eef_coordinates(batch)
-        logits, keys, query = self.run(batch, eef, torch.zeros(len(eef), dtype=torch.long, device=eef.device))
-        return self.decide_rows(batch, logits, keys, query, eef.shape[:2])
+        shape = batch["gripper_width"].shape
+        rows = torch.arange(shape.numel(), device=batch["K"].device)
+        return {k: v.unflatten(0, shape) for k, v in self.decided(batch, rows).items()}
 
     def attention(self, batch):
         """Where each frame's query looks in its own frame in the last layer: (B,T,H,W) over patches, summing to one."""

@@ -39,8 +39,9 @@ class VoxelConfig(HistoryConfig):
     eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the readout's convolutions")
     eef_noise_m: float = flag(0.02, "training noise of EEF positions, standard deviation in metres along each axis")
 
-    presets = {"full": {}, "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=2, max_steps=1000,
-                                         val_every=250)}
+    # small: a step costs what its frames cost, and two frames of each of four windows differ more than four of each of two
+    presets = {"full": {}, "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=4, trained_frames=2,
+                                         max_steps=1000, val_every=250)}
 
 
 class VoxelBlock(nn.Module):
@@ -101,6 +102,7 @@ class VoxelPolicy(HistoryPolicy):
         if c.gripper_head == "separate":
             self.gripper = nn.Linear(d, 2)
         self._table = (None, None)
+        self.check()
         self.reset()
 
     # -- where things are --------------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ class VoxelPolicy(HistoryPolicy):
     def image_features(self, features):
         """Backbone maps [(N,C_i,H_i,W_i)], normalised -> features (N,C,H,W) of the grid with a neighbourhood's context."""
         size = (self.config.grid,) * 2
-        resize = lambda x: F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        resize = lambda x: x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
         x = sum(resize(project(maps)) for maps, project in zip(features, self.project))
         return F.gelu(self.context(x))
 

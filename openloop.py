@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import demos as demo_files
 import plots
+import smith300
 from checkpoint import load_policy
 from runtime import UserError, command_line, git_commit, run_script, write_json
 from validation import EPS, free_run, to_pixels
@@ -48,7 +49,7 @@ def main(argv=None):
     for ckpt in args.ckpt:
         policy, info, _ = load_policy(ckpt, "cpu", args.backbone_weights)
         if held_out is None:
-            everything, attributes = demo_files.read_demos(args.dataset, policy.config.image_size, args.n_demos)
+            everything, attributes = smith300.read_dataset(args.dataset, policy.config.image_size, args.n_demos)
             held_out = (everything if args.whole else demo_files.split_demos(everything, args.val_fraction)[1])[:args.max_val]
         elif policy.config.image_size != held_out[0].image_size:
             raise UserError(f"{ckpt}: takes images of {policy.config.image_size} px, {args.dataset} has {held_out[0].image_size}")
@@ -58,8 +59,7 @@ def main(argv=None):
             if fed == "predicted":
                 paths[f"{len(paths)}: {info['model_type']}"] = rollouts  # the same model type may come twice
     for i, demo in enumerate(held_out[:3]):
-        with demo_files.open_demos(args.dataset) as file:
-            image = demo_files.read_images(args.dataset, file, demo.name, [0])[0]
+        image = smith300.read_images(args.dataset, demo.name, [0], demo.image_size)[0]
         to_px = lambda p: to_pixels(p, demo.K, demo.E)
         start = demo.ee_pos[:1]
         lines = {name: to_px(np.concatenate([start, r[i]["predicted"]])) for name, r in paths.items()}

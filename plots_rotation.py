@@ -3,6 +3,7 @@
 from plots import _save, plt
 
 BLUE = "#4477aa"
+COLOURS = (BLUE, "#ee6677", "#228833", "#ccbb44")
 
 
 def rotation_histogram(values, ratios, episodes, chosen, path):
@@ -22,7 +23,7 @@ def rotation_histogram(values, ratios, episodes, chosen, path):
 def rotation_curves(runs, path):
     """Held-out rotation cross-entropy over steps, {name: [[(step, nats)] a seed]}: thin lines are seeds."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
-    for colour, (name, seeds) in zip((BLUE, "#ee6677", "#228833", "#ccbb44"), runs.items()):
+    for colour, (name, seeds) in zip(COLOURS, runs.items()):
         for i, points in enumerate(seeds):
             axis.plot(*zip(*points), color=colour, linewidth=1.2, marker="o", markersize=3, label=name if i == 0 else None)
     axis.set(xlabel="step", ylabel="rotation cross-entropy an axis (nats)", title="held-out demonstrations", ylim=(0, None))
@@ -36,7 +37,7 @@ def episode_strips(episodes, key, truth, label, path):
     figure, axes = plt.subplots(len(episodes), 1, figsize=(10, 2.2 * len(episodes)), squeeze=False, sharex=False)
     for axis, (title, frames, models, true) in zip(axes[:, 0], episodes):
         axis.plot(frames, true[truth], color="black", linewidth=3, alpha=0.3, label="demonstration")
-        for i, (colour, (name, values)) in enumerate(zip((BLUE, "#ee6677", "#228833", "#ccbb44"), models.items())):
+        for i, (colour, (name, values)) in enumerate(zip(COLOURS, models.items())):
             axis.plot(frames, values[key] + (0.03 * (i + 1) if key == "gripper" else 0), color=colour, linewidth=1.2, label=name)
         axis.set(title=title, ylabel=label)
     axes[0, 0].legend(fontsize=8)
@@ -54,4 +55,21 @@ def distribution_strip(probabilities, true_bins, title, path):
         axis.set(title=f"waypoint {t + 1}", xlabel="bin")
     axes[0].set(ylabel=title)
     figure.tight_layout()
+    _save(figure, path)
+
+
+def rotation_overlay(images, segments, frames, path):
+    """Directions in which the fingers close, at the next waypoint, on images (N,S,S,3): {name: segments (N,2,2) px}, the first one
+    in white."""
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4.2 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, (axis, image, frame) in enumerate(zip(axes.flat, images, frames)):
+        axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
+        for k, (colour, (name, lines)) in enumerate(zip(("white", *COLOURS), segments.items())):
+            axis.plot(*lines[i].T, color=colour, linewidth=2 if k else 5, label=name)
+        axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=f"frame {frame}")
+    axes[0, 0].legend(loc="lower left", fontsize=8, facecolor="grey")
     _save(figure, path)

@@ -102,7 +102,7 @@ def build(run, evals):
             if curve.exists():
                 page.append(f'<img alt="loss curve" src="{embed(curve, "image/png")}">')
         page.append("<h2>Predicted against true waypoints on validation demonstrations</h2>")
-        page += [f'<img alt="{p.stem}" src="{embed(p, "image/png")}">' for p in sorted(run.glob("overlay_*.png")) + sorted(run.glob("attention_*.png"))]
+        page += [f'<img alt="{p.stem}" src="{embed(p, "image/png")}">' for p in sorted(p for kind in ("overlay", "rollout", "attention") for p in run.glob(f"{kind}_*.png"))]
     for folder, s in zip(evals, summaries):
         page.append(f"<h2>{html.escape(s['model_type'])}, {html.escape(s['setting'])}</h2>")
         for video in sorted((folder / "videos").glob("*.mp4")):

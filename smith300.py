@@ -1,7 +1,8 @@
 """The format of real-robot recordings ("smith300"): one folder per episode. Write, read, validate.
 
     DATASET/
-      dataset.json             optional: {"format": "smith300-1", and provenance: task_suite, command, seed, versions, ...}
+      dataset.json             optional: {"format": "smith300-1", and provenance: task_suite, task_id, grasp, command, seed, ...};
+                               a checkpoint takes from it which task eval.py runs
       rotation_pca_basis.npz   written by precompute_rotation_pca.py
       episode_00000/
         frames/000000.png ...  RGB, PNG or JPG in alphabetical order, or instead of the folder one video.mp4
@@ -13,6 +14,8 @@
           extrinsics (4,4)       camera-to-world, OpenCV axes (x right, y down, z forward), rigid
           gripper_width_t (T,)   optional: metres between the fingers as measured; else taken from the command
           perturbed_t (T,)       optional: true while something else than the demonstrator moved the robot
+          states_t (T,S)         optional: the simulator's flattened states, where one made the recording; eval.py renders one to
+                                 check that it sees what was trained on
 
 Frames are upright. They may be oblong: reading cuts out the central square, scales it to the policy's image size, and
 changes K along with it. Episodes become demos.Demo objects, so that labels are made as for LIBERO's HDF5 files.
@@ -25,13 +28,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from demos import Demo, read_demos
+from demos import Demo, open_demos, read_demos
+from demos import read_images as read_demo_images
 from rot_utils import euler_to_matrix, matrix_to_rotvec
 from runtime import UserError, write_json
 
 FORMAT = "smith300-1"
 ROWS = {"eef_pos_t": (3,), "eef_euler_t": (3,), "gripper_t": ()}
-OPTIONAL_ROWS = {"gripper_width_t": (), "perturbed_t": ()}
+OPTIONAL_ROWS = {"gripper_width_t": (), "perturbed_t": (), "states_t": (None,)}  # None: any length
 CAMERA = {"intrinsics": (3, 3), "extrinsics": (4, 4)}
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
 OPEN_GRIPPER = 0.08  # metres between open fingers, where the width was not recorded
@@ -85,8 +89,9 @@ def load_arrays(path):
         value = arrays[key]
         if value.dtype.kind not in "fiub":
             raise UserError(f"{path}: {key} has dtype {value.dtype}, numbers are expected; {AGAIN}")
-        if key in CAMERA and value.shape != shape or key not in CAMERA and (value.ndim == 0 or value.shape[1:] != shape):
-            wanted = shape if key in CAMERA else f"(T{''.join(f', {n}' for n in shape)})"
+        of_row = value.shape if key in CAMERA else value.shape[1:] if value.ndim else None
+        if of_row is None or len(of_row) != len(shape) or any(n not in (None, m) for n, m in zip(shape, of_row)):
+            wanted = shape if key in CAMERA else f"({', '.join(['T', *(str(n or 'S') for n in shape)])})"
             raise UserError(f"{path}: {key} has shape {value.shape}, {wanted} is expected; {AGAIN}")
         if not np.isfinite(value).all():
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
@@ -190,7 +195,7 @@ def read_episode(folder, image_size=None):
     actions[:, 6] = np.where(closed, 1.0, -1.0)
     rotvec = matrix_to_rotvec(euler_to_matrix(arrays["eef_euler_t"]))
     return Demo(folder.name, actions, arrays["eef_pos_t"], rotvec, np.stack([opening / 2, -opening / 2], -1),
-                np.zeros((length, 0)), arrays.get("perturbed_t", np.zeros(length)) > 0.5,
+                arrays.get("states_t", np.zeros((length, 0))), arrays.get("perturbed_t", np.zeros(length)) > 0.5,
                 square_intrinsics(K, width, height, size), E, size, {"source": str(source if isinstance(source, Path) else folder)})
 
 
@@ -215,7 +220,15 @@ def read_episodes(path, image_size=None, limit=None):
 
 def read_dataset(path, image_size=None, limit=None):
     """Validate a dataset of either format, by what the path is -> (list of Demo, dict of attributes)."""
-    return (read_demos if Path(path).suffix in (".hdf5", ".h5") else read_episodes)(path, image_size, limit)
+    return (read_demos if Path(path).suffix and not Path(path).is_dir() else read_episodes)(path, image_size, limit)
+
+
+def read_images(path, name, indices, size):
+    """Images (N,size,size,3) uint8, upright, of a demonstration's frames in a dataset of either format. Raises UserError."""
+    if Path(path).is_dir():
+        return read_frames(Path(path) / name, indices, size)
+    with open_demos(path) as file:
+        return read_demo_images(path, file, name, indices)
 
 
 def iterate_frames(source, size):

@@ -32,7 +32,7 @@ from policy import add_config_flags
 from registry import REGISTRY, look_up
 from runtime import (RunLogger, StopSignal, UserError, append_jsonl, autocast, command_line, git_commit, init_distributed,
                      read_jsonl, run_script, seed_everything, versions, write_json)
-from validation import newest, to_device, to_pixels, validate
+from validation import EPS, free_run, predict_newest, to_device, to_pixels, validate
 
 DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
 
@@ -40,7 +40,7 @@ DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
 def build_parser(config_class=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_type", default="para", choices=list(REGISTRY))
-    parser.add_argument("--dataset", type=Path, default=DEFAULT_DATASET, help=f"LIBERO-format HDF5, or where the model takes it a smith300 folder ({DEFAULT_DATASET})")
+    parser.add_argument("--dataset", type=Path, default=DEFAULT_DATASET, help=f"LIBERO-format HDF5, or a smith300 folder ({DEFAULT_DATASET})")
     parser.add_argument("--n_demos", type=int, help="use only the first N demonstrations")
     parser.add_argument("--out", type=Path, help="run folder (runs/MODEL_DATE)")
     parser.add_argument("--init_from", type=Path, metavar="CKPT", help="finetune: start from this checkpoint's tensors that fit by name and shape")
@@ -322,6 +322,7 @@ def train(args, config_class):
         save(metrics)
         plots.loss_curve(read_jsonl(folder / "metrics.jsonl"), folder / "loss.png")
         overlays(policy, val_set, dist.device, folder)
+        logger.log(step, free_runs(policy, val_set, folder))
         print(f"{folder}/checkpoint.safetensors: {step} steps, {minutes:.1f} minutes, "
               + ", ".join(f"{k[4:]} {v:.3g}" for k, v in metrics.items()))
     logger.close()
@@ -337,7 +338,7 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
         rows = np.flatnonzero(dataset.demo == episode)
         rows = rows[np.linspace(0, len(rows) - 1, min(n_frames, len(rows))).astype(int)]
         whole = to_device(dataset.batch(rows), device)
-        batch, out = newest(whole, policy.predict(whole))
+        batch, out = predict_newest(policy, whole)
         K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
         to_px = lambda points: to_pixels(points, K, E)
         images = dataset._images(dataset.demos[episode].name, dataset.frame[rows])
@@ -350,6 +351,19 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
         if hasattr(policy, "distribution"):
             volumes = policy.distribution(whole)[torch.arange(len(rows)), last].cpu().numpy()
             plots.volume_projections(images, volumes, dataset.frame[rows], folder / f"volume_{episode}.png")
+
+
+def free_runs(policy, dataset, folder, n_episodes=3):
+    """Open-loop rollouts on validation episodes, own predictions fed back, drawn over the first image -> {"free/coverage_8px": mean ...}."""
+    found = []
+    for episode, demo in enumerate(tqdm(dataset.demos[:n_episodes], desc="free-running", unit="demo")):
+        found.append(free_run(policy, dataset.path, demo, dataset.config))
+        to_px = lambda points: to_pixels(points, demo.K, demo.E)
+        line = np.concatenate([demo.ee_pos[:1], found[-1]["predicted"]])
+        plots.paths_overlay(dataset._images(demo.name, [0])[0], to_px(found[-1]["path"]), {demo.name: to_px(line)}, folder / f"rollout_{episode}.png")
+    row = {f"free/{k}": round(float(np.mean([r[k] for r in found])), 5) for k in (*(f"coverage_{e}px" for e in EPS), "jerk_mm", "true_jerk_mm")}
+    print(f"free-running on {len(found)} validation demonstrations: " + ", ".join(f"{k[5:]} {v:.3g}" for k, v in row.items()))
+    return row
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-import demos as demo_files
+import smith300
 from camera import project, unproject
 from data import gripper_segments, waypoint_labels
 from data_ar import following_frames
@@ -29,13 +29,35 @@ def newest(batch, out):
     return single, {k: pick(v)[:, None] for k, v in out.items()}
 
 
+def newest_rows(batch):
+    """The newest frame of each window, as rows (B,) of the flattened (B*T)."""
+    B, T = batch["valid"].shape
+    return torch.arange(B, device=batch["valid"].device) * T + batch["valid"].sum(1) - 1
+
+
+def predict_newest(policy, batch):
+    """`newest` of the policy's predictions; a policy with a history decides about those frames alone."""
+    if batch["eef_pos"].ndim == 2 or not hasattr(policy, "decided"):
+        return newest(batch, policy.predict(batch))
+    out = policy.decided(batch, newest_rows(batch))
+    return newest(batch, {})[0], {k: v[:, None] for k, v in out.items()}
+
+
+def newest_loss(policy, batch):
+    """The policy's loss on the frames that are scored: of windows the newest alone, as of a policy without a history."""
+    if batch["eef_pos"].ndim == 3:
+        only = torch.zeros_like(batch["mask"]).flatten().index_fill(0, newest_rows(batch), 1).view_as(batch["mask"])
+        batch = {**batch, "mask": batch["mask"] * only}
+    return policy.loss(batch)
+
+
 def to_pixels(points, K, E):
     """World points (...,3) -> pixels (...,2)."""
     return np.stack(project(points, K, E)[:2], -1)
 
 
 def chosen(dataset, limit):
-    """At most `limit` indices, evenly spread; fewer of windows, of which every frame is computed and only the newest is scored."""
+    """At most `limit` indices, evenly spread; fewer of windows, of which only the newest frame is scored but others are read."""
     limit = limit if dataset.batch([0])["eef_pos"].ndim == 2 else max(1, limit // 3)
     return np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)
 
@@ -53,8 +75,8 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
     indices = chosen(dataset, limit)
     for i in range(0, len(indices), batch_size):
         batch = to_device(dataset.batch(indices[i:i + batch_size]), device)
-        losses.append({k: v.item() for k, v in policy.loss(batch).items()})
-        batch, out = newest(batch, policy.predict(batch))
+        losses.append({k: v.item() for k, v in newest_loss(policy, batch).items()})
+        batch, out = predict_newest(policy, batch)
         true, predicted = batch["target_pos"].cpu().numpy(), out["position"].double().cpu().numpy()
         K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
         true_px, predicted_px = to_pixels(true, K, E), to_pixels(predicted, K, E)
@@ -105,12 +127,12 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
         shifted = {**batch, "eef_pos": unproject(u + SHIFT_PX * angle.cos(), v + SHIFT_PX * angle.sin(), batch["eef_pos"][..., 2],
                                                  batch["K"], batch["E"])}
         empty = {**batch, "features": [b.to(device)[0].expand_as(m) for b, m in zip(blank, batch["features"])]}
-        single, out = newest(batch, policy.predict(batch))
+        single, out = predict_newest(policy, batch)
         true = first(single, {"position": single["target_pos"]})
         plain = first(single, out)
-        moved.extend(np.linalg.norm(first(*newest(shifted, policy.predict(shifted))) - plain, axis=-1))
+        moved.extend(np.linalg.norm(first(*predict_newest(policy, shifted)) - plain, axis=-1))
         errors.extend(np.linalg.norm(plain - true, axis=-1))
-        blind.extend(np.linalg.norm(first(*newest(empty, policy.predict(empty))) - true, axis=-1))
+        blind.extend(np.linalg.norm(first(*predict_newest(policy, empty)) - true, axis=-1))
     return {"shift_px": np.median(moved), "blank_ratio": np.median(blind) / max(np.median(errors), 1e-9)}
 
 
@@ -134,8 +156,7 @@ def free_run(policy, path, demo, config, fed="predicted"):
     """
     frames, targets = decision_frames(demo, config)
     device = next(policy.parameters()).device
-    with demo_files.open_demos(path) as file:
-        images = demo_files.read_images(path, file, demo.name, frames)
+    images = smith300.read_images(path, demo.name, frames, config.image_size)
     policy.eval().reset()
     tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
     predicted, gripper, eef = [], [], demo.ee_pos[0]

@@ -96,7 +96,8 @@ def test_run_folder_holds_everything(trained):
     assert config["backbone_identity"].startswith("efficientnet_lite0")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any("val/cm_median" in r for r in rows) and any("train/loss" in r for r in rows)
-    assert (folder / "loss.png").stat().st_size > 5000 and (folder / "overlay_0.png").stat().st_size > 5000
+    assert any(0 <= r.get("free/coverage_8px", -1) <= 1 for r in rows)
+    assert all((folder / name).stat().st_size > 5000 for name in ("loss.png", "overlay_0.png", "rollout_0.png"))
     profile = json.loads((folder / "profile.jsonl").read_text().splitlines()[0])["rows"]
     assert [r["batch"] for r in profile] == [2, 4] and all(r["step_ms"] > 0 and r["memory_mb"] > 0 for r in profile)
     assert "batch 2" in done.stdout

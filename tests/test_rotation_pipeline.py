@@ -91,16 +91,19 @@ def test_finetune_freezes_then_thaws_and_deploys(v7, rim, tmp_path):
     cells = json.loads((tmp_path / "comparison" / "summary.json").read_text())["cells"]
     assert set(cells) == {"v7", "new"} and cells["new"]["top1_joint"] == [[r for r in rows if "val/top1_joint" in r][-1]["val/top1_joint"]]
     assert {p.name for p in (tmp_path / "comparison").glob("*.png")} == {
-        "rotation_ce.png", "gripper.png", "rotation.png", "distribution_v7.png", "distribution_new.png"}
+        "rotation_ce.png", "gripper.png", "rotation.png", "overlay.png", "distribution_v7.png", "distribution_new.png"}
+    assert "| new | 1 | " in (tmp_path / "comparison" / "table.md").read_text()
 
 
 def test_it_acts_in_the_simulator_with_its_rotation(v7, tmp_path):
-    """A policy trained on smith300 episodes is evaluated in LIBERO, without --zero_rotation, against the rim expert's path."""
+    """A policy trained on smith300 episodes is evaluated in LIBERO, without --zero_rotation, against the rim expert's path, after a
+    training frame was rendered again from its state."""
     run("eval.py", "--ckpt", v7 / "checkpoint.safetensors", "--teleport", "--max_steps", 15, "--n_episodes", 1, "--n_videos", 0, "--workers", 1,
-        "--layout", "shifted", "--out", "cell", cwd=tmp_path)
+        "--layout", "shifted", "--clean_scene", "--out", "cell", cwd=tmp_path)
     cell = json.loads((tmp_path / "cell" / "summary.json").read_text())
     assert cell["model_type"] == "dino_volume_kv_full" and cell["n"] == 1
     assert json.loads((tmp_path / "cell" / "settings.json").read_text())["grasp"] == "rim"
+    assert json.loads((tmp_path / "cell" / "protocol.json").read_text())["training_frame_difference"] < 12
 
 
 def test_training_without_a_basis_stops(collected, tmp_path):

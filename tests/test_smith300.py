@@ -29,7 +29,17 @@ CONFIG = Config(backbone="efficientnet_lite0", image_size=SIZE, n_window=8, wayp
 @pytest.fixture
 def dataset(tmp_path):
     """A small valid dataset of two episodes, to be spoilt."""
-    return write_synthetic_episodes(tmp_path / "izzy", n_episodes=2, steps=30, size=32)
+    path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=2, steps=30, size=32)
+    add_states(path)
+    return path
+
+
+def add_states(path, steps=30):
+    """Simulator states (T,5) for the second episode, which the first one has none of."""
+    file = path / "episode_00001" / "episode.npz"
+    with np.load(file) as f:
+        arrays = dict(f)
+    np.savez(file, **arrays, states_t=np.arange(5.0 * steps).reshape(steps, 5))
 
 
 def change(key, function):
@@ -73,6 +83,7 @@ CASES = {
     "two coordinates": (change("eef_pos_t", lambda v: v[:, :2]), EPISODE, "eef_pos_t", "(T, 3)"),
     "gripper as a column": (change("gripper_t", lambda v: v[:, None]), EPISODE, "gripper_t", "(T)"),
     "scalar gripper": (change("gripper_t", lambda v: v[0]), EPISODE, "gripper_t", "(T)"),
+    "states in a row": (change("states_t", lambda v: v[:, 0]), EPISODE, "states_t", "(T, S)"),
     "text": (change("eef_pos_t", lambda v: np.array(["a"] * len(v))), EPISODE, "eef_pos_t", "dtype"),
     "short angles": (change("eef_euler_t", lambda v: v[:-3]), EPISODE, "eef_euler_t", "27 rows"),
     "short gripper": (change("gripper_t", lambda v: v[:-1]), EPISODE, "gripper_t", "29 rows"),
@@ -212,3 +223,16 @@ def test_libero_files_are_read_too(synthetic_demos):
     """One dataset class for both formats, by what the path is."""
     demos, attributes = VolumeDataset.read(synthetic_demos, SIZE)
     assert attributes["format"].startswith("para-libero") and len(demos) == 4
+
+
+def test_a_simulators_states_come_along(dataset):
+    """A recording made in the simulator keeps its states, which eval.py's protocol check renders; a robot's has none."""
+    demos, _ = read_episodes(dataset)
+    assert demos[0].states.size == 0 and len(demos[0].states) == 30
+    np.testing.assert_array_equal(demos[1].states[2], [10, 11, 12, 13, 14])
+
+
+def test_images_of_either_format(dataset, synthetic_demos):
+    """One call reads frames by a demonstration's name, whichever format the dataset has."""
+    np.testing.assert_array_equal(smith300.read_images(dataset, EPISODE, [3], 32), read_frames(dataset / EPISODE, [3], 32))
+    assert smith300.read_images(synthetic_demos, "demo_1", [0, 5], SIZE).shape == (2, SIZE, SIZE, 3)

@@ -8,9 +8,11 @@ from data import WaypointDataset
 from data_ar import WindowDataset
 from demos import GRIPPER_STEPS, read_demos
 from model import ParaConfig
-from model_autoregressive import AutoregressiveConfig
+from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
+from model_voxel_ar import VoxelConfig, VoxelPolicy
 from policy import Policy
-from validation import SHIFT_PX, decision_frames, free_run, looks, newest, to_pixels
+from smith300 import read_episodes
+from validation import SHIFT_PX, decision_frames, free_run, looks, newest, newest_loss, predict_newest, to_pixels
 
 COMMON = dict(backbone="efficientnet_lite0", image_size=SIZE, waypoint_stride=5)
 
@@ -76,3 +78,32 @@ def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos
     assert rollout["coverage_8px"] == pytest.approx(near.mean())
     measured = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config, fed="measured")
     np.testing.assert_allclose(measured["predicted"], demo.ee_pos[measured["frames"]])
+
+
+def test_free_run_reads_recordings_of_a_robot(dataset, synthetic_episodes, backbone):
+    """The same rollout on a smith300 folder, frames from its image files."""
+    demo = read_episodes(synthetic_episodes)[0][1]
+    rollout = free_run(Known(dataset, True).attach(backbone), synthetic_episodes, demo, dataset.config, fed="measured")
+    np.testing.assert_allclose(rollout["predicted"], demo.ee_pos[rollout["frames"]])
+    assert len(rollout["frames"]) > 3 and 0 < rollout["coverage_8px"] <= 1
+
+
+@pytest.mark.parametrize("dataset", ["windows"], indirect=True)
+@pytest.mark.parametrize("kind", ["A", "B"])
+def test_the_newest_frames_alone_are_the_same(kind, dataset, backbone):
+    """Deciding only about the frames that are scored gives what deciding about all of a window's does; so does the loss."""
+    torch.manual_seed(0)
+    size = dict(COMMON, context=3, grid=8, n_height_bins=4, dim=16, n_layers=2, n_heads=2, key_width=8)
+    policy = (AutoregressivePolicy(AutoregressiveConfig(patch_grid=4, **size), backbone.channels) if kind == "A" else
+              VoxelPolicy(VoxelConfig(**size), backbone.channels)).eval()
+    policy.fit_statistics(dataset.statistics())
+    batch = dataset.batch([0, 5, len(dataset) - 1])
+    with torch.no_grad():
+        single, out = predict_newest(policy, batch)
+        expected_single, expected = newest(batch, policy.predict(batch))
+        assert out.keys() == expected.keys() and torch.equal(single["target_pos"], expected_single["target_pos"])
+        for key, value in expected.items():
+            torch.testing.assert_close(out[key], value, rtol=1e-5, atol=1e-5)
+        alone = [newest_loss(policy, dataset.batch([i]))["loss"].item() for i in (0, 5, len(dataset) - 1)]
+        assert newest_loss(policy, batch)["loss"].item() == pytest.approx(np.mean(alone), rel=1e-4)
+    assert batch["mask"].sum() > 3  # the windows have more frames than are scored

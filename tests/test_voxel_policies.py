@@ -217,3 +217,19 @@ def test_pictures_show_distributions(kind, tmp_path):
         torch.testing.assert_close(x.sum(dims), torch.ones(B, T), rtol=1e-4, atol=1e-4)
     plots.volume_projections(np.zeros((T, 64, 64, 3), np.uint8), volume[0].numpy(), range(T), tmp_path / "volume.png")
     assert (tmp_path / "volume.png").stat().st_size > 5000
+
+
+def test_trained_frames_are_drawn_anew():
+    """With --trained_frames a step is about so many frames of each window, masked ones left out, others each time; validation
+    is about all of them."""
+    policy, mask = make("C window", trained_frames=2), torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0]])
+    assert policy.trained_rows(mask).tolist() == [0, 1, 2, 3, 4]
+    policy.train()
+    draws = {tuple(policy.trained_rows(mask).tolist()) for _ in range(100)}
+    assert draws == {(a, b, 4) for a in range(4) for b in range(a + 1, 4)}
+    batch, steps = windows(), []
+    run = policy.run
+    policy.run = lambda batch, eef, rows: steps.append(len(rows)) or run(batch, eef, rows)
+    assert torch.isfinite(policy.loss(batch)["loss"]) and steps == [2 * B]
+    with pytest.raises(UserError, match="--trained_frames -1"):
+        make("C window", trained_frames=-1)
