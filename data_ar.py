@@ -53,7 +53,8 @@ class WindowDataset(WaypointDataset):
         starts, rows = [], []
         self.windows = []
         for d, demo in enumerate(self.demos):
-            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat, config.min_travel)
+            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat,
+                                                           config.min_travel, config.stay)
             following = following_frames(demo, target[:, 0])
             kept = np.arange(len(demo)) % frame_stride == 0  # whose features are needed: every one costs a pass of the backbone
             windows = [window_frames(following, last, config.context, ~held_frames(demo) & kept) for last in np.flatnonzero(usable & kept)]
