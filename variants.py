@@ -15,7 +15,7 @@ from runtime import UserError
 
 VARIANTS = ("task", "lift_once")
 STAY_STEPS = 60  # control steps that a demonstration stays after its release
-SLOW, SETTLED = 0.06, 0.003  # metres from the hover within which it is approached at half the gain, and at which the pause ends
+SHARE, SETTLED = 0.3, 0.003  # share of the servo's gain at which the hovers are approached; metres at which the pause ends
 DOWN, UP = 0.02, 0.05  # metres above rest: a lift begins below DOWN and counts from UP on
 NEAR_REST = 0.03  # metres beside its old place at which the bowl is back
 LOW, OUT = 0.03, 0.06  # metres of the EEF above its grasp's height: gone down again, out of the way
@@ -30,7 +30,7 @@ class LiftOnceExpert(PickPlaceExpert):
     def _phase(self, scene, eef):
         phase, near = self.phase, lambda target, tol: np.linalg.norm(target - eef) < tol
         above = scene.position(self.pick) + self.offset + [0, 0, HOVER]
-        gently = above if np.linalg.norm(above - eef) > SLOW else eef + 0.5 * (above - eef)  # else it overshoots by 1 cm
+        gently = eef + SHARE * (above - eef)  # at the full gain it overshoots by 1 cm, and no two hovers look alike
         if phase == "hover":
             return gently, OPEN, "pause" if near(above, 0.010) else None
         if phase == "pause":
