@@ -4,6 +4,7 @@
     python collect_demos.py --task_suite libero_goal --task_id 4     # a long free-space movement
     python collect_demos.py --grasp rim --layout_spread 0.05         # grasps around the rim: yaw varies with the objects
     python collect_demos.py --grasp rim --format smith300            # the same as a folder of real-robot episodes
+    python collect_demos.py --variant lift_once --n_demos 40         # needs memory: lift once, put back, stay
     python collect_demos.py --replay OFFICIAL.hdf5 --image_size 448  # official states, re-rendered, cameras added
     python collect_demos.py --survey libero_spatial                  # the expert's success rate on every task
 
@@ -22,12 +23,13 @@ from tqdm import tqdm
 
 import demos
 import smith300
-from expert import EXPERTS, PickPlaceExpert, servo_action
+from expert import EXPERTS, servo_action
 from libero_env import JOINT_JITTER, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
 from metrics import wilson
 from rollout import expert_episode
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, run_script, versions, write_json
+from variants import STAY_STEPS, VARIANTS, LiftOnce, new_expert
 from workers import run_jobs
 
 MAX_STEPS = 250
@@ -98,7 +100,7 @@ class ExpertWorker:
                 recorder.write_episode(part_path(self.folder, index, "smith300"), self.args.video)
             else:
                 recorder.write(part_path(self.folder, index), seed=seed, source="scripted expert", grasp=self.args.grasp,
-                               pick=self.scene.pick, place=self.scene.place)
+                               variant=self.args.variant, pick=self.scene.pick, place=self.scene.place)
             return counts
         raise RuntimeError(f"30 seeds in a row gave no good demonstration for index {index}: {dict(counts)}")
 
@@ -106,13 +108,16 @@ class ExpertWorker:
         """Run the expert from the current state -> Recorder, or None if it failed."""
         scene, recorder = self.scene, Recorder(self.scene)
         scene.begin_episode(scene.state())
-        expert, push, pushing = EXPERTS[self.args.grasp]().plan(scene), None, 0
+        expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
+        once = LiftOnce(scene.position(scene.pick)) if self.args.variant == "lift_once" else None
         for _ in range(MAX_STEPS):
             now = scene.observe(image=False)
             eef = now.eef_pos
             target, gripper = expert.act(scene, eef, now.eef_rot)
             if expert.done:
                 break
+            if once:
+                once.note(scene.position(scene.pick), eef, gripper, now.gripper_width)
             action = servo_action(eef, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot)
             if not pushing and expert.phase in PUSHABLE and rng.random() < self.args.push_rate / 10:
                 direction = rng.normal(size=3)
@@ -123,7 +128,8 @@ class ExpertWorker:
             scene.step(executed)
             pushing = max(0, pushing - 1)
         held_open = scene.observe(image=False).gripper_width > OPEN_WIDTH
-        return recorder if expert.done and scene.success() and held_open else None
+        good = once.done(STAY_STEPS) if once else scene.success()
+        return recorder if expert.done and good and held_open else None
 
     def close(self):
         self.scene.close()
@@ -275,6 +281,7 @@ def collect(args):
     if args.replay:
         with demos.open_demos(args.replay) as file:
             n_demos, attributes = len(demos.demo_names(file)), dict(file["data"].attrs)
+        args.variant = attributes.get("variant", args.variant)
         if not n_demos:
             raise UserError(f"{args.replay}: data holds no demo_0, demo_1, ...: zero demonstrations")
         if args.task_suite is None:
@@ -314,7 +321,8 @@ def collect(args):
     if failures:
         raise UserError(f"{len(failures)} of {args.n_demos} demonstrations failed, first: "
                         f"{failures[0].error.strip().splitlines()[-1]}; the others are kept in {folder}, the same command resumes")
-    attrs = demos.file_attributes(task, {**env_metadata(task), "grasp": args.grasp}, args.seed, command_line(), versions())
+    ours = {"grasp": args.grasp, "variant": args.variant}
+    attrs = demos.file_attributes(task, {**env_metadata(task), **ours}, args.seed, command_line(), versions())
     if args.format == "smith300":
         own = {k: v for k, v in attrs.items() if k not in ("format", "image_orientation")}
         gather(folder, [part(i) for i in range(args.n_demos)], out, {**own, "versions": versions(), "num_demos": args.n_demos, **counts})
@@ -340,6 +348,7 @@ def build_parser():
     parser.add_argument("--push_rate", type=float, default=0.15, help="pushes per 10 control steps of free motion")
     parser.add_argument("--layout_spread", type=float, default=0.0, help="further uniform shift of each task object, +- m")
     parser.add_argument("--grasp", default="side", choices=list(EXPERTS), help="side: always the bowl's -y rim; rim: around it, see expert.rim_angle")
+    parser.add_argument("--variant", default="task", choices=VARIANTS, help="the task, or lift_once, see variants.py")
     parser.add_argument("--format", default="libero", choices=("libero", "smith300"), help="HDF5 file, or folder of real-robot episodes")
     parser.add_argument("--video", action="store_true", help="smith300: an MP4 per episode instead of PNG frames")
     parser.add_argument("--workers", type=int, default=2)
@@ -353,13 +362,16 @@ def main(argv=None):
     if args.survey:
         args.n_demos = args.n_demos or 50
         return survey(args)
-    if args.replay and (args.format != "libero" or args.grasp != "side"):
-        raise UserError("--replay re-renders recorded states into an HDF5 file: --format and --grasp have no meaning with it")
+    if args.replay and (args.format != "libero" or args.grasp != "side" or args.variant != "task"):
+        raise UserError("--replay re-renders recorded states into an HDF5 file: --format, --grasp and --variant have no meaning "
+                        "with it")
+    new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
     if args.n_demos is not None and args.n_demos < 1:
         raise UserError("--n_demos: at least 1 demonstration is needed")
     if args.out is None:
         stem = Path(args.replay).stem + "_replayed" if args.replay else f"{args.task_suite or 'libero_spatial'}_{args.task_id}"
         stem += "" if args.grasp == "side" or args.replay else f"_{args.grasp}"
+        stem += "" if args.variant == "task" else f"_{args.variant}"
         args.out = f"data/{stem}_smith300" if args.format == "smith300" else f"data/{stem}.hdf5"
     collect(args)
 

@@ -5,6 +5,7 @@ it takes to have moved by `min_travel`, clipped at the next gripper change, with
 the first waypoint was disturbed by a push, and frames that stand still with no change to come: after the last release they
 would teach a fixed point, and a policy that mistakes a hover for it never moves again. The retreat after the last release
 is left out too (`retreat`): without memory, rising from the placed bowl looks like the approach to it, played backwards.
+With `stay` both are trained on: where a demonstration ends by staying, a label is where it stays, `waypoint_stride` steps later.
 """
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def held_frames(demo):
     return held
 
 
-def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0):
+def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=False):
     """Labels of every frame of a Demo.
 
     Returns target (N,T) the frame whose EEF pose is the waypoint, gripper (N,T) in {0, 1}, mask (N,T) bool (a waypoint
@@ -46,6 +47,9 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0):
     following = np.searchsorted(changes, frames)  # the next change at or after each frame
     end = np.append(changes, length - 1)[following]
     following_waypoint = demo_files.next_waypoint(demo.ee_pos, end, stride, min_travel)
+    step = np.linalg.norm(demo.ee_pos[following_waypoint] - demo.ee_pos, axis=1)
+    staying = stay & (following == len(changes)) & (step < max(min_travel, STILL))  # no frame from here to the end is farther
+    following_waypoint = np.where(staying, np.minimum(frames + stride, end), following_waypoint)
     target = [following_waypoint]
     while len(target) < n_window:
         target.append(following_waypoint[target[-1]])  # a change is its own next waypoint: the trajectory ends there
@@ -55,8 +59,8 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0):
     held = held_frames(demo)
     still = np.linalg.norm(demo.ee_pos[target[:, 0]] - demo.ee_pos, axis=1) < STILL
     in_force = np.append(closed[:1], closed[:-1])  # at the change frame itself the old command still is
-    usable = mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == in_force))
-    if not retreat and len(changes) and not closed[changes[-1]]:
+    usable = mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == in_force) & ~staying)
+    if not (retreat or stay) and len(changes) and not closed[changes[-1]]:
         usable[changes[-1] + 1:] = False
     return target, closed[target], mask, usable
 
@@ -84,7 +88,8 @@ class WaypointDataset(Dataset):
         """Set the samples' labels; return for each demo the frames whose features are needed."""
         rows, needed = [], []
         for d, demo in enumerate(self.demos):
-            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window, config.retreat, config.min_travel)
+            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window, config.retreat,
+                                                           config.min_travel, config.stay)
             usable &= np.arange(len(demo)) % frame_stride == 0
             needed.append(np.flatnonzero(usable))
             rows += [(d, slot, i, target[i], gripper[i], mask[i]) for slot, i in enumerate(needed[-1])]

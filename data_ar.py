@@ -9,7 +9,7 @@ causal attention cannot see the padding.
 import numpy as np
 import torch
 
-from data import WaypointDataset, gripper_segments, held_frames, waypoint_labels
+from data import STILL, WaypointDataset, gripper_segments, held_frames, waypoint_labels
 from demos import GRIPPER_STEPS
 from runtime import UserError
 
@@ -23,10 +23,20 @@ def following_frames(demo, target):
     return np.minimum(target + hold, len(demo) - 1)
 
 
-def window_frames(following, last, length, allowed):
+def standing_since(positions):
+    """The first frame (T,) from which on the EEF stands, within STILL, where each frame shows it; positions (T,3) m."""
+    since = np.arange(len(positions))
+    for frame, position in enumerate(positions):
+        while since[frame] > 0 and np.linalg.norm(positions[since[frame] - 1] - position) < STILL:
+            since[frame] -= 1
+    return since
+
+
+def window_frames(following, last, length, allowed, since=None):
     """Frames (at most `length`, ascending) of the window that ends at frame `last`.
 
-    following (T,) from `following_frames`; allowed (T,) bool, frames at which a decision can be taken.
+    following (T,) from `following_frames`; allowed (T,) bool, frames at which a decision can be taken; since (T,) from
+    `standing_since`, where demonstrations pause: the decision that led to a frame late in a pause led to the pause's beginning.
     """
     frames = [last]
     while len(frames) < length:
@@ -35,6 +45,8 @@ def window_frames(following, last, length, allowed):
         if not len(before):
             break
         misses = np.abs(following[before] - frames[0])
+        if misses.min() > NEAR and since is not None:
+            misses = np.abs(following[before] - since[frames[0]])
         if misses.min() > NEAR:
             break
         frames.insert(0, int(before[np.flatnonzero(misses == misses.min())[-1]]))
@@ -53,10 +65,12 @@ class WindowDataset(WaypointDataset):
         starts, rows = [], []
         self.windows = []
         for d, demo in enumerate(self.demos):
-            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat, config.min_travel)
+            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat,
+                                                           config.min_travel, config.stay)
             following = following_frames(demo, target[:, 0])
             kept = np.arange(len(demo)) % frame_stride == 0  # whose features are needed: every one costs a pass of the backbone
-            windows = [window_frames(following, last, config.context, ~held_frames(demo) & kept) for last in np.flatnonzero(usable & kept)]
+            allowed, since = ~held_frames(demo) & kept, standing_since(demo.ee_pos) if config.stay else None
+            windows = [window_frames(following, last, config.context, allowed, since) for last in np.flatnonzero(usable & kept)]
             needed = sorted({f for w in windows for f in w})
             place = {f: i for i, f in enumerate(needed)}
             start = sum(len(s) for s in starts)

@@ -3,12 +3,14 @@
     python eval.py --teleport --zero_rotation --max_steps 600             # newest run's checkpoint, else the committed one
     python eval.py --ckpt runs/NAME/checkpoint.safetensors --teleport --zero_rotation --layout shifted --n_episodes 50
     python eval.py --policy oracle --teleport --zero_rotation             # expert, oracle or blind through the same path
+    python eval.py --policy expert --variant lift_once                    # a task that asks for memory, see variants.py
 
 Layouts: `benchmark` is LIBERO's own init states; `shifted` moves the task's objects 4-5 cm, each by itself; `val` and
 `val_shifted` are random layouts apart from both, for tuning. An interrupted run goes on with the same command.
 """
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from libero_env import CLOSE, OPEN, OPEN_WIDTH, Scene, find_task, init_states
 from metrics import wilson
 from rollout import OUTCOMES, BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
 from runtime import UserError, append_jsonl, command_line, git_commit, read_jsonl, run_script, versions, write_json
+from variants import LIFT_OUTCOMES, VARIANTS, new_expert
 from workers import run_jobs
 
 SHIFT_SEED, VAL_SEED, VAL_SHIFT_SEED = 1_000, 70_000_000, 90_000_000  # apart from collect_demos.py's seeds and each other
@@ -77,13 +80,13 @@ class EvalWorker:
             return check_protocol(self.scene, self.extra)
         args, scene = self.args, self.scene
         state = episode_state(scene, args.layout, job)
-        path = expert_path(scene, state, grasp=args.grasp)
+        path = expert_path(scene, state, grasp=args.grasp, variant=args.variant)
         every = args.video_every if job < args.n_videos else 0
         if args.policy == "expert":
-            row, frames, thumbs = run_expert(scene, state, video_every=every, path=path, grasp=args.grasp)
+            row, frames, thumbs = run_expert(scene, state, video_every=every, path=path, grasp=args.grasp, variant=args.variant)
         else:
             row, frames, thumbs = run_episode(scene, self.agent, state, args.teleport, args.zero_rotation, args.max_steps,
-                                              args.waypoint_stride, every, path)
+                                              args.waypoint_stride, every, path, args.variant)
         folder = Path(args.out)
         if frames:
             K, E = scene.camera()
@@ -153,11 +156,14 @@ def summarise(rows, args, info):
     n, wins, freed = len(scored), sum(r["success"] for r in scored), sum(r["released"] for r in scored)
     mean = lambda key: (round(float(np.mean([r[key] for r in scored if r[key] is not None])), 4)
                         if any(r[key] is not None for r in scored) else None)
-    return {"model_type": info.get("model_type", args.policy), "policy": args.policy, "setting": args.layout,
+    lifting = args.variant == "lift_once"
+    return {"model_type": info.get("model_type", args.policy), "policy": args.policy, "variant": args.variant,
+            "setting": f"{args.layout}, {args.variant}" if lifting else args.layout,
             "task_suite": args.task_suite, "task_id": args.task_id, "n": n, "crashes": len(rows) - n,
             "success_rate": wins / n if n else None, "interval": wilson(wins, n),
             "released_rate": freed / n if n else None, "released_interval": wilson(freed, n),
-            "outcomes": {o: sum(r["outcome"] == o for r in scored) for o in OUTCOMES},
+            "outcomes": {o: sum(r["outcome"] == o for r in scored) for o in (LIFT_OUTCOMES if lifting else OUTCOMES)},
+            **({"lifts": dict(sorted(Counter(r["lifts"] for r in scored).items()))} if lifting else {}),
             "mean_steps": mean("steps"), "jerk_mm": mean("jerk_mm"), **{f"coverage_{e}px": mean(f"coverage_{e}px") for e in (4, 8, 16)},
             "seconds_per_episode": {k: round(float(np.mean([r["seconds"][k] for r in scored])), 3) for k in scored[0]["seconds"]}
             if scored else None, "workers": args.workers, "seed": args.seed, "command": command_line(), "commit": git_commit(),
@@ -172,8 +178,12 @@ def print_summary(s):
           + (f", {s['crashes']} crashed and not scored" if s["crashes"] else ""))
     if not s["n"]:
         return
-    print(f"  success (LIBERO's predicate)  {percent(s['success_rate'], s['interval'])}")
-    print(f"  placed and released           {percent(s['released_rate'], s['released_interval'])}")
+    if s["variant"] == "lift_once":
+        print(f"  lifted once, then stayed out  {percent(s['success_rate'], s['interval'])}")
+        print("  lifts in an episode           " + ", ".join(f"{k} in {v}" for k, v in s["lifts"].items()))
+    else:
+        print(f"  success (LIBERO's predicate)  {percent(s['success_rate'], s['interval'])}")
+        print(f"  placed and released           {percent(s['released_rate'], s['released_interval'])}")
     print("  outcomes                      " + ", ".join(f"{k} {v}" for k, v in s["outcomes"].items()))
     print(f"  steps {s['mean_steps']:.0f}, jerk {s['jerk_mm']:.3f} mm/step^2, coverage of the expert's path "
           + ", ".join(f"{s[f'coverage_{e}px']:.3f} at {e} px" for e in (4, 8, 16) if s[f"coverage_{e}px"] is not None))
@@ -196,6 +206,7 @@ def build_parser():
     parser.add_argument("--task_suite", help="the checkpoint's own task, else libero_spatial")
     parser.add_argument("--task_id", type=int)
     parser.add_argument("--grasp", choices=list(EXPERTS), help="the expert's grasp, for expert, oracle and coverage (the checkpoint's data's, else side)")
+    parser.add_argument("--variant", choices=VARIANTS, help="the task, or lift_once (the checkpoint's data's, else task)")
     parser.add_argument("--clean_scene", action="store_true", help="without distractors and unused fixtures")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--recycle", type=int, default=25, help="episodes after which a worker is replaced")
@@ -223,16 +234,22 @@ def prepare(args):
         args.image_size, args.waypoint_stride = policy.config.image_size, policy.config.waypoint_stride
         trained_on = info.get("dataset", {})
         args.task_suite, args.grasp = args.task_suite or trained_on.get("task_suite"), args.grasp or trained_on.get("grasp")
+        args.variant = args.variant or trained_on.get("variant")
         args.task_id = int(trained_on.get("task_id", 0)) if args.task_id is None else args.task_id
         print(f"{args.ckpt}: {info['model_type']}, step {info['step']}, backbone {info['backbone_identity']}")
     args.task_suite, args.task_id, args.grasp = args.task_suite or "libero_spatial", args.task_id or 0, args.grasp or "side"
+    args.variant = args.variant or "task"
+    if args.policy == "blind" and args.variant != "task":
+        raise UserError(f"--policy blind: it has no key poses to replay for --variant {args.variant}; use expert or oracle")
+    new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
     task = find_task(args.task_suite, args.task_id)
     available = len(init_states(task))
     if args.n_episodes < 1 or args.layout == "benchmark" and args.n_episodes > available:
         raise UserError(f"--n_episodes {args.n_episodes}: {task.key} has {available} benchmark init states, use 1 to {available}")
     name = info.get("model_type", args.policy)
     run = f"{args.ckpt.parent.name if args.ckpt.name == 'checkpoint.safetensors' else args.ckpt.stem}_" if args.ckpt else ""
-    args.out = args.out or Path("runs/eval") / f"{run}{name}_{task.key}_{args.layout}"
+    kind = "" if args.variant == "task" else f"_{args.variant}"
+    args.out = args.out or Path("runs/eval") / f"{run}{name}_{task.key}_{args.layout}{kind}"
     return info
 
 

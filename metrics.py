@@ -23,6 +23,17 @@ def jerk(positions):
     return float(np.linalg.norm(np.diff(positions, n=2, axis=0), axis=-1).mean())
 
 
+def rises(values, low, high):
+    """How often a trace (T,) rises above `high` after having been below `low`: small wobbles about one threshold do not count."""
+    count, below = 0, False
+    for value in values:
+        if value < low:
+            below = True
+        elif below and value > high:
+            count, below = count + 1, False
+    return count
+
+
 def distance_to_polyline(points, line):
     """Distance of each point (N,D) to the nearest point of a polyline (M,D) -> (N,)."""
     points, line = np.asarray(points, dtype=float), np.asarray(line, dtype=float)

@@ -38,6 +38,7 @@ class PolicyConfig:
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
     min_travel: float = flag(0.02, "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF already is, for ever")
     retreat: bool = flag(False, "train on frames after the last release too")
+    stay: bool = flag(False, "to stay is an answer, trained on (with the retreat) where a demonstration ends so")
 
 
 def add_config_flags(parser, config_class):
@@ -329,7 +330,10 @@ class VolumeGeometry(Policy):
 
     def elsewhere(self, logits, batch):
         """Logits (N,2,Z,H,W) without the voxels where the EEF already is, gripper unchanged: no label lies nearer than
-        `min_travel`, and a policy that answers "here" would answer so for ever. batch: eef_pos (N,3), gripper_width (N,), K, E."""
+        `min_travel`, and a policy that answers "here" would answer so for ever. As they are where `stay` is an answer.
+        batch: eef_pos (N,3), gripper_width (N,), K, E."""
+        if self.config.stay:
+            return logits
         Z, H, W = self.volume_shape
         line = lambda n: torch.arange(n, device=logits.device, dtype=torch.float64)
         zyx = torch.stack(torch.meshgrid(line(Z), line(H), line(W), indexing="ij"), -1)

@@ -52,14 +52,14 @@ def rate(value, interval):
 
 def success_table(summaries):
     """HTML table: a row per evaluation."""
-    head = ["policy", "layout", "n", "placed and released", "LIBERO success", "miss / grasp / place / released", "steps",
+    head = ["policy", "layout", "n", "placed and released", "LIBERO success", "outcomes", "steps",
             "jerk mm/step<sup>2</sup>", "coverage 4 / 8 / 16 px", "s / episode"]
     rows = []
     for s in summaries:
         number = lambda key, form: "-" if s.get(key) is None else format(s[key], form)
         cells = [html.escape(s["model_type"]), html.escape(s["setting"]), str(s["n"]), rate(s["released_rate"], s["released_interval"]),
-                 rate(s["success_rate"], s["interval"]), " / ".join(str(v) for v in s["outcomes"].values()), number("mean_steps", ".0f"),
-                 number("jerk_mm", ".3f"), " / ".join(number(f"coverage_{e}px", ".2f") for e in (4, 8, 16)),
+                 rate(s["success_rate"], s["interval"]), ", ".join(f"{k} {v}" for k, v in s["outcomes"].items() if v),
+                 number("mean_steps", ".0f"), number("jerk_mm", ".3f"), " / ".join(number(f"coverage_{e}px", ".2f") for e in (4, 8, 16)),
                  f"{s['seconds_per_episode']['total']:.1f}" if s["seconds_per_episode"] else "-"]
         rows.append("<tr>" + "".join(f'<td{" class=rate" if i == 3 else ""}>{c}</td>' for i, c in enumerate(cells)) + "</tr>")
     return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>" + "".join(rows) + "</table>"

@@ -8,12 +8,13 @@ import numpy as np
 
 import camera
 from demos import GRIPPER_STEPS, next_waypoint
-from expert import EXPERTS, GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
+from expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
 from libero_env import CLOSE, OPEN, OPEN_WIDTH
 from metrics import coverage, jerk
 from policy import Waypoint
 from rot_utils import rotation_angle
 from runtime import atomic_path
+from variants import STAY_STEPS, LiftOnce, new_expert
 
 SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
 FLIP_DISTANCE = 0.012  # the gripper changes only this near to the waypoint that asks for it (metres)
@@ -41,32 +42,35 @@ class ExpertPath:
         return self.positions[:self.changes[1] + 1] if len(self.changes) > 1 else self.positions
 
 
-def expert_episode(scene, state, grasp="side"):
+def expert_episode(scene, state, grasp="side", variant="task"):
     """Run the expert from a state -> its ExpertPath. Leaves the scene where it ended."""
     scene.begin_episode(state)
-    expert, positions, closed, rotations = EXPERTS[grasp]().plan(scene), [], [], []
+    expert, positions, closed, rotations = new_expert(grasp, variant).plan(scene), [], [], []
+    once = LiftOnce(scene.position(scene.pick)) if variant == "lift_once" else None
     for _ in range(EXPERT_STEPS):
         now = scene.observe(image=False)
         target, gripper = expert.act(scene, now.eef_pos, now.eef_rot)
         if expert.done:
             break
+        if once:
+            once.note(scene.position(scene.pick), now.eef_pos, gripper, now.gripper_width)
         positions.append(now.eef_pos)
         closed.append(gripper > 0)
         rotations.append(now.eef_rot)
         scene.step(servo_action(now.eef_pos, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot))
-    return ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), scene.success(),
+    return ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), once.done(STAY_STEPS) if once else scene.success(),
                       None if expert.rotation is None else np.array(rotations))
 
 
-def expert_path(scene, state, cache="cache/expert_paths", grasp="side"):
+def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant="task"):
     """The expert's path from a state, from the cache where it is there. Leaves the scene wherever the expert ended."""
     key = hashlib.blake2b(np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]]).tobytes(), digest_size=12)
-    kind = f"{scene.task.key}{'_clean' if scene.clean else ''}{'' if grasp == 'side' else f'_{grasp}'}"
+    kind = "_".join([scene.task.key, *["clean"] * scene.clean, *[n for n in (grasp, variant) if n not in ("side", "task")]])
     path = Path(cache) / kind / f"{key.hexdigest()}.npz"
     if path.exists():
         with np.load(path) as stored:
             return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]), stored.get("rotations"))
-    found = expert_episode(scene, state, grasp)
+    found = expert_episode(scene, state, grasp, variant)
     with atomic_path(path) as scratch, open(scratch, "wb") as file:
         np.savez(file, **{k: v for k, v in vars(found).items() if v is not None})
     return found
@@ -155,9 +159,12 @@ class BlindAgent:
 
 
 class Episode:
-    """Steps a scene and keeps account: path, time by activity, LIBERO's predicate, release, and frames for video."""
+    """Steps a scene and keeps account: path, time by activity, success, release, and frames for video.
 
-    def __init__(self, scene, max_steps, video_every=0):
+    Success is LIBERO's predicate and the episode is over with the release, or both are when `LiftOnce` says done.
+    """
+
+    def __init__(self, scene, max_steps, video_every=0, variant="task"):
         self.scene, self.max_steps, self.video_every = scene, max_steps, video_every
         self.steps, self.path, self.frames = 0, [], []
         self.rest = float(scene.position(scene.pick)[2])
@@ -165,6 +172,7 @@ class Episode:
         self.first_success = None
         self.seconds = {"render": 0.0, "physics": 0.0}
         self.gripper, self.plan = OPEN, None
+        self.once = LiftOnce(scene.position(scene.pick)) if variant == "lift_once" else None
         self.note()
 
     @property
@@ -182,8 +190,11 @@ class Episode:
         now = self.scene.observe(image=False)
         self.eef, self.eef_rot = now.eef_pos, now.eef_rot
         self.path.append(now.eef_pos)
-        self.lifted |= self.scene.position(self.scene.pick)[2] > self.rest + LIFTED
-        if self.scene.success():
+        bowl = self.scene.position(self.scene.pick)
+        self.lifted |= bowl[2] > self.rest + LIFTED
+        if self.once:
+            self.once.note(bowl, now.eef_pos, self.gripper, now.gripper_width)
+        if self.once.done() if self.once else self.scene.success():
             self.first_success = self.steps if self.first_success is None else self.first_success
             self.success = True
             self.released = self.gripper == OPEN and now.gripper_width > OPEN_WIDTH
@@ -200,6 +211,8 @@ class Episode:
         self.note()
 
     def outcome(self):
+        if self.once:
+            return self.once.outcome()
         return OUTCOMES[max(i for i, reached in enumerate((True, self.lifted, self.success, self.released)) if reached)]
 
 
@@ -219,16 +232,18 @@ def ahead(waypoint, eef, gripper, eef_rot=None):
 
 
 def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_steps=600, waypoint_stride=5, video_every=0,
-                path=None):
+                path=None, variant="task"):
     """One closed-loop episode from `state` -> (row of results, frames [(image, plan or None)], decision images).
 
     teleport: servo to each absolute waypoint (at most SERVO_STEPS at gain 2); otherwise `waypoint_stride` ordinary delta
     actions towards it, arrived or not. The gripper changes only near the waypoint, and then holds for GRIPPER_STEPS.
-    path: the expert's path from this state, for the coverage.
+    path: the expert's path from this state, for the coverage. Of the variant `lift_once` a decision takes at least
+    `waypoint_stride` steps, as in its demonstrations: to stay is one.
     """
     started = time.perf_counter()
     scene.begin_episode(state)
-    episode = Episode(scene, max_steps, video_every)
+    episode = Episode(scene, max_steps, video_every, variant)
+    least = waypoint_stride if variant == "lift_once" else 1
     agent.start(scene, path)
     decisions, thumbs = 0, []
     while not episode.over:
@@ -239,7 +254,7 @@ def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_step
         episode.plan = waypoint
         if observation.image is not None:
             thumbs.append(observation.image[::4, ::4])
-        rotation = None if zero_rotation else waypoint.rotation
+        rotation, before = None if zero_rotation else waypoint.rotation, episode.steps
         for _ in range(SERVO_STEPS if teleport else waypoint_stride):
             if episode.over or teleport and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE:
                 break
@@ -251,16 +266,18 @@ def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_step
                 if not episode.over:
                     episode.step(held)
         elif teleport and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE and not episode.over:
-            episode.step(waypoint.position, rotation)  # already there and nothing to do: time passes all the same
+            for _ in range(max(1, least - episode.steps + before)):  # already there and nothing to do: time passes all the same
+                if not episode.over:
+                    episode.step(waypoint.position, rotation)
     return result_row(scene, episode, agent, decisions, path, started), episode.frames, thumbs
 
 
-def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, grasp="side"):
+def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, grasp="side", variant="task"):
     """An episode of the scripted expert itself, in the same account as `run_episode`."""
     started = time.perf_counter()
     scene.begin_episode(state)
-    episode, expert = Episode(scene, max_steps, video_every), EXPERTS[grasp]().plan(scene)
-    while not episode.over and not expert.done:
+    episode, expert = Episode(scene, max_steps, video_every, variant), new_expert(grasp, variant).plan(scene)
+    while not episode.over and not (expert.done and variant == "task"):
         target, episode.gripper = expert.act(scene, episode.eef, episode.eef_rot)
         episode.step(target, expert.rotation)
     agent = type("Expert", (), {"seconds": {"features": 0.0, "policy": 0.0}})
@@ -270,7 +287,8 @@ def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, g
 def result_row(scene, episode, agent, decisions, path, started):
     """The per-episode row that eval.py writes. Jerk in mm per control step squared; coverage against the expert's path."""
     row = {"outcome": episode.outcome(), "success": episode.success, "released": episode.released, "steps": episode.steps,
-           "first_success": episode.first_success, "decisions": decisions, "jerk_mm": round(1000 * jerk(episode.path), 4)}
+           "first_success": episode.first_success, "decisions": decisions,
+           **({"lifts": episode.once.lifts} if episode.once else {}), "jerk_mm": round(1000 * jerk(episode.path), 4)}
     K, E = scene.camera()
     to_px = lambda points: np.stack(camera.project(np.asarray(points), K, E)[:2], -1)
     for eps in (4, 8, 16):

@@ -212,6 +212,9 @@ def train(args, config_class):
     seed_everything(args.seed)
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
     all_demos, attributes = entry.dataset.read(args.dataset, config.image_size, args.n_demos)
+    if attributes.get("variant") == "lift_once" and not config.stay:
+        config.stay = True
+        print(f"{args.dataset}: its demonstrations end by staying where they are, so that is trained too (--stay)")
     train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
     asked = config.backbone
     config.backbone = resolve_backbone(asked, args.backbone_weights)
@@ -237,7 +240,8 @@ def train(args, config_class):
         step, minutes = load_state(state_path, policy, optimizer)
     provenance = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "config": vars(config),
                   "command": command_line(), "commit": git_commit(), "versions": versions(), "seed": args.seed,
-                  "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp") if k in attributes},
+                  "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp", "variant")
+                              if k in attributes},
                   "train_demos": len(train_demos), "val_demos": len(val_demos), "train_frames": len(train_set),
                   "parameters": sum(p.numel() for p in policy.parameters()), "backbone_asked": asked,
                   "backbone_identity": backbone.identity}

@@ -138,7 +138,7 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
 
 def decision_frames(demo, config):
     """Frames of a demonstration at which decisions fall, from its first on, up to the last gripper change."""
-    target, _, _, _ = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat, config.min_travel)
+    target, _, _, _ = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat, config.min_travel, config.stay)
     following, (_, changes) = following_frames(demo, target[:, 0]), gripper_segments(demo.actions)
     end, frames = changes[-1] if len(changes) else len(demo) - 1, [0]
     while following[frames[-1]] > frames[-1] and target[frames[-1], 0] < end:

@@ -229,6 +229,8 @@ def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
     for i, (z, y, x) in enumerate([(4, 7, 8), (2, 3, 9)]):
         assert not left[i, command[i], z, y, x] and left[i, 1 - command[i]].all()
         assert left[i].float().mean() > 0.9
+    staying = policy_of(windows, stay=True)  # of a task in which to stay is an answer
+    assert torch.isfinite(staying.elsewhere(logits, fine)).all()
 
 
 def test_feedback(windows, synthetic_demos):

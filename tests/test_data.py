@@ -94,6 +94,21 @@ def test_the_retreat_is_left_out_unless_asked_for():
     assert closed[16:19].all()
 
 
+def test_staying_at_the_end_is_trained_where_it_is_an_answer():
+    """With `stay` the frames after the release are trained on, and those from which the path leads nowhere any more are labelled
+    `stride` steps later, where the EEF stays; all before them, and everything without the flag, is as it was."""
+    demo = track([-1] * 5 + [1] * 20 + [-1] * 35)
+    demo.ee_pos[40:] = demo.ee_pos[40]  # 15 steps of retreat, then it stays
+    target, gripper, _, usable = waypoint_labels(demo, 5, 3, min_travel=0.05, stay=True)
+    plain, _, _, without = waypoint_labels(demo, 5, 3, min_travel=0.05)
+    retreat = waypoint_labels(demo, 5, 3, min_travel=0.05, retreat=True)[3]
+    first = 38  # 4 cm before it stays: nowhere on the rest of the path is it 5 cm away
+    assert (target[first:, 0] == np.minimum(np.arange(first, 60) + 5, 59)).all() and not gripper[first:].any()
+    assert usable[35:].all() and not without[26:].any() and not retreat[40:].any()
+    np.testing.assert_array_equal(target[:first, 0], plain[:first, 0])
+    np.testing.assert_array_equal(usable[:26], without[:26])
+
+
 def test_pushed_ways_are_masked():
     """A waypoint reached over a pushed frame is no answer to the image; the ones before the push still are."""
     demo = track([-1] * 12, pushed=[4, 5])

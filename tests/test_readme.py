@@ -51,7 +51,7 @@ def test_readme_command_runs(line, collected, trained, tmp_path, request):
     else:
         small = SMALL[script]
     (tmp_path / "data").mkdir()
-    for name in ("libero_spatial_0.hdf5", "rim.hdf5"):
+    for name in ("libero_spatial_0.hdf5", "rim.hdf5", "lift_once.hdf5"):
         (tmp_path / "data" / name).symlink_to(collected[0])
     (tmp_path / "runs").mkdir()
     for name in ("NAME", "OTHER"):
