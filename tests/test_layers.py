@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "plots", "plots_rotation"},
+    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "settings", "plots",
+     "plots_rotation", "plots_settings"},
     {"backbone", "demos", "smith300", "policy", "history"},
     {"libero_env", "expert", "rollout"},  # and every model* and data*
     {"registry", "checkpoint", "finetune", "validation"},
