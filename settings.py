@@ -53,7 +53,8 @@ class Condition:
 
 def default_camera():
     """(K (3,3), E (4,4)) of agentview at SIZE px, where LIBERO's tabletop scenes have it."""
-    return intrinsics(FOVY, SIZE), extrinsics_from_mujoco(CAMERA_POSITION, quat_to_matrix(CAMERA_QUAT))
+    unit = CAMERA_QUAT / np.linalg.norm(CAMERA_QUAT)  # LIBERO's own is 2e-7 longer
+    return intrinsics(FOVY, SIZE), extrinsics_from_mujoco(CAMERA_POSITION, quat_to_matrix(unit))
 
 
 def orbit(E, theta, phi):
@@ -118,7 +119,7 @@ def _views(part, split):
         thetas, phis = (THETAS[1:] + THETAS[:-1]) / 2, PHIS + 22.5
         if split == "outer":
             return [Condition(thetas[4 + i % 3], phi) for i, phi in enumerate(phis)]
-        return [Condition(theta, phi) for i, theta in enumerate(thetas) for phi in phis[1:3][i % 2::2]]
+        return [Condition(theta, phi) for i, theta in enumerate(thetas[1:]) for phi in phis[1:3][i % 2::2]]
     grid = [Condition(theta, phi) for theta in THETAS for phi in PHIS if theta > 0 or phi == 0]  # at 0 all phis are one view
     tests = (lambda c: c.theta >= THETAS[4]) if split == "outer" else (lambda c: c.theta > 0 and right(c.phi))
     return [c for c in grid if tests(c) == (part == "test")]

@@ -33,11 +33,11 @@ def apart(a, b):
 
 @pytest.mark.parametrize("setting, split", VARIED)
 def test_splits_are_disjoint(setting, split):
-    """Nothing that trains or tunes is tested: conditions differ by at least 3 degrees or a grid step, validation from tests by two."""
+    """Nothing that trains or tunes is tested: conditions differ by at least 2 degrees or a grid step, validation from tests by two."""
     parts = {part: settings.conditions(setting, part, split) for part in settings.PARTS}
     for a, b, least in (("train", "test", 1), ("train", "val", 1), ("val", "test", 2)):
         found = min(apart(x, y) for x in parts[a] for y in parts[b])
-        assert found > (3 if setting == "viewpoint" else least - 1e-6), (a, b, found)
+        assert found > (2 if setting == "viewpoint" else least - 1e-6), (a, b, found)
     assert all(len(set(conditions)) == len(conditions) for conditions in parts.values())
 
 
