@@ -90,7 +90,8 @@ class EvalWorker:
         elif args.policy == "oracle":
             self.agent = OracleAgent(args.waypoint_stride, args.grid, args.n_height_bins)
         elif args.policy == "blind":
-            self.agent = BlindAgent()
+            trained = settings.conditions(LAYOUTS[args.layout][0], "train", args.split)
+            self.agent = BlindAgent(np.mean([(c.dx, c.dy) for c in trained], axis=0))
 
     def run(self, job):
         if job == "protocol":
