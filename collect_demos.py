@@ -350,7 +350,7 @@ def build_parser():
                         "replayed demos (all), or surveyed states")
     parser.add_argument("--setting", default="in_dist", choices=list(settings.SPLITS),
                         help="what the training conditions vary, see settings.py")
-    parser.add_argument("--split", help="how conditions are split: viewpoint outer or hemisphere, position left_right or near_far")
+    parser.add_argument("--split", help="viewpoint: outer or hemisphere; position: left_right or near_far")
     parser.add_argument("--show", metavar="FILE", help="only draw every condition of --setting into this PNG")
     parser.add_argument("--out", help="HDF5 file to write (data/SUITE_TASK.hdf5)")
     parser.add_argument("--replay", metavar="FILE", help="re-render this LIBERO HDF5 from its states")

@@ -32,7 +32,8 @@ from workers import run_jobs
 SHIFT_SEED, POSITION_SEED, VAL_POSITION_SEED, VAL_SEED, VAL_SHIFT_SEED = 1_000, 50_000_000, 60_000_000, 70_000_000, 90_000_000
 HOPELESS = 6  # crashed episodes without one that ran after which an evaluation gives up
 LAYOUTS = {  # -> (setting, which of its conditions)
-    "benchmark": ("in_dist", "test"), "shifted": ("in_dist", "test"), "val": ("in_dist", "val"), "val_shifted": ("in_dist", "val"),
+    "benchmark": ("in_dist", "test"), "shifted": ("in_dist", "test"),
+    "val": ("in_dist", "val"), "val_shifted": ("in_dist", "val"),
     "viewpoint": ("viewpoint", "test"), "viewpoint_shifted": ("viewpoint", "test"), "val_viewpoint": ("viewpoint", "val"),
     "val_viewpoint_shifted": ("viewpoint", "val"), "position": ("position", "test"), "val_position": ("position", "val")}
 
@@ -218,13 +219,13 @@ def build_parser():
     parser.add_argument("--temperature", type=float, help="of --sample")
     parser.add_argument("--layout", default="benchmark", choices=list(LAYOUTS))
     parser.add_argument("--split", choices=sorted({s for names in settings.SPLITS.values() for s in names if s}),
-                        help="how a setting's conditions are split, see settings.py (as the checkpoint's data, else its first way)")
+                        help="how a setting's conditions are split, see settings.py (as the checkpoint's data)")
     parser.add_argument("--n_episodes", type=int, help="episodes (50; position: 5 at each)")
     parser.add_argument("--task_suite", help="the checkpoint's own task, else libero_spatial")
     parser.add_argument("--task_id", type=int)
     parser.add_argument("--grasp", choices=list(EXPERTS), help="the expert's grasp, for expert, oracle and coverage (the checkpoint's data's, else side)")
     parser.add_argument("--clean_scene", action=argparse.BooleanOptionalAction,
-                        help="without distractors and unused fixtures (as the checkpoint's data, else for viewpoint and position)")
+                        help="without distractors and unused fixtures (as the checkpoint's data, else by layout)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--recycle", type=int, default=25, help="episodes after which a worker is replaced")
     parser.add_argument("--waypoint_stride", type=int, default=5, help="oracle: steps ahead; without --teleport: actions per waypoint")

@@ -6,7 +6,7 @@ import settings
 from camera import project
 from runtime import atomic_path
 
-COLOURS = {"train": (0, 170, 110), "val": (60, 120, 255), "test": (235, 60, 60), "excluded": (120, 120, 120), "unused": (190,) * 3}
+COLOURS = {"train": (0, 170, 110), "val": (60, 120, 255), "test": (235, 60, 60), "excluded": (120,) * 3, "unused": (190,) * 3}
 TILE, CAPTION, EDGE = 128, 13, 3  # pixels
 
 
@@ -25,8 +25,8 @@ def write_png(image, path):
 
 
 def views(scene, split, path):
-    """Every view of the viewpoint setting. A row a theta, a column a phi: green trains, red tests, grey is excluded; the last rows,
-    blue, validate."""
+    """Every view of the viewpoint setting. A row a theta, its phis ascending: green trains, red tests, grey is excluded; the last
+    row, blue, validates."""
     found = [(c.theta, c.phi, c, part) for part in settings.PARTS for c in settings.conditions("viewpoint", part, split)]
     found += [(c.theta, c.phi, c, "excluded") for _, c, _ in settings.excluded(split)]
     on_grid = lambda c: c.phi in settings.PHIS
