@@ -22,6 +22,16 @@ def extrinsics_from_mujoco(position, rotation):
     return E @ np.diag([1.0, -1.0, -1.0, 1.0])
 
 
+def look_at(position, target):
+    """Camera-to-world (4,4) of an upright camera at `position` that looks at `target`, both (3,)."""
+    forward = np.subtract(target, position) / np.linalg.norm(np.subtract(target, position))
+    right = np.cross(forward, [0, 0, 1.0])
+    right /= np.linalg.norm(right)
+    E = np.eye(4)
+    E[:3, 0], E[:3, 1], E[:3, 2], E[:3, 3] = right, np.cross(forward, right), forward, position
+    return E
+
+
 def _rotate(R, x):
     """(...,3,3) times (...,3)."""
     return (R @ x[..., None])[..., 0]

@@ -2,6 +2,8 @@
 
     python collect_demos.py --n_demos 48                             # scripted expert, libero_spatial task 0
     python collect_demos.py --task_suite libero_goal --task_id 4     # a long free-space movement
+    python collect_demos.py --setting viewpoint                      # training views of settings.py; position: training positions
+    python collect_demos.py --setting viewpoint --show views.png     # only a picture of all its conditions
     python collect_demos.py --grasp rim --layout_spread 0.05         # grasps around the rim: yaw varies with the objects
     python collect_demos.py --grasp rim --format smith300            # the same as a folder of real-robot episodes
     python collect_demos.py --variant lift_once --n_demos 40         # needs memory: lift once, put back, stay
@@ -22,6 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 import demos
+import plots_settings
+import settings
 import smith300
 from expert import EXPERTS, servo_action
 from libero_env import JOINT_JITTER, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
@@ -82,16 +86,19 @@ class ExpertWorker:
     def __init__(self, args, folder):
         self.args, self.folder = args, Path(folder)
         self.scene = Scene(args.task_suite, args.task_id, args.image_size, args.clean_scene)
+        self.conditions = settings.conditions(args.setting, "train", args.split)
 
     def run(self, index):
         """Try seeds of this index until one gives a good demonstration -> counts of what was filtered."""
-        counts = Counter()
+        counts, condition = Counter(), self.conditions[index % len(self.conditions)]
+        offsets = self.scene.common_shift(condition)
         for attempt in range(30):
             seed = self.args.seed * 1_000_003 + index * 100 + attempt
-            state = self.scene.random_layout(seed, self.args.start_jitter, self.args.layout_spread)
+            state = self.scene.random_layout(seed, self.args.start_jitter, self.args.layout_spread, offsets)
             if state is None:
                 counts["bad_resets"] += 1
                 continue
+            self.scene.set_view(condition)
             recorder = self.record(np.random.default_rng([seed, 7]))
             if recorder is None:
                 counts["failed_demos"] += 1
@@ -100,7 +107,8 @@ class ExpertWorker:
                 recorder.write_episode(part_path(self.folder, index, "smith300"), self.args.video)
             else:
                 recorder.write(part_path(self.folder, index), seed=seed, source="scripted expert", grasp=self.args.grasp,
-                               variant=self.args.variant, pick=self.scene.pick, place=self.scene.place)
+                               variant=self.args.variant, pick=self.scene.pick, place=self.scene.place,
+                               setting=self.args.setting, **condition.described(self.args.setting))
             return counts
         raise RuntimeError(f"30 seeds in a row gave no good demonstration for index {index}: {dict(counts)}")
 
@@ -136,11 +144,11 @@ class ExpertWorker:
 
 
 class ReplayWorker:
-    """Re-renders one demo of an existing file from its stored states."""
+    """Re-renders one demo of an existing file from its stored states, through its own camera where it has one."""
 
     def __init__(self, args, folder):
         self.args, self.folder = args, Path(folder)
-        self.scene = Scene(args.task_suite, args.task_id, args.image_size)
+        self.scene = Scene(args.task_suite, args.task_id, args.image_size, args.clean_scene)
 
     def run(self, index):
         """Job: the demo's index -> counts."""
@@ -153,39 +161,28 @@ class ReplayWorker:
             states, actions = group["states"][()], group["actions"][()]
             executed = group["executed_actions"][()] if "executed_actions" in group else actions
             perturbed = group["perturbed"][()] if "perturbed" in group else np.zeros(len(actions), bool)
-            fixtures = stored_fixtures(group)
+            fixtures, E = demos.stored_fixtures(group), None
+            if demos.CAMERA_E in group:
+                E = group[demos.CAMERA_E][()]
+                demos.check_camera(np.eye(3), E, f"{self.args.replay}: data/{name}")
+            kept = {k: group.attrs[k] for k in ("setting", *vars(settings.Condition())) if k in group.attrs}
         for key, value in (("states", states), ("actions", actions)):
             if not np.isfinite(value).all():
                 raise UserError(f"{self.args.replay}: data/{name}/{key}: has NaN or Inf, drop this demo")
         if len(states) != len(actions):
             raise UserError(f"{self.args.replay}: data/{name}: {len(states)} states but {len(actions)} actions")
         self.scene.set_fixtures(fixtures)
+        self.scene.set_camera(E)
         recorder = Recorder(self.scene)
         for state, action, done, pushed in zip(states, actions, executed, perturbed):
             self.scene.set_state(state)
             recorder.add(action, done, pushed)
         recorder.write(part_path(self.folder, index), source=f"replay of {Path(self.args.replay).name} {name}",
-                       pick=self.scene.pick or "", place=self.scene.place or "", success=self.scene.success())
+                       pick=self.scene.pick or "", place=self.scene.place or "", success=self.scene.success(), **kept)
         return Counter(not_successful_at_the_end=int(not self.scene.success()))
 
     def close(self):
         self.scene.close()
-
-
-def stored_fixtures(group):
-    """Fixture poses of a stored demo: our own attribute, or read out of the official files' `model_file` XML."""
-    if "fixtures" in group.attrs:
-        return json.loads(group.attrs["fixtures"])
-    if "model_file" not in group.attrs:
-        return {}
-    import xml.etree.ElementTree as ElementTree
-    poses = {}
-    for body in ElementTree.fromstring(group.attrs["model_file"]).iter("body"):
-        name = body.get("name", "")
-        if name.endswith(("_main", "_base")) and body.get("pos") and body.find("freejoint") is None and not body.findall("joint"):
-            quat = [float(x) for x in body.get("quat", "1 0 0 0").split()]
-            poses[name.rsplit("_", 1)[0]] = [*[float(x) for x in body.get("pos").split()], *quat]
-    return poses
 
 
 class SurveyWorker:
@@ -233,6 +230,21 @@ def survey(args):
             table.append({"task_id": i, "task": task.name, "successes": None, "why": row or "not a pick-and-place goal"})
     print("\n".join(lines))
     write_json(Path("results") / f"expert_{args.survey}.json", {"command": command_line(), "versions": versions(), "rows": table})
+
+
+def show(args):
+    """Draw every condition of a setting, rendered, into one picture."""
+    if args.setting == "in_dist":
+        raise UserError("--show: in_dist has one condition only; give --setting viewpoint or position")
+    scene = Scene(args.task_suite or "libero_spatial", args.task_id, args.image_size, args.clean_scene)
+    scene.begin_episode(scene.init_states()[0])
+    plots_settings.PICTURES[args.setting](scene, args.split, args.show)
+    scene.close()
+    for part in settings.PARTS:
+        print(f"{args.setting} {args.split}, {part}: {len(settings.conditions(args.setting, part, args.split))} conditions")
+    for part, c, why in settings.excluded(args.split) if args.setting == "viewpoint" else ():
+        print(f"excluded from {part}: theta {c.theta:.1f}, phi {c.phi:.1f} deg, {why}")
+    print(args.show)
 
 
 def merge(parts, out, attrs, counts):
@@ -290,18 +302,22 @@ def collect(args):
             task = task_of_bddl(attributes["bddl_file_name"])
             args.task_suite, args.task_id = task.suite, task.index
         worker, args.n_demos = ReplayWorker, min(n_demos, args.n_demos or n_demos)
+        args.setting, args.split = attributes.get("setting", "in_dist"), attributes.get("split") or None
+        args.clean_scene = bool(attributes.get("clean_scene", False)) if args.clean_scene is None else args.clean_scene
     else:
-        worker, args.n_demos = ExpertWorker, args.n_demos or 48
+        n_conditions = len(settings.conditions(args.setting, "train", args.split))
+        worker, args.n_demos = ExpertWorker, args.n_demos or n_conditions * -(-48 // n_conditions)
     args.task_suite = args.task_suite or "libero_spatial"
     task = find_task(args.task_suite, args.task_id)
     folder = out.with_name(out.name + ".parts")
-    settings = {k: v for k, v in vars(args).items() if k not in ("workers", "out", "n_demos", "overwrite", "survey", "n_tasks")}
+    asked = {k: v for k, v in vars(args).items() if k not in (
+        "workers", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")}
     if out.exists() and not args.overwrite:
         raise UserError(f"{out}: exists already and is left alone; give --overwrite, or another --out")
     stamp = folder / "settings.json"
-    if stamp.exists() and json.loads(stamp.read_text()) != settings:
+    if stamp.exists() and json.loads(stamp.read_text()) != asked:
         raise UserError(f"{folder}: holds parts of a run with other settings; finish it with the same command, or remove the folder")
-    write_json(stamp, settings)
+    write_json(stamp, asked)
 
     part = lambda i: part_path(folder, i, args.format)
     jobs = [i for i in range(args.n_demos) if not readable(part(i))]
@@ -321,7 +337,7 @@ def collect(args):
     if failures:
         raise UserError(f"{len(failures)} of {args.n_demos} demonstrations failed, first: "
                         f"{failures[0].error.strip().splitlines()[-1]}; the others are kept in {folder}, the same command resumes")
-    ours = {"grasp": args.grasp, "variant": args.variant}
+    ours = {"grasp": args.grasp, "variant": args.variant, "setting": args.setting, "split": args.split or "", "clean_scene": args.clean_scene}
     attrs = demos.file_attributes(task, {**env_metadata(task), **ours}, args.seed, command_line(), versions())
     if args.format == "smith300":
         own = {k: v for k, v in attrs.items() if k not in ("format", "image_orientation")}
@@ -337,13 +353,19 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task_suite", help="LIBERO suite (default libero_spatial, or the replayed file's)")
     parser.add_argument("--task_id", type=int, default=0)
-    parser.add_argument("--n_demos", type=int, help="demonstrations (48), replayed demos (all), or surveyed states")
+    parser.add_argument("--n_demos", type=int, help="demonstrations (48, or the next multiple of a setting's conditions), "
+                        "replayed demos (all), or surveyed states")
+    parser.add_argument("--setting", default="in_dist", choices=list(settings.SPLITS),
+                        help="what the training conditions vary, see settings.py")
+    parser.add_argument("--split", help="viewpoint: outer or hemisphere; position: left_right or near_far")
+    parser.add_argument("--show", metavar="FILE", help="only draw every condition of --setting into this PNG")
     parser.add_argument("--out", help="HDF5 file to write (data/SUITE_TASK.hdf5)")
     parser.add_argument("--replay", metavar="FILE", help="re-render this LIBERO HDF5 from its states")
     parser.add_argument("--survey", metavar="SUITE", help="only table the expert's success on each task of a suite")
     parser.add_argument("--n_tasks", type=int, default=10, help="survey only the suite's first N tasks")
     parser.add_argument("--image_size", type=int, default=448, help="pixels")
-    parser.add_argument("--clean_scene", action="store_true", help="without distractors and unused fixtures")
+    parser.add_argument("--clean_scene", action=argparse.BooleanOptionalAction,
+                        help="without distractors and unused fixtures (only for the settings viewpoint and position)")
     parser.add_argument("--start_jitter", type=float, default=JOINT_JITTER, help="std of the start joints, rad")
     parser.add_argument("--push_rate", type=float, default=0.15, help="pushes per 10 control steps of free motion")
     parser.add_argument("--layout_spread", type=float, default=0.0, help="further uniform shift of each task object, +- m")
@@ -362,16 +384,23 @@ def main(argv=None):
     if args.survey:
         args.n_demos = args.n_demos or 50
         return survey(args)
-    if args.replay and (args.format != "libero" or args.grasp != "side" or args.variant != "task"):
-        raise UserError("--replay re-renders recorded states into an HDF5 file: --format, --grasp and --variant have no meaning "
-                        "with it")
+    if args.replay and (args.format != "libero" or args.grasp != "side" or args.variant != "task" or args.setting != "in_dist"):
+        raise UserError("--replay re-renders recorded states into an HDF5 file: --format, --grasp, --variant and --setting have no "
+                        "meaning with it")
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
+    if not args.replay:
+        args.split = settings.resolve_split(args.setting, args.split)
+        args.clean_scene = settings.clean_by_default(args.setting) if args.clean_scene is None else args.clean_scene
+    if args.show:
+        return show(args)
     if args.n_demos is not None and args.n_demos < 1:
         raise UserError("--n_demos: at least 1 demonstration is needed")
     if args.out is None:
         stem = Path(args.replay).stem + "_replayed" if args.replay else f"{args.task_suite or 'libero_spatial'}_{args.task_id}"
         stem += "" if args.grasp == "side" or args.replay else f"_{args.grasp}"
         stem += "" if args.variant == "task" else f"_{args.variant}"
+        if args.setting != "in_dist":
+            stem += f"_{args.setting}" + ("" if args.split == settings.SPLITS[args.setting][0] else f"_{args.split}")
         args.out = f"data/{stem}_smith300" if args.format == "smith300" else f"data/{stem}.hdf5"
     collect(args)
 

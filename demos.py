@@ -168,6 +168,22 @@ def read_images(path, file, name, indices):
     return np.ascontiguousarray(images[:, ::-1]) if image_flipped(file) else images
 
 
+def stored_fixtures(group):
+    """Fixture poses of a stored demo: our own attribute, or read out of the official files' `model_file` XML."""
+    if "fixtures" in group.attrs:
+        return json.loads(group.attrs["fixtures"])
+    if "model_file" not in group.attrs:
+        return {}
+    import xml.etree.ElementTree as ElementTree
+    poses = {}
+    for body in ElementTree.fromstring(group.attrs["model_file"]).iter("body"):
+        name = body.get("name", "")
+        if name.endswith(("_main", "_base")) and body.get("pos") and body.find("freejoint") is None and not body.findall("joint"):
+            quat = [float(x) for x in body.get("quat", "1 0 0 0").split()]
+            poses[name.rsplit("_", 1)[0]] = [*[float(x) for x in body.get("pos").split()], *quat]
+    return poses
+
+
 def next_waypoint(positions, end, stride, min_travel=0.0):
     """The frame (T,) at which each frame's next waypoint lies on a recorded path.
 

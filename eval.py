@@ -5,8 +5,10 @@
     python eval.py --policy oracle --teleport --zero_rotation             # expert, oracle or blind through the same path
     python eval.py --policy expert --variant lift_once                    # a task that asks for memory, see variants.py
 
-Layouts: `benchmark` is LIBERO's own init states; `shifted` moves the task's objects 4-5 cm, each by itself; `val` and
-`val_shifted` are random layouts apart from both, for tuning. An interrupted run goes on with the same command.
+Layouts: `benchmark` is LIBERO's own init states; `shifted` moves the task's objects 4-5 cm, each by itself; `viewpoint` and
+`viewpoint_shifted` are these two seen from the test views of settings.py, a view an episode in turn; `position` takes the
+test positions in turn, with the same few random layouts at each. `val`, `val_shifted` and so on are random layouts, views and
+positions apart from all of these, for tuning. An interrupted run goes on with the same command.
 """
 import argparse
 import json
@@ -17,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import plots
+import settings
 from checkpoint import load_policy, newest_checkpoint
 from camera import project, unproject
 from demos import GRIPPER_STEPS
@@ -28,23 +31,41 @@ from runtime import UserError, append_jsonl, command_line, git_commit, read_json
 from variants import LIFT_OUTCOMES, VARIANTS, new_expert
 from workers import run_jobs
 
-SHIFT_SEED, VAL_SEED, VAL_SHIFT_SEED = 1_000, 70_000_000, 90_000_000  # apart from collect_demos.py's seeds and each other
+# apart from collect_demos.py's seeds and each other
+SHIFT_SEED, POSITION_SEED, VAL_POSITION_SEED, VAL_SEED, VAL_SHIFT_SEED = 1_000, 50_000_000, 60_000_000, 70_000_000, 90_000_000
 HOPELESS = 6  # crashed episodes without one that ran after which an evaluation gives up
-LAYOUTS = ("benchmark", "shifted", "val", "val_shifted")
+LAYOUTS = {  # -> (setting, which of its conditions)
+    "benchmark": ("in_dist", "test"), "shifted": ("in_dist", "test"),
+    "val": ("in_dist", "val"), "val_shifted": ("in_dist", "val"),
+    "viewpoint": ("viewpoint", "test"), "viewpoint_shifted": ("viewpoint", "test"), "val_viewpoint": ("viewpoint", "val"),
+    "val_viewpoint_shifted": ("viewpoint", "val"), "position": ("position", "test"), "val_position": ("position", "val")}
 
 
-def episode_state(scene, layout, index):
-    """The init state (S,) of an episode: a function of layout and index alone."""
-    if layout in ("benchmark", "shifted"):
+def episode_state(scene, layout, index, split=None):
+    """Put the camera where an episode has it -> (its init state (S,), its settings.Condition): functions of layout, split and
+    index alone."""
+    (setting, part), seed, states = LAYOUTS[layout], VAL_SEED + 100 * index, None
+    conditions = settings.conditions(setting, part, split)
+    condition = conditions[index % len(conditions)]
+    if setting == "position":  # the same layouts at every position
+        seed = (POSITION_SEED if part == "test" else VAL_POSITION_SEED) + 100 * (index // len(conditions))
+    elif part == "test":
         states = scene.init_states()
-        if layout == "benchmark":
-            return states[index]
-        return scene.shifted_layout(states[index % len(states)], SHIFT_SEED + index)
+    state = first_valid(scene, seed, scene.common_shift(condition)) if states is None else states[index % len(states)]
+    if layout.endswith("shifted"):
+        state = scene.shifted_layout(state, (SHIFT_SEED if part == "test" else VAL_SHIFT_SEED) + index)
+    scene.set_view(condition)  # last: a random layout rebuilds the model
+    return state, condition
+
+
+def first_valid(scene, seed, offsets):
+    """The first good random layout (S,) from a seed on. Raises RuntimeError after 60 bad ones."""
     for attempt in range(60):
-        state = scene.random_layout(VAL_SEED + 100 * index + attempt)
+        state = scene.random_layout(seed + attempt, offsets=offsets)
         if state is not None:
-            return state if layout == "val" else scene.shifted_layout(state, VAL_SHIFT_SEED + index)
-    raise RuntimeError(f"60 resets in a row were bad for {layout} {index}")
+            return state
+    raise RuntimeError(f"60 resets in a row were bad from seed {seed} on" + (
+        f", objects shifted by {[*offsets.values()][0]}: in a full scene they meet others, see --clean_scene" if offsets else ""))
 
 
 def use_flags(policy, args):
@@ -73,13 +94,14 @@ class EvalWorker:
         elif args.policy == "oracle":
             self.agent = OracleAgent(args.waypoint_stride, args.grid, args.n_height_bins)
         elif args.policy == "blind":
-            self.agent = BlindAgent()
+            trained = settings.conditions(LAYOUTS[args.layout][0], "train", args.split)
+            self.agent = BlindAgent(np.mean([(c.dx, c.dy) for c in trained], axis=0))
 
     def run(self, job):
         if job == "protocol":
-            return check_protocol(self.scene, self.extra)
+            return check_protocol(self.scene, self.extra, settings.conditions(*LAYOUTS[self.args.layout], self.args.split)[0])
         args, scene = self.args, self.scene
-        state = episode_state(scene, args.layout, job)
+        state, condition = episode_state(scene, args.layout, job, args.split)
         path = expert_path(scene, state, grasp=args.grasp, variant=args.variant)
         every = args.video_every if job < args.n_videos else 0
         if args.policy == "expert":
@@ -95,19 +117,20 @@ class EvalWorker:
         if thumbs:
             picked = [thumbs[i] for i in np.linspace(0, len(thumbs) - 1, min(10, len(thumbs))).astype(int)]
             plots.write_strip(picked, folder / "strips" / f"{job:03d}.png")
-        return {"episode": job, "init_state": job % 50 if args.layout in ("benchmark", "shifted") else None,
-                "layout": args.layout, "seed": args.seed, **row}
+        setting, part = LAYOUTS[args.layout]
+        return {"episode": job, "init_state": job % 50 if part == "test" and setting != "position" else None,
+                "layout": args.layout, **condition.described(setting), "seed": args.seed, **row}
 
     def close(self):
         self.scene.close()
 
 
-def check_protocol(scene, reference):
+def check_protocol(scene, reference, condition):
     """Check what silently ruins evaluations; raise RuntimeError for the first that is wrong -> dict of what was measured.
 
-    Camera round trip, image orientation (the object's body is seen at its projected pixel), a training frame's state
-    rendered through this very path looks like the image that was trained on, the gripper's sign by the fingers' motion,
-    init states distinct.
+    Camera round trip and image orientation (the object's body is seen at its projected pixel) from the first episode's view, a
+    training frame's state rendered through this very path looks like the image that was trained on, the gripper's sign by the
+    fingers' motion, init states distinct.
     """
     found = {}
     states = scene.init_states()
@@ -115,6 +138,7 @@ def check_protocol(scene, reference):
         raise RuntimeError("protocol: the benchmark's init states are not distinct")
     found["distinct_init_states"] = len(states)
     scene.begin_episode(states[0])
+    scene.set_view(condition)
     o = scene.observe()
     points = np.stack([o.eef_pos, *[scene.position(n) for n in scene.objects]])
     u, v, _ = project(points, o.K, o.E)
@@ -128,6 +152,7 @@ def check_protocol(scene, reference):
         raise RuntimeError(f"protocol: image orientation, at the objects' projected pixels stand {seen}")
     if "protocol_state" in reference and len(reference["protocol_state"]) == len(scene.state()):
         scene.set_state(reference["protocol_state"].numpy())
+        scene.set_camera(reference["protocol_extrinsics"].numpy() if "protocol_extrinsics" in reference else None)
         stored = reference["protocol_image"].numpy().astype(float)
         side, image = len(stored), scene.render().astype(float)
         k = len(image) // side
@@ -158,7 +183,7 @@ def summarise(rows, args, info):
                         if any(r[key] is not None for r in scored) else None)
     lifting = args.variant == "lift_once"
     return {"model_type": info.get("model_type", args.policy), "policy": args.policy, "variant": args.variant,
-            "setting": f"{args.layout}, {args.variant}" if lifting else args.layout,
+            "setting": f"{args.layout}, {args.variant}" if lifting else args.layout, "split": args.split, "clean_scene": args.clean_scene,
             "task_suite": args.task_suite, "task_id": args.task_id, "n": n, "crashes": len(rows) - n,
             "success_rate": wins / n if n else None, "interval": wilson(wins, n),
             "released_rate": freed / n if n else None, "released_interval": wilson(freed, n),
@@ -201,13 +226,16 @@ def build_parser():
     parser.add_argument("--feedback", help="policies with a history: measured, predicted or hybrid:N (the checkpoint's)")
     parser.add_argument("--sample", action="store_const", const=True, help="policies with a history: sample the waypoint")
     parser.add_argument("--temperature", type=float, help="of --sample")
-    parser.add_argument("--layout", default="benchmark", choices=LAYOUTS)
-    parser.add_argument("--n_episodes", type=int, default=50)
+    parser.add_argument("--layout", default="benchmark", choices=list(LAYOUTS))
+    parser.add_argument("--split", choices=sorted({s for names in settings.SPLITS.values() for s in names if s}),
+                        help="how a setting's conditions are split, see settings.py (as the checkpoint's data)")
+    parser.add_argument("--n_episodes", type=int, help="episodes (50; position: 5 at each)")
     parser.add_argument("--task_suite", help="the checkpoint's own task, else libero_spatial")
     parser.add_argument("--task_id", type=int)
     parser.add_argument("--grasp", choices=list(EXPERTS), help="the expert's grasp, for expert, oracle and coverage (the checkpoint's data's, else side)")
     parser.add_argument("--variant", choices=VARIANTS, help="the task, or lift_once (the checkpoint's data's, else task)")
-    parser.add_argument("--clean_scene", action="store_true", help="without distractors and unused fixtures")
+    parser.add_argument("--clean_scene", action=argparse.BooleanOptionalAction,
+                        help="without distractors and unused fixtures (as the checkpoint's data, else by layout)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--recycle", type=int, default=25, help="episodes after which a worker is replaced")
     parser.add_argument("--waypoint_stride", type=int, default=5, help="oracle: steps ahead; without --teleport: actions per waypoint")
@@ -224,7 +252,7 @@ def build_parser():
 
 def prepare(args):
     """Fill in what was not given, from the checkpoint -> its info."""
-    info = {}
+    info, (setting, part) = {}, LAYOUTS[args.layout]
     if args.policy == "checkpoint":
         if args.ckpt is None:
             args.ckpt, sentence = newest_checkpoint()
@@ -236,31 +264,40 @@ def prepare(args):
         args.task_suite, args.grasp = args.task_suite or trained_on.get("task_suite"), args.grasp or trained_on.get("grasp")
         args.variant = args.variant or trained_on.get("variant")
         args.task_id = int(trained_on.get("task_id", 0)) if args.task_id is None else args.task_id
+        if args.clean_scene is None and "clean_scene" in trained_on:
+            args.clean_scene = trained_on["clean_scene"] == "True"
+        if args.split is None and trained_on.get("setting") == setting:
+            args.split = trained_on.get("split") or None
         print(f"{args.ckpt}: {info['model_type']}, step {info['step']}, backbone {info['backbone_identity']}")
     args.task_suite, args.task_id, args.grasp = args.task_suite or "libero_spatial", args.task_id or 0, args.grasp or "side"
     args.variant = args.variant or "task"
     if args.policy == "blind" and args.variant != "task":
         raise UserError(f"--policy blind: it has no key poses to replay for --variant {args.variant}; use expert or oracle")
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
+    args.split = settings.resolve_split(setting, args.split)
+    args.clean_scene = settings.clean_by_default(setting) if args.clean_scene is None else args.clean_scene
+    if args.n_episodes is None:
+        args.n_episodes = 50 if setting != "position" else 5 * len(settings.conditions(setting, part, args.split))
     task = find_task(args.task_suite, args.task_id)
     available = len(init_states(task))
     if args.n_episodes < 1 or args.layout == "benchmark" and args.n_episodes > available:
         raise UserError(f"--n_episodes {args.n_episodes}: {task.key} has {available} benchmark init states, use 1 to {available}")
     name = info.get("model_type", args.policy)
     run = f"{args.ckpt.parent.name if args.ckpt.name == 'checkpoint.safetensors' else args.ckpt.stem}_" if args.ckpt else ""
+    split = "" if args.split == settings.SPLITS[setting][0] else f"_{args.split}"
     kind = "" if args.variant == "task" else f"_{args.variant}"
-    args.out = args.out or Path("runs/eval") / f"{run}{name}_{task.key}_{args.layout}{kind}"
+    args.out = args.out or Path("runs/eval") / f"{run}{name}_{task.key}_{args.layout}{split}{kind}"
     return info
 
 
 def evaluate(args):
     info = prepare(args)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "workers", "recycle", "n_episodes", "n_videos", "video_every", "device")}
-    settings["trained"] = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')} {info.get('minutes')}"
+    asked = {k: str(v) for k, v in vars(args).items() if k not in ("out", "workers", "recycle", "n_episodes", "n_videos", "video_every", "device")}
+    asked["trained"] = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')} {info.get('minutes')}"
     stamp, episodes = args.out / "settings.json", args.out / "episodes.jsonl"
-    if stamp.exists() and json.loads(stamp.read_text()) != settings:
+    if stamp.exists() and json.loads(stamp.read_text()) != asked:
         raise UserError(f"{args.out}: holds results of other settings; give another --out, or remove the folder")
-    write_json(stamp, settings)
+    write_json(stamp, asked)
     done = {r["episode"]: r for r in read_jsonl(episodes) if "crash" not in r and r["episode"] < args.n_episodes}
     jobs = [i for i in range(args.n_episodes) if i not in done]
     bar = tqdm(total=args.n_episodes, initial=len(done), desc=f"{args.policy} {args.layout}", unit="episode")

@@ -20,8 +20,9 @@ os.environ.setdefault("LP_NUM_THREADS", "2")
 
 import numpy as np
 
+import settings
 from camera import extrinsics_from_mujoco, intrinsics
-from rot_utils import quat_to_matrix
+from rot_utils import matrix_to_quat, quat_to_matrix
 from runtime import UserError
 
 APT = "sudo apt-get update && sudo apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libglib2.0-0"
@@ -230,6 +231,8 @@ class Scene:
     def _after_build(self):
         for observable in self.env.env._observables.values():  # read from the simulation instead: 30% off a step
             observable.set_enabled(False)
+        model, index = self.sim.model, self.sim.model.camera_name2id("agentview")
+        self.default_camera = np.array(model.cam_pos[index]), np.array(model.cam_quat[index])
 
     def reset(self, seed):
         """A random layout of the benchmark's own sampler, objects still in the air. Rebuilds the model: moved cameras and
@@ -310,6 +313,29 @@ class Scene:
         K = intrinsics(float(self.sim.model.cam_fovy[index]), self.image_size)
         return K, extrinsics_from_mujoco(self.sim.data.cam_xpos[index], self.sim.data.cam_xmat[index].reshape(3, 3))
 
+    def set_camera(self, E=None):
+        """Put agentview at camera-to-world E (4,4), or back where the task has it, until the next `reset`.
+
+        Raises RuntimeError if the camera that renders does not follow.
+        """
+        position, quat = self.default_camera
+        if E is not None:
+            position, quat = E[:3, 3], np.roll(matrix_to_quat(E[:3, :3] @ np.diag([1.0, -1.0, -1.0])), 1)  # wxyz
+        model, index = self.sim.model, self.sim.model.camera_name2id("agentview")
+        model.cam_pos[index], model.cam_quat[index] = position, quat
+        self.sim.forward()
+        if E is not None and np.abs(self.camera()[1] - E).max() > 1e-3:
+            raise RuntimeError(f"agentview did not move: it is at {self.camera()[1][:3, 3]}, {E[:3, 3]} was asked for")
+
+    def set_view(self, condition):
+        """Put agentview where a settings.Condition has it. Raises UserError in a scene whose camera it was not made for."""
+        self.set_camera()
+        if condition.theta:
+            E = self.camera()[1]
+            if np.abs(E - settings.default_camera()[1]).max() > 1e-3:
+                raise UserError(f"viewpoints are made for the agentview of LIBERO's tabletop scenes, {self.task.key} has another")
+            self.set_camera(settings.orbit(E, condition.theta, condition.phi))
+
     def render(self):
         """(S,S,3) uint8 RGB, upright: MuJoCo's rows come bottom first."""
         return np.ascontiguousarray(self.sim.render(width=self.image_size, height=self.image_size, camera_name="agentview")[::-1])
@@ -381,7 +407,7 @@ class Scene:
         """A settled random layout (S,), set in the simulation, or None if the reset was bad (an object was thrown).
 
         jitter: standard deviation of the arm's joints in rad. spread: further uniform shift of the task's own objects,
-        +- metres in x and y, each by itself. offsets: {name: (dx, dy)} instead.
+        +- metres in x and y, each by itself. offsets: {name: (dx, dy)} metres, added to that.
         """
         rng = np.random.default_rng([seed, 20])
         self.reset(seed)
@@ -390,7 +416,7 @@ class Scene:
         if state is None:
             return None
         if spread > 0:
-            offsets = {n: rng.uniform(-spread, spread, 2) for n in movable}
+            offsets = {n: rng.uniform(-spread, spread, 2) + (offsets or {}).get(n, 0) for n in movable}
         if offsets:
             state = self.shift_objects(state, offsets)
             if state is None:
@@ -401,16 +427,32 @@ class Scene:
         self.set_state(state)
         return state
 
+    def common_shift(self, condition):
+        """A settings.Condition's shift as offsets {name: (dx, dy)} of the task's two objects, or None for no shift.
+        Raises UserError where one of them stands fixed."""
+        if not (condition.dx or condition.dy):
+            return None
+        for name in (self.pick, self.place):
+            if name not in self.objects:
+                raise UserError(f"positions: {self.task.key} has {name or 'a goal'} that cannot be shifted; choose a task that "
+                                "places one movable object on another")
+        return {self.pick: (condition.dx, condition.dy), self.place: (condition.dx, condition.dy)}
+
     def shift_objects(self, state, offsets):
         """Move objects of a state by {name: (dx, dy)} metres and let them settle; None if they touch anything but what
-        they stand on, or if the task would be done already."""
+        they stand on, or if the task would be done already. Raises RuntimeError if an object is not where it should be then."""
         state = np.array(state)
-        for name, (dx, dy) in offsets.items():
-            state[self._address(name)][:2] += dx, dy
+        wanted = {}
+        for name, offset in offsets.items():
+            state[self._address(name)][:2] += offset
+            wanted[name] = state[self._address(name)][:2].copy()
         state = self._settle(state, offsets)
         if state is None:
             return None
         self.set_state(state)
+        for name, place in wanted.items():
+            if np.linalg.norm(self.position(name)[:2] - place) > 0.011:  # `_settle` allows 1 cm
+                raise RuntimeError(f"{name} was not shifted: it is at {self.position(name)[:2]}, {place} was asked for")
         return None if self.success() or self._touching(offsets) else state
 
     def _touching(self, names):

@@ -138,12 +138,18 @@ class OracleAgent:
 
 
 class BlindAgent:
-    """Open-loop replay for the mean layout of the benchmark's init states: the floor. It never looks at anything."""
+    """Open-loop replay for the mean layout of the benchmark's init states: the floor. It never looks at anything.
+
+    shift: (dx, dy) metres from there to the mean layout of the training demonstrations.
+    """
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
+
+    def __init__(self, shift=(0.0, 0.0)):
+        self.shift = np.array([*shift, 0.0])
 
     def start(self, scene, path):
         states = scene.init_states()
-        mean = lambda name: (np.array([*states[:, scene._address(name)][:, :2].mean(0), scene.nominal_z[name]])
+        mean = lambda name: (np.array([*states[:, scene._address(name)][:, :2].mean(0), scene.nominal_z[name]]) + self.shift
                              if name in scene.objects else scene.position(name))
         self.poses = key_poses(mean(scene.pick), mean(scene.place), PLATE_RISE if scene.place in scene.objects else 0.0)
         self.index, self.tries = 0, 0

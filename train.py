@@ -170,7 +170,7 @@ def profile_steps(policy, dataset, device, precision):
 
 
 def protocol_reference(dataset, side=56):
-    """A training frame's state and small image. eval.py renders the state and compares: a flip cannot go unnoticed.
+    """A training frame's state, camera and small image. eval.py renders the state and compares: a flip cannot go unnoticed.
     Recordings of a real robot have no states to render."""
     demo = dataset.demos[0]
     if not demo.states.size:
@@ -178,7 +178,8 @@ def protocol_reference(dataset, side=56):
     image = dataset._images(demo.name, [0])[0]
     size = len(image) // side * side
     small = image[:size, :size].reshape(side, size // side, side, size // side, 3).mean((1, 3))
-    return {"protocol_state": torch.from_numpy(demo.states[0]), "protocol_image": torch.from_numpy(small.round().astype(np.uint8))}
+    return {"protocol_state": torch.from_numpy(demo.states[0]), "protocol_extrinsics": torch.from_numpy(demo.E),
+            "protocol_image": torch.from_numpy(small.round().astype(np.uint8))}
 
 
 def save_state(path, policy, optimizer, step, minutes):
@@ -240,8 +241,8 @@ def train(args, config_class):
         step, minutes = load_state(state_path, policy, optimizer)
     provenance = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "config": vars(config),
                   "command": command_line(), "commit": git_commit(), "versions": versions(), "seed": args.seed,
-                  "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp", "variant")
-                              if k in attributes},
+                  "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp", "variant",
+                                                             "setting", "split", "clean_scene") if k in attributes},
                   "train_demos": len(train_demos), "val_demos": len(val_demos), "train_frames": len(train_set),
                   "parameters": sum(p.numel() for p in policy.parameters()), "backbone_asked": asked,
                   "backbone_identity": backbone.identity}

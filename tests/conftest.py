@@ -18,7 +18,7 @@ from filelock import FileLock
 import demos
 import helpers
 import smith300
-from camera import intrinsics, project
+from camera import intrinsics, look_at, project
 from rot_utils import (basis_path, euler_to_matrix, fingerprint, fit_basis, matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix,
                        save_basis)
 
@@ -32,16 +32,6 @@ def pytest_collection_modifyitems(items):
 SIZE = 64  # pixels of the synthetic images
 STEPS, CLOSES, OPENS = 40, 10, 26  # a demo's length and the frames of its two gripper changes
 PUSHED = (3, 4)  # perturbed frames of the even demos
-
-
-def look_at(position, target):
-    """Camera-to-world (4,4), OpenCV axes, of an upright camera at `position` that looks at `target`."""
-    forward = np.subtract(target, position) / np.linalg.norm(np.subtract(target, position))
-    right = np.cross(forward, [0, 0, 1.0])
-    right /= np.linalg.norm(right)
-    E = np.eye(4)
-    E[:3, 0], E[:3, 1], E[:3, 2], E[:3, 3] = right, np.cross(forward, right), forward, position
-    return E
 
 
 def agentview(size=SIZE):

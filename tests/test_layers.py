@@ -9,7 +9,12 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
+<<<<<<< HEAD
     {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "timing", "workers", "plots", "plots_rotation"},
+=======
+    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "settings", "plots",
+     "plots_rotation", "plots_settings"},
+>>>>>>> settings
     {"backbone", "demos", "smith300", "policy", "history"},
 <<<<<<< HEAD
     {"libero_env", "expert", "rollout"},  # and every model* and data*
