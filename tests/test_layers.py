@@ -9,29 +9,16 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-<<<<<<< HEAD
-    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "timing", "workers", "plots", "plots_rotation"},
-=======
-    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "settings", "plots",
+    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "timing", "workers", "settings", "plots",
      "plots_rotation", "plots_settings"},
->>>>>>> settings
     {"backbone", "demos", "smith300", "policy", "history"},
-<<<<<<< HEAD
-    {"libero_env", "expert", "rollout"},  # and every model* and data*
-    {"registry", "checkpoint", "finetune", "validation", "bench_attention"},
-=======
     {"libero_env", "expert", "variants", "rollout"},  # and every model* and data*
-    {"registry", "checkpoint", "finetune", "validation"},
->>>>>>> memory
+    {"registry", "checkpoint", "finetune", "validation", "bench_attention"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
      "check_setup", "openloop"},
 ]
 SCRIPTS = LAYERS[4]
-<<<<<<< HEAD
-BESIDE = {"history": {"policy"}, "expert": {"libero_env"}, "rollout": {"expert", "libero_env"}, "checkpoint": {"registry"}, "finetune": {"checkpoint"}, "smith300": {"demos"}, "bench_attention": {"registry"}}  # same layer
-=======
 BESIDE = {"history": {"policy"}, "expert": {"libero_env"}, "variants": {"expert", "libero_env"}, "rollout": {"variants", "expert", "libero_env"}, "checkpoint": {"registry"}, "finetune": {"checkpoint"}, "smith300": {"demos"}}  # same layer
->>>>>>> memory
 LONG = {"libero_env"}  # may exceed 400 lines: all that touches the simulator is in one file
 SIMULATOR = {"robosuite", "libero"}
 FILES = sorted(ROOT.glob("*.py"))
