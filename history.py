@@ -3,7 +3,9 @@ from dataclasses import dataclass
 
 import torch
 
-from policy import VolumeConfig, VolumeGeometry, flag
+from torch import nn
+
+from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag
 from runtime import UserError
 
 
@@ -12,6 +14,7 @@ class HistoryConfig(VolumeConfig):
     """What policies over windows of frames are configured by."""
     eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
     trained_frames: int = flag(0, "frames of each window that a training step is about, drawn anew at every step; 0: all of them")
+    finger_heads: bool = flag(True, "the heads have weights of their own for open and for closed fingers")
     feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")
     sample: bool = flag(False, "sample the waypoint instead of taking the peak")
     temperature: float = flag(1.0, "of --sample")
@@ -24,6 +27,28 @@ def feedback_steps(feedback):
     if feedback.startswith("hybrid:") and feedback[7:].isdigit() and int(feedback[7:]) > 0:
         return int(feedback[7:])
     raise UserError(f"--feedback {feedback}: use measured, predicted or hybrid:N with N >= 1")
+
+
+class FingerLinear(nn.Module):
+    """A linear layer with weights of its own for open and for closed fingers (n_states=2), or one for both (n_states=1).
+
+    Open fingers over the bowl ask for a descent, closed ones for the way to the plate. As one input among thousands the
+    fingers lose against an image that is like no training image; as a switch they cannot.
+    """
+
+    def __init__(self, inputs, outputs, n_states, bias=True):
+        super().__init__()
+        self.n_states, self.linear = n_states, nn.Linear(inputs, n_states * outputs, bias)
+
+    def forward(self, x, closed):
+        """x (N,inputs), closed (N,) in {0, 1} -> (N,outputs)."""
+        y = self.linear(x).unflatten(-1, (self.n_states, -1))
+        return y[torch.arange(len(x), device=x.device), closed] if self.n_states > 1 else y[:, 0]
+
+
+def fingers_closed(widths):
+    """Widths between the fingers in m -> 1 where they are measured closed, else 0; long, of the same shape."""
+    return (widths < HALF_OPEN).long()
 
 
 class HistoryPolicy(VolumeGeometry):

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from history import HistoryConfig, HistoryPolicy
+from history import FingerLinear, HistoryConfig, HistoryPolicy, fingers_closed
 from layers import FrameBlock, Resolutions, fourier
-from policy import HALF_OPEN, dilated_convolutions, flag, masked_mean
+from policy import dilated_convolutions, flag, masked_mean
 from runtime import UserError
 
 TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
@@ -79,18 +79,20 @@ class AutoregressivePolicy(HistoryPolicy):
             self.coarse = nn.Parameter(torch.randn(d) * 0.5)  # tells pooled patches from patches
         self.blocks = nn.ModuleList([FrameBlock(d, c.n_heads, c.mlp_ratio) for _ in range(c.n_layers)])
         self.norm = nn.LayerNorm(d)
+        states = 2 if c.finger_heads else 1
         if c.head == "pointer":
             width = c.key_width
             self.key_project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
             self.key_patches = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
             self.key_query = nn.Linear(d, width)
             self.key_trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
-            self.pointer = nn.Linear(d, 2 * c.n_height_bins * width)
-            self.prior = nn.Parameter(torch.randn(2 * c.n_height_bins, width) * width**-0.5)
-            nn.init.normal_(self.pointer.weight, std=0.1 * d**-0.5)
+            self.pointer = FingerLinear(d, 2 * c.n_height_bins * width, states)
+            self.prior = nn.Parameter(torch.randn(states, 2 * c.n_height_bins, width) * width**-0.5)
+            nn.init.normal_(self.pointer.linear.weight, std=0.1 * d**-0.5)
         else:
-            self.cell_head = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, 2 * c.grid**2))
-            self.height_head = nn.Linear(d, 2 * c.n_height_bins)
+            self.cell_hidden = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU())
+            self.cell_head = FingerLinear(4 * d, 2 * c.grid**2, states)
+            self.height_head = FingerLinear(d, 2 * c.n_height_bins, states)
         if c.coarse_to_fine:
             self.offset_head = nn.Sequential(nn.Linear(d + (c.key_width if c.head == "pointer" else 0), d), nn.GELU(), nn.Linear(d, 3))
         self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
@@ -146,7 +148,7 @@ class AutoregressivePolicy(HistoryPolicy):
         eef = self.share(eef)
         anchor = eef[..., 1:] if c.anchor == "frame" else self.newest(eef[..., 1:], batch)
         moved = eef - torch.cat([self.share(before), eef[:, :-1]], 1)
-        fingers = (batch["gripper_width"] < HALF_OPEN).float()[..., None]
+        fingers = fingers_closed(batch["gripper_width"]).float()[..., None]
         state = self.state(torch.cat([fourier(eef[..., 0], SPACE_FREQUENCIES), 10 * moved, fingers], -1))  # (B,T,d)
         own = self.token + torch.stack([state, torch.zeros_like(state)], 2)  # (B,T,2,d): EEF, query
         at = lambda tables, yx: self.place(tables, yx[..., :1], yx[..., 1:])[..., 0, :]  # (B,T,2) -> (B,T,1,d)
@@ -191,15 +193,16 @@ class AutoregressivePolicy(HistoryPolicy):
         coarse = self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
         return self.key_trunk(x + F.interpolate(coarse, **size) + self.key_query(query)[..., None, None])
 
-    def head(self, features, patches, query):
-        """N frames -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None."""
-        c = self.config
+    def head(self, features, patches, query, widths):
+        """N frames, widths (N,) between the fingers -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None."""
+        c, closed = self.config, fingers_closed(widths)
         if c.head == "mlp":
-            cells = self.cell_head(query).view(-1, 2, 1, c.grid, c.grid)
-            heights = self.height_head(query).view(-1, 2, c.n_height_bins, 1, 1)
+            cells = self.cell_head(self.cell_hidden(query), closed).view(-1, 2, 1, c.grid, c.grid)
+            heights = self.height_head(query, closed).view(-1, 2, c.n_height_bins, 1, 1)
             return cells + heights.log_softmax(2), None  # p(gripper, cell) p(height | gripper)
         keys = self.cell_features(features, patches, query)
-        weights = self.pointer(query).unflatten(-1, (-1, c.key_width)) + self.prior  # (N,2Z,C)
+        prior = self.prior[closed if c.finger_heads else torch.zeros_like(closed)]
+        weights = self.pointer(query, closed).unflatten(-1, (-1, c.key_width)) + prior  # (N,2Z,C)
         logits = torch.bmm(weights, keys.flatten(2))
         return logits.view(-1, 2, c.n_height_bins, c.grid, c.grid), keys
 
@@ -209,7 +212,7 @@ class AutoregressivePolicy(HistoryPolicy):
         query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start))
         flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
         query = flat(query)
-        logits, keys = self.head([flat(f) for f in features], flat(patches), query)
+        logits, keys = self.head([flat(f) for f in features], flat(patches), query, flat(batch["gripper_width"]))
         return logits, keys, query
 
     def offset(self, keys, query, coordinates):
@@ -333,7 +336,7 @@ class AutoregressivePolicy(HistoryPolicy):
             keep = self.config.context - 1
             self.past = [(k[:, -keep:], v[:, -keep:]) for k, v in cache] if keep else None
             self.before = eef
-            logits, keys = self.head([f[:, 0] for f in features], patches[:, 0], query[:, 0])
+            logits, keys = self.head([f[:, 0] for f in features], patches[:, 0], query[:, 0], frame["gripper_width"][:, 0])
             out = self.decide_rows(frame, self.elsewhere(logits, self.now(frame)), keys, query[:, 0], (1, 1))
         self.number, self.fed = self.number + 1, out["position"]
         return out

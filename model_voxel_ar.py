@@ -16,8 +16,8 @@ from torch import nn
 
 import camera
 import layers_voxel as lv
-from history import HistoryConfig, HistoryPolicy
-from policy import HALF_OPEN, dilated_convolutions, flag, masked_mean
+from history import FingerLinear, HistoryConfig, HistoryPolicy, fingers_closed
+from policy import dilated_convolutions, flag, masked_mean
 from runtime import UserError
 
 
@@ -95,8 +95,9 @@ class VoxelPolicy(HistoryPolicy):
         self.blocks = nn.ModuleList([VoxelBlock(d, c.n_heads, c.mlp_ratio, math.prod(self.volume_shape)) for _ in range(c.n_layers)])
         self.norm = nn.LayerNorm(d)
         self.key_query = nn.Linear(d, 2 * width if c.eef_mark else width)
-        self.pointer = nn.Linear(d, self.n_gripper * (d + 2 * width))  # per command: against PE, and image features by height
-        self.prior = nn.Parameter(torch.randn(self.n_gripper, width) * width**-0.5)
+        states = 2 if c.finger_heads else 1
+        self.pointer = FingerLinear(d, self.n_gripper * (d + 2 * width), states)  # per command: against PE, and image features by height
+        self.prior = nn.Parameter(torch.randn(states, self.n_gripper, width) * width**-0.5)
         self.height = nn.Linear(2 * c.n_waves, width, bias=False)
         self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
         if c.gripper_head == "separate":
@@ -152,7 +153,7 @@ class VoxelPolicy(HistoryPolicy):
             positions = positions - anchor[:, None]
         code = lv.encode_position(positions, self.waves).to(self.positional.weight.dtype)
         moved = (eef - torch.cat([eef[:, :1], eef[:, :-1]], 1)).float()
-        state = self.state(torch.cat([10 * moved, (widths < HALF_OPEN).float()[..., None]], -1))[b]
+        state = self.state(torch.cat([10 * moved, fingers_closed(widths).float()[..., None]], -1))[b]
         age = t[:, None] - torch.arange(T, device=rows.device)  # (N,S), negative in the future
         tokens = self.token[0] + self.positional(code) + state + self.age[age.clamp(0, len(self.age) - 1)]
         return tokens, ((age >= 0) & (age < self.config.context))[:, None]
@@ -183,10 +184,11 @@ class VoxelPolicy(HistoryPolicy):
             maps.append(pixels[:, 0].unflatten(-1, image.shape[2:]))
         query = self.norm(x[:, 0])
         cells = self.cells(flat(eef), {k: flat(batch[k]) for k in "KE"})
-        return self.readout(query, image, table, anchor, cells), query, maps
+        return self.readout(query, image, table, anchor, cells, fingers_closed(flat(batch["gripper_width"]))), query, maps
 
-    def readout(self, query, image, table, anchor, cells):
-        """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W). cells (N,2) yx: where the last known EEF is seen."""
+    def readout(self, query, image, table, anchor, cells, closed):
+        """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W). cells (N,2) yx: where the last known EEF is seen;
+        closed (N,) in {0, 1}: whether the fingers are."""
         c, N, width = self.config, len(query), self.config.key_width
         added = self.key_query(query)
         x = image + added[:, :width, None, None]
@@ -196,12 +198,13 @@ class VoxelPolicy(HistoryPolicy):
             mark[torch.arange(N, device=x.device), 0, y, z] = 1
             x = x + mark * added[:, width:, None, None]
         x = self.trunk(x).flatten(2)  # (N,C,HW)
-        position, plain, by_height = self.pointer(query).unflatten(-1, (self.n_gripper, -1)).split([c.dim, width, width], -1)
+        position, plain, by_height = self.pointer(query, closed).unflatten(-1, (self.n_gripper, -1)).split([c.dim, width, width], -1)
         heights = table.heights.to(query.device)[None, :, None]  # (1,Z,1)
         if anchor is not None:
             heights = heights - anchor[:, None, 2:]
         seen = self.height(lv.encode_position(heights, self.waves).to(self.height.weight.dtype))  # (N or 1,Z,C)
-        height_query = (plain + self.prior)[:, :, None] + by_height[:, :, None] * seen[:, None]  # (N,G,Z,C)
+        prior = self.prior[closed if c.finger_heads else torch.zeros_like(closed)]
+        height_query = (plain + prior)[:, :, None] + by_height[:, :, None] * seen[:, None]  # (N,G,Z,C)
         logits = lv.voxel_logits(position / math.sqrt(c.dim), table, x, self.positional.weight, height_query / math.sqrt(width),
                                  None if anchor is None else anchor[:, None].expand(-1, self.n_gripper, -1))
         return logits.unflatten(-1, (c.grid, c.grid))

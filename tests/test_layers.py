@@ -18,7 +18,7 @@ LAYERS = [
      "check_setup", "openloop"},
 ]
 SCRIPTS = LAYERS[4]
-BESIDE = {"history": {"policy"}, "expert": {"libero_env"}, "variants": {"expert", "libero_env"}, "rollout": {"variants", "expert", "libero_env"}, "checkpoint": {"registry"}, "finetune": {"checkpoint"}, "smith300": {"demos"}}  # same layer
+BESIDE = {"history": {"policy"}, "expert": {"libero_env"}, "variants": {"expert", "libero_env"}, "rollout": {"variants", "expert", "libero_env"}, "checkpoint": {"registry"}, "finetune": {"checkpoint"}, "smith300": {"demos"}, "bench_attention": {"registry"}}  # same layer
 LONG = {"libero_env"}  # may exceed 400 lines: all that touches the simulator is in one file
 SIMULATOR = {"robosuite", "libero"}
 FILES = sorted(ROOT.glob("*.py"))

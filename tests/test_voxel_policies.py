@@ -196,8 +196,8 @@ def test_acting_never_answers_here():
     policy, batch = make("B"), windows()
     with torch.no_grad():
         policy.prior.mul_(0)
-        policy.pointer.weight.mul_(0)
-        policy.pointer.bias.mul_(0)  # all voxels alike: the first would be taken
+        policy.pointer.linear.weight.mul_(0)
+        policy.pointer.linear.bias.mul_(0)  # all voxels alike: the first would be taken
         zyx = torch.zeros(1, 3, dtype=torch.float64)
         frame = frames(batch, 0)
         frame["eef_pos"], frame["gripper_width"] = policy.points(zyx, frame), torch.tensor([0.08])
