@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "plots", "plots_rotation"},
-    {"backbone", "demos", "smith300", "policy", "history"},
+    {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "workers", "plots", "plots_rotation", "graph",
+     "pages"},
+    {"backbone", "demos", "smith300", "policy", "history", "matrix_table"},
     {"libero_env", "expert", "rollout"},  # and every model* and data*
     {"registry", "checkpoint", "finetune", "validation"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
