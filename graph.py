@@ -184,7 +184,6 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
     cwd = Path(cwd).resolve()
     folder = cwd / folder
     waiting = {node.name: node for node in pending(nodes)}
-    backend.check(waiting.values())
     log = lambda name: folder / "logs" / f"{name}.log"
     running, failed, attempts = {}, {}, {}
     shown = sys.stderr.isatty()
@@ -200,6 +199,7 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
         running[backend.start(node, log(node.name), cwd)] = node, time.time()
 
     try:
+        backend.check(waiting.values())
         while waiting or running:
             busy = {node.name for node, _ in running.values()}
             for node in list(waiting.values()):
@@ -213,8 +213,8 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
                 continue
             for handle in backend.wait(running, timeout=1.0):
                 (node, since), code = running.pop(handle), backend.result(handle)
-                append_jsonl(folder / "nodes.jsonl", {"node": node.name, "command": shlex.join(node.command), "code": code,
-                                                      "started": round(since), "seconds": round(time.time() - since, 1)})
+                append_jsonl(folder / "nodes.jsonl", {"node": node.name, "code": code, "started": round(since),
+                                                      "seconds": round(time.time() - since, 1)})
                 if code < 0 and attempts[node.name] < TRIES:
                     start(node)
                     continue

@@ -44,6 +44,7 @@ def read_cells(folder, rows, layouts):
 
 def paired(cell, reference, key):
     """A cell against another one on the same episodes, those of the same seed of training (a policy without one against all of them).
+    Pairs of several seeds are taken as independent.
 
     -> {"n" pairs, "better", "worse" (pairs in which only the one or only the other succeeds), "difference" of the rates, "p" exact
     McNemar}, or None where nothing is shared.

@@ -28,7 +28,8 @@ from runtime import UserError, command_line, git_commit, run_script, versions
 
 ROOT = Path(__file__).resolve().parent
 SHORT, LONG = {"small": 5, "full": 15}, {"small": 8, "full": 25}  # minutes of training, without and with a history
-SMALL_FILES = ("summary.json", "episodes.jsonl", "settings.json", "protocol.json", "sheet.png")  # what --export takes of an evaluation
+SMALL_FILES = ("table.json", "table.md", "table.png", "nodes.jsonl",  # what --export takes, of the whole and of each evaluation
+               "summary.json", "episodes.jsonl", "settings.json", "protocol.json", "sheet.png")
 INCIDENTAL = re.compile(r" --(workers|n_episodes|n_videos) \S+")  # flags that leave an episode's result as it is
 
 
@@ -150,20 +151,21 @@ class Plan:
 
     def __init__(self, args):
         self.args, self.nodes = args, {}
-        for column in args.columns:
-            for name in args.rows:
-                self.add_row(name, COLUMNS[column])
+        for seed in args.seeds:
+            for column in args.columns:
+                for name in args.rows:
+                    self.add_row(name, COLUMNS[column], seed)
 
     def add(self, name, command, deps=(), lacks=None, **rest):
         self.nodes.setdefault(name, Node(name, command, tuple(d for d in deps if d), lacks, **rest))
         return name
 
-    def add_row(self, name, column):
-        args, row = self.args, ROWS[name]
-        for seed in args.seeds if row.model_type else [None]:
-            training = self.training(name, row, column.setting, seed) if row.model_type else None
-            for layout, n in column.layouts.items():
-                self.evaluation(name, row, layout, args.n_episodes or n, seed, training)
+    def add_row(self, name, column, seed):
+        """A row's nodes in a column; those of a policy without training, or of another column too, are there once."""
+        row = ROWS[name]
+        training = self.training(name, row, column.setting, seed) if row.model_type else None
+        for layout, n in column.layouts.items():
+            self.evaluation(name, row, layout, self.args.n_episodes or n, seed if training else None, training)
 
     def dataset(self, setting):
         """(file, the node that collects it or None)."""
@@ -267,6 +269,14 @@ def parse_args(argv=None):
     return args
 
 
+def copy_files(source, target, names):
+    """Copy those of the named files that there are."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
+
+
 def write_table(args):
     """Table, picture and page in args.out, from all evaluations there -> their number."""
     cells = matrix_table.read_cells(args.out, list(ROWS), LAYOUTS)
@@ -277,15 +287,9 @@ def write_table(args):
     if args.readme:
         matrix_table.insert(args.readme, text)
     if args.export:
-        for name in matrix_table.FILES:
-            args.export.mkdir(parents=True, exist_ok=True)
-            shutil.copy(args.out / name, args.export / name)
+        copy_files(args.out, args.export, SMALL_FILES)
         for folder in (run["folder"] for cell in cells for run in cell["runs"].values()):
-            target = args.export / "evals" / folder.name
-            target.mkdir(parents=True, exist_ok=True)
-            for name in SMALL_FILES:
-                if (folder / name).exists():
-                    shutil.copy(folder / name, target / name)
+            copy_files(folder, args.export / "evals" / folder.name, SMALL_FILES)
     print(text)
     print(f"{args.out}: " + ", ".join(matrix_table.FILES))
     return len(cells)
@@ -293,7 +297,7 @@ def write_table(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.table:
+    if args.table and not args.dry_run:
         if not write_table(args):
             raise UserError(f"--table: no finished evaluation in {args.out / 'evals'}; run `python run_matrix.py --out {args.out}` first")
         return 0
