@@ -29,8 +29,8 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 class Node:
     """A command and what it needs.
 
-    lacks: what its results lack, "" when they are complete; without it the node has no results to be asked for, and runs before a node
-    that needs it, or when nothing does. resume: (path, command to run instead once this path is there).
+    lacks: what its results lack, "" when they are complete; without it the node has no results to be asked for, and runs before a
+    node that needs it, or when nothing does. resume: (path, command to run instead once this path is there).
     """
     name: str
     command: list
@@ -42,7 +42,7 @@ class Node:
 
 
 def pending(nodes):
-    """The nodes that have to run, in the order given: those not done that nobody needs, and those not done that one of these needs."""
+    """The nodes that have to run, in the order given: those not done that nobody needs, or that one of these needs."""
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
         raise ValueError("two nodes of one name")
@@ -144,7 +144,8 @@ class Ray:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"--ray {address}: no cluster there ({str(error).splitlines()[0]}); start one with `ray start --head`")
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--ray {address}: no cluster there ({reason}); start one with `ray start --head`")
         def task(repository, *arguments):
             sys.path.insert(0, repository)  # all that a worker knows of it
             return importlib.import_module("graph").execute(*arguments)
@@ -155,7 +156,8 @@ class Ray:
         machines = [m["Resources"] for m in self.ray.nodes() if m["Alive"]]
         for node in nodes:
             if not any(m.get("CPU", 0) >= node.cpus and m.get("GPU", 0) >= node.gpus for m in machines):
-                raise UserError(f"{node.name}: asks for {node.cpus:g} CPUs and {node.gpus:g} GPUs, which no machine of the cluster has")
+                raise UserError(f"{node.name}: asks for {node.cpus:g} CPUs and {node.gpus:g} GPUs, which no machine of the "
+                                "cluster has")
 
     def start(self, node, log, cwd):
         task = self.remote.options(name=node.name, num_cpus=node.cpus, num_gpus=node.gpus, max_retries=RAY_RETRIES)
@@ -187,7 +189,8 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
     log = lambda name: folder / "logs" / f"{name}.log"
     running, failed, attempts = {}, {}, {}
     shown = sys.stderr.isatty()
-    bar = tqdm(total=len(nodes), initial=len(nodes) - len(waiting), desc=title, unit="node", miniters=0, mininterval=1 if shown else 60)
+    bar = tqdm(total=len(nodes), initial=len(nodes) - len(waiting), desc=title, unit="node", miniters=0,
+               mininterval=1 if shown else 60)
 
     def fail(name, why):
         failed[name] = why
@@ -201,9 +204,9 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
     try:
         backend.check(waiting.values())
         while waiting or running:
-            busy = {node.name for node, _ in running.values()}
             for node in list(waiting.values()):
                 broken = [d for d in node.deps if d in failed]
+                busy = {other.name for other, _ in running.values()}  # those that this pass has started too
                 if broken:
                     del waiting[node.name]
                     fail(node.name, f"not started, {broken[0]} failed")

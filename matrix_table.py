@@ -1,7 +1,7 @@
-"""The table of rows (policies) x layouts: rates with intervals, paired tests, and where the time went; as JSON, Markdown, PNG, HTML.
+"""The table of rows (policies) x layouts: rates with intervals, paired tests, where the time went; as JSON, Markdown, PNG, HTML.
 
-Everything is computed from the per-episode rows of evaluations in FOLDER/evals/ROW-LAYOUT[-sSEED] and FOLDER/nodes.jsonl. Seeds of
-training are pooled: n counts episodes of all of them.
+Everything is computed from the per-episode rows of evaluations in FOLDER/evals/ROW-LAYOUT[-sSEED] and FOLDER/nodes.jsonl. Seeds
+of training are pooled: n counts episodes of all of them.
 """
 import collections
 import html
@@ -22,8 +22,8 @@ OUTCOMES = ("miss", "grasp", "place", "released")
 
 
 def read_cells(folder, rows, layouts):
-    """Finished evaluations -> [{"row", "layout", "runs": {seed or "": {"folder", "summary", "episodes": {index: row}}}}], in the order of
-    `rows` and `layouts`. Raises UserError where trained policies saw different features."""
+    """Finished evaluations -> [{"row", "layout", "runs": {seed or "": {"folder", "summary", "episodes": {index: row}}}}], in the
+    order of `rows` and `layouts`. Raises UserError where trained policies saw different features."""
     cells, features = {}, {}
     for path in sorted(Path(folder, "evals").glob("*/summary.json")):
         row, layout, seed = (*path.parent.name.split("-"), "")[:3]
@@ -38,26 +38,28 @@ def read_cells(folder, rows, layouts):
         if summary["trained"]:
             features.setdefault(summary["trained"]["backbone_identity"], path.parent)
     if len(features) > 1:
-        raise UserError("one backbone for the whole table: " + ", but ".join(f"{where} saw {name}" for name, where in features.items()))
+        raise UserError("one backbone for the whole table: " + ", but ".join(f"{where} saw {n}" for n, where in features.items()))
     return sorted(cells.values(), key=lambda c: (rows.index(c["row"]), layouts.index(c["layout"])))
 
 
 def paired(cell, reference, key):
-    """A cell against another one on the same episodes, those of the same seed of training (a policy without one against all of them).
-    Pairs of several seeds are taken as independent.
+    """A cell against another one on the same episodes, those of the same seed of training (a policy without one against all of
+    them). Pairs of several seeds are taken as independent.
 
-    -> {"n" pairs, "better", "worse" (pairs in which only the one or only the other succeeds), "difference" of the rates, "p" exact
-    McNemar}, or None where nothing is shared.
+    -> {"n" pairs, "better", "worse" (pairs in which only the one or only the other succeeds), "difference" of the rates, "p"
+    exact McNemar}, or None where nothing is shared.
     """
     pairs = []
     for seed, other in reference["runs"].items():
         own = cell["runs"].get(seed) or cell["runs"].get("")
         if own:
-            pairs += [(own["episodes"][i][key], other["episodes"][i][key]) for i in own["episodes"].keys() & other["episodes"].keys()]
+            shared = own["episodes"].keys() & other["episodes"].keys()
+            pairs += [(own["episodes"][i][key], other["episodes"][i][key]) for i in shared]
     if not pairs:
         return None
     better, worse = (sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
-    return {"n": len(pairs), "better": better, "worse": worse, "difference": (better - worse) / len(pairs), "p": mcnemar(better, worse)}
+    return {"n": len(pairs), "better": better, "worse": worse, "difference": (better - worse) / len(pairs),
+            "p": mcnemar(better, worse)}
 
 
 def numbers(cell, reference):
@@ -123,10 +125,10 @@ def long_table(table, metric, reference):
     """(head, rows) of strings: a row a cell."""
     head = ["policy", "layout", "n", "LIBERO success", "placed and released", f"against {reference}, points (won:lost)",
             "miss / grasp / place / released", "steps", "jerk", "coverage 4 / 8 / 16 px", "training min", "decisions/s"]
-    rows = [[c["row"], c["layout"], str(c["n"]), percent(c["success"]), percent(c["released"]), versus(c[metric]["against_reference"]),
-             " / ".join(map(str, c["outcomes"].values())), number(c["steps"], ".0f"), number(c["jerk_mm"], ".2f"),
-             " / ".join(number(c[f"coverage_{e}px"], ".2f") for e in (4, 8, 16)), number(c["train_minutes"], ".1f"),
-             number(c["decisions_per_second"], ".1f")] for c in table]
+    rows = [[c["row"], c["layout"], str(c["n"]), percent(c["success"]), percent(c["released"]),
+             versus(c[metric]["against_reference"]), " / ".join(map(str, c["outcomes"].values())), number(c["steps"], ".0f"),
+             number(c["jerk_mm"], ".2f"), " / ".join(number(c[f"coverage_{e}px"], ".2f") for e in (4, 8, 16)),
+             number(c["train_minutes"], ".1f"), number(c["decisions_per_second"], ".1f")] for c in table]
     return head, rows
 
 
@@ -138,9 +140,11 @@ def markdown(head, rows):
 def explained(metric, reference, spent):
     """What has to be known to read the table."""
     label = {"success": "LIBERO's predicate", "released": "placed and released"}[metric]
-    time = f" Minutes of all steps: {', '.join(f'{k} {v:.0f}' for k, v in spent.items())}; {sum(spent.values()):.0f} in all." if spent else ""
-    return (f"Success by {label}, with n and Wilson 95% interval; against {reference} on the same episodes: difference in percentage points, "
-            f"episodes that only the one or only {reference} solves, exact McNemar p. Jerk in mm/step².{time}")
+    parts = ", ".join(f"{kind} {minutes:.0f}" for kind, minutes in spent.items())
+    time = f" Minutes of all steps: {parts}; {sum(spent.values()):.0f} in all." if spent else ""
+    return (f"Success by {label}, with n and Wilson 95% interval; against {reference} on the same episodes: difference in "
+            f"percentage points, episodes that only the one or only {reference} solves, exact McNemar p. Jerk in mm/step²."
+            + time)
 
 
 def insert(path, text):
@@ -168,30 +172,33 @@ def shown_video(cell, metric):
             episode, outcome = path.stem.split("_", 1)
             row = run["episodes"].get(int(episode))
             if row and row["outcome"] == outcome:
-                found.append((row[metric], path, f"{cell['row']}, {cell['layout']}{seed and ' ' + seed}, episode {int(episode)}: {outcome}"))
+                caption = f"{cell['row']}, {cell['layout']}{seed and ' ' + seed}, episode {int(episode)}: {outcome}"
+                found.append((row[metric], path, caption))
     return min(found, key=lambda f: f[0])[1:] if found else None
 
 
 def page(cells, table, metric, reference, spent, picture):
     """The HTML report."""
-    escaped = lambda head_rows: ([html.escape(h) for h in head_rows[0]], [[html.escape(c) for c in row] for row in head_rows[1]])
-    parts = ["<!doctype html><meta charset=utf-8><title>The verdict</title>", f"<style>{STYLE}</style>", "<h1>Every policy in every setting</h1>",
-             f"<p class=lead>{html.escape(explained(metric, reference, spent))}</p>", html_table(*escaped(short_table(table, metric))),
-             f'<img alt="success rates" src="{embed(picture, "image/png")}">', "<h2>All numbers</h2>",
-             html_table(*escaped(long_table(table, metric, reference)), strong=(RATES.index(metric) + 3,)), "<h2>One episode a cell</h2>",
-             "<p class=lead>A failure where one was filmed.</p>"]
+    def shown(head, rows, strong=()):
+        return html_table([html.escape(h) for h in head], [[html.escape(c) for c in row] for row in rows], strong)
+    parts = ["<!doctype html><meta charset=utf-8><title>The verdict</title>", f"<style>{STYLE}</style>",
+             "<h1>Every policy in every setting</h1>", f"<p class=lead>{html.escape(explained(metric, reference, spent))}</p>",
+             shown(*short_table(table, metric)), f'<img alt="success rates" src="{embed(picture, "image/png")}">',
+             "<h2>All numbers</h2>", shown(*long_table(table, metric, reference), strong=(RATES.index(metric) + 3,)),
+             "<h2>One episode a cell</h2>", "<p class=lead>A failure where one was filmed.</p>"]
     parts += [figure(*video) for video in (shown_video(cell, metric) for cell in cells) if video]
     parts += ["<h2>Commands</h2><pre>", *(html.escape(command) for c in table for command in c["commands"]), "</pre>"]
     return "\n".join(parts)
 
 
 def write(cells, folder, metric, reference, info):
-    """Write FILES into folder -> the Markdown. reference: the row that others are compared with; info: provenance for the JSON."""
+    """Write FILES into folder -> the Markdown. reference: the row that others are compared with; info: provenance."""
     folder, at = Path(folder), {(c["row"], c["layout"]): c for c in cells}
     table = [numbers(c, at.get((reference, c["layout"]))) for c in cells]
     spent = time_spent(folder)
     write_json(folder / FILES[0], {**info, "metric": metric, "reference": reference, "minutes": spent, "cells": table})
-    text = "\n\n".join([markdown(*short_table(table, metric)), explained(metric, reference, spent), markdown(*long_table(table, metric, reference))])
+    text = "\n\n".join([markdown(*short_table(table, metric)), explained(metric, reference, spent),
+                        markdown(*long_table(table, metric, reference))])
     with atomic_path(folder / FILES[1]) as scratch:
         scratch.write_text(text + "\n")
     layouts, rows = (list(dict.fromkeys(c[key] for c in table)) for key in ("layout", "row"))

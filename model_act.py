@@ -5,10 +5,10 @@ with one learned query a waypoint -> absolute world xyz (L1, normalised by the t
 
 After Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware". What differs, so that the rows of
 a table differ in the head alone: labels, features and the closed loop are PARA's, hence T waypoints a chunk instead of T control
-steps, and a new chunk at each instead of temporal ensembling. There is no CVAE: it tells apart the ways in which people do the same
-thing, and a scripted expert has one. Two things are in its favour: the camera's pose is an input, since the other policies know the camera too
-(`--no-camera_token`: as published), and the EEF's position is noised in training as the history policies' is, since a regressor too
-would rather guess the next waypoint from where it is than look (`--eef_noise_m 0`).
+steps, and a new chunk at each instead of temporal ensembling. There is no CVAE: it tells apart the ways in which people do the
+same thing, and a scripted expert has one. Two things are in its favour: the camera's pose is an input, since the other policies
+know the camera too (`--no-camera_token`: as published), and the EEF's position is noised in training as the history policies' is,
+since a regressor too would rather guess the next waypoint from where it is than look (`--eef_noise_m 0`).
 """
 from dataclasses import dataclass
 
@@ -38,7 +38,8 @@ class ActConfig(FittedConfig):
     eef_noise_share: float = flag(0.7, "share of samples with a noised EEF position in training")
     eef_noise_m: float = flag(0.02, "its standard deviation along each axis, metres")
 
-    presets = {"full": dict(lr=3e-4, warmup=200), "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, max_steps=1500, val_every=500)}
+    presets = {"full": dict(lr=3e-4, warmup=200), "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, max_steps=1500,
+                                                                val_every=500)}
 
 
 class ActPolicy(FittedPolicy):
@@ -56,7 +57,8 @@ class ActPolicy(FittedPolicy):
         self.state = nn.Linear(3 + 1, d)  # EEF xyz, fingers
         if c.camera_token:
             self.camera = nn.Linear(12, d)
-        layer = dict(nhead=c.n_heads, dim_feedforward=c.mlp_ratio * d, dropout=c.dropout, activation="gelu", batch_first=True, norm_first=True)
+        layer = dict(nhead=c.n_heads, dim_feedforward=c.mlp_ratio * d, dropout=c.dropout, activation="gelu", batch_first=True,
+                     norm_first=True)
         self.encoder = nn.ModuleList([nn.TransformerEncoderLayer(d, **layer) for _ in range(c.n_layers)])
         self.decoder = nn.ModuleList([nn.TransformerDecoderLayer(d, **layer) for _ in range(c.n_decoder_layers)])
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(d), nn.LayerNorm(d)

@@ -6,9 +6,9 @@
     python run_matrix.py --preset full --ray auto --gpus 1            # as tasks of a Ray cluster with a shared file system
     python run_matrix.py --table --readme README.md       # only the table, from what is there; into the README too
 
-Every step is one of the repository's own commands, with its log in OUT/logs. A step whose results are complete and were made by the
-same flags is not done again, so that the same command goes on after a kill, and adds rows to a table. A failed step is reported,
-what does not need it goes on, and the exit code is 1.
+Every step is one of the repository's own commands, with its log in OUT/logs. A step whose results are complete and were made by
+the same flags is not done again, so that the same command goes on after a kill, and adds rows to a table. A failed step is
+reported, what does not need it goes on, and the exit code is 1.
 """
 import argparse
 import json
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What is trained on, a --setting of collect_demos.py, and what is tested: layouts of eval.py with their numbers of episodes."""
+    """What is trained on, a --setting of collect_demos.py; what is tested, layouts of eval.py with their numbers of episodes."""
     setting: str
     layouts: dict
 
@@ -167,6 +167,9 @@ class Plan:
         for layout, n in column.layouts.items():
             self.evaluation(name, row, layout, self.args.n_episodes or n, seed if training else None, training)
 
+    def weights(self):
+        return ["--backbone_weights", self.args.backbone_weights] if self.args.backbone_weights else []
+
     def dataset(self, setting):
         """(file, the node that collects it or None)."""
         args = self.args
@@ -181,12 +184,12 @@ class Plan:
         """(node, run folder, argv)."""
         args = self.args
         dataset, collected = self.dataset(setting)
-        weights = ["--backbone_weights", args.backbone_weights] if args.backbone_weights else []
         run = args.out / "runs" / f"{name}-{setting}-s{seed}"
-        command = python("train.py", "--model_type", row.model_type, *row.flags, "--preset", args.preset, "--backbone", args.backbone, *weights,
-                         "--dataset", dataset, "--seed", seed, "--max_steps", 10**6, "--max_minutes",
-                         args.train_minutes or row.minutes[args.preset], "--wandb", "off", *args.train_flags, *args.row_flags.get(name, []),
-                         "--out", run)
+        minutes = args.train_minutes or row.minutes[args.preset]
+        command = python("train.py", "--model_type", row.model_type, *row.flags, "--preset", args.preset,
+                         "--backbone", args.backbone, *self.weights(), "--dataset", dataset, "--seed", seed,
+                         "--max_steps", 10**6, "--max_minutes", minutes, "--wandb", "off",
+                         *args.train_flags, *args.row_flags.get(name, []), "--out", run)
         limits = dict(cpus=args.train_cpus, gpus=args.gpus)
         cached = self.add(f"cache-{setting}-{seen_frames(row, args.preset)}", [*command, "--cache_only"], [collected], **limits)
         node = self.add(f"train-{name}-{setting}-s{seed}", command, [cached], lambda: lacks_training(run, command, dataset),
@@ -199,14 +202,15 @@ class Plan:
         out = args.out / "evals" / cell
         if training:
             node, run, asked = training
-            who = ["--ckpt", run / "checkpoint.safetensors", *(["--backbone_weights", args.backbone_weights] if args.backbone_weights else [])]
+            who = ["--ckpt", run / "checkpoint.safetensors", *self.weights(), "--device", args.device]
         else:
             node, who = None, ["--policy", row.policy]
-        command = python("eval.py", *who, "--teleport", "--zero_rotation", "--max_steps", 600, "--layout", layout, "--n_episodes", n,
-                         "--n_videos", args.n_videos, "--workers", args.workers, *(["--device", args.device] if training else []),
-                         *args.eval_flags, "--out", out)
+        command = python("eval.py", *who, "--teleport", "--zero_rotation", "--max_steps", 600, "--layout", layout,
+                         "--n_episodes", n, "--n_videos", args.n_videos, "--workers", args.workers, *args.eval_flags,
+                         "--out", out)
         gpus = args.gpus if training and args.device != "cpu" else 0
-        self.add(f"eval-{cell}", command, [node], lambda: lacks_evaluation(out, command, n, training and (run, asked)), cpus=args.workers, gpus=gpus)
+        self.add(f"eval-{cell}", command, [node], lambda: lacks_evaluation(out, command, n, training and (run, asked)),
+                 cpus=args.workers, gpus=gpus)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------
@@ -224,16 +228,17 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[r for r in ROWS if r != "expert"])
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=["in_dist", "viewpoint", "position"])
-    parser.add_argument("--preset", choices=("small", "full"), default="small", help="sizes: small for two CPU cores, full for a GPU")
+    parser.add_argument("--preset", choices=("small", "full"), default="small", help="small for two CPU cores, full for a GPU")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of training")
-    parser.add_argument("--backbone", default="efficientnet_lite0", help="frozen features of the whole table (efficientnet_lite0)")
+    parser.add_argument("--backbone", default="efficientnet_lite0", help="features of the whole table (efficientnet_lite0)")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     parser.add_argument("--n_demos", type=int, help="demonstrations of each setting (collect_demos.py's own number)")
-    parser.add_argument("--train_minutes", type=float, help=f"minutes of every training ({SHORT}, with a history {LONG})")
+    parser.add_argument("--train_minutes", type=float, help=f"of every training ({SHORT}, with a history {LONG})")
     parser.add_argument("--n_episodes", type=int, help="episodes of every cell (50, viewpoint 64, position 100)")
     parser.add_argument("--n_videos", type=int, default=2, help="episodes of every cell that are filmed")
-    parser.add_argument("--dataset", nargs="+", default=[], metavar="SETTING=FILE", help="demonstrations to use instead of collecting them")
-    parser.add_argument("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS", help='further flags of a row\'s training, as act="--lr 5e-4"')
+    parser.add_argument("--dataset", nargs="+", default=[], metavar="SETTING=FILE", help="demonstrations that are there already")
+    parser.add_argument("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS",
+                        help='further flags of a row\'s training, as act="--lr 5e-4"')
     for step, script in (("collect", "collect_demos.py"), ("train", "train.py"), ("eval", "eval.py")):
         parser.add_argument(f"--{step}_flags", default="", help=f"further flags of every {script}, in quotes")
     parser.add_argument("--out", type=Path, default=Path("runs/matrix"), help="folder of all that is made")
@@ -245,7 +250,8 @@ def build_parser():
     parser.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs that a training asks for, or a share of one")
     parser.add_argument("--dry_run", action="store_true", help="only print the commands")
     parser.add_argument("--table", action="store_true", help="only make the table, from the evaluations in --out")
-    parser.add_argument("--metric", choices=("success", "released"), default="success", help="rate of the short table and the paired test")
+    parser.add_argument("--metric", choices=matrix_table.RATES, default="success",
+                        help="rate of the short table and the paired test")
     parser.add_argument("--readme", type=Path, help="write the table into this file too, between its <!-- matrix --> marks")
     parser.add_argument("--export", type=Path, help="also copy the table and the evaluations' small files here, to be committed")
     return parser
@@ -299,13 +305,14 @@ def main(argv=None):
     args = parse_args(argv)
     if args.table and not args.dry_run:
         if not write_table(args):
-            raise UserError(f"--table: no finished evaluation in {args.out / 'evals'}; run `python run_matrix.py --out {args.out}` first")
+            raise UserError(f"--table: no finished evaluation in {args.out / 'evals'}; first run the same without --table")
         return 0
     nodes = list(Plan(args).nodes.values())
     if args.dry_run:
         todo = {node.name for node in pending(nodes)}
         for node in nodes:
-            print(f"{'' if node.name in todo else '# done: '}{typed(node.command)}")
+            line = shlex.join(["python", Path(node.command[1]).name, *node.command[2:]])
+            print(line if node.name in todo else f"# done: {line}")
         return 0
     failed = run_graph(nodes, Ray(args.ray) if args.ray else Local(args.jobs), args.out, title="matrix")
     write_table(args)

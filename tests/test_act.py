@@ -12,7 +12,8 @@ CHANNELS, MEAN, STD = (5, 7), np.array([0.1, -0.2, 1.0]), np.array([0.2, 0.1, 0.
 
 def policy(**changes):
     torch.manual_seed(0)
-    made = ActPolicy(ActConfig(n_window=3, dim=16, n_layers=1, n_heads=2, mlp_ratio=1, patch_grid=4, n_rot_bins=8, **changes), CHANNELS)
+    config = ActConfig(n_window=3, dim=16, n_layers=1, n_heads=2, mlp_ratio=1, patch_grid=4, n_rot_bins=8, **changes)
+    made = ActPolicy(config, CHANNELS)
     made.fit_statistics({"position": (MEAN, STD), "euler_range": np.array([[-1.0, 1.0]] * 3),
                          "features": [(np.zeros(n, np.float32), np.ones(n, np.float32)) for n in CHANNELS]})
     return made.eval()
@@ -22,8 +23,9 @@ def batch(n=2):
     generator = torch.Generator().manual_seed(1)
     random = lambda *shape: torch.randn(*shape, generator=generator)
     E = torch.from_numpy(look_at([0.75, 0.0, 1.65], [0.0, 0.0, 1.0])).expand(n, 4, 4).clone()
-    return {"features": [random(n, CHANNELS[0], 16, 16).half(), random(n, CHANNELS[1], 8, 8).half()], "eef_pos": random(n, 3).double() * 0.1,
-            "gripper_width": torch.full((n,), 0.07), "K": torch.eye(3).double().expand(n, 3, 3), "E": E,
+    return {"features": [random(n, CHANNELS[0], 16, 16).half(), random(n, CHANNELS[1], 8, 8).half()],
+            "eef_pos": random(n, 3).double() * 0.1, "gripper_width": torch.full((n,), 0.07), "K": torch.eye(3).double().expand(n, 3, 3),
+            "E": E,
             "target_pos": torch.from_numpy(MEAN + STD).expand(n, 3, 3), "target_rot": torch.eye(3).double().expand(n, 3, 3, 3),
             "target_gripper": torch.zeros(n, 3, dtype=torch.long), "mask": torch.ones(n, 3)}
 

@@ -46,6 +46,15 @@ def test_each_node_runs_once_after_what_it_needs(tmp_path):
     assert sorted(r["node"] for r in rows) == list("abcd") and all(r["code"] == 0 and r["seconds"] >= 0 for r in rows)
 
 
+def test_nothing_starts_beside_what_it_needs(tmp_path):
+    """With places to spare a chain, in whatever order it is given, still runs one after the other."""
+    for name, turn in (("forwards", 1), ("backwards", -1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        chain = [makes(folder, "a", line="sleep 0.2"), makes(folder, "b", "a", line="sleep 0.2"), makes(folder, "c", "b")]
+        assert go(chain[::turn], folder, jobs=4) == {} and order(folder) == ["a", "b", "c"]
+
+
 def test_what_is_done_is_asked_of_the_results(tmp_path):
     """What the final results no longer need is not made again; what they need and lack is."""
     nodes = [makes(tmp_path, "a"), makes(tmp_path, "b", "a"), makes(tmp_path, "c", "b")]
@@ -104,7 +113,7 @@ def test_a_killed_command_is_tried_again_and_goes_on(tmp_path):
 def test_jobs_run_side_by_side(tmp_path):
     """Two jobs at a time: each waits for a file that only the other one writes."""
     wait = "for i in $(seq 200); do test -f {} && break; sleep 0.05; done; test -f {}"
-    nodes = [makes(tmp_path, a, line=f"touch {a}.up; " + wait.format(f"{b}.up", f"{b}.up") + " || exit 5") for a, b in ("xy", "yx")]
+    nodes = [makes(tmp_path, a, line=f"touch {a}.up; {wait.format(f'{b}.up', f'{b}.up')} || exit 5") for a, b in ("xy", "yx")]
     assert go(nodes, tmp_path, jobs=2) == {}
 
 
@@ -170,7 +179,8 @@ def cluster():
 
 
 def test_ray_runs_the_graph_and_survives_a_killed_worker(cluster, tmp_path):
-    """Two tasks run at once on two machines, order is kept, and a task whose worker is killed starts again, its first command gone."""
+    """Two tasks run at once on two machines, order is kept, and a task whose worker is killed starts again, its first command
+    gone."""
     wait = "for i in $(seq 600); do test -f {0} && break; sleep 0.05; done; test -f {0} || exit 5"
     pair = [makes(tmp_path, a, line=f"touch {a}.up; " + wait.format(f"{b}.up")) for a, b in ("xy", "yx")]
     killed = makes(tmp_path, "killed", "x", "y", line="if ! test -f pids; then echo $PPID $$ > pids; exec sleep 100; fi")
