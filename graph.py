@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -142,8 +143,11 @@ class Ray:
             raise UserError("--ray: the package ray is not installed; `pip install -r requirements-ray.txt`")
         self.ray = ray
         try:
+            host, colon, port = address.removeprefix("ray://").rpartition(":")
+            if colon:
+                socket.create_connection((host, int(port)), 10).close()  # Ray itself would try for minutes
             ray.init(address=address, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--ray {address}: no cluster there ({reason}); start one with `ray start --head`")
         def task(repository, *arguments):

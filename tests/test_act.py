@@ -24,8 +24,8 @@ def batch(n=2):
     random = lambda *shape: torch.randn(*shape, generator=generator)
     E = torch.from_numpy(look_at([0.75, 0.0, 1.65], [0.0, 0.0, 1.0])).expand(n, 4, 4).clone()
     return {"features": [random(n, CHANNELS[0], 16, 16).half(), random(n, CHANNELS[1], 8, 8).half()],
-            "eef_pos": random(n, 3).double() * 0.1, "gripper_width": torch.full((n,), 0.07), "K": torch.eye(3).double().expand(n, 3, 3),
-            "E": E,
+            "eef_pos": random(n, 3).double() * 0.1, "gripper_width": torch.full((n,), 0.07),
+            "K": torch.eye(3).double().expand(n, 3, 3), "E": E,
             "target_pos": torch.from_numpy(MEAN + STD).expand(n, 3, 3), "target_rot": torch.eye(3).double().expand(n, 3, 3, 3),
             "target_gripper": torch.zeros(n, 3, dtype=torch.long), "mask": torch.ones(n, 3)}
 

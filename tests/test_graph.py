@@ -206,7 +206,8 @@ def test_ray_refuses_what_no_machine_can_run(cluster, tmp_path):
         run_graph([makes(tmp_path, "a", cpus=64)], Ray(cluster), "out", tmp_path)
 
 
-def test_ray_without_a_cluster_is_said(cluster):
-    """An address at which nothing answers is one sentence."""
+def test_ray_without_a_cluster_is_said():
+    """An address at which nothing answers is one sentence, at once."""
+    pytest.importorskip("ray", reason="optional: pip install -r requirements-ray.txt")
     with pytest.raises(UserError, match="ray start"):
         Ray("127.0.0.1:1")

@@ -24,15 +24,16 @@ def write_evaluation(folder, cell, success, released=None, features=FEATURES, cr
         outcome = "released" if freed else "place" if won else "miss"
         append_jsonl(out / "episodes.jsonl", {
             "episode": i, "init_state": i, "layout": layout, "seed": 0, "outcome": outcome, "success": bool(won),
-            "released": bool(freed), "steps": 100 if won else 600, "first_success": 90 if won else None, "decisions": 12, "jerk_mm": 2.0 + won,
-            "coverage_4px": 0.5, "coverage_8px": 0.75, "coverage_16px": None if i == 0 else 1.0,
+            "released": bool(freed), "steps": 100 if won else 600, "first_success": 90 if won else None, "decisions": 12,
+            "jerk_mm": 2.0 + won, "coverage_4px": 0.5, "coverage_8px": 0.75, "coverage_16px": None if i == 0 else 1.0,
             "seconds": {"render": 1.0, "physics": 1.0, "features": 0.9 * trained, "policy": 0.3 * trained, "total": 2.0}})
     for i in range(crashes):
         append_jsonl(out / "episodes.jsonl", {"episode": len(success) + i, "layout": layout, "crash": "boom"})
     write_json(out / "summary.json", {
         "model_type": cell.split("-")[0], "setting": layout, "n": len(success), "crashes": crashes, "seed": 0,
         "command": f"python eval.py --out evals/{cell}", "commit": "0123456789",
-        "trained": {"minutes": 5.0, "step": 500, "backbone_identity": features, "command": "python train.py"} if trained else None})
+        "trained": {"minutes": 5.0, "step": 500, "backbone_identity": features, "command": "python train.py"} if trained
+        else None})
     return out
 
 
