@@ -137,11 +137,13 @@ class WaypointDataset(Dataset):
                 "target_gripper": self.target_gripper[indices], "mask": self.mask[indices]}
 
     def statistics(self, n=256):
-        """Ranges of heights and unwrapped Euler angles over all frames, and feature means and deviations over n samples.
+        """Ranges of heights and unwrapped Euler angles and the EEF's mean and deviation over all frames, and feature means and
+        deviations over n samples.
 
-        {"height_range" (2,) m, "euler_range" (3,2) rad, "features" [(mean (C,), std (C,))]}
+        {"height_range" (2,) m, "euler_range" (3,2) rad, "position" (mean (3,), std (3,)) m, "features" [(mean (C,), std (C,))]}
         """
-        heights = np.concatenate([d.ee_pos[:, 2] for d in self.demos])
+        positions = np.concatenate([d.ee_pos for d in self.demos])
+        heights = positions[:, 2]
         euler = matrix_to_euler(rotvec_to_matrix(np.concatenate([d.ee_ori for d in self.demos])))
         euler = wrap_angle(euler, circular_mean(euler))
         picked = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)
@@ -149,5 +151,5 @@ class WaypointDataset(Dataset):
         for maps in self.last_features(picked):
             maps = maps.float()
             features.append((maps.mean((0, 2, 3)).numpy(), maps.std((0, 2, 3)).clamp(min=1e-4).numpy()))
-        return {"height_range": np.array([heights.min(), heights.max()]),
+        return {"height_range": np.array([heights.min(), heights.max()]), "position": (positions.mean(0), positions.std(0).clip(min=1e-3)),
                 "euler_range": np.stack([euler.min(0), euler.max(0)], -1), "features": features}

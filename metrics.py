@@ -1,4 +1,6 @@
-"""Numbers that results are reported with: confidence intervals, jerk, free-space coverage."""
+"""Numbers that results are reported with: confidence intervals, paired comparisons, jerk, free-space coverage."""
+import math
+
 import numpy as np
 
 
@@ -13,6 +15,17 @@ def wilson(successes, n, z=1.959963984540054):
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def mcnemar(better, worse):
+    """Exact two-sided McNemar test of paired successes -> p. better, worse: pairs in which only the one, or only the other, succeeds.
+
+    Under the null hypothesis either is as likely: the binomial tail of the smaller count, twice. Source: McNemar 1947; exact form as in
+    Fagerland, Lydersen, Laake 2013, "The McNemar test for binary matched-pairs data".
+    """
+    n = better + worse
+    tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 def jerk(positions):

@@ -93,6 +93,18 @@ def paths_overlay(image, true, lines, path):
     _save(figure, path)
 
 
+def rate_map(rows, columns, rates, labels, path):
+    """Success rates (R,C) as a heat map, NaN where there is none; labels {(row, column): text}, indices."""
+    figure, axis = plt.subplots(figsize=(1.5 + 1.5 * len(columns), 0.9 + 0.62 * len(rows)))
+    axis.imshow(np.ma.masked_invalid(rates), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.75)
+    for (row, column), text in labels.items():
+        axis.text(column, row, text, ha="center", va="center", fontsize=8)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    _save(figure, path)
+
+
 def write_strip(images, path):
     """Small frames (s,s,3) side by side in one PNG."""
     from PIL import Image

@@ -228,49 +228,83 @@ def local_soft_argmax(logits, shape, radius=2):
 
 
 @dataclass
-class VolumeConfig(PolicyConfig):
-    """What policies that classify waypoints over image cells x height bins share."""
-    grid: int = flag(64, "prediction grid H = W")
-    n_height_bins: int = flag(32, "height bins Z")
+class FittedConfig(PolicyConfig):
+    """What policies with rotations in bins share."""
     n_rot_bins: int = flag(32, "bins per Euler axis")
-    target: str = flag("soft", "one-hot or Gaussian cell and height targets", ("soft", "hard"))
-    sigma: float = flag(0.7, "standard deviation of soft targets, cells and bins")
     rotation_weight: float = flag(0.1, "weight of the rotation loss")
-    decode: str = flag("soft", "local soft-argmax, or plain argmax", ("soft", "argmax"))
 
 
-class VolumeGeometry(Policy):
-    """A policy whose waypoints are (cell, height bin): statistics as buffers, and the way between world and volume.
-
-    Points have any leading dimensions (...,3); cameras of a batch have the first of them: K (B,3,3) serves points (B,T,3).
-    """
+class FittedPolicy(Policy):
+    """A policy with statistics of its training data as buffers: normalised features, rotations in bins per Euler axis.
+    `channels`: of the backbone's maps."""
 
     def __init__(self, config, channels):
         super().__init__(config)
         for i, n in enumerate(channels):
             self.register_buffer(f"feature_mean_{i}", torch.zeros(n))
             self.register_buffer(f"feature_std_{i}", torch.ones(n))
-        self.register_buffer("height_range", torch.tensor([0.9, 1.3], dtype=torch.float64))  # metres
         self.register_buffer("euler_range", torch.tensor([[-np.pi, np.pi]] * 3, dtype=torch.float64))  # radians, unwrapped
 
     def fit_statistics(self, statistics):
-        """Height and Euler ranges and feature normalisation from the training data; see `data.WaypointDataset.statistics`."""
-        low, high = statistics["height_range"]
-        self.height_range.copy_(torch.tensor([low - HEIGHT_MARGIN, high + HEIGHT_MARGIN]))
+        """Euler ranges and feature normalisation from the training data; see `data.WaypointDataset.statistics`."""
         euler = torch.as_tensor(statistics["euler_range"])
         self.euler_range.copy_(euler + torch.tensor([-ROTATION_MARGIN, ROTATION_MARGIN]))
         for i, (mean, std) in enumerate(statistics["features"]):
             getattr(self, f"feature_mean_{i}").copy_(torch.as_tensor(mean))
             getattr(self, f"feature_std_{i}").copy_(torch.as_tensor(std))
 
-    @property
-    def volume_shape(self):
-        return self.config.n_height_bins, self.config.grid, self.config.grid
-
     def normalised(self, features):
         """Backbone maps [(...,C,H,W) float16] -> the same in float32 with zero mean and unit deviation a channel."""
         return [(maps.float() - getattr(self, f"feature_mean_{i}").view(-1, 1, 1)) / getattr(self, f"feature_std_{i}").view(-1, 1, 1)
                 for i, maps in enumerate(features)]
+
+    def euler_bins(self, rotation):
+        """Rotations (...,3,3) -> bins (...,3) per Euler axis; angles are unwrapped about the middle of their range."""
+        low, high = self.euler_range[:, 0].cpu().numpy(), self.euler_range[:, 1].cpu().numpy()
+        euler = wrap_angle(matrix_to_euler(rotation.cpu().numpy()), (low + high) / 2)
+        bins = np.floor((euler - low) / (high - low) * self.config.n_rot_bins).astype(int)
+        return torch.from_numpy(bins.clip(0, self.config.n_rot_bins - 1)).to(rotation.device)
+
+    def decode_rotation(self, logits):
+        """Logits (...,3,bins) -> rotations (...,3,3) at the bins' centres."""
+        share = (logits.argmax(-1).double() + 0.5) / self.config.n_rot_bins
+        low, high = self.euler_range.unbind(-1)
+        return torch.from_numpy(euler_to_matrix((low + share * (high - low)).cpu().numpy())).to(logits.device)
+
+    def rotation_loss(self, logits, rotation):
+        """Cross-entropy (N,) averaged over the axes, of logits (N,3,bins) at rotations (N,3,3)."""
+        return F.cross_entropy(logits.float().transpose(1, 2), self.euler_bins(rotation), reduction="none").mean(-1)
+
+
+@dataclass
+class VolumeConfig(FittedConfig):
+    """What policies that classify waypoints over image cells x height bins share."""
+    grid: int = flag(64, "prediction grid H = W")
+    n_height_bins: int = flag(32, "height bins Z")
+    target: str = flag("soft", "one-hot or Gaussian cell and height targets", ("soft", "hard"))
+    sigma: float = flag(0.7, "standard deviation of soft targets, cells and bins")
+    decode: str = flag("soft", "local soft-argmax, or plain argmax", ("soft", "argmax"))
+
+
+class VolumeGeometry(FittedPolicy):
+    """A policy whose waypoints are (cell, height bin): the way between world and volume.
+
+    Points have any leading dimensions (...,3); cameras of a batch have the first of them: K (B,3,3) serves points (B,T,3).
+    """
+
+    def __init__(self, config, channels):
+        super().__init__(config, channels)
+        self.register_buffer("height_range", torch.tensor([0.9, 1.3], dtype=torch.float64))  # metres
+
+    def fit_statistics(self, statistics):
+        """As of the parent, and the range of heights."""
+        super().fit_statistics(statistics)
+        low, high = statistics["height_range"]
+        self.height_range.copy_(torch.tensor([low - HEIGHT_MARGIN, high + HEIGHT_MARGIN]))
+
+    @property
+    def volume_shape(self):
+        return self.config.n_height_bins, self.config.grid, self.config.grid
 
     # -- between world and volume ------------------------------------------------------------------------------------
 
@@ -298,19 +332,6 @@ class VolumeGeometry(Policy):
         height = camera.bin_to_height(coordinates[..., 0], *self.height_range, c.n_height_bins)
         v, u = (camera.cell_to_pixel(coordinates[..., i], c.grid, c.image_size) for i in (1, 2))
         return camera.unproject(u, v, height, *self.cameras(batch, coordinates.ndim))
-
-    def euler_bins(self, rotation):
-        """Rotations (...,3,3) -> bins (...,3) per Euler axis; angles are unwrapped about the middle of their range."""
-        low, high = self.euler_range[:, 0].cpu().numpy(), self.euler_range[:, 1].cpu().numpy()
-        euler = wrap_angle(matrix_to_euler(rotation.cpu().numpy()), (low + high) / 2)
-        bins = np.floor((euler - low) / (high - low) * self.config.n_rot_bins).astype(int)
-        return torch.from_numpy(bins.clip(0, self.config.n_rot_bins - 1)).to(rotation.device)
-
-    def decode_rotation(self, logits):
-        """Logits (...,3,bins) -> rotations (...,3,3) at the bins' centres."""
-        share = (logits.argmax(-1).double() + 0.5) / self.config.n_rot_bins
-        low, high = self.euler_range.unbind(-1)
-        return torch.from_numpy(euler_to_matrix((low + share * (high - low)).cpu().numpy())).to(logits.device)
 
     # -- losses and decoding -----------------------------------------------------------------------------------------
 
@@ -342,10 +363,6 @@ class VolumeGeometry(Policy):
         command = (batch["gripper_width"] < HALF_OPEN).long()
         same = F.one_hot(command, logits.shape[1]).bool()[..., None, None, None]  # (N,2,1,1,1)
         return logits.masked_fill(here[:, None] & same, -torch.inf)
-
-    def rotation_loss(self, logits, rotation):
-        """Cross-entropy (N,) averaged over the axes, of logits (N,3,bins) at rotations (N,3,3)."""
-        return F.cross_entropy(logits.float().transpose(1, 2), self.euler_bins(rotation), reduction="none").mean(-1)
 
 
 def dilated_convolutions(width, dilations):

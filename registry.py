@@ -5,6 +5,7 @@ from data import WaypointDataset
 from data_ar import WindowDataset
 from data_smith300_volume import VolumeDataset
 from model import ParaConfig, TrajectoryHeatmapPredictor
+from model_act import ActConfig, ActPolicy
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from model_dino_volume_kv import DinoVolumeKV, DinoVolumeKVConfig
 from model_dino_volume_kv_full import DinoVolumeKVFull, DinoVolumeKVFullConfig
@@ -21,6 +22,7 @@ class Entry(NamedTuple):
 
 REGISTRY = {
     "para": Entry(TrajectoryHeatmapPredictor, ParaConfig, WaypointDataset),
+    "act": Entry(ActPolicy, ActConfig, WaypointDataset),
     "autoregressive": Entry(AutoregressivePolicy, AutoregressiveConfig, WindowDataset),
     "voxel_ar": Entry(VoxelPolicy, VoxelConfig, WindowDataset),
     "voxel_ar_rel": Entry(RelativeVoxelPolicy, RelativeVoxelConfig, WindowDataset),

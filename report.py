@@ -4,50 +4,13 @@
     python report.py --evals results/* --markdown        # the README's table
 """
 import argparse
-import base64
 import html
-import json
 import tempfile
 from pathlib import Path
 
 import plots
-from runtime import UserError, atomic_path, read_jsonl, run_script
-
-STYLE = """
-:root { --ink: #1c2530; --soft: #5b6875; --line: #d9dfe5; --good: #0a7d55; --page: #fbfcfd; }
-body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
-p.lead { color: var(--soft); margin-top: 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); } th { font-weight: 600; color: var(--soft); }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-td.rate { font-weight: 600; color: var(--good); } small { color: var(--soft); font-weight: 400; }
-img { max-width: 100%; } video { width: 300px; background: #000; border-radius: 4px; }
-figure { display: inline-block; margin: .4rem .6rem .4rem 0; } figcaption { font-size: .82rem; color: var(--soft); }
-pre { background: #eef2f5; padding: .7rem; overflow-x: auto; font-size: .82rem; border-radius: 4px; white-space: pre-wrap; }
-"""
-
-
-def embed(path, kind):
-    """A file as a data: URL."""
-    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
-
-
-def read_json(path, what):
-    """A JSON file. Raises UserError if it is absent or damaged."""
-    try:
-        return json.loads(Path(path).read_text())
-    except OSError:
-        raise UserError(f"{path}: missing, so {Path(path).parent} is no {what}; finish it first")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); run the command that made it again")
-
-
-def rate(value, interval):
-    """A success rate with its interval, as table cell text."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.0f}% <small>{100 * interval[0]:.0f}-{100 * interval[1]:.0f}</small>"
+from pages import STYLE, embed, figure, html_table, rate, read_json
+from runtime import atomic_path, read_jsonl, run_script
 
 
 def success_table(summaries):
@@ -61,8 +24,8 @@ def success_table(summaries):
                  rate(s["success_rate"], s["interval"]), ", ".join(f"{k} {v}" for k, v in s["outcomes"].items() if v),
                  number("mean_steps", ".0f"), number("jerk_mm", ".3f"), " / ".join(number(f"coverage_{e}px", ".2f") for e in (4, 8, 16)),
                  f"{s['seconds_per_episode']['total']:.1f}" if s["seconds_per_episode"] else "-"]
-        rows.append("<tr>" + "".join(f'<td{" class=rate" if i == 3 else ""}>{c}</td>' for i, c in enumerate(cells)) + "</tr>")
-    return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>" + "".join(rows) + "</table>"
+        rows.append(cells)
+    return html_table(head, rows, strong=(3,))
 
 
 def markdown(summaries):
@@ -107,8 +70,7 @@ def build(run, evals):
         page.append(f"<h2>{html.escape(s['model_type'])}, {html.escape(s['setting'])}</h2>")
         for video in sorted((folder / "videos").glob("*.mp4")):
             episode, outcome = video.stem.split("_", 1)
-            page.append(f'<figure><video controls loop muted src="{embed(video, "video/mp4")}"></video>'
-                        f"<figcaption>episode {int(episode)}: {html.escape(outcome)}</figcaption></figure>")
+            page.append(figure(video, f"episode {int(episode)}: {outcome}"))
         if (folder / "sheet.png").exists():
             page.append(f'<img alt="contact sheet" src="{embed(folder / "sheet.png", "image/png")}">')
     page.append("<h2>Commands</h2><pre>")

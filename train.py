@@ -48,6 +48,7 @@ def build_parser(config_class=None):
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder; its own flags are used")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     parser.add_argument("--cache", type=Path, default=Path("cache/features"), help="folder of cached features")
+    parser.add_argument("--cache_only", action="store_true", help="compute the features that this training needs, and stop")
     parser.add_argument("--frame_stride", type=int, default=2, help="train on every k-th frame of a demonstration")
     parser.add_argument("--val_fraction", type=float, default=0.15, help="share of demonstrations held out")
     parser.add_argument("--batch_size", type=int, default=16, help="samples a step, over all processes")
@@ -229,6 +230,9 @@ def train(args, config_class):
     make = lambda part: entry.dataset(args.dataset, part, config, backbone, args.frame_stride, args.cache, dist.is_main)
     train_set, val_set = make(train_demos), make(val_demos)
     barrier(dist) if dist.is_main else None
+    if args.cache_only:
+        print(f"{args.cache}: features of {len(train_set)} + {len(val_set)} samples, backbone {backbone.identity}")
+        return
 
     policy = entry.policy(config, backbone.channels).attach(backbone).to(dist.device)
     policy.fit_statistics(train_set.statistics())

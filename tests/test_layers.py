@@ -10,8 +10,8 @@ from conftest import ROOT
 
 LAYERS = [
     {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "timing", "workers", "settings", "plots",
-     "plots_rotation", "plots_settings"},
-    {"backbone", "demos", "smith300", "policy", "history"},
+     "plots_rotation", "plots_settings", "graph", "pages"},
+    {"backbone", "demos", "smith300", "policy", "history", "matrix_table"},
     {"libero_env", "expert", "variants", "rollout"},  # and every model* and data*
     {"registry", "checkpoint", "finetune", "validation", "bench_attention"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",

@@ -19,7 +19,8 @@ MODEL = {"para": ["--width", "8"], "dino_volume_kv_full": ["--dim", "16"],
          "autoregressive": ["--context", "3", "--dim", "16", "--n_layers", "2", "--n_heads", "2", "--patch_grid", "4", "--key_width", "8"]}
 SMALL = {"collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_rate", "0"],
          "eval.py": ["--n_episodes", "1", "--max_steps", "12", "--n_videos", "0", "--workers", "1"], "report.py": [],
-         "bench.py": ["--rounds", "1", "--quick"], "openloop.py": ["--max_val", "1"], "precompute_rotation_pca.py": ["--allow_low_ev"]}
+         "bench.py": ["--rounds", "1", "--quick"], "openloop.py": ["--max_val", "1"], "precompute_rotation_pca.py": ["--allow_low_ev"],
+         "run_matrix.py": ["--dry_run"]}
 
 
 def test_readme_names_the_users_commands():

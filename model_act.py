@@ -1,0 +1,121 @@
+"""ACT, the baseline that regresses: the chunk of waypoints as numbers, instead of places in the image.
+
+Pooled patches of the same frozen features, a token of proprioception and one of the camera -> transformer encoder -> decoder
+with one learned query a waypoint -> absolute world xyz (L1, normalised by the training data), gripper command, rotation in bins.
+
+After Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware". What differs, so that the rows of
+a table differ in the head alone: labels, features and the closed loop are PARA's, hence T waypoints a chunk instead of T control
+steps, and a new chunk at each instead of temporal ensembling. There is no CVAE: it tells apart the ways in which people do the
+same thing, and a scripted expert has one. Two things are in its favour: the camera's pose is an input, since the other policies
+know the camera too (`--no-camera_token`: as published), and the EEF's position is noised in training as the history policies' is,
+since a regressor too would rather guess the next waypoint from where it is than look (`--eef_noise_m 0`).
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from policy import HALF_OPEN, FittedConfig, FittedPolicy, flag, masked_mean
+from runtime import UserError
+
+POOLED = 2  # cells of the pooled maps a patch and side: a patch token still tells where inside it something is
+
+
+@dataclass
+class ActConfig(FittedConfig):
+    """Configuration of ActPolicy."""
+    n_window: int = flag(6, "future waypoints T, the chunk")
+    dim: int = flag(512, "width d of the transformer")
+    n_layers: int = flag(4, "encoder layers")
+    n_decoder_layers: int = flag(1, "decoder layers")
+    n_heads: int = flag(8, "attention heads")
+    mlp_ratio: int = flag(4, "feed-forward width over d")
+    dropout: float = flag(0.1, "dropout in the transformer")
+    patch_grid: int = flag(14, "patch tokens a side")
+    camera_token: bool = flag(True, "a token of the camera's pose")
+    gripper_weight: float = flag(1.0, "weight of the gripper loss")
+    eef_noise_share: float = flag(0.7, "share of samples with a noised EEF position in training")
+    eef_noise_m: float = flag(0.02, "its standard deviation along each axis, metres")
+
+    presets = {"full": dict(lr=3e-4, warmup=200), "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, max_steps=1500,
+                                                                val_every=500)}
+
+
+class ActPolicy(FittedPolicy):
+    """See the module's docstring. `channels`: of the backbone's maps."""
+
+    def __init__(self, config, channels):
+        super().__init__(config, channels)
+        c, d = config, config.dim
+        if d % c.n_heads:
+            raise UserError(f"--dim {d} is no multiple of --n_heads {c.n_heads}")
+        self.register_buffer("position_mean", torch.zeros(3, dtype=torch.float64))  # metres
+        self.register_buffer("position_std", torch.ones(3, dtype=torch.float64))
+        self.project = nn.ModuleList([nn.Conv2d(n, d, POOLED, stride=POOLED) for n in channels])
+        self.place = nn.Parameter(torch.randn(2, c.patch_grid, d) * 0.5)  # y and x parts of the patches' position embedding
+        self.state = nn.Linear(3 + 1, d)  # EEF xyz, fingers
+        if c.camera_token:
+            self.camera = nn.Linear(12, d)
+        layer = dict(nhead=c.n_heads, dim_feedforward=c.mlp_ratio * d, dropout=c.dropout, activation="gelu", batch_first=True,
+                     norm_first=True)
+        self.encoder = nn.ModuleList([nn.TransformerEncoderLayer(d, **layer) for _ in range(c.n_layers)])
+        self.decoder = nn.ModuleList([nn.TransformerDecoderLayer(d, **layer) for _ in range(c.n_decoder_layers)])
+        self.encoder_norm, self.decoder_norm = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.queries = nn.Parameter(torch.randn(c.n_window, d) * 0.5)
+        self.position = nn.Linear(d, 3)
+        self.gripper = nn.Linear(d, 2)
+        self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
+
+    def fit_statistics(self, statistics):
+        """As of the parent, and the EEF positions' mean and deviation."""
+        super().fit_statistics(statistics)
+        for buffer, value in zip((self.position_mean, self.position_std), statistics["position"]):
+            buffer.copy_(torch.as_tensor(value))
+
+    def scaled(self, positions):
+        """World positions (...,3) in metres -> float32 with zero mean and unit deviation over the training data."""
+        return ((positions - self.position_mean) / self.position_std).float()
+
+    def tokens(self, batch):
+        """Tokens (B,N,d) of the patches, the state and the camera."""
+        side, eef, x = self.config.patch_grid, batch["eef_pos"], 0
+        if self.training and self.config.eef_noise_m > 0:
+            noised = torch.rand(len(eef), 1, device=eef.device) < self.config.eef_noise_share
+            eef = eef + self.config.eef_noise_m * torch.randn_like(eef) * noised
+        for maps, project in zip(self.normalised(batch["features"]), self.project):
+            x = x + project(F.adaptive_avg_pool2d(maps, POOLED * side))  # (B,d,H,W)
+        x = x.flatten(2).transpose(1, 2) + (self.place[0, :, None] + self.place[1]).flatten(0, 1)
+        closed = (batch["gripper_width"] < HALF_OPEN).float()[:, None]
+        own = [self.state(torch.cat([self.scaled(eef), closed], -1))]
+        if self.config.camera_token:
+            own.append(self.camera(batch["E"][:, :3].flatten(1).float()))
+        return torch.cat([x, torch.stack(own, 1)], 1)
+
+    def run(self, batch):
+        """Batch -> scaled positions (B,T,3), gripper logits (B,T,2), rotation logits (B,T,3,bins)."""
+        memory = self.tokens(batch)
+        for layer in self.encoder:
+            memory = layer(memory)
+        memory, x = self.encoder_norm(memory), self.queries.expand(len(memory), -1, -1)
+        for layer in self.decoder:
+            x = layer(x, memory)
+        x = self.decoder_norm(x)
+        return self.position(x).float(), self.gripper(x).float(), self.rotation(x).unflatten(-1, (3, self.config.n_rot_bins))
+
+    def loss(self, batch):
+        """L1 of scaled positions (deviations of the data) and cross-entropies of gripper and rotation (nats), averaged over the
+        unmasked waypoints."""
+        c, mask = self.config, batch["mask"].flatten()
+        position, gripper, rotation = (x.flatten(0, 1) for x in self.run(batch))
+        error = (position - self.scaled(batch["target_pos"]).flatten(0, 1)).abs().mean(-1)
+        parts = {"position_l1": masked_mean(error, mask),
+                 "gripper_ce": masked_mean(F.cross_entropy(gripper, batch["target_gripper"].flatten(), reduction="none"), mask),
+                 "rotation_ce": masked_mean(self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask)}
+        total = parts["position_l1"] + c.gripper_weight * parts["gripper_ce"] + c.rotation_weight * parts["rotation_ce"]
+        return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
+
+    def predict(self, batch):
+        position, gripper, rotation = self.run(batch)
+        return {"position": position.double() * self.position_std + self.position_mean, "gripper": gripper.argmax(-1),
+                "rotation": self.decode_rotation(rotation)}

@@ -1,0 +1,55 @@
+"""Pieces of self-contained HTML pages: style, embedded files, tables."""
+import base64
+import html
+import json
+from pathlib import Path
+
+from runtime import UserError
+
+STYLE = """
+:root { --ink: #1c2530; --soft: #5b6875; --line: #d9dfe5; --good: #0a7d55; --page: #fbfcfd; }
+body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
+p.lead { color: var(--soft); margin-top: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); } th { font-weight: 600; color: var(--soft); }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+td.rate { font-weight: 600; color: var(--good); } small { color: var(--soft); font-weight: 400; }
+img { max-width: 100%; } video { width: 300px; background: #000; border-radius: 4px; }
+figure { display: inline-block; margin: .4rem .6rem .4rem 0; } figcaption { font-size: .82rem; color: var(--soft); }
+pre { background: #eef2f5; padding: .7rem; overflow-x: auto; font-size: .82rem; border-radius: 4px; white-space: pre-wrap; }
+"""
+
+
+def embed(path, kind):
+    """A file as a data: URL."""
+    return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
+
+
+def read_json(path, what):
+    """A JSON file. Raises UserError if it is absent or damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except OSError:
+        raise UserError(f"{path}: missing, so {Path(path).parent} is no {what}; finish it first")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run the command that made it again")
+
+
+def rate(value, interval):
+    """A success rate with its interval, as table cell text."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.0f}% <small>{100 * interval[0]:.0f}-{100 * interval[1]:.0f}</small>"
+
+
+def html_table(head, rows, strong=()):
+    """An HTML table of cells that are HTML already; columns `strong` stand out."""
+    line = lambda cells: "<tr>" + "".join(f'<td{" class=rate" if i in strong else ""}>{c}</td>' for i, c in enumerate(cells)) + "</tr>"
+    return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>" + "".join(map(line, rows)) + "</table>"
+
+
+def figure(video, caption):
+    """A video file with its caption."""
+    return (f'<figure><video controls loop muted src="{embed(video, "video/mp4")}"></video>'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>")

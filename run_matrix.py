@@ -1,0 +1,325 @@
+"""The verdict: every policy in every setting, one table.
+
+    python run_matrix.py --dry_run                        # what would run, and what is done already
+    python run_matrix.py                                  # collect -> cache -> train -> evaluate, all rows x columns
+    python run_matrix.py --rows para a_pointer b --columns position --seeds 0 1
+    python run_matrix.py --preset full --ray auto --gpus 1            # as tasks of a Ray cluster with a shared file system
+    python run_matrix.py --table --readme README.md       # only the table, from what is there; into the README too
+
+Every step is one of the repository's own commands, with its log in OUT/logs. A step whose results are complete and were made by
+the same flags is not done again, so that the same command goes on after a kill, and adds rows to a table. A failed step is
+reported, what does not need it goes on, and the exit code is 1.
+"""
+import argparse
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+
+import matrix_table
+from graph import Local, Node, Ray, pending, run_graph
+from registry import look_up
+from runtime import UserError, command_line, git_commit, run_script, versions
+
+ROOT = Path(__file__).resolve().parent
+SHORT, LONG = {"small": 5, "full": 15}, {"small": 8, "full": 25}  # minutes of training, without and with a history
+SMALL_FILES = ("table.json", "table.md", "table.png", "nodes.jsonl",  # what --export takes, of the whole and of each evaluation
+               "summary.json", "episodes.jsonl", "settings.json", "protocol.json", "sheet.png")
+INCIDENTAL = re.compile(r" --(workers|n_episodes|n_videos) \S+")  # flags that leave an episode's result as it is
+
+
+class Row(NamedTuple):
+    """A policy: its --model_type, further flags of its training, minutes by preset; or an untrained one, its --policy."""
+    model_type: str = None
+    flags: tuple = ()
+    minutes: dict = None
+    policy: str = None
+
+
+class Column(NamedTuple):
+    """What is trained on, a --setting of collect_demos.py; what is tested, layouts of eval.py with their numbers of episodes."""
+    setting: str
+    layouts: dict
+
+
+ROWS = {
+    "blind": Row(policy="blind"), "oracle": Row(policy="oracle"), "expert": Row(policy="expert"),
+    "para": Row("para", (), SHORT), "act": Row("act", (), SHORT),
+    "a_mlp": Row("autoregressive", ("--head", "mlp"), LONG), "a_pointer": Row("autoregressive", ("--head", "pointer"), LONG),
+    "b": Row("voxel_ar", (), LONG), "c": Row("voxel_ar_rel", (), LONG), "d": Row("dino_volume_kv", (), SHORT),
+}
+COLUMNS = {
+    "in_dist": Column("in_dist", {"benchmark": 50, "shifted": 50}), "viewpoint": Column("viewpoint", {"viewpoint": 64}),
+    "viewpoint_shifted": Column("viewpoint", {"viewpoint_shifted": 64}), "position": Column("position", {"position": 100}),
+}
+REFERENCE = "para"
+LAYOUTS = list(dict.fromkeys(layout for column in COLUMNS.values() for layout in column.layouts))
+
+
+# -- what was made, and by which command -----------------------------------------------------------------------------------
+
+
+def python(script, *words):
+    """argv of one of the repository's scripts."""
+    return [sys.executable, str(ROOT / script), *(str(w) for w in words)]
+
+
+def typed(command):
+    """A command of `python` as the script itself stores it, see runtime.command_line."""
+    return " ".join(["python", Path(command[1]).name, *command[2:]])
+
+
+def same(stored, command):
+    """True if a stored command line and an argv ask for the same results."""
+    return INCIDENTAL.sub("", stored) == INCIDENTAL.sub("", typed(command))
+
+
+def refuse(what, stored, command):
+    raise UserError(f"{what}: was made by `{stored}`, asked for is `{typed(command)}`; give another --out, or remove it")
+
+
+def dataset_command(path):
+    """The command that collected a dataset; "" for one that does not say, or is not there."""
+    if not path.is_file():
+        return ""
+    try:
+        with h5py.File(path, "r") as file:
+            return str(file["data"].attrs.get("command", ""))
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path}: not a readable HDF5 file of demonstrations ({error}); remove it, or copy it again")
+
+
+def lacks_dataset(path, command):
+    """What a dataset lacks. The file appears under its name once it is whole."""
+    if not path.is_file():
+        return f"{path} is missing"
+    if not same(dataset_command(path), command):
+        refuse(path, dataset_command(path), command)
+    return ""
+
+
+def lacks_training(run, command, dataset):
+    """What a run folder lacks to be finished."""
+    if not (run / "config.json").is_file():
+        return f"{run} is missing"
+    config = json.loads((run / "config.json").read_text())
+    if not same(config["command"], command):
+        refuse(run, config["command"], command)
+    if dataset.is_file() and config["dataset"].get("command", "") != dataset_command(dataset):
+        raise UserError(f"{run}: was trained on other demonstrations than {dataset} holds now; give another --out, or remove it")
+    if not (run / "checkpoint.json").is_file():
+        return f"{run} has no checkpoint yet"
+    info, limits = json.loads((run / "checkpoint.json").read_text()), config["args"]
+    if info["step"] < limits["max_steps"] and info["minutes"] < (limits["max_minutes"] or float("inf")):
+        return f"{run} stopped at step {info['step']}, after {info['minutes']:.1f} minutes"
+    return ""
+
+
+def lacks_evaluation(folder, command, n, training=None):
+    """What an evaluation of n episodes lacks. training: (run folder, the training's argv)."""
+    if not (folder / "summary.json").is_file():
+        return f"{folder} is not finished"
+    summary = json.loads((folder / "summary.json").read_text())
+    if not same(summary["command"], command):
+        return f"{folder} was made by other flags"
+    if training:
+        run, asked = training
+        made = summary["trained"]["command"]
+        if not same(made, asked) and not made.endswith(f" --resume {run}"):
+            return f"{folder} is of a policy that was trained by other flags"
+    crashed = f", {summary['crashes']} crashed" if summary["crashes"] else ""
+    return "" if summary["n"] == n else f"{folder} has {summary['n']} of {n} episodes{crashed}"
+
+
+# -- the graph -------------------------------------------------------------------------------------------------------------
+
+
+def seen_frames(row, preset):
+    """What the frames that a row needs features of depend on: rows with the same share one step that fills the cache."""
+    config = look_up(row.model_type).config
+    context = config.presets[preset].get("context", getattr(config, "context", None))
+    return "frames" if context is None else f"windows{context}"
+
+
+class Plan:
+    """The nodes of the rows x columns asked for, in the order in which cells should be finished."""
+
+    def __init__(self, args):
+        self.args, self.nodes = args, {}
+        for seed in args.seeds:
+            for column in args.columns:
+                for name in args.rows:
+                    self.add_row(name, COLUMNS[column], seed)
+
+    def add(self, name, command, deps=(), lacks=None, **rest):
+        self.nodes.setdefault(name, Node(name, command, tuple(d for d in deps if d), lacks, **rest))
+        return name
+
+    def add_row(self, name, column, seed):
+        """A row's nodes in a column; those of a policy without training, or of another column too, are there once."""
+        row = ROWS[name]
+        training = self.training(name, row, column.setting, seed) if row.model_type else None
+        for layout, n in column.layouts.items():
+            self.evaluation(name, row, layout, self.args.n_episodes or n, seed if training else None, training)
+
+    def weights(self):
+        return ["--backbone_weights", self.args.backbone_weights] if self.args.backbone_weights else []
+
+    def dataset(self, setting):
+        """(file, the node that collects it or None)."""
+        args = self.args
+        if setting in args.dataset:
+            return Path(args.dataset[setting]), None
+        out = args.out / "demos" / f"{setting}.hdf5"
+        command = python("collect_demos.py", "--setting", setting, *(["--n_demos", args.n_demos] if args.n_demos else []),
+                         "--workers", args.workers, *args.collect_flags, "--out", out)
+        return out, self.add(f"collect-{setting}", command, lacks=lambda: lacks_dataset(out, command), cpus=args.workers)
+
+    def training(self, name, row, setting, seed):
+        """(node, run folder, argv)."""
+        args = self.args
+        dataset, collected = self.dataset(setting)
+        run = args.out / "runs" / f"{name}-{setting}-s{seed}"
+        minutes = args.train_minutes or row.minutes[args.preset]
+        command = python("train.py", "--model_type", row.model_type, *row.flags, "--preset", args.preset,
+                         "--backbone", args.backbone, *self.weights(), "--dataset", dataset, "--seed", seed,
+                         "--max_steps", 10**6, "--max_minutes", minutes, "--wandb", "off",
+                         *args.train_flags, *args.row_flags.get(name, []), "--out", run)
+        limits = dict(cpus=args.train_cpus, gpus=args.gpus)
+        cached = self.add(f"cache-{setting}-{seen_frames(row, args.preset)}", [*command, "--cache_only"], [collected], **limits)
+        node = self.add(f"train-{name}-{setting}-s{seed}", command, [cached], lambda: lacks_training(run, command, dataset),
+                        resume=(str(run / "state.safetensors"), python("train.py", "--resume", run)), **limits)
+        return node, run, command
+
+    def evaluation(self, name, row, layout, n, seed, training):
+        args = self.args
+        cell = f"{name}-{layout}" + ("" if seed is None else f"-s{seed}")
+        out = args.out / "evals" / cell
+        if training:
+            node, run, asked = training
+            who = ["--ckpt", run / "checkpoint.safetensors", *self.weights(), "--device", args.device]
+        else:
+            node, who = None, ["--policy", row.policy]
+        command = python("eval.py", *who, "--teleport", "--zero_rotation", "--max_steps", 600, "--layout", layout,
+                         "--n_episodes", n, "--n_videos", args.n_videos, "--workers", args.workers, *args.eval_flags,
+                         "--out", out)
+        gpus = args.gpus if training and args.device != "cpu" else 0
+        self.add(f"eval-{cell}", command, [node], lambda: lacks_evaluation(out, command, n, training and (run, asked)),
+                 cpus=args.workers, gpus=gpus)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------------
+
+
+def assignments(words, known, flag):
+    """["NAME=VALUE", ...] -> dict. Raises UserError for an unknown name."""
+    found = dict(word.partition("=")[::2] for word in words)
+    for name in found.keys() - set(known):
+        raise UserError(f"{flag} {name}: give NAME=VALUE with a NAME of {', '.join(known)}")
+    return found
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[r for r in ROWS if r != "expert"])
+    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=["in_dist", "viewpoint", "position"])
+    parser.add_argument("--preset", choices=("small", "full"), default="small", help="small for two CPU cores, full for a GPU")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of training")
+    parser.add_argument("--backbone", default="efficientnet_lite0", help="features of the whole table (efficientnet_lite0)")
+    parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
+    parser.add_argument("--n_demos", type=int, help="demonstrations of each setting (collect_demos.py's own number)")
+    parser.add_argument("--train_minutes", type=float, help=f"of every training ({SHORT}, with a history {LONG})")
+    parser.add_argument("--n_episodes", type=int, help="episodes of every cell (50, viewpoint 64, position 100)")
+    parser.add_argument("--n_videos", type=int, default=2, help="episodes of every cell that are filmed")
+    parser.add_argument("--dataset", nargs="+", default=[], metavar="SETTING=FILE", help="demonstrations that are there already")
+    parser.add_argument("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS",
+                        help='further flags of a row\'s training, as act="--lr 5e-4"')
+    for step, script in (("collect", "collect_demos.py"), ("train", "train.py"), ("eval", "eval.py")):
+        parser.add_argument(f"--{step}_flags", default="", help=f"further flags of every {script}, in quotes")
+    parser.add_argument("--out", type=Path, default=Path("runs/matrix"), help="folder of all that is made")
+    parser.add_argument("--workers", type=int, default=2, help="simulator processes of a collection or evaluation")
+    parser.add_argument("--jobs", type=int, default=1, help="steps at a time on this machine")
+    parser.add_argument("--device", default="cpu", help="device of evaluations; trainings take a GPU where they see one")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (auto: the one here), see requirements-ray.txt")
+    parser.add_argument("--train_cpus", type=float, default=2, help="with --ray: CPUs that a training asks for")
+    parser.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs that a training asks for, or a share of one")
+    parser.add_argument("--dry_run", action="store_true", help="only print the commands")
+    parser.add_argument("--table", action="store_true", help="only make the table, from the evaluations in --out")
+    parser.add_argument("--metric", choices=matrix_table.RATES, default="success",
+                        help="rate of the short table and the paired test")
+    parser.add_argument("--readme", type=Path, help="write the table into this file too, between its <!-- matrix --> marks")
+    parser.add_argument("--export", type=Path, help="also copy the table and the evaluations' small files here, to be committed")
+    return parser
+
+
+def parse_args(argv=None):
+    args = build_parser().parse_args(argv)
+    args.dataset = assignments(args.dataset, {c.setting: 0 for c in COLUMNS.values()}, "--dataset")
+    args.row_flags = {k: shlex.split(v) for k, v in assignments(args.row_flags, ROWS, "--row_flags").items()}
+    for name in ("collect_flags", "train_flags", "eval_flags"):
+        setattr(args, name, shlex.split(getattr(args, name)))
+    for name in ("n_demos", "n_episodes", "train_minutes", "workers", "jobs"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must be more than 0")
+    for setting, path in args.dataset.items():
+        if not Path(path).is_file():
+            raise UserError(f"--dataset {setting}={path}: there is no such file")
+    if args.backbone == "auto" and not args.table:
+        from backbone import resolve_backbone  # once: on the machines of a cluster it might be found differently
+        args.backbone = resolve_backbone("auto", args.backbone_weights)
+    return args
+
+
+def copy_files(source, target, names):
+    """Copy those of the named files that there are."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
+
+
+def write_table(args):
+    """Table, picture and page in args.out, from all evaluations there -> their number."""
+    cells = matrix_table.read_cells(args.out, list(ROWS), LAYOUTS)
+    if not cells:
+        return 0
+    info = {"command": command_line(), "commit": git_commit(), "versions": versions()}
+    text = matrix_table.write(cells, args.out, args.metric, REFERENCE, info)
+    if args.readme:
+        matrix_table.insert(args.readme, text)
+    if args.export:
+        copy_files(args.out, args.export, SMALL_FILES)
+        for folder in (run["folder"] for cell in cells for run in cell["runs"].values()):
+            copy_files(folder, args.export / "evals" / folder.name, SMALL_FILES)
+    print(text)
+    print(f"{args.out}: " + ", ".join(matrix_table.FILES))
+    return len(cells)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.table and not args.dry_run:
+        if not write_table(args):
+            raise UserError(f"--table: no finished evaluation in {args.out / 'evals'}; first run the same without --table")
+        return 0
+    nodes = list(Plan(args).nodes.values())
+    if args.dry_run:
+        todo = {node.name for node in pending(nodes)}
+        for node in nodes:
+            line = shlex.join(["python", Path(node.command[1]).name, *node.command[2:]])
+            print(line if node.name in todo else f"# done: {line}")
+        return 0
+    failed = run_graph(nodes, Ray(args.ray) if args.ray else Local(args.jobs), args.out, title="matrix")
+    write_table(args)
+    for name, why in failed.items():
+        print(f"{name}: {why}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_script(main)
