@@ -29,11 +29,10 @@ import settings
 import smith300
 from expert import EXPERTS, servo_action
 from libero_env import JOINT_JITTER, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
-from metrics import wilson
-from rollout import expert_episode
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, run_script, versions, write_json
 from variants import STAY_STEPS, VARIANTS, LiftOnce, new_expert
+from survey import survey
 from workers import run_jobs
 
 MAX_STEPS = 250
@@ -183,53 +182,6 @@ class ReplayWorker:
 
     def close(self):
         self.scene.close()
-
-
-class SurveyWorker:
-    """Runs the expert on benchmark init states of one task per job, without rendering."""
-
-    def __init__(self, n_states):
-        self.n_states = n_states
-
-    def run(self, job):
-        """Job: (suite, task index) -> (successes, n, mean steps), or None where the goal is not one (On object target)."""
-        scene = Scene(*job, image_size=64)
-        try:
-            if scene.pick not in scene.objects or scene.env.env.parsed_problem["goal_state"][0][0] != "on":
-                return None
-            wins, steps = 0, []
-            for state in scene.init_states()[:self.n_states]:
-                path = expert_episode(scene, state)
-                wins += path.success
-                steps.append(len(path.positions))
-            return wins, len(steps), float(np.mean(steps))
-        finally:
-            scene.close()
-
-    def close(self):
-        pass
-
-
-def survey(args):
-    """Table the expert's success rate on every task of a suite and write it to results/."""
-    jobs = [(args.survey, i) for i in range(args.n_tasks)]
-    rows = {}
-    for outcome in tqdm(run_jobs(jobs, SurveyWorker, (args.n_demos,), args.workers, recycle=1), total=len(jobs), desc="survey"):
-        rows[outcome.job[1]] = outcome.result if outcome.error is None else outcome.error.strip().splitlines()[-1]
-    lines = ["| task | | success | 95% interval | mean steps |", "|---|---|---|---|---|"]
-    table = []
-    for _, i in jobs:
-        task, row = find_task(args.survey, i), rows[i]
-        if isinstance(row, tuple):
-            low, high = wilson(row[0], row[1])
-            lines.append(f"| {i} | {task.language} | {row[0]}/{row[1]} | {low:.2f}-{high:.2f} | {row[2]:.0f} |")
-            table.append({"task_id": i, "task": task.name, "successes": row[0], "n": row[1], "interval": [low, high],
-                          "mean_steps": row[2]})
-        else:
-            lines.append(f"| {i} | {task.language} | {row or 'not a pick-and-place goal'} | | |")
-            table.append({"task_id": i, "task": task.name, "successes": None, "why": row or "not a pick-and-place goal"})
-    print("\n".join(lines))
-    write_json(Path("results") / f"expert_{args.survey}.json", {"command": command_line(), "versions": versions(), "rows": table})
 
 
 def show(args):
@@ -383,7 +335,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.survey:
         args.n_demos = args.n_demos or 50
-        return survey(args)
+        return survey(args.survey, args.n_tasks, args.n_demos, args.workers)
     if args.replay and (args.format != "libero" or args.grasp != "side" or args.variant != "task" or args.setting != "in_dist"):
         raise UserError("--replay re-renders recorded states into an HDF5 file: --format, --grasp, --variant and --setting have no "
                         "meaning with it")

@@ -13,7 +13,7 @@ LAYERS = [
      "plots_rotation", "plots_settings", "graph", "pages"},
     {"backbone", "demos", "smith300", "policy", "history", "matrix_table"},
     {"libero_env", "expert", "variants", "rollout"},  # and every model* and data*
-    {"registry", "checkpoint", "finetune", "validation", "bench_attention"},
+    {"registry", "checkpoint", "finetune", "validation", "bench_attention", "survey"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
      "check_setup", "openloop"},
 ]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from history import FingerLinear
 from policy import (PolicyConfig, add_config_flags, flag, flat_index, local_soft_argmax, soft_targets,
                     sparse_cross_entropy)
 
@@ -125,3 +126,17 @@ def test_config_fields_are_flags():
     assert Config(**vars(changed)) == Config(waypoint_stride=3, rate=0.1, deep=True, kind="hard")
     with pytest.raises(SystemExit):
         parser.parse_args(["--kind", "other"])
+
+
+def test_finger_heads_share_no_weight():
+    """What a head learns with open fingers leaves its answer with closed ones as it was, and one state is a plain linear layer."""
+    torch.manual_seed(0)
+    layer, x = FingerLinear(5, 3, n_states=2), torch.randn(4, 5)
+    before = layer(x, torch.ones(4, dtype=torch.long)).detach()
+    layer(x, torch.zeros(4, dtype=torch.long)).square().sum().backward()
+    with torch.no_grad():
+        layer.linear.weight -= layer.linear.weight.grad
+    assert torch.equal(layer(x, torch.ones(4, dtype=torch.long)), before)
+    assert not torch.allclose(layer(x, torch.zeros(4, dtype=torch.long)), before)
+    plain = FingerLinear(5, 3, n_states=1)
+    assert torch.equal(plain(x, torch.tensor([0, 1, 0, 1])), plain.linear(x))
