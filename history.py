@@ -51,6 +51,15 @@ def fingers_closed(widths):
     return (widths < HALF_OPEN).long()
 
 
+def mark_cell(x, cells, vector):
+    """Add vector (N,C) to maps x (N,C,H,W) at cells (N,2) yx, rounded and kept inside."""
+    limit = torch.tensor(x.shape[2:], device=x.device) - 1
+    place = torch.minimum(cells.round().long().clamp(min=0), limit)
+    mark = torch.zeros(len(x), 1, *x.shape[2:], device=x.device, dtype=x.dtype)
+    mark[torch.arange(len(x), device=x.device), 0, place[:, 0], place[:, 1]] = 1
+    return x + mark * vector[..., None, None]
+
+
 class HistoryPolicy(VolumeGeometry):
     """A policy over windows. A subclass counts the decisions since `reset` in `number` and keeps its last waypoint in `fed`."""
 

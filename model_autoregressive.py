@@ -5,7 +5,9 @@ and causal across groups (layers.py). The query of frame t knows the EEF that im
 own target, so that every frame of a window is supervised in one pass. Heads on the query:
 
     pointer  its output makes the weights of a 1x1 convolution over per-cell features (a small convolutional trunk on the image
-             features plus the transformer's own patch outputs, upsampled): one joint softmax over gripper x height x cell
+             features, with a mark at the EEF's cell): one joint softmax over gripper x height x cell. The transformer says what to
+             look for, and only what lies around a cell says where: with its patch outputs in the cells (--key_patches), which have
+             seen the whole table, it learns where bowls usually are
     mlp      an MLP over absolute cells and gripper, heights by a linear layer; as first specified
 
 The EEF's position is noised in training, everywhere it enters: demonstrations whose layouts hardly differ let a network
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from history import FingerLinear, HistoryConfig, HistoryPolicy, fingers_closed
+from history import FingerLinear, HistoryConfig, HistoryPolicy, fingers_closed, mark_cell
 from layers import FrameBlock, Resolutions, fourier
 from policy import dilated_convolutions, flag, masked_mean
 from runtime import UserError
@@ -41,6 +43,8 @@ class AutoregressiveConfig(HistoryConfig):
     head: str = flag("pointer", "query . cell features, or an MLP over absolute cells", ("pointer", "mlp"))
     key_width: int = flag(64, "channels of the pointer's cell features")
     dilations: str = flag("1,2,4", "dilations of the convolutions over the pointer's cell features")
+    key_patches: bool = flag(False, "the transformer's patch outputs are part of the pointer's keys")
+    eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the pointer's convolutions")
     anchor: str = flag("frame", "positions relative to each frame's own EEF (exact cache), or to the newest frame's",
                        ("frame", "current"))
     temporal: bool = flag(True, "temporal embedding")
@@ -83,8 +87,9 @@ class AutoregressivePolicy(HistoryPolicy):
         if c.head == "pointer":
             width = c.key_width
             self.key_project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
-            self.key_patches = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
-            self.key_query = nn.Linear(d, width)
+            if c.key_patches:
+                self.key_patches = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
+            self.key_query = nn.Linear(d, 2 * width if c.eef_mark else width)
             self.key_trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
             self.pointer = FingerLinear(d, 2 * c.n_height_bins * width, states)
             self.prior = nn.Parameter(torch.randn(states, 2 * c.n_height_bins, width) * width**-0.5)
@@ -185,22 +190,29 @@ class AutoregressivePolicy(HistoryPolicy):
             cache.append(kept)
         return self.norm(x[:, :, 0]), patches, cache
 
-    def cell_features(self, features, patches, query):
-        """Pointer's keys (N,C,H,W) of N frames: maps [(N,C,H,W)], patch outputs (N,H*W,d), query outputs (N,d)."""
+    def cell_features(self, features, patches, query, cells):
+        """Pointer's keys (N,C,H,W) of N frames: maps [(N,C,H,W)], patch outputs (N,H*W,d), query outputs (N,d), cells (N,2) yx
+        where the last known EEF is seen."""
         c = self.config
         size = dict(size=(c.grid, c.grid), mode="bilinear", align_corners=False)
+        added = self.key_query(query)
         x = sum(F.interpolate(project(maps), **size) for maps, project in zip(features, self.key_project))
-        coarse = self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
-        return self.key_trunk(x + F.interpolate(coarse, **size) + self.key_query(query)[..., None, None])
+        x = x + added[:, :c.key_width, None, None]
+        if c.key_patches:
+            coarse = self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
+            x = x + F.interpolate(coarse, **size)
+        if c.eef_mark:
+            x = mark_cell(x, cells, added[:, c.key_width:])
+        return self.key_trunk(x)
 
-    def head(self, features, patches, query, widths):
-        """N frames, widths (N,) between the fingers -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None."""
+    def head(self, features, patches, query, eef, widths):
+        """N frames, eef (N,3) coordinates, widths (N,) between the fingers -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None."""
         c, closed = self.config, fingers_closed(widths)
         if c.head == "mlp":
             cells = self.cell_head(self.cell_hidden(query), closed).view(-1, 2, 1, c.grid, c.grid)
             heights = self.height_head(query, closed).view(-1, 2, c.n_height_bins, 1, 1)
             return cells + heights.log_softmax(2), None  # p(gripper, cell) p(height | gripper)
-        keys = self.cell_features(features, patches, query)
+        keys = self.cell_features(features, patches, query, eef[:, 1:])
         prior = self.prior[closed if c.finger_heads else torch.zeros_like(closed)]
         weights = self.pointer(query, closed).unflatten(-1, (-1, c.key_width)) + prior  # (N,2Z,C)
         logits = torch.bmm(weights, keys.flatten(2))
@@ -212,7 +224,7 @@ class AutoregressivePolicy(HistoryPolicy):
         query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start))
         flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
         query = flat(query)
-        logits, keys = self.head([flat(f) for f in features], flat(patches), query, flat(batch["gripper_width"]))
+        logits, keys = self.head([flat(f) for f in features], flat(patches), query, flat(eef), flat(batch["gripper_width"]))
         return logits, keys, query
 
     def offset(self, keys, query, coordinates):
@@ -336,7 +348,7 @@ class AutoregressivePolicy(HistoryPolicy):
             keep = self.config.context - 1
             self.past = [(k[:, -keep:], v[:, -keep:]) for k, v in cache] if keep else None
             self.before = eef
-            logits, keys = self.head([f[:, 0] for f in features], patches[:, 0], query[:, 0], frame["gripper_width"][:, 0])
+            logits, keys = self.head([f[:, 0] for f in features], patches[:, 0], query[:, 0], eef[:, 0], frame["gripper_width"][:, 0])
             out = self.decide_rows(frame, self.elsewhere(logits, self.now(frame)), keys, query[:, 0], (1, 1))
         self.number, self.fed = self.number + 1, out["position"]
         return out

@@ -16,7 +16,7 @@ from torch import nn
 
 import camera
 import layers_voxel as lv
-from history import FingerLinear, HistoryConfig, HistoryPolicy, fingers_closed
+from history import FingerLinear, HistoryConfig, HistoryPolicy, fingers_closed, mark_cell
 from policy import dilated_convolutions, flag, masked_mean
 from runtime import UserError
 
@@ -193,10 +193,7 @@ class VoxelPolicy(HistoryPolicy):
         added = self.key_query(query)
         x = image + added[:, :width, None, None]
         if c.eef_mark:
-            y, z = cells.round().long().clamp(0, c.grid - 1).unbind(-1)
-            mark = torch.zeros(N, 1, *image.shape[2:], device=x.device, dtype=x.dtype)
-            mark[torch.arange(N, device=x.device), 0, y, z] = 1
-            x = x + mark * added[:, width:, None, None]
+            x = mark_cell(x, cells, added[:, width:])
         x = self.trunk(x).flatten(2)  # (N,C,HW)
         position, plain, by_height = self.pointer(query, closed).unflatten(-1, (self.n_gripper, -1)).split([c.dim, width, width], -1)
         heights = table.heights.to(query.device)[None, :, None]  # (1,Z,1)
