@@ -37,7 +37,8 @@ class VoxelConfig(HistoryConfig):
     longest_wave: float = flag(3.0, "metres")
     gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head on the query", ("joint", "separate"))
     eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the readout's convolutions")
-    eef_noise_m: float = flag(0.02, "training noise of EEF positions, standard deviation in metres along each axis")
+    eef_noise_m: float = flag(0.02, "training noise of EEF positions, standard deviation in metres along x and along y")
+    eef_noise_height_m: float = flag(0.004, "the same along z: C measures heights from the EEF, and learns them no better than this")
 
     # small: a step costs what its frames cost, and two frames of each of four windows differ more than four of each of two
     presets = {"full": {}, "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=4, trained_frames=2,
@@ -137,7 +138,7 @@ class VoxelPolicy(HistoryPolicy):
         c = self.config
         if not self.training or c.eef_noise_share <= 0:
             return eef
-        return eef + c.eef_noise_m * self.noise(eef)
+        return eef + eef.new_tensor([c.eef_noise_m, c.eef_noise_m, c.eef_noise_height_m]) * self.noise(eef)
 
     # -- the network -------------------------------------------------------------------------------------------------
 
