@@ -109,6 +109,7 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
 def newest_checkpoint(runs="runs", committed="checkpoints"):
     """The newest run's checkpoint, else the newest committed one, and a sentence that says which. Raises UserError for none."""
     for folder, pattern, what in ((Path(runs), "*/checkpoint.safetensors", "the newest run's"),
+                                  (Path(committed), "para_*.safetensors", "the committed"),  # of several, the baseline
                                   (Path(committed), "*.safetensors", "the committed")):
         found = sorted(folder.glob(pattern), key=lambda p: p.stat().st_mtime)
         if found:

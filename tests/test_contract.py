@@ -344,6 +344,9 @@ def test_newest_checkpoint(tmp_path):
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
     assert checkpoint.newest_checkpoint(tmp_path / "none", committed)[0] == committed / "para.safetensors"
+    (committed / "para_task.safetensors").touch()
+    (committed / "voxel_ar_task.safetensors").touch()  # a clone's times say nothing: of several the baseline is taken
+    assert checkpoint.newest_checkpoint(tmp_path / "none", committed)[0] == committed / "para_task.safetensors"
     path, sentence = checkpoint.newest_checkpoint(runs, committed)
     assert path == runs / "new" / "checkpoint.safetensors" and str(path) in sentence
 
