@@ -13,6 +13,7 @@ from runtime import UserError
 class HistoryConfig(VolumeConfig):
     """What policies over windows of frames are configured by."""
     eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
+    noisy_mark: bool = flag(False, "that noise is on the mark at the EEF's cell too")
     trained_frames: int = flag(0, "frames of each window that a training step is about, drawn anew at every step; 0: all of them")
     finger_heads: bool = flag(True, "the heads have weights of their own for open and for closed fingers")
     feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")

@@ -226,7 +226,8 @@ class AutoregressivePolicy(HistoryPolicy):
         query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start))
         flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
         query = flat(query)
-        logits, keys = self.head([flat(f) for f in features], flat(patches), query, flat(eef), flat(batch["gripper_width"]))
+        marked = eef if self.config.noisy_mark else self.coordinates(batch["eef_pos"], batch).float()
+        logits, keys = self.head([flat(f) for f in features], flat(patches), query, flat(marked), flat(batch["gripper_width"]))
         return logits, keys, query
 
     def offset(self, keys, query, coordinates):

@@ -184,7 +184,7 @@ class VoxelPolicy(HistoryPolicy):
             x, pixels = block(x, tokens, known, voxels)
             maps.append(pixels[:, 0].unflatten(-1, image.shape[2:]))
         query = self.norm(x[:, 0])
-        cells = self.cells(flat(eef), {k: flat(batch[k]) for k in "KE"})
+        cells = self.cells(flat(eef if self.config.noisy_mark else batch["eef_pos"]), {k: flat(batch[k]) for k in "KE"})
         return self.readout(query, image, table, anchor, cells, fingers_closed(flat(batch["gripper_width"]))), query, maps
 
     def readout(self, query, image, table, anchor, cells, closed):
