@@ -220,13 +220,14 @@ class AutoregressivePolicy(HistoryPolicy):
         logits = torch.bmm(weights, keys.flatten(2))
         return logits.view(-1, 2, c.n_height_bins, c.grid, c.grid), keys
 
-    def run(self, batch, eef, start, rows=None):
-        """A window -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the flattened (B*T)."""
+    def run(self, batch, eef, start, rows=None, fed=False):
+        """A window -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the flattened (B*T). fed: eef (B,T,3) are
+        no noised measurements but positions of their own."""
         features = self.normalised(batch["features"])
         query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start))
         flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
         query = flat(query)
-        marked = eef if self.config.noisy_mark else self.coordinates(batch["eef_pos"], batch).float()
+        marked = eef if fed or self.config.noisy_mark else self.coordinates(batch["eef_pos"], batch).float()
         logits, keys = self.head([flat(f) for f in features], flat(patches), query, flat(marked), flat(batch["gripper_width"]))
         return logits, keys, query
 
@@ -281,7 +282,7 @@ class AutoregressivePolicy(HistoryPolicy):
             predicted = eef.flatten(0, 1).clone()
             predicted[rows] = self.decode_volume(logits.float())[0].to(eef.dtype)
         fed = torch.cat([eef[:, :1], predicted.view(B, T, 3)[:, :-1]], 1)
-        again, _, _ = self.run(batch, fed, start, rows)
+        again, _, _ = self.run(batch, fed, start, rows, fed=True)
         volume = again.float().logsumexp(1).flatten(1).softmax(-1).view(-1, *self.volume_shape)
         mean = [(volume.sum([a for a in (1, 2, 3) if a != axis]) * torch.arange(n, device=volume.device)).sum(-1)
                 for axis, n in zip((1, 2, 3), self.volume_shape)]  # expectations along z, y and x
