@@ -271,8 +271,8 @@ def prepare(args):
         print(f"{args.ckpt}: {info['model_type']}, step {info['step']}, backbone {info['backbone_identity']}")
     args.task_suite, args.task_id, args.grasp = args.task_suite or "libero_spatial", args.task_id or 0, args.grasp or "side"
     args.variant = args.variant or "task"
-    if args.policy == "blind" and args.variant != "task":
-        raise UserError(f"--policy blind: it has no key poses to replay for --variant {args.variant}; use expert or oracle")
+    if args.policy in ("blind", "oracle") and args.variant != "task":  # the oracle has no memory, and would let go where it grasped
+        raise UserError(f"--policy {args.policy}: it has no plan for --variant {args.variant}; use expert or a checkpoint")
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
     args.split = settings.resolve_split(setting, args.split)
     args.clean_scene = settings.clean_by_default(setting) if args.clean_scene is None else args.clean_scene
