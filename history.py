@@ -2,10 +2,9 @@
 from dataclasses import dataclass
 
 import torch
-
 from torch import nn
 
-from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, flag
+from policy import VolumeConfig, VolumeGeometry, flag
 from runtime import UserError
 
 
@@ -33,32 +32,18 @@ def feedback_steps(feedback):
 class FingerLinear(nn.Module):
     """A linear layer with weights of its own for open and for closed fingers (n_states=2), or one for both (n_states=1).
 
-    Open fingers over the bowl ask for a descent, closed ones for the way to the plate. As one input among thousands the
-    fingers lose against an image that is like no training image; as a switch they cannot.
+    Open fingers over the bowl ask for a descent, closed ones for the way to the plate. As one input among thousands they lost
+    against an image that is like no training image; as a switch they have a say whatever the image is.
     """
 
-    def __init__(self, inputs, outputs, n_states, bias=True):
+    def __init__(self, inputs, outputs, n_states):
         super().__init__()
-        self.n_states, self.linear = n_states, nn.Linear(inputs, n_states * outputs, bias)
+        self.n_states, self.linear = n_states, nn.Linear(inputs, n_states * outputs)
 
     def forward(self, x, closed):
         """x (N,inputs), closed (N,) in {0, 1} -> (N,outputs)."""
         y = self.linear(x).unflatten(-1, (self.n_states, -1))
-        return y[torch.arange(len(x), device=x.device), closed] if self.n_states > 1 else y[:, 0]
-
-
-def fingers_closed(widths):
-    """Widths between the fingers in m -> 1 where they are measured closed, else 0; long, of the same shape."""
-    return (widths < HALF_OPEN).long()
-
-
-def mark_cell(x, cells, vector):
-    """Add vector (N,C) to maps x (N,C,H,W) at cells (N,2) yx, rounded and kept inside."""
-    limit = torch.tensor(x.shape[2:], device=x.device) - 1
-    place = torch.minimum(cells.round().long().clamp(min=0), limit)
-    mark = torch.zeros(len(x), 1, *x.shape[2:], device=x.device, dtype=x.dtype)
-    mark[torch.arange(len(x), device=x.device), 0, place[:, 0], place[:, 1]] = 1
-    return x + mark * vector[..., None, None]
+        return y[torch.arange(len(x), device=x.device), closed * (self.n_states - 1)]
 
 
 class HistoryPolicy(VolumeGeometry):

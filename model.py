@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import camera
-from policy import HALF_OPEN, VolumeConfig, VolumeGeometry, dilated_convolutions, flag, flat_index, masked_mean
+from policy import (VolumeConfig, VolumeGeometry, dilated_convolutions, fingers_closed, flag, flat_index, mark_cell,
+                    masked_mean)
 
 
 @dataclass
@@ -52,12 +53,9 @@ class PixelTrunk(VolumeGeometry):
         grid, x = self.config.grid, 0
         for maps, project in zip(self.normalised(batch["features"]), self.project):
             x = x + F.interpolate(project(maps), size=(grid, grid), mode="bilinear", align_corners=False)
-        y_cell, x_cell = self.cells(batch["eef_pos"], batch).round().long().clamp(0, grid - 1).unbind(-1)
-        mark = torch.zeros(len(x), 1, grid, grid, device=x.device, dtype=x.dtype)
-        mark[torch.arange(len(x)), 0, y_cell, x_cell] = 1
-        x = x + mark * self.eef_vector(batch)[..., None, None]
+        x = mark_cell(x, self.cells(batch["eef_pos"], batch), self.eef_vector(batch))
         if self.gripper_embedding is not None:
-            x = x + self.gripper_embedding[(batch["gripper_width"] < HALF_OPEN).long()][..., None, None]
+            x = x + self.gripper_embedding[fingers_closed(batch["gripper_width"])][..., None, None]
         return self.trunk(x)
 
     def eef_vector(self, batch):
@@ -66,7 +64,7 @@ class PixelTrunk(VolumeGeometry):
         bins = camera.height_to_bin(batch["eef_pos"][:, 2], *self.height_range, last + 1).clamp(0, last)
         low = bins.floor().long().clamp(max=max(0, last - 1))
         share = (bins - low).to(table.dtype)[:, None]
-        closed = (batch["gripper_width"] < HALF_OPEN).long() * (len(table) - 1)
+        closed = fingers_closed(batch["gripper_width"]) * (len(table) - 1)
         return (1 - share) * table[closed, low] + share * table[closed, (low + 1).clamp(max=last)]
 
     def at_cells(self, features, cells):

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from policy import HALF_OPEN, FittedConfig, FittedPolicy, flag, masked_mean
-from runtime import UserError
+from policy import FittedConfig, FittedPolicy, check_heads, fingers_closed, flag, masked_mean
 
 POOLED = 2  # cells of the pooled maps a patch and side: a patch token still tells where inside it something is
 
@@ -48,8 +47,7 @@ class ActPolicy(FittedPolicy):
     def __init__(self, config, channels):
         super().__init__(config, channels)
         c, d = config, config.dim
-        if d % c.n_heads:
-            raise UserError(f"--dim {d} is no multiple of --n_heads {c.n_heads}")
+        check_heads(c)
         self.register_buffer("position_mean", torch.zeros(3, dtype=torch.float64))  # metres
         self.register_buffer("position_std", torch.ones(3, dtype=torch.float64))
         self.project = nn.ModuleList([nn.Conv2d(n, d, POOLED, stride=POOLED) for n in channels])
@@ -86,7 +84,7 @@ class ActPolicy(FittedPolicy):
         for maps, project in zip(self.normalised(batch["features"]), self.project):
             x = x + project(F.adaptive_avg_pool2d(maps, POOLED * side))  # (B,d,H,W)
         x = x.flatten(2).transpose(1, 2) + (self.place[0, :, None] + self.place[1]).flatten(0, 1)
-        closed = (batch["gripper_width"] < HALF_OPEN).float()[:, None]
+        closed = fingers_closed(batch["gripper_width"]).float()[:, None]
         own = [self.state(torch.cat([self.scaled(eef), closed], -1))]
         if self.config.camera_token:
             own.append(self.camera(batch["E"][:, :3].flatten(1).float()))

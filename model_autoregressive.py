@@ -6,12 +6,12 @@ own target, so that every frame of a window is supervised in one pass. Heads on 
 
     pointer  its output makes the weights of a 1x1 convolution over per-cell features (a small convolutional trunk on the image
              features, with a mark at the EEF's cell): one joint softmax over gripper x height x cell. The transformer says what to
-             look for, and only what lies around a cell says where: with its patch outputs in the cells (--key_patches), which have
-             seen the whole table, it learns where bowls usually are
+             look for, and what lies around a cell says where; --key_patches adds its patch outputs, which have seen the whole table
     mlp      an MLP over absolute cells and gripper, heights by a linear layer; as first specified
 
-The EEF's position is noised in training, everywhere it enters: demonstrations whose layouts hardly differ let a network
-predict the next waypoint from the current state without looking, and noise makes looking the better bet.
+The EEF's position is noised in training on its way into the transformer (with --noisy_mark at the mark too): demonstrations
+whose layouts hardly differ let a network predict the next waypoint from the current state without looking, and noise makes
+looking the better bet.
 """
 from dataclasses import dataclass
 
@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from history import FingerLinear, HistoryConfig, HistoryPolicy, fingers_closed, mark_cell
+from history import FingerLinear, HistoryConfig, HistoryPolicy
 from layers import FrameBlock, Resolutions, fourier
-from policy import dilated_convolutions, flag, masked_mean
-from runtime import UserError
+from policy import check_heads, dilated_convolutions, fingers_closed, flag, mark_cell, masked_mean
 
 TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
 SPACE_FREQUENCIES = 6  # over image widths: the finest wave is 1/16 image, 28 px
@@ -55,8 +54,7 @@ class AutoregressiveConfig(HistoryConfig):
     coarse_to_fine: bool = flag(False, "the cell, then an offset inside it, instead of the soft-argmax about the cell")
     smooth_weight: float = flag(0.0, "weight of the squared second difference (grid cells) of a free-running rollout")
 
-    # small: 7x7 patches are enough to say what to look for; where is the cells' part. A step then costs a third, and three times the
-    # steps, on two frames of each of four windows, teach more than all eight
+    # small: 7x7 patches and two trained frames of each of four windows make a step cost a third of 14x14 and all eight
     presets = {"full": {}, "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, patch_grid=7, key_width=48, batch_size=4,
                                          trained_frames=2, max_steps=2500, val_every=1250)}
 
@@ -67,8 +65,7 @@ class AutoregressivePolicy(HistoryPolicy):
     def __init__(self, config, channels):
         super().__init__(config, channels)
         c, d = config, config.dim
-        if c.dim % c.n_heads:
-            raise UserError(f"--dim {c.dim} is no multiple of --n_heads {c.n_heads}")
+        check_heads(c)
         self.n_patches, n_old = c.patch_grid**2, (c.patch_grid // 2) ** 2 if c.recent_hires else 0
         self.resolutions = Resolutions(c.recent_hires, self.n_patches + 2, self.n_patches)
         self.project = nn.ModuleList([nn.Conv2d(n, d, 1) for n in channels])
@@ -215,8 +212,8 @@ class AutoregressivePolicy(HistoryPolicy):
             heights = self.height_head(query, closed).view(-1, 2, c.n_height_bins, 1, 1)
             return cells + heights.log_softmax(2), None  # p(gripper, cell) p(height | gripper)
         keys = self.cell_features(features, patches, query, eef[:, 1:])
-        prior = self.prior[closed if c.finger_heads else torch.zeros_like(closed)]
-        weights = self.pointer(query, closed).unflatten(-1, (-1, c.key_width)) + prior  # (N,2Z,C)
+        prior = self.prior[closed * (len(self.prior) - 1)]  # (N,2Z,C)
+        weights = self.pointer(query, closed).unflatten(-1, (-1, c.key_width)) + prior
         logits = torch.bmm(weights, keys.flatten(2))
         return logits.view(-1, 2, c.n_height_bins, c.grid, c.grid), keys
 

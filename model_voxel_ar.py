@@ -16,9 +16,8 @@ from torch import nn
 
 import camera
 import layers_voxel as lv
-from history import FingerLinear, HistoryConfig, HistoryPolicy, fingers_closed, mark_cell
-from policy import dilated_convolutions, flag, masked_mean
-from runtime import UserError
+from history import FingerLinear, HistoryConfig, HistoryPolicy
+from policy import check_heads, dilated_convolutions, fingers_closed, flag, mark_cell, masked_mean
 
 
 @dataclass
@@ -38,7 +37,7 @@ class VoxelConfig(HistoryConfig):
     gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head on the query", ("joint", "separate"))
     eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the readout's convolutions")
     eef_noise_m: float = flag(0.02, "training noise of EEF positions, standard deviation in metres along x and along y")
-    eef_noise_height_m: float = flag(0.004, "the same along z: C measures heights from the EEF, and learns them no better than this")
+    eef_noise_height_m: float = flag(0.004, "the same along z, from where C measures heights")
 
     # small: a step costs what its frames cost, and two frames of each of four windows differ more than four of each of two
     presets = {"full": {}, "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=4, trained_frames=2,
@@ -79,8 +78,7 @@ class VoxelPolicy(HistoryPolicy):
     def __init__(self, config, channels):
         super().__init__(config, channels)
         c, d, width = config, config.dim, config.key_width
-        if d % c.n_heads:
-            raise UserError(f"--dim {d} is no multiple of --n_heads {c.n_heads}")
+        check_heads(c)
         self.waves = lv.wavelengths(c.n_waves, c.shortest_wave, c.longest_wave)
         self.n_gripper = 2 if c.gripper_head == "joint" else 1
         first, *others = map(int, c.dilations.split(","))
@@ -190,7 +188,7 @@ class VoxelPolicy(HistoryPolicy):
     def readout(self, query, image, table, anchor, cells, closed):
         """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W). cells (N,2) yx: where the last known EEF is seen;
         closed (N,) in {0, 1}: whether the fingers are."""
-        c, N, width = self.config, len(query), self.config.key_width
+        c, width = self.config, self.config.key_width
         added = self.key_query(query)
         x = image + added[:, :width, None, None]
         if c.eef_mark:
@@ -201,7 +199,7 @@ class VoxelPolicy(HistoryPolicy):
         if anchor is not None:
             heights = heights - anchor[:, None, 2:]
         seen = self.height(lv.encode_position(heights, self.waves).to(self.height.weight.dtype))  # (N or 1,Z,C)
-        prior = self.prior[closed if c.finger_heads else torch.zeros_like(closed)]
+        prior = self.prior[closed * (len(self.prior) - 1)]
         height_query = (plain + prior)[:, :, None] + by_height[:, :, None] * seen[:, None]  # (N,G,Z,C)
         logits = lv.voxel_logits(position / math.sqrt(c.dim), table, x, self.positional.weight, height_query / math.sqrt(width),
                                  None if anchor is None else anchor[:, None].expand(-1, self.n_gripper, -1))

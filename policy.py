@@ -18,6 +18,7 @@ from torch import nn
 
 import camera
 from rot_utils import euler_to_matrix, matrix_to_euler, wrap_angle
+from runtime import UserError
 
 HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
 HEIGHT_MARGIN = 0.02  # metres beyond the heights of the training data that the bins still cover
@@ -360,7 +361,7 @@ class VolumeGeometry(FittedPolicy):
         zyx = torch.stack(torch.meshgrid(line(Z), line(H), line(W), indexing="ij"), -1)
         points = self.points(zyx.expand(len(logits), -1, -1, -1, -1), batch)
         here = (points - batch["eef_pos"].double()[:, None, None, None]).norm(dim=-1) < 0.75 * self.config.min_travel  # (N,Z,H,W)
-        command = (batch["gripper_width"] < HALF_OPEN).long()
+        command = fingers_closed(batch["gripper_width"])
         same = F.one_hot(command, logits.shape[1]).bool()[..., None, None, None]  # (N,2,1,1,1)
         return logits.masked_fill(here[:, None] & same, -torch.inf)
 
@@ -368,6 +369,26 @@ class VolumeGeometry(FittedPolicy):
 def dilated_convolutions(width, dilations):
     """A trunk of 3x3 convolutions with GELU, `width` channels throughout, one for each dilation."""
     return nn.Sequential(*[layer for d in dilations for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())])
+
+
+def fingers_closed(widths):
+    """Widths between the fingers in m -> 1 where they are measured closed, else 0; long, of the same shape."""
+    return (widths < HALF_OPEN).long()
+
+
+def mark_cell(x, cells, vector):
+    """Add vector (N,C) to maps x (N,C,H,W) at cells (N,2) yx, rounded and kept inside."""
+    limit = torch.tensor(x.shape[2:], device=x.device) - 1
+    place = torch.minimum(cells.round().long().clamp(min=0), limit)
+    mark = torch.zeros(len(x), 1, *x.shape[2:], device=x.device, dtype=x.dtype)
+    mark[torch.arange(len(x), device=x.device), 0, place[:, 0], place[:, 1]] = 1
+    return x + mark * vector[..., None, None]
+
+
+def check_heads(config):
+    """Raise UserError unless --n_heads divides --dim."""
+    if config.dim % config.n_heads:
+        raise UserError(f"--dim {config.dim} is no multiple of --n_heads {config.n_heads}")
 
 
 def masked_mean(values, mask):
