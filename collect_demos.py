@@ -31,8 +31,8 @@ from expert import EXPERTS, servo_action
 from libero_env import JOINT_JITTER, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, run_script, versions, write_json
-from variants import STAY_STEPS, VARIANTS, LiftOnce, new_expert
 from survey import survey
+from variants import STAY_STEPS, VARIANTS, new_account, new_expert
 from workers import run_jobs
 
 MAX_STEPS = 250
@@ -116,15 +116,14 @@ class ExpertWorker:
         scene, recorder = self.scene, Recorder(self.scene)
         scene.begin_episode(scene.state())
         expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
-        once = LiftOnce(scene.position(scene.pick)) if self.args.variant == "lift_once" else None
+        account = new_account(scene, self.args.variant)
         for _ in range(MAX_STEPS):
             now = scene.observe(image=False)
             eef = now.eef_pos
             target, gripper = expert.act(scene, eef, now.eef_rot)
             if expert.done:
                 break
-            if once:
-                once.note(scene.position(scene.pick), eef, gripper, now.gripper_width)
+            account.note(scene.position(scene.pick), eef, gripper, now.gripper_width)
             action = servo_action(eef, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot)
             if not pushing and expert.phase in PUSHABLE and rng.random() < self.args.push_rate / 10:
                 direction = rng.normal(size=3)
@@ -135,8 +134,7 @@ class ExpertWorker:
             scene.step(executed)
             pushing = max(0, pushing - 1)
         held_open = scene.observe(image=False).gripper_width > OPEN_WIDTH
-        good = once.done(STAY_STEPS) if once else scene.success()
-        return recorder if expert.done and good and held_open else None
+        return recorder if expert.done and account.done(STAY_STEPS) and held_open else None
 
     def close(self):
         self.scene.close()

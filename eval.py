@@ -25,8 +25,8 @@ from camera import project, unproject
 from demos import GRIPPER_STEPS
 from expert import EXPERTS
 from libero_env import CLOSE, OPEN, OPEN_WIDTH, Scene, find_task, init_states
-from metrics import wilson
-from rollout import OUTCOMES, BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
+from metrics import OUTCOMES, wilson
+from rollout import BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
 from runtime import UserError, append_jsonl, command_line, git_commit, read_jsonl, run_script, versions, write_json
 from variants import LIFT_OUTCOMES, VARIANTS, new_expert
 from workers import run_jobs

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import plots
-from metrics import mcnemar, wilson
+from metrics import OUTCOMES, mcnemar, wilson
 from pages import STYLE, embed, figure, html_table, read_json
 from runtime import UserError, atomic_path, read_jsonl, write_json
 
@@ -18,7 +18,6 @@ FILES = ("table.json", "table.md", "table.png", "report.html")
 MARKS = "<!-- matrix -->", "<!-- /matrix -->"
 RATES = ("success", "released")
 MEANS = ("steps", "jerk_mm", "coverage_4px", "coverage_8px", "coverage_16px")
-OUTCOMES = ("miss", "grasp", "place", "released")
 
 
 def read_cells(folder, rows, layouts):

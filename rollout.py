@@ -10,18 +10,17 @@ import camera
 from demos import GRIPPER_STEPS, next_waypoint
 from expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
 from libero_env import CLOSE, OPEN, OPEN_WIDTH
-from metrics import coverage, jerk
+from metrics import OUTCOMES, coverage, jerk
 from policy import Waypoint
 from rot_utils import rotation_angle
 from runtime import atomic_path
-from variants import STAY_STEPS, LiftOnce, new_expert
+from variants import STAY_STEPS, new_account, new_expert
 
 SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
 FLIP_DISTANCE = 0.012  # the gripper changes only this near to the waypoint that asks for it (metres)
 REACHED = 0.01  # metres at which a waypoint of a predicted trajectory lies behind: half of what training keeps between waypoints
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
 EXPERT_STEPS = 250
-OUTCOMES = ("miss", "grasp", "place", "released")
 
 
 @dataclass
@@ -46,19 +45,18 @@ def expert_episode(scene, state, grasp="side", variant="task"):
     """Run the expert from a state -> its ExpertPath. Leaves the scene where it ended."""
     scene.begin_episode(state)
     expert, positions, closed, rotations = new_expert(grasp, variant).plan(scene), [], [], []
-    once = LiftOnce(scene.position(scene.pick)) if variant == "lift_once" else None
+    account = new_account(scene, variant)
     for _ in range(EXPERT_STEPS):
         now = scene.observe(image=False)
         target, gripper = expert.act(scene, now.eef_pos, now.eef_rot)
         if expert.done:
             break
-        if once:
-            once.note(scene.position(scene.pick), now.eef_pos, gripper, now.gripper_width)
+        account.note(scene.position(scene.pick), now.eef_pos, gripper, now.gripper_width)
         positions.append(now.eef_pos)
         closed.append(gripper > 0)
         rotations.append(now.eef_rot)
         scene.step(servo_action(now.eef_pos, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot))
-    return ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), once.done(STAY_STEPS) if once else scene.success(),
+    return ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), account.done(STAY_STEPS),
                       None if expert.rotation is None else np.array(rotations))
 
 
@@ -167,7 +165,7 @@ class BlindAgent:
 class Episode:
     """Steps a scene and keeps account: path, time by activity, success, release, and frames for video.
 
-    Success is LIBERO's predicate and the episode is over with the release, or both are when `LiftOnce` says done.
+    Success is what the variant's account says; the episode is over with it once the gripper is open too.
     """
 
     def __init__(self, scene, max_steps, video_every=0, variant="task"):
@@ -178,7 +176,7 @@ class Episode:
         self.first_success = None
         self.seconds = {"render": 0.0, "physics": 0.0}
         self.gripper, self.plan = OPEN, None
-        self.once = LiftOnce(scene.position(scene.pick)) if variant == "lift_once" else None
+        self.variant, self.account = variant, new_account(scene, variant)
         self.note()
 
     @property
@@ -198,9 +196,8 @@ class Episode:
         self.path.append(now.eef_pos)
         bowl = self.scene.position(self.scene.pick)
         self.lifted |= bowl[2] > self.rest + LIFTED
-        if self.once:
-            self.once.note(bowl, now.eef_pos, self.gripper, now.gripper_width)
-        if self.once.done() if self.once else self.scene.success():
+        self.account.note(bowl, now.eef_pos, self.gripper, now.gripper_width)
+        if self.account.done():
             self.first_success = self.steps if self.first_success is None else self.first_success
             self.success = True
             self.released = self.gripper == OPEN and now.gripper_width > OPEN_WIDTH
@@ -217,8 +214,8 @@ class Episode:
         self.note()
 
     def outcome(self):
-        if self.once:
-            return self.once.outcome()
+        if self.variant == "lift_once":
+            return self.account.outcome()
         return OUTCOMES[max(i for i, reached in enumerate((True, self.lifted, self.success, self.released)) if reached)]
 
 
@@ -294,7 +291,7 @@ def result_row(scene, episode, agent, decisions, path, started):
     """The per-episode row that eval.py writes. Jerk in mm per control step squared; coverage against the expert's path."""
     row = {"outcome": episode.outcome(), "success": episode.success, "released": episode.released, "steps": episode.steps,
            "first_success": episode.first_success, "decisions": decisions,
-           **({"lifts": episode.once.lifts} if episode.once else {}), "jerk_mm": round(1000 * jerk(episode.path), 4)}
+           **({"lifts": episode.account.lifts} if episode.variant == "lift_once" else {}), "jerk_mm": round(1000 * jerk(episode.path), 4)}
     K, E = scene.camera()
     to_px = lambda points: np.stack(camera.project(np.asarray(points), K, E)[:2], -1)
     for eps in (4, 8, 16):

@@ -17,22 +17,22 @@ def to_device(batch, device):
     return {k: move(v) for k, v in batch.items()}
 
 
+def newest_rows(batch):
+    """The newest frame of each window, as rows (B,) of the flattened (B*T)."""
+    B, T = batch["valid"].shape
+    return torch.arange(B, device=batch["valid"].device) * T + batch["valid"].sum(1) - 1
+
+
 def newest(batch, out):
     """Window batches as single-frame ones: targets and predictions of each window's newest frame, one waypoint each.
     Batches without a history come back as they are."""
     if batch["eef_pos"].ndim == 2:
         return batch, out
-    last = batch["valid"].sum(1) - 1
-    pick = lambda x: x[torch.arange(len(x), device=x.device), last]
+    rows = newest_rows(batch)
+    pick = lambda x: x.flatten(0, 1)[rows]
     single = {k: pick(batch[k]) for k in ("eef_pos", "K", "E")}
     single.update({k: pick(batch[k])[:, None] for k in ("target_pos", "target_rot", "target_gripper", "mask")})
     return single, {k: pick(v)[:, None] for k, v in out.items()}
-
-
-def newest_rows(batch):
-    """The newest frame of each window, as rows (B,) of the flattened (B*T)."""
-    B, T = batch["valid"].shape
-    return torch.arange(B, device=batch["valid"].device) * T + batch["valid"].sum(1) - 1
 
 
 def predict_newest(policy, batch):
