@@ -23,6 +23,7 @@ import plots_rotation
 import smith300
 from checkpoint import load_policy
 from data import waypoint_labels
+from pages import markdown_table
 from rot_utils import basis_path, load_basis, rotation_angle, rotvec_to_matrix
 from runtime import UserError, command_line, git_commit, read_jsonl, run_script, versions, write_json
 from validation import to_pixels
@@ -161,22 +162,20 @@ def spread(values, form=".3g"):
 
 def tables(summary):
     """The comparison as Markdown: validation at the end of training, then whole episodes, a row a configuration."""
-    row = lambda *cells: "| " + " | ".join(map(str, cells)) + " |"
-    head = ["", "seeds", *METRICS.values(), "CE, mean over training", "CE of a guesser"]
-    lines = [row(*head), "|---" * len(head) + "|"]
+    head, rows = ["", "seeds", *METRICS.values(), "CE, mean over training", "CE of a guesser"], []
     for name, s in summary.items():
         by_seed = [spread(s[k]) for k in [*(m[4:] for m in METRICS), "rotation_ce_mean"]]
-        lines.append(row(name, s["seeds"], *by_seed, f"{s['guess_nats']:.3g}"))
-    head = ["", "episodes x seeds", "closes an episode, mean, most", "opens", "at most one each",
-            "rotation error, deg, median, 95%", "turn from frame to frame, deg (demonstrated)"]
-    lines += ["", row(*head), "|---" * len(head) + "|"]
+        rows.append([name, s["seeds"], *by_seed, f"{s['guess_nats']:.3g}"])
+    training = markdown_table(head, rows)
+    head, rows = ["", "episodes x seeds", "closes an episode, mean, most", "opens", "at most one each",
+            "rotation error, deg, median, 95%", "turn from frame to frame, deg (demonstrated)"], []
     count = lambda values: f"{np.mean(values):.2f}, {max(values)}"
     for name, s in summary.items():
         once = np.mean([c <= 1 and o <= 1 for c, o in zip(s["closes"], s["opens"])])
-        lines.append(row(name, len(s["closes"]), count(s["closes"]), count(s["opens"]), f"{100 * once:.0f}%",
+        rows.append([name, len(s["closes"]), count(s["closes"]), count(s["opens"]), f"{100 * once:.0f}%",
                          f"{s['episode_deg_median']:.2f}, {s['episode_deg_p95']:.2f}",
-                         f"{np.mean(s['unsteadiness_deg']):.2f} ({np.mean(s['true_unsteadiness_deg']):.2f})"))
-    return "\n".join(lines)
+                         f"{np.mean(s['unsteadiness_deg']):.2f} ({np.mean(s['true_unsteadiness_deg']):.2f})"])
+    return f"{training}\n\n{markdown_table(head, rows)}"
 
 
 def closing_directions(position, rotation, demo):

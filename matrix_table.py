@@ -11,7 +11,7 @@ import numpy as np
 
 import plots
 from metrics import OUTCOMES, mcnemar, wilson
-from pages import STYLE, embed, figure, html_table, read_json
+from pages import STYLE, embed, figure, html_table, markdown_table, percent, read_json
 from runtime import UserError, atomic_path, read_jsonl, write_json
 
 FILES = ("table.json", "table.md", "table.png", "report.html")
@@ -96,11 +96,6 @@ def time_spent(folder):
 # -- as text ---------------------------------------------------------------------------------------------------------------
 
 
-def percent(value):
-    """{"rate", "interval"} as text."""
-    return f"{100 * value['rate']:.0f}% ({100 * value['interval'][0]:.0f}-{100 * value['interval'][1]:.0f})"
-
-
 def versus(pair):
     """A paired comparison as text: percentage points, pairs won and lost, p."""
     if pair is None:
@@ -116,7 +111,7 @@ def short_table(table, metric):
     """(head, rows) of strings: a row a policy, a column a layout."""
     layouts, rows = (list(dict.fromkeys(c[key] for c in table)) for key in ("layout", "row"))
     at = {(c["row"], c["layout"]): c for c in table}
-    text = lambda c: "-" if c is None else f"{percent(c[metric])}, n = {c['n']}"
+    text = lambda c: "-" if c is None else f"{percent(c[metric]['rate'], c[metric]['interval'])}, n = {c['n']}"
     return ["policy", *layouts], [[row, *(text(at.get((row, layout))) for layout in layouts)] for row in rows]
 
 
@@ -124,16 +119,11 @@ def long_table(table, metric, reference):
     """(head, rows) of strings: a row a cell."""
     head = ["policy", "layout", "n", "LIBERO success", "placed and released", f"against {reference}, points (won:lost)",
             "miss / grasp / place / released", "steps", "jerk", "coverage 4 / 8 / 16 px", "training min", "decisions/s"]
-    rows = [[c["row"], c["layout"], str(c["n"]), percent(c["success"]), percent(c["released"]),
+    rows = [[c["row"], c["layout"], str(c["n"]), *(percent(c[key]["rate"], c[key]["interval"]) for key in RATES),
              versus(c[metric]["against_reference"]), " / ".join(map(str, c["outcomes"].values())), number(c["steps"], ".0f"),
              number(c["jerk_mm"], ".2f"), " / ".join(number(c[f"coverage_{e}px"], ".2f") for e in (4, 8, 16)),
              number(c["train_minutes"], ".1f"), number(c["decisions_per_second"], ".1f")] for c in table]
     return head, rows
-
-
-def markdown(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def explained(metric, reference, spent):
@@ -196,15 +186,15 @@ def write(cells, folder, metric, reference, info):
     table = [numbers(c, at.get((reference, c["layout"]))) for c in cells]
     spent = time_spent(folder)
     write_json(folder / FILES[0], {**info, "metric": metric, "reference": reference, "minutes": spent, "cells": table})
-    text = "\n\n".join([markdown(*short_table(table, metric)), explained(metric, reference, spent),
-                        markdown(*long_table(table, metric, reference))])
+    text = "\n\n".join([markdown_table(*short_table(table, metric)), explained(metric, reference, spent),
+                        markdown_table(*long_table(table, metric, reference))])
     with atomic_path(folder / FILES[1]) as scratch:
         scratch.write_text(text + "\n")
     layouts, rows = (list(dict.fromkeys(c[key] for c in table)) for key in ("layout", "row"))
     rates, labels = np.full((len(rows), len(layouts)), np.nan), {}
     for c in table:
         place = rows.index(c["row"]), layouts.index(c["layout"])
-        rates[place], labels[place] = c[metric]["rate"], percent(c[metric]).replace(" ", "\n") + f"\nn = {c['n']}"
+        rates[place], labels[place] = c[metric]["rate"], percent(c[metric]["rate"], c[metric]["interval"]).replace(" ", "\n") + f"\nn = {c['n']}"
     plots.rate_map(rows, layouts, rates, labels, folder / FILES[2])
     with atomic_path(folder / FILES[3]) as scratch:
         scratch.write_text(page(cells, table, metric, reference, spent, folder / FILES[2]))

@@ -18,20 +18,11 @@ import plots
 import smith300
 from checkpoint import load_policy
 from runtime import UserError, command_line, git_commit, run_script, write_json
-from validation import EPS, free_run, to_pixels
+from validation import EPS, free_run, rollout_line, rollout_summary, to_pixels
 
 
 def roll(path, demos, policy, fed, label):
     return [free_run(policy, path, demo, policy.config, fed) for demo in tqdm(demos, desc=f"{label}, {fed}", unit="demo")]
-
-
-def summary(rollouts):
-    """Means over demonstrations; coverage over all their points together."""
-    points = np.array([len(r["path"]) for r in rollouts])
-    row = {f"coverage_{e}px": float(np.average([r[f"coverage_{e}px"] for r in rollouts], weights=points)) for e in EPS}
-    row.update({k: float(np.mean([r[k] for r in rollouts])) for k in ("jerk_mm", "true_jerk_mm")})
-    px = np.concatenate([r["px"] for r in rollouts])
-    return {**row, "px_median": float(np.median(px)), "px_p90": float(np.percentile(px, 90)), "n_demos": len(rollouts), "n_points": int(points.sum())}
 
 
 def main(argv=None):
@@ -55,15 +46,14 @@ def main(argv=None):
             raise UserError(f"{ckpt}: takes images of {policy.config.image_size} px, {args.dataset} has {held_out[0].image_size}")
         for fed in ("measured", "predicted"):
             rollouts = roll(args.dataset, held_out, policy, fed, ckpt.stem)
-            rows.append({"checkpoint": str(ckpt), "model_type": info["model_type"], "fed": fed, **summary(rollouts)})
+            rows.append({"checkpoint": str(ckpt), "model_type": info["model_type"], "fed": fed, **rollout_summary(rollouts)})
             if fed == "predicted":
                 paths[f"{len(paths)}: {info['model_type']}"] = rollouts  # the same model type may come twice
     for i, demo in enumerate(held_out[:3]):
         image = smith300.read_images(args.dataset, demo.name, [0], demo.image_size)[0]
-        to_px = lambda p: to_pixels(p, demo.K, demo.E)
-        start = demo.ee_pos[:1]
-        lines = {name: to_px(np.concatenate([start, r[i]["predicted"]])) for name, r in paths.items()}
-        plots.paths_overlay(image, to_px(next(iter(paths.values()))[i]["path"]), lines, args.out / f"rollout_{demo.name}.png")
+        true = to_pixels(next(iter(paths.values()))[i]["path"], demo.K, demo.E)
+        lines = {name: rollout_line(r[i]["predicted"], demo) for name, r in paths.items()}
+        plots.paths_overlay(image, true, lines, args.out / f"rollout_{demo.name}.png")
     table = {"command": command_line(), "commit": git_commit(), "dataset": str(args.dataset), "task_suite": str(attributes.get("task_suite")),
              "task_id": int(attributes.get("task_id", 0)), "rows": rows}
     write_json(args.out / "openloop.json", table)

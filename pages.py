@@ -1,4 +1,4 @@
-"""Pieces of self-contained HTML pages: style, embedded files, tables."""
+"""Pieces of reports: tables as Markdown and HTML, and what self-contained pages are made of."""
 import base64
 import html
 import json
@@ -34,6 +34,17 @@ def read_json(path, what):
         raise UserError(f"{path}: missing, so {Path(path).parent} is no {what}; finish it first")
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error}); run the command that made it again")
+
+
+def percent(value, interval):
+    """A success rate with its interval, as text."""
+    return f"{100 * value:.0f}% ({100 * interval[0]:.0f}-{100 * interval[1]:.0f})"
+
+
+def markdown_table(head, rows):
+    """A Markdown table of cells that are strings or numbers."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def rate(value, interval):

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import plots
-from pages import STYLE, embed, figure, html_table, rate, read_json
+from pages import STYLE, embed, figure, html_table, markdown_table, percent, rate, read_json
 from runtime import atomic_path, read_jsonl, run_script
 
 
@@ -30,14 +30,13 @@ def success_table(summaries):
 
 def markdown(summaries):
     """The success table as Markdown: a row per evaluation."""
-    lines = ["| policy | layout | placed and released | LIBERO success | steps | jerk | coverage 4 / 8 / 16 px |", "|---|---|---|---|---|---|---|"]
-    cell = lambda value, interval: f"{100 * value:.0f}% ({100 * interval[0]:.0f}-{100 * interval[1]:.0f})"
+    rows = []
     for s in summaries:
         cover = " / ".join("-" if s[f"coverage_{e}px"] is None else f"{s[f'coverage_{e}px']:.2f}" for e in (4, 8, 16))
         if s["n"]:
-            lines.append(f"| {s['model_type']} | {s['setting']}, n = {s['n']} | {cell(s['released_rate'], s['released_interval'])} | "
-                         f"{cell(s['success_rate'], s['interval'])} | {s['mean_steps']:.0f} | {s['jerk_mm']:.2f} | {cover} |")
-    return "\n".join(lines)
+            rows.append([s["model_type"], f"{s['setting']}, n = {s['n']}", percent(s["released_rate"], s["released_interval"]),
+                         percent(s["success_rate"], s["interval"]), f"{s['mean_steps']:.0f}", f"{s['jerk_mm']:.2f}", cover])
+    return markdown_table(["policy", "layout", "placed and released", "LIBERO success", "steps", "jerk", "coverage 4 / 8 / 16 px"], rows)
 
 
 def build(run, evals):

@@ -11,7 +11,6 @@ the same flags is not done again, so that the same command goes on after a kill,
 reported, what does not need it goes on, and the exit code is 1.
 """
 import argparse
-import json
 import re
 import shlex
 import shutil
@@ -23,6 +22,7 @@ import h5py
 
 import matrix_table
 from graph import Local, Node, Ray, pending, run_graph
+from pages import read_json
 from registry import look_up
 from runtime import UserError, command_line, git_commit, run_script, versions
 
@@ -69,9 +69,14 @@ def python(script, *words):
     return [sys.executable, str(ROOT / script), *(str(w) for w in words)]
 
 
+def typed_words(command):
+    """A command of `python` as a user types it."""
+    return ["python", Path(command[1]).name, *command[2:]]
+
+
 def typed(command):
-    """A command of `python` as the script itself stores it, see runtime.command_line."""
-    return " ".join(["python", Path(command[1]).name, *command[2:]])
+    """The same as the script itself stores it, see runtime.command_line."""
+    return " ".join(typed_words(command))
 
 
 def same(stored, command):
@@ -107,14 +112,14 @@ def lacks_training(run, command, dataset):
     """What a run folder lacks to be finished."""
     if not (run / "config.json").is_file():
         return f"{run} is missing"
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json", "run of train.py")
     if not same(config["command"], command):
         refuse(run, config["command"], command)
     if dataset.is_file() and config["dataset"].get("command", "") != dataset_command(dataset):
         raise UserError(f"{run}: was trained on other demonstrations than {dataset} holds now; give another --out, or remove it")
     if not (run / "checkpoint.json").is_file():
         return f"{run} has no checkpoint yet"
-    info, limits = json.loads((run / "checkpoint.json").read_text()), config["args"]
+    info, limits = read_json(run / "checkpoint.json", "run of train.py"), config["args"]
     if info["step"] < limits["max_steps"] and info["minutes"] < (limits["max_minutes"] or float("inf")):
         return f"{run} stopped at step {info['step']}, after {info['minutes']:.1f} minutes"
     return ""
@@ -124,7 +129,7 @@ def lacks_evaluation(folder, command, n, training=None):
     """What an evaluation of n episodes lacks. training: (run folder, the training's argv)."""
     if not (folder / "summary.json").is_file():
         return f"{folder} is not finished"
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_json(folder / "summary.json", "evaluation")
     if not same(summary["command"], command):
         return f"{folder} was made by other flags"
     if training:
@@ -311,7 +316,7 @@ def main(argv=None):
     if args.dry_run:
         todo = {node.name for node in pending(nodes)}
         for node in nodes:
-            line = shlex.join(["python", Path(node.command[1]).name, *node.command[2:]])
+            line = shlex.join(typed_words(node.command))
             print(line if node.name in todo else f"# done: {line}")
         return 0
     failed = run_graph(nodes, Ray(args.ray) if args.ray else Local(args.jobs), args.out, title="matrix")

@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from libero_env import Scene, find_task
 from metrics import wilson
+from pages import markdown_table
 from rollout import expert_episode
 from runtime import command_line, versions, write_json
 from workers import run_jobs
@@ -42,17 +43,16 @@ def survey(suite, n_tasks, n_states, workers):
     rows = {}
     for outcome in tqdm(run_jobs(jobs, SurveyWorker, (n_states,), workers, recycle=1), total=len(jobs), desc="survey"):
         rows[outcome.job[1]] = outcome.result if outcome.error is None else outcome.error.strip().splitlines()[-1]
-    lines = ["| task | | success | 95% interval | mean steps |", "|---|---|---|---|---|"]
-    table = []
+    lines, table = [], []
     for _, i in jobs:
         task, row = find_task(suite, i), rows[i]
         if isinstance(row, tuple):
             low, high = wilson(row[0], row[1])
-            lines.append(f"| {i} | {task.language} | {row[0]}/{row[1]} | {low:.2f}-{high:.2f} | {row[2]:.0f} |")
+            lines.append([i, task.language, f"{row[0]}/{row[1]}", f"{low:.2f}-{high:.2f}", f"{row[2]:.0f}"])
             table.append({"task_id": i, "task": task.name, "successes": row[0], "n": row[1], "interval": [low, high],
                           "mean_steps": row[2]})
         else:
-            lines.append(f"| {i} | {task.language} | {row or 'not a pick-and-place goal'} | | |")
+            lines.append([i, task.language, row or "not a pick-and-place goal", "", ""])
             table.append({"task_id": i, "task": task.name, "successes": None, "why": row or "not a pick-and-place goal"})
-    print("\n".join(lines))
+    print(markdown_table(["task", "", "success", "95% interval", "mean steps"], lines))
     write_json(Path("results") / f"expert_{suite}.json", {"command": command_line(), "versions": versions(), "rows": table})

@@ -32,7 +32,7 @@ from policy import add_config_flags
 from registry import REGISTRY, look_up
 from runtime import (RunLogger, StopSignal, UserError, append_jsonl, autocast, command_line, git_commit, init_distributed,
                      read_jsonl, run_script, seed_everything, versions, write_json)
-from validation import EPS, free_run, predict_newest, to_device, to_pixels, validate
+from validation import free_run, predict_newest, rollout_line, rollout_summary, to_device, to_pixels, validate
 
 DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
 
@@ -363,16 +363,15 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
 
 
 def free_runs(policy, dataset, folder, n_episodes=3):
-    """Open-loop rollouts on validation episodes, own predictions fed back, drawn over the first image -> {"free/coverage_8px": mean ...}."""
+    """Open-loop rollouts on validation episodes, own predictions fed back, drawn over the first image -> {"free/coverage_8px" ...}."""
     found = []
     for episode, demo in enumerate(tqdm(dataset.demos[:n_episodes], desc="free-running", unit="demo")):
         found.append(free_run(policy, dataset.path, demo, dataset.config))
-        to_px = lambda points: to_pixels(points, demo.K, demo.E)
-        line = np.concatenate([demo.ee_pos[:1], found[-1]["predicted"]])
-        plots.paths_overlay(dataset._images(demo.name, [0])[0], to_px(found[-1]["path"]), {demo.name: to_px(line)}, folder / f"rollout_{episode}.png")
-    row = {f"free/{k}": round(float(np.mean([r[k] for r in found])), 5) for k in (*(f"coverage_{e}px" for e in EPS), "jerk_mm", "true_jerk_mm")}
-    print(f"free-running on {len(found)} validation demonstrations: " + ", ".join(f"{k[5:]} {v:.3g}" for k, v in row.items()))
-    return row
+        plots.paths_overlay(dataset._images(demo.name, [0])[0], to_pixels(found[-1]["path"], demo.K, demo.E),
+                            {demo.name: rollout_line(found[-1]["predicted"], demo)}, folder / f"rollout_{episode}.png")
+    row = {k: round(v, 5) for k, v in rollout_summary(found).items()}
+    print("free-running on validation demonstrations: " + ", ".join(f"{k} {v:.3g}" for k, v in row.items()))
+    return {f"free/{k}": v for k, v in row.items()}
 
 
 if __name__ == "__main__":

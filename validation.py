@@ -170,7 +170,22 @@ def free_run(policy, path, demo, config, fed="predicted"):
     policy.reset()
     predicted, true, path_px = np.array(predicted), demo.ee_pos[targets], demo.ee_pos[:targets[-1] + 1]
     to_px = lambda points: to_pixels(points, demo.K, demo.E)
-    line = to_px(np.concatenate([demo.ee_pos[:1], predicted]))
+    line = rollout_line(predicted, demo)
     return {"predicted": predicted, "true": true, "path": path_px, "gripper": np.array(gripper), "frames": np.array(frames),
             **{f"coverage_{e}px": coverage(to_px(path_px), line, e) for e in EPS}, "jerk_mm": 1000 * jerk(predicted),
             "true_jerk_mm": 1000 * jerk(true), "px": np.linalg.norm(to_px(predicted) - to_px(true), axis=-1)}
+
+
+def rollout_line(predicted, demo):
+    """A demonstration's start and the waypoints (N,3) m predicted from there, pixels (N+1,2)."""
+    return to_pixels(np.concatenate([demo.ee_pos[:1], predicted]), demo.K, demo.E)
+
+
+def rollout_summary(rollouts):
+    """Means of `free_run` over demonstrations; coverage over all their points together."""
+    points = np.array([len(r["path"]) for r in rollouts])
+    row = {f"coverage_{e}px": float(np.average([r[f"coverage_{e}px"] for r in rollouts], weights=points)) for e in EPS}
+    row.update({k: float(np.mean([r[k] for r in rollouts])) for k in ("jerk_mm", "true_jerk_mm")})
+    px = np.concatenate([r["px"] for r in rollouts])
+    return {**row, "px_median": float(np.median(px)), "px_p90": float(np.percentile(px, 90)), "n_demos": len(rollouts),
+            "n_points": int(points.sum())}

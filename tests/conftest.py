@@ -167,11 +167,21 @@ def made_once(tmp_path_factory, name, make):
     return pickle.loads(stored.read_bytes())
 
 
+@pytest.fixture(scope="module")
+def scene():
+    """The default task in the real simulator, clean, with small images."""
+    from libero_env import Scene
+    made = Scene(image_size=112, clean=True)
+    yield made
+    made.close()
+
+
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory):
-    """Three demonstrations from the real simulator, collected through a SIGKILL in the middle -> (file, first part's time)."""
+    """Three demonstrations from the real simulator, of a seed that no committed checkpoint was trained on, collected through a
+    SIGKILL in the middle -> (file, {part: its time}, the second process)."""
     def collect(folder):
-        arguments = ("collect_demos.py", "--n_demos", 3, "--image_size", helpers.SIZE, "--out", "demos.hdf5")
+        arguments = ("collect_demos.py", "--n_demos", 3, "--seed", 7, "--image_size", helpers.SIZE, "--out", "demos.hdf5")
         parts = folder / "demos.hdf5.parts"
         code = helpers.interrupt(arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL)
         assert code == -signal.SIGKILL and not (folder / "demos.hdf5").exists()

@@ -11,7 +11,6 @@ import settings
 from camera import project
 from expert import PLATE_RISE
 from helpers import SIZE, run, train_flags
-from libero_env import Scene
 from rollout import key_poses
 from runtime import UserError
 
@@ -118,13 +117,6 @@ def test_seeds_of_demonstrations_and_episodes_differ():
 
 
 # -- in the simulator --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scene():
-    scene = Scene(image_size=112, clean=True)
-    yield scene
-    scene.close()
 
 
 def test_viewpoint_episodes_are_seen_from_elsewhere(scene):

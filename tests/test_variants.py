@@ -9,7 +9,7 @@ from data import held_frames, waypoint_labels
 from data_ar import following_frames, standing_since, window_frames
 from expert import GRASP, servo_action
 from helpers import run, train_flags
-from libero_env import CLOSE, OPEN, Scene
+from libero_env import CLOSE, OPEN
 from metrics import rises
 from rollout import OracleAgent, expert_path, run_episode, run_expert
 from runtime import UserError
@@ -108,13 +108,6 @@ def test_the_variant_travels_from_data_to_evaluation(tmp_path):
 
 
 # -- the real simulator ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scene():
-    scene = Scene(image_size=112, clean=True)
-    yield scene
-    scene.close()
 
 
 def test_the_same_image_before_and_after(scene):
