@@ -32,7 +32,7 @@ from variants import LIFT_OUTCOMES, VARIANTS, new_expert
 from workers import run_jobs
 
 # apart from collect_demos.py's seeds and each other
-SHIFT_SEED, POSITION_SEED, VAL_POSITION_SEED, VAL_SEED, VAL_SHIFT_SEED = 1_000, 50_000_000, 60_000_000, 70_000_000, 90_000_000
+SHIFT_SEED, POSITION_SEED, VAL_POSITION_SEED, VAL_SEED, VAL_SHIFT_SEED = 3_000, 50_000_000, 60_000_000, 70_000_000, 90_000_000
 HOPELESS = 6  # crashed episodes without one that ran after which an evaluation gives up
 LAYOUTS = {  # -> (setting, which of its conditions)
     "benchmark": ("in_dist", "test"), "shifted": ("in_dist", "test"),
