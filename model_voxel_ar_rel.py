@@ -2,6 +2,8 @@
 
 World coordinates (B) should survive a moved camera; coordinates relative to the EEF should also survive a moved scene. The
 anchor turns queries and outputs (layers_voxel.py), so each frame of a window has its own in one pass and no token changes.
+Heights stay heights above the table (`--anchor_axes xy`): nothing lifts the table, and an image shows badly how high the
+gripper is above it. Measured from the EEF too (`xyz`), waypoints at the rim were off by 8 mm in height instead of 2.
 
     window   the EEF at the first frame of the context (default): later frames of a window share it and so see the motion
     last     the last known EEF of each step
@@ -19,12 +21,12 @@ class RelativeVoxelConfig(VoxelConfig):
     """Configuration of RelativeVoxelPolicy."""
     anchor: str = flag("window", "xyz is relative to the EEF at: the first frame of the context, the episode's start, or the last known",
                        ("window", "episode", "last"))
+    anchor_axes: str = flag("xy", "axes measured from it: xy, where heights stay heights above the table, or xyz", ("xy", "xyz"))
 
 
 class RelativeVoxelPolicy(VoxelPolicy):
     """See the module's docstring."""
 
     def anchors(self, eef, first):
-        if self.config.anchor == "last":
-            return eef
-        return (eef[:, 0] if self.config.anchor == "window" else first)[:, None].expand_as(eef)
+        anchor = eef if self.config.anchor == "last" else (eef[:, 0] if self.config.anchor == "window" else first)[:, None].expand_as(eef)
+        return anchor * anchor.new_tensor([1.0, 1.0, float(self.config.anchor_axes == "xyz")])

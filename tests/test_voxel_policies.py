@@ -16,6 +16,7 @@ SMALL = dict(image_size=64, grid=12, n_height_bins=6, n_rot_bins=6, dim=24, n_la
              context=3)
 CHANNELS, B, T = [6, 5], 2, 3
 KINDS = {"B": (VoxelPolicy, VoxelConfig, {}), "C window": (RelativeVoxelPolicy, RelativeVoxelConfig, {}),
+         "C xyz": (RelativeVoxelPolicy, RelativeVoxelConfig, {"anchor_axes": "xyz"}),
          "C last": (RelativeVoxelPolicy, RelativeVoxelConfig, {"anchor": "last"}),
          "C episode": (RelativeVoxelPolicy, RelativeVoxelConfig, {"anchor": "episode"})}
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -101,20 +102,21 @@ def test_acting_equals_training(kind, context):
         assert out["gripper"].item() == expected["gripper"][0, -1] and out["rotation"].shape == (1, 1, 3, 3)
 
 
-@pytest.mark.parametrize("kind", ["B", "C window", "C last"])
-def test_who_survives_a_moved_world(kind):
-    """Robot, camera and heights moved together: C's distribution stays the same to rounding, B's does not. That is their
-    whole difference, and it is exact."""
+@pytest.mark.parametrize("kind, axes", [("B", ""), ("C window", "xy"), ("C last", "xy"), ("C xyz", "xyz")])
+def test_who_survives_a_moved_world(kind, axes):
+    """Robot, camera and heights moved together: C's distribution stays the same to rounding along the axes that it measures
+    from the EEF, and no other; B's along none. That is their whole difference, and it is exact."""
     policy, batch = make(kind), windows()
-    offset = torch.tensor([0.21, -0.13, 0.08], dtype=torch.float64)
-    moved = copy.deepcopy(batch)
-    for key in ("eef_pos", "first_eef"):
-        moved[key] += offset
-    moved["E"][..., :3, 3] += offset
-    before = logits(policy, batch)
-    policy.height_range += offset[2]
-    change = (logits(policy, moved) - before).abs().max()
-    assert change < 1e-3 if kind.startswith("C") else change > 0.05
+    before, low_high = logits(policy, batch), policy.height_range.clone()
+    for i, axis in enumerate("xyz"):
+        offset = torch.zeros(3, dtype=torch.float64).index_fill(0, torch.tensor(i), 0.21)
+        moved = copy.deepcopy(batch)
+        for key in ("eef_pos", "first_eef"):
+            moved[key] += offset
+        moved["E"][..., :3, 3] += offset
+        policy.height_range = low_high + offset[2]
+        change = (logits(policy, moved) - before).abs().max()
+        assert change < 1e-3 if axis in axes else change > 0.05, axis
 
 
 def test_an_anchor_that_never_changes_is_no_anchor():
@@ -123,9 +125,10 @@ def test_an_anchor_that_never_changes_is_no_anchor():
     relative, absolute, batch = make("C episode"), make("B"), windows()
     batch["first_eef"] = torch.tensor([[-0.2, 0.05, 1.17]], dtype=torch.float64).expand(B, 3)
     weights = copy.deepcopy(relative.state_dict())
+    start = relative.anchors(batch["eef_pos"], batch["first_eef"])[0, 0]
     turn = lambda weight, offset: lv.shift_encoding(weight, -offset, relative.waves)  # Wg R(a): its rows by R(a) transposed
-    weights["positional.weight"] = turn(weights["positional.weight"], batch["first_eef"][0])
-    weights["height.weight"] = turn(weights["height.weight"], batch["first_eef"][0, 2:])
+    weights["positional.weight"] = turn(weights["positional.weight"], start)
+    weights["height.weight"] = turn(weights["height.weight"], start[2:])
     absolute.load_state_dict(weights)
     torch.testing.assert_close(logits(absolute, batch), logits(relative, batch), rtol=1e-4, atol=1e-4)
 
