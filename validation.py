@@ -6,7 +6,7 @@ import smith300
 from camera import project, unproject
 from data import gripper_segments, waypoint_labels
 from data_ar import following_frames
-from metrics import coverage, jerk
+from metrics import coverage, distance_to_polyline, jerk
 
 SHIFT_PX = 20.0  # the EEF input's displacement in `looks`
 EPS = (4, 8, 16)  # pixels of free-space coverage
@@ -152,7 +152,8 @@ def free_run(policy, path, demo, config, fed="predicted"):
     and, as the last known EEF position, its own previous waypoint (fed="predicted") or the recorded one ("measured").
 
     Returns {"predicted" (N,3) m, "true" (N,3) m, "path" (M,3) the recorded positions up to the last gripper change,
-    "gripper" (N,) in {0, 1}, "frames", "coverage_4px" ..., "jerk_mm", "true_jerk_mm" (second differences of the waypoints), "px" (N,)}.
+    "gripper" (N,) in {0, 1}, "frames", "aside" (M,) px from each recorded position to the predicted line, "in_view" (M,) whether the
+    image shows it, "jerk_mm", "true_jerk_mm" (second differences of the waypoints), "px" (N,)}.
     """
     frames, targets = decision_frames(demo, config)
     device = next(policy.parameters()).device
@@ -168,11 +169,11 @@ def free_run(policy, path, demo, config, fed="predicted"):
         predicted.append(out["position"][0, 0].double().cpu().numpy())
         gripper.append(int(out["gripper"][0, 0]))
     policy.reset()
-    predicted, true, path_px = np.array(predicted), demo.ee_pos[targets], demo.ee_pos[:targets[-1] + 1]
+    predicted, true, path = np.array(predicted), demo.ee_pos[targets], demo.ee_pos[:targets[-1] + 1]
     to_px = lambda points: to_pixels(points, demo.K, demo.E)
-    line = rollout_line(predicted, demo)
-    return {"predicted": predicted, "true": true, "path": path_px, "gripper": np.array(gripper), "frames": np.array(frames),
-            **{f"coverage_{e}px": coverage(to_px(path_px), line, e) for e in EPS}, "jerk_mm": 1000 * jerk(predicted),
+    return {"predicted": predicted, "true": true, "path": path, "gripper": np.array(gripper), "frames": np.array(frames),
+            "aside": distance_to_polyline(to_px(path), rollout_line(predicted, demo)),
+            "in_view": ((to_px(path) >= 0) & (to_px(path) <= config.image_size - 1)).all(-1), "jerk_mm": 1000 * jerk(predicted),
             "true_jerk_mm": 1000 * jerk(true), "px": np.linalg.norm(to_px(predicted) - to_px(true), axis=-1)}
 
 
@@ -182,10 +183,12 @@ def rollout_line(predicted, demo):
 
 
 def rollout_summary(rollouts):
-    """Means of `free_run` over demonstrations; coverage over all their points together."""
-    points = np.array([len(r["path"]) for r in rollouts])
-    row = {f"coverage_{e}px": float(np.average([r[f"coverage_{e}px"] for r in rollouts], weights=points)) for e in EPS}
+    """Means of `free_run` over demonstrations; coverage over all their points together, and over those that images show: no
+    policy that answers with a cell of the image can say the others."""
+    aside, in_view = (np.concatenate([r[k] for r in rollouts]) for k in ("aside", "in_view"))
+    covered = lambda eps, part: float((aside[part] <= eps).mean()) if part.any() else 0.0
+    row = {f"coverage_{e}px{kind}": covered(e, part) for kind, part in (("", in_view | True), ("_in_view", in_view)) for e in EPS}
     row.update({k: float(np.mean([r[k] for r in rollouts])) for k in ("jerk_mm", "true_jerk_mm")})
     px = np.concatenate([r["px"] for r in rollouts])
     return {**row, "px_median": float(np.median(px)), "px_p90": float(np.percentile(px, 90)), "n_demos": len(rollouts),
-            "n_points": int(points.sum())}
+            "n_points": len(aside), "n_in_view": int(in_view.sum())}

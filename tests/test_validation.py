@@ -12,7 +12,7 @@ from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from model_voxel_ar import VoxelConfig, VoxelPolicy
 from policy import Policy
 from smith300 import read_episodes
-from validation import SHIFT_PX, decision_frames, free_run, looks, newest, newest_loss, predict_newest, to_pixels
+from validation import SHIFT_PX, decision_frames, free_run, looks, newest, newest_loss, predict_newest, rollout_summary, to_pixels
 
 COMMON = dict(backbone="efficientnet_lite0", image_size=SIZE, waypoint_stride=5)
 
@@ -75,7 +75,7 @@ def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos
     assert rollout["jerk_mm"] == pytest.approx(0, abs=1e-9) and rollout["true_jerk_mm"] > 1
     path = to_pixels(rollout["path"], demo.K, demo.E)
     near = np.linalg.norm(path - path[0], axis=1) <= 8
-    assert rollout["coverage_8px"] == pytest.approx(near.mean())
+    assert rollout_summary([rollout])["coverage_8px"] == pytest.approx(near.mean())
     measured = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config, fed="measured")
     np.testing.assert_allclose(measured["predicted"], demo.ee_pos[measured["frames"]])
 
@@ -85,7 +85,19 @@ def test_free_run_reads_recordings_of_a_robot(dataset, synthetic_episodes, backb
     demo = read_episodes(synthetic_episodes)[0][1]
     rollout = free_run(Known(dataset, True).attach(backbone), synthetic_episodes, demo, dataset.config, fed="measured")
     np.testing.assert_allclose(rollout["predicted"], demo.ee_pos[rollout["frames"]])
-    assert len(rollout["frames"]) > 3 and 0 < rollout["coverage_8px"] <= 1
+    assert len(rollout["frames"]) > 3 and 0 < rollout_summary([rollout])["coverage_8px"] <= 1
+
+
+def test_points_outside_the_image_are_counted_apart(dataset, synthetic_demos, backbone):
+    """A path that leaves the image cannot be followed by cells of the image: the summary says what is covered of the rest."""
+    demo = dataset.demos[1]
+    rollout = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config)
+    assert rollout["in_view"].all()
+    rollout["in_view"] = np.arange(len(rollout["path"])) >= 4
+    rollout["aside"] = np.where(rollout["in_view"], 5.0, 40.0)
+    row = rollout_summary([rollout])
+    assert row["coverage_8px"] == pytest.approx(1 - 4 / row["n_points"]) and row["coverage_8px_in_view"] == 1.0
+    assert row["coverage_4px_in_view"] == 0.0 and row["n_in_view"] == row["n_points"] - 4
 
 
 @pytest.mark.parametrize("dataset", ["windows"], indirect=True)
