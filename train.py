@@ -59,6 +59,7 @@ def build_parser(config_class=None):
     parser.add_argument("--max_steps", type=int, default=500)
     parser.add_argument("--max_minutes", type=float, help="also end, with the cosine at zero, after so many minutes in the loop")
     parser.add_argument("--val_every", type=int, default=100, help="steps")
+    parser.add_argument("--val_samples", type=int, default=400, help="frames that a validation looks at, a third as many windows")
     parser.add_argument("--save_every", type=int, default=100, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -89,7 +90,7 @@ def parse_args(argv=None):
     else:
         config_class = look_up(first.model_type).config
         args = with_preset(build_parser(config_class), argv)
-    for name in ("batch_size", "max_steps", "frame_stride", "waypoint_stride", "n_window", "context", "val_every", "save_every"):
+    for name in ("batch_size", "max_steps", "frame_stride", "waypoint_stride", "n_window", "context", "val_every", "val_samples", "save_every"):
         if getattr(args, name, 1) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     return args, config_class
@@ -309,7 +310,7 @@ def train(args, config_class):
                               "minutes": round(minutes, 3)})
         stopping = dist.all_true(stop.raised)
         if (step % args.val_every == 0 or step == freeze_steps) and not stopping and dist.is_main:
-            metrics = validate(policy, val_set, dist.device)
+            metrics = validate(policy, val_set, dist.device, limit=args.val_samples)
             logger.log(step, metrics)
             tqdm.write(f"step {step}: " + ", ".join(f"{k[4:]} {v:.3g}" for k, v in metrics.items()))
             report_creep()
@@ -325,7 +326,7 @@ def train(args, config_class):
     bar.close()
     if dist.is_main:
         if step % args.val_every or metrics is None:
-            metrics = validate(policy, val_set, dist.device)
+            metrics = validate(policy, val_set, dist.device, limit=args.val_samples)
             logger.log(step, metrics)
             report_creep()
         save(metrics)

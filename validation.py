@@ -102,7 +102,7 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
                 "val/rotation_deg_all_p95": np.percentile(every_degrees, 95),
                 **{f"val/coverage_{e}px": np.mean(v) for e, v in cover.items()},
                 "val/jerk_cm": np.mean(jerks[0]), "val/true_jerk_cm": np.mean(jerks[1])})
-    row.update({f"val/{k}": v for k, v in looks(policy, dataset, device, batch_size).items()})
+    row.update({f"val/{k}": v for k, v in looks(policy, dataset, device, batch_size, min(limit, 96)).items()})
     policy.train()
     return {k: round(float(v), 5) for k, v in row.items()}
 
