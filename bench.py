@@ -1,6 +1,6 @@
 """Speed, measured as ratios side by side in one run.
 
-    python bench.py features             # traced and frozen backbone against the plain one; one thread per image or per pixel row
+    python bench.py features             # traced and frozen backbone against the plain one and a trainable one; a thread an image or a pixel row
     python bench.py eval --ckpt X        # evaluation with 1 and with 2 workers, and where an episode's seconds go
     python bench.py train                # a training step by grid and precision
     python bench.py attention            # A: block-causal against a dense mask, cached decision against recomputing, step sizes
@@ -51,9 +51,14 @@ def bench_features(args):
     def by_threads():
         with each_on_one_thread(), ThreadPoolExecutor(cores) as pool:
             list(pool.map(lambda i: frozen(images[i:i + 1]), range(len(images))))
-    seconds = alternate({"plain timm model": lambda: one_by_one(plain, x), "channels_last, traced and frozen": lambda: one_by_one(frozen, images),
-                         "the same, batch of 8": lambda: frozen(images),
-                         f"the same, {cores} images at once, a thread each": by_threads}, args.rounds)
+
+    def trainable():
+        plain.zero_grad()
+        sum(m.sum() for m in plain(x)).backward()
+    seconds = alternate({"plain timm model": lambda: one_by_one(plain, x), "the same, batch of 8, forward and backward": trainable,
+                         "channels_last, traced and frozen": lambda: one_by_one(frozen, images),
+                         "traced and frozen, batch of 8": lambda: frozen(images),
+                         f"traced and frozen, {cores} images at once, a thread each": by_threads}, args.rounds)
     return report(f"efficientnet_lite0 features, 448 px, {cores} cores", {k: v / 8 for k, v in seconds.items()}, "an image")
 
 
