@@ -9,6 +9,9 @@ Layouts: `benchmark` is LIBERO's own init states; `shifted` moves the task's obj
 `viewpoint_shifted` are these two seen from the test views of settings.py, a view an episode in turn; `position` takes the
 test positions in turn, with the same few random layouts at each. `val`, `val_shifted` and so on are random layouts, views and
 positions apart from all of these, for tuning. An interrupted run goes on with the same command.
+
+--task_suite libero_spatial_swap or _object, LIBERO-PRO's suites: the same task with plate and cookie box exchanged, or
+with other-looking bowls and plate, from their own init states. A checkpoint of libero_spatial is taken as it is.
 """
 import argparse
 import json
@@ -129,8 +132,8 @@ def check_protocol(scene, reference, condition):
     """Check what silently ruins evaluations; raise RuntimeError for the first that is wrong -> dict of what was measured.
 
     Camera round trip and image orientation (the object's body is seen at its projected pixel) from the first episode's view, a
-    training frame's state rendered through this very path looks like the image that was trained on, the gripper's sign by the
-    fingers' motion, init states distinct.
+    training frame's state rendered through this very path looks like the image that was trained on (in a LIBERO-PRO suite too, the
+    state puts its objects back), the gripper's sign by the fingers' motion, init states distinct.
     """
     found = {}
     states = scene.init_states()
@@ -266,8 +269,11 @@ def prepare(args):
         args.task_id = int(trained_on.get("task_id", 0)) if args.task_id is None else args.task_id
         if args.clean_scene is None and "clean_scene" in trained_on:
             args.clean_scene = trained_on["clean_scene"] == "True"
-        if args.split is None and trained_on.get("setting") == setting:
-            args.split = trained_on.get("split") or None
+        if trained_on.get("setting") == setting and trained_on.get("split"):
+            args.split = args.split or trained_on["split"]
+            if args.split != trained_on["split"]:
+                raise UserError(f"--split {args.split}: {args.ckpt} was trained on split {trained_on['split']}, so that training "
+                                "conditions could be among those tested; leave the flag out, or train on that split")
         print(f"{args.ckpt}: {info['model_type']}, step {info['step']}, backbone {info['backbone_identity']}")
     args.task_suite, args.task_id, args.grasp = args.task_suite or "libero_spatial", args.task_id or 0, args.grasp or "side"
     args.variant = args.variant or "task"

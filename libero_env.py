@@ -34,6 +34,7 @@ ROTATION_SCALE = 0.5  # radians of goal offset per unit of a rotation action
 WAIT_STEPS = 12  # control steps in which the objects of an init state come to rest
 OPEN_WIDTH = 0.06  # metres between the fingers above which the gripper has let go of a bowl's rim
 OPEN, CLOSE = -1.0, 1.0
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")  # LIBERO's own; LIBERO-PRO's are SUITE_KIND
 
 
 @functools.cache
@@ -114,24 +115,33 @@ def _suite(name):
 
 
 def find_task(suite, index):
-    """Task `index` of a suite. Raises UserError for an unknown one."""
+    """Task `index` of a suite. Raises UserError for an unknown one, and for one that is listed but not installed."""
     tasks = _suite(suite)
     if not 0 <= index < tasks.get_num_tasks():
         raise UserError(f"--task_id {index}: {suite} has tasks 0 to {tasks.get_num_tasks() - 1}")
     task = tasks.get_task(index)
     bddl = Path(libero()[1]("bddl_files")) / task.problem_folder / task.bddl_file
+    if not bddl.is_file():
+        raise UserError(f"--task_suite {suite}: LIBERO lists it, but its file {bddl} is not installed; choose another suite")
     return Task(suite, index, task.name, task.language, str(bddl))
 
 
 def task_of_bddl(bddl_file_name):
     """The Task whose BDDL file has this name (official datasets store the path of their author's machine)."""
     folder, name = Path(bddl_file_name).parent.name, Path(bddl_file_name).stem
-    for suite in dict.fromkeys([folder, "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]):
+    for suite in dict.fromkeys([folder, *SUITES]):
         with contextlib.suppress(UserError):
             for index in range(_suite(suite).get_num_tasks()):
                 if _suite(suite).get_task(index).name == name:
                     return find_task(suite, index)
     raise UserError(f"bddl_file_name '{bddl_file_name}': no installed LIBERO task has that name; give --task_suite and --task_id")
+
+
+def unperturbed(task):
+    """The task that a LIBERO-PRO suite perturbs, libero_spatial's for libero_spatial_swap's; any that has no such namesake itself."""
+    suite = next((s for s in SUITES if task.suite.startswith(f"{s}_")), task.suite)
+    names = _suite(suite).get_task_names()
+    return find_task(suite, names.index(task.name)) if task.name in names else task
 
 
 def init_states(task):
@@ -262,9 +272,12 @@ class Scene:
         self.robot.controller.reset_goal()
         self.env.env.timestep, self.env.env.done = 0, False
 
-    def init_states(self):
-        """The benchmark's init states in this scene's own state layout, (N, S)."""
-        states = init_states(self.task)
+    def init_states(self, task=None):
+        """The benchmark's init states in this scene's own state layout, (N, S); or those of another task with the same objects."""
+        states, width = init_states(task or self.task), 1 + self.sim.model.nq + self.sim.model.nv
+        if not self.clean and states.shape[1] != width:
+            raise UserError(f"init states of {(task or self.task).key} have {states.shape[1]} numbers, a state of {self.task.key} has "
+                            f"{width}: other objects; choose another --task_suite")
         return np.stack([self._from_full(s) for s in states]) if self.clean else states
 
     def _from_full(self, state):

@@ -9,7 +9,7 @@ import numpy as np
 import camera
 from demos import GRIPPER_STEPS, next_waypoint
 from expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
-from libero_env import CLOSE, OPEN, OPEN_WIDTH
+from libero_env import CLOSE, OPEN, OPEN_WIDTH, unperturbed
 from metrics import OUTCOMES, coverage, jerk
 from policy import Waypoint
 from rot_utils import rotation_angle
@@ -136,7 +136,8 @@ class OracleAgent:
 
 
 class BlindAgent:
-    """Open-loop replay for the mean layout of the benchmark's init states: the floor. It never looks at anything.
+    """Open-loop replay for the mean layout of the benchmark's init states: the floor. It never looks at anything. In a LIBERO-PRO
+    suite it knows the layout of the suite that was trained on, like everybody.
 
     shift: (dx, dy) metres from there to the mean layout of the training demonstrations.
     """
@@ -146,7 +147,7 @@ class BlindAgent:
         self.shift = np.array([*shift, 0.0])
 
     def start(self, scene, path):
-        states = scene.init_states()
+        states = scene.init_states(unperturbed(scene.task))
         mean = lambda name: (np.array([*states[:, scene._address(name)][:, :2].mean(0), scene.nominal_z[name]]) + self.shift
                              if name in scene.objects else scene.position(name))
         self.poses = key_poses(mean(scene.pick), mean(scene.place), PLATE_RISE if scene.place in scene.objects else 0.0)

@@ -3,6 +3,7 @@
     python run_matrix.py --dry_run                        # what would run, and what is done already
     python run_matrix.py                                  # collect -> cache -> train -> evaluate, all rows x columns
     python run_matrix.py --rows para a_pointer b --columns position --seeds 0 1
+    python run_matrix.py --columns in_dist pro_swap pro_object viewpoint_hemisphere position_near_far
     python run_matrix.py --preset full --ray auto --gpus 1            # as tasks of a Ray cluster with a shared file system
     python run_matrix.py --table --readme README.md       # only the table, from what is there; into the README too
 
@@ -42,9 +43,24 @@ class Row(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What is trained on, a --setting of collect_demos.py; what is tested, layouts of eval.py with their numbers of episodes."""
+    """What is trained on, a --setting of collect_demos.py; what is tested, layouts of eval.py with their numbers of episodes.
+
+    split: of the setting's conditions, where it is not the default. suite: a LIBERO-PRO suite that is tested in place of the one
+    that is trained on, on its own init states.
+    """
     setting: str
     layouts: dict
+    split: str = None
+    suite: str = None
+
+    @property
+    def data(self):
+        """Name of the demonstrations: columns with the same share them, and what is trained on them."""
+        return f"{self.setting}_{self.split}" if self.split else self.setting
+
+    def cell(self, layout):
+        """A tested layout's name in the table."""
+        return "_".join([layout, *filter(None, [self.split, self.suite and self.suite.rpartition("_")[2]])])
 
 
 ROWS = {
@@ -56,9 +72,13 @@ ROWS = {
 COLUMNS = {
     "in_dist": Column("in_dist", {"benchmark": 50, "shifted": 50}), "viewpoint": Column("viewpoint", {"viewpoint": 64}),
     "viewpoint_shifted": Column("viewpoint", {"viewpoint_shifted": 64}), "position": Column("position", {"position": 100}),
+    "viewpoint_hemisphere": Column("viewpoint", {"viewpoint": 64}, split="hemisphere"),
+    "position_near_far": Column("position", {"position": 100}, split="near_far"),
+    "pro_swap": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_swap"),  # plate and cookie box have changed places
+    "pro_object": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_object"),  # bowls and plate look different
 }
 REFERENCE = "para"
-LAYOUTS = list(dict.fromkeys(layout for column in COLUMNS.values() for layout in column.layouts))
+CELLS = list(dict.fromkeys(column.cell(layout) for column in COLUMNS.values() for layout in column.layouts))
 
 
 # -- what was made, and by which command -----------------------------------------------------------------------------------
@@ -168,42 +188,43 @@ class Plan:
     def add_row(self, name, column, seed):
         """A row's nodes in a column; those of a policy without training, or of another column too, are there once."""
         row = ROWS[name]
-        training = self.training(name, row, column.setting, seed) if row.model_type else None
+        training = self.training(name, row, column, seed) if row.model_type else None
         for layout, n in column.layouts.items():
-            self.evaluation(name, row, layout, self.args.n_episodes or n, seed if training else None, training)
+            self.evaluation(name, row, column, layout, self.args.n_episodes or n, seed if training else None, training)
 
     def weights(self):
         return ["--backbone_weights", self.args.backbone_weights] if self.args.backbone_weights else []
 
-    def dataset(self, setting):
+    def dataset(self, column):
         """(file, the node that collects it or None)."""
-        args = self.args
-        if setting in args.dataset:
-            return Path(args.dataset[setting]), None
-        out = args.out / "demos" / f"{setting}.hdf5"
-        command = python("collect_demos.py", "--setting", setting, *(["--n_demos", args.n_demos] if args.n_demos else []),
+        args, data = self.args, column.data
+        if data in args.dataset:
+            return Path(args.dataset[data]), None
+        out = args.out / "demos" / f"{data}.hdf5"
+        command = python("collect_demos.py", "--setting", column.setting, *(["--split", column.split] if column.split else []),
+                         *(["--n_demos", args.n_demos] if args.n_demos else []),
                          "--workers", args.workers, *args.collect_flags, "--out", out)
-        return out, self.add(f"collect-{setting}", command, lacks=lambda: lacks_dataset(out, command), cpus=args.workers)
+        return out, self.add(f"collect-{data}", command, lacks=lambda: lacks_dataset(out, command), cpus=args.workers)
 
-    def training(self, name, row, setting, seed):
+    def training(self, name, row, column, seed):
         """(node, run folder, argv)."""
-        args = self.args
-        dataset, collected = self.dataset(setting)
-        run = args.out / "runs" / f"{name}-{setting}-s{seed}"
+        args, data = self.args, column.data
+        dataset, collected = self.dataset(column)
+        run = args.out / "runs" / f"{name}-{data}-s{seed}"
         minutes = args.train_minutes or row.minutes[args.preset]
         command = python("train.py", "--model_type", row.model_type, *row.flags, "--preset", args.preset,
                          "--backbone", args.backbone, *self.weights(), "--dataset", dataset, "--seed", seed,
                          "--max_steps", 10**6, "--max_minutes", minutes, "--wandb", "off",
                          *args.train_flags, *args.row_flags.get(name, []), "--out", run)
         limits = dict(cpus=args.train_cpus, gpus=args.gpus)
-        cached = self.add(f"cache-{setting}-{seen_frames(row, args.preset)}", [*command, "--cache_only"], [collected], **limits)
-        node = self.add(f"train-{name}-{setting}-s{seed}", command, [cached], lambda: lacks_training(run, command, dataset),
+        cached = self.add(f"cache-{data}-{seen_frames(row, args.preset)}", [*command, "--cache_only"], [collected], **limits)
+        node = self.add(f"train-{name}-{data}-s{seed}", command, [cached], lambda: lacks_training(run, command, dataset),
                         resume=(str(run / "state.safetensors"), python("train.py", "--resume", run)), **limits)
         return node, run, command
 
-    def evaluation(self, name, row, layout, n, seed, training):
+    def evaluation(self, name, row, column, layout, n, seed, training):
         args = self.args
-        cell = f"{name}-{layout}" + ("" if seed is None else f"-s{seed}")
+        cell = f"{name}-{column.cell(layout)}" + ("" if seed is None else f"-s{seed}")
         out = args.out / "evals" / cell
         if training:
             node, run, asked = training
@@ -211,7 +232,8 @@ class Plan:
         else:
             node, who = None, ["--policy", row.policy]
         command = python("eval.py", *who, "--teleport", "--zero_rotation", "--max_steps", 600, "--layout", layout,
-                         "--n_episodes", n, "--n_videos", args.n_videos, "--workers", args.workers, *args.eval_flags,
+                         *(["--split", column.split] if column.split else []),
+                         *(["--task_suite", column.suite] if column.suite else []), "--n_episodes", n, "--n_videos", args.n_videos, "--workers", args.workers, *args.eval_flags,
                          "--out", out)
         gpus = args.gpus if training and args.device != "cpu" else 0
         self.add(f"eval-{cell}", command, [node], lambda: lacks_evaluation(out, command, n, training and (run, asked)),
@@ -241,7 +263,8 @@ def build_parser():
     parser.add_argument("--train_minutes", type=float, help=f"of every training ({SHORT}, with a history {LONG})")
     parser.add_argument("--n_episodes", type=int, help="episodes of every cell (50, viewpoint 64, position 100)")
     parser.add_argument("--n_videos", type=int, default=2, help="episodes of every cell that are filmed")
-    parser.add_argument("--dataset", nargs="+", default=[], metavar="SETTING=FILE", help="demonstrations that are there already")
+    parser.add_argument("--dataset", nargs="+", default=[], metavar="SETTING=FILE",
+                        help="demonstrations that are there already; of another split SETTING_SPLIT=FILE")
     parser.add_argument("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS",
                         help='further flags of a row\'s training, as act="--lr 5e-4"')
     for step, script in (("collect", "collect_demos.py"), ("train", "train.py"), ("eval", "eval.py")):
@@ -264,7 +287,7 @@ def build_parser():
 
 def parse_args(argv=None):
     args = build_parser().parse_args(argv)
-    args.dataset = assignments(args.dataset, {c.setting: 0 for c in COLUMNS.values()}, "--dataset")
+    args.dataset = assignments(args.dataset, {c.data: 0 for c in COLUMNS.values()}, "--dataset")
     args.row_flags = {k: shlex.split(v) for k, v in assignments(args.row_flags, ROWS, "--row_flags").items()}
     for name in ("collect_flags", "train_flags", "eval_flags"):
         setattr(args, name, shlex.split(getattr(args, name)))
@@ -290,7 +313,7 @@ def copy_files(source, target, names):
 
 def write_table(args):
     """Table, picture and page in args.out, from all evaluations there -> their number."""
-    cells = matrix_table.read_cells(args.out, list(ROWS), LAYOUTS)
+    cells = matrix_table.read_cells(args.out, list(ROWS), CELLS)
     if not cells:
         return 0
     info = {"command": command_line(), "commit": git_commit(), "versions": versions()}

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+import eval as evaluation
 import matrix_table
 import run_matrix
+import settings
 from graph import pending
 from helpers import SIZE, run
 from metrics import mcnemar, wilson
@@ -193,6 +195,30 @@ def test_the_whole_matrix_is_planned(tmp_path):
         assert words in command
     assert "--setting viewpoint" in shlex.join(nodes["collect-viewpoint"].command)
     assert "--layout position --n_episodes 100" in shlex.join(nodes["eval-oracle-position"].command)
+
+
+def test_pro_suites_and_other_splits_are_columns(tmp_path):
+    """LIBERO-PRO's suites test what in_dist trained, splits have demonstrations and trainings of their own; the plain columns'
+    commands, by which finished cells are known, have neither flag; the table knows every cell."""
+    nodes = plan("--out", str(tmp_path), "--rows", "blind", "para", "--columns", "in_dist", "pro_swap", "pro_object", "position",
+                 "position_near_far", "viewpoint_hemisphere")
+    assert sorted(n for n in nodes if n.startswith("collect")) == [
+        "collect-in_dist", "collect-position", "collect-position_near_far", "collect-viewpoint_hemisphere"]
+    assert sum(n.startswith("train") for n in nodes) == 4 and sum(n.startswith("eval") for n in nodes) == 2 * 7
+    asked = {name: shlex.join(node.command) for name, node in nodes.items()}
+    for cell, suite in (("swap", "libero_spatial_swap"), ("object", "libero_spatial_object")):
+        assert nodes[f"eval-para-benchmark_{cell}-s0"].deps == ("train-para-in_dist-s0",)
+        for name in (f"eval-para-benchmark_{cell}-s0", f"eval-blind-benchmark_{cell}"):
+            assert f"--layout benchmark --task_suite {suite} --n_episodes 50" in asked[name]
+    for name in ("collect-position_near_far", "eval-blind-position_near_far", "eval-para-position_near_far-s0"):
+        assert "--split near_far" in asked[name]
+    assert nodes["eval-para-viewpoint_hemisphere-s0"].deps == ("train-para-viewpoint_hemisphere-s0",)
+    assert "demos/viewpoint_hemisphere.hdf5" in asked["train-para-viewpoint_hemisphere-s0"]
+    for name in ("collect-in_dist", "collect-position", "eval-para-benchmark-s0", "eval-para-position-s0"):
+        assert "--split" not in asked[name] and "--task_suite" not in asked[name]
+    for name in (n for n in nodes if n.startswith("eval")):
+        args = evaluation.build_parser().parse_args(nodes[name].command[2:])
+        assert settings.conditions(*evaluation.LAYOUTS[args.layout], args.split) and name.split("-")[2] in run_matrix.CELLS
 
 
 def test_flags_reach_their_commands(tmp_path):

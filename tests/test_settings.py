@@ -1,5 +1,6 @@
 """The settings: splits are disjoint, excluded views are those that cannot be decoded, and the simulator really follows."""
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,7 +12,8 @@ import settings
 from camera import project
 from expert import PLATE_RISE
 from helpers import SIZE, run, train_flags
-from rollout import key_poses
+from libero_env import Scene, find_task
+from rollout import BlindAgent, key_poses
 from runtime import UserError
 
 VARIED = [(setting, split) for setting, splits in settings.SPLITS.items() for split in splits if split]
@@ -162,6 +164,31 @@ def test_a_perturbation_that_does_nothing_is_an_error(scene, monkeypatch):
         scene.set_camera(settings.orbit(DEFAULT, 20, 90))
 
 
+def test_libero_pro_suites_differ_as_they_say(scene):
+    """In libero_spatial_swap the plate stands elsewhere and the bowl where it did, in _object both are others; blind replay keeps the
+    layout of libero_spatial; a frame of libero_spatial's state looks the same, which is why its checkpoints are taken."""
+    swap = Scene("libero_spatial_swap", image_size=112, clean=True)
+    try:
+        poses, images = [], []
+        for s in (scene, swap):
+            blind = BlindAgent()
+            blind.start(s, None)
+            poses.append(np.array([position for position, _ in blind.poses]))
+            s.set_state(scene.init_states()[0])
+            images.append(s.render().astype(float))
+            s.begin_episode(s.init_states()[0])
+        moved = {name: np.linalg.norm((swap.position(name) - scene.position(name))[:2]) for name in scene.objects}
+        assert swap.objects == scene.objects and moved[scene.place] > 0.13 and moved[scene.pick] < 0.05, moved
+        np.testing.assert_allclose(*poses, atol=2e-3)
+        assert np.abs(images[0] - images[1]).mean() < 1 < np.abs(swap.render() - images[1]).mean()
+    finally:
+        swap.close()
+    goal = Path(find_task("libero_spatial_object", 0).bddl).read_text()
+    assert "(On black_bowl_1 yellow_plate_1)" in goal and "akita_black_bowl_1" not in goal
+    with pytest.raises(UserError, match="--task_suite libero_spatial_env: .*not installed"):
+        find_task("libero_spatial_env", 0)
+
+
 def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
     """From `collect_demos.py --setting viewpoint` to `eval.py --layout viewpoint`: each demo its own recorded view and camera, the
     clean scene and the orbited camera of the training frame are followed without a flag; and a replay keeps views."""
@@ -179,6 +206,9 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
     row = json.loads((tmp_path / "cell" / "episodes.jsonl").read_text())
     assert summary["clean_scene"] is True and summary["split"] == "outer" and summary["setting"] == "viewpoint"
     assert row["theta"] == settings.conditions("viewpoint", "test")[0].theta
+    with pytest.raises(UserError, match="trained on split outer"):  # else views that were trained on would be tested
+        evaluation.prepare(evaluation.build_parser().parse_args(
+            ["--ckpt", str(tmp_path / "run" / "checkpoint.safetensors"), "--layout", "viewpoint", "--split", "hemisphere"]))
     with h5py.File(tmp_path / "views.hdf5", "r+") as file:
         del file["data/demo_0"]
     run("collect_demos.py", "--replay", "views.hdf5", "--image_size", 64, "--out", "small.hdf5", cwd=tmp_path)
