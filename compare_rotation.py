@@ -30,7 +30,7 @@ from validation import to_pixels
 
 CELLS = {"v7": ["--tf_layers", "2", "--token_enc", "learned", "--rotation", "euler", "--n_rot_bins", "32"], "new": [],
          "new_yx": ["--yx_embedding"]}
-METRICS = {"val/rotation_ce": "rotation CE, nats an axis", "val/top1_pixel": "top-1 pixel", "val/top1_height": "height",
+METRICS = {"val/rotation_ce": "rotation CE above the labels' entropy, nats an angle", "val/top1_pixel": "top-1 pixel", "val/top1_height": "height",
            "val/top1_gripper": "gripper", "val/top1_rotation": "rotation", "val/top1_joint": "joint",
            "val/rotation_deg_all_median": "rotation error, deg, median", "val/rotation_deg_all_p95": "95%",
            "val/cm_median": "position error, cm, median"}
@@ -110,10 +110,11 @@ def unsteadiness(rotation):
     return float(np.degrees(rotation_angle(rotation[1:], rotation[:-1])).mean())
 
 
-def guess_nats(bins):
-    """Entropy of the labels' bins (N,A), nats an axis: the cross-entropy of a guesser who knows how often each bin occurs."""
-    share = [np.unique(column, return_counts=True)[1] / len(column) for column in np.asarray(bins).T]
-    return float(np.mean([-(p * np.log(p)).sum() for p in share]))
+def guess_nats(targets):
+    """What a guesser scores who knows how often each bin occurs, of labels (N,A,bins), in nats above their entropy, an angle."""
+    targets = torch.as_tensor(targets).double()
+    mean = targets.mean(0, keepdim=True).expand_as(targets)
+    return float(torch.nn.functional.kl_div(mean.log(), targets, reduction="none").nan_to_num(0.0).sum(-1).mean())
 
 
 def labels(demo, config):
@@ -237,17 +238,17 @@ def compare(args, runs):
             rows.append(row)
             if name not in first:
                 first[name], policies[name] = found, policy
-                bins = []
+                targets = []
                 for demo in val:
                     target, _, mask, usable = labels(demo, policy.config)
                     true = rotvec_to_matrix(demo.ee_ori)[target[mask & usable[:, None]]]
-                    bins.append(policy.rotation_bins(torch.from_numpy(true)))
+                    targets.append(policy.rotation_targets(torch.from_numpy(true)))
         joined = {k: [v for row in rows for v in row[k]] for k in rows[0]}
         degrees = joined.pop("degrees")
         summary[name] = {"seeds": len(rows), **{k[4:]: [last[k] for last, _ in records[name]] for k in METRICS},
                          "rotation_ce_mean": [float(np.mean([v for _, v in curve])) for _, curve in records[name]],
                          "steps": [last["step"] for last, _ in records[name]],
-                         "guess_nats": guess_nats(torch.cat(bins)), **joined,
+                         "guess_nats": guess_nats(torch.cat(targets)), **joined,
                          "episode_deg_median": float(np.median(degrees)), "episode_deg_p95": float(np.percentile(degrees, 95))}
     print(tables(summary))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ class DinoVolumeKVConfig(TrunkConfig):
     height_enc: str = flag("sin", "encoding of the height bin in the queries", ENCODINGS)
     time_enc: str = flag("sin", "encoding of the waypoint's number in the queries", ENCODINGS)
     rotation_weight: float = flag(0.5, "weight of the rotation loss")
+    rotation_sigma: float = flag(2.0, "standard deviation of Gaussian rotation targets, bins; 0: one-hot")
 
 
 def sinusoid(index, dim, base=10000.0):
@@ -106,10 +107,18 @@ class DinoVolumeKV(PixelTrunk):
         """Rotations (...,3,3) -> bins (...,A)."""
         return self.euler_bins(rotation)
 
+    def rotation_targets(self, rotation):
+        """Rotations (N,3,3) -> probabilities (N,A,bins). Episodes hold one rotation each: one-hot labels of a few dozen of them leave
+        the bins between without any, and what is memorised there is worse than a guess."""
+        c, bins = self.config, self.rotation_bins(rotation)
+        if c.rotation_sigma <= 0:
+            return F.one_hot(bins, c.n_rot_bins).float()
+        apart = torch.arange(c.n_rot_bins, device=bins.device) - bins[..., None]
+        return (-0.5 * (apart / c.rotation_sigma) ** 2).softmax(-1)
+
     def rotation_loss(self, logits, rotation):
-        """Cross-entropy (N,) a angle, averaged, of logits (N,A,bins) at rotations (N,3,3), in nats. Labels are one-hot and have no
-        entropy of their own, so this is also what is left above it."""
-        return F.cross_entropy(logits.float().transpose(1, 2), self.rotation_bins(rotation), reduction="none").mean(-1)
+        """Cross-entropy above the labels' own entropy (N,), in nats an angle, of logits (N,A,bins) at rotations (N,3,3)."""
+        return F.kl_div(logits.float().log_softmax(-1), self.rotation_targets(rotation), reduction="none").sum(-1).mean(-1)
 
     # -- the policy's interface ----------------------------------------------------------------------------------------
 

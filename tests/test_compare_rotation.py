@@ -12,8 +12,9 @@ from runtime import UserError
 
 def test_measures():
     """A guesser's nats are the labels' entropy, averaged over the axes; transitions and turns are counted frame by frame."""
-    bins = np.array([[0, 7], [1, 7], [2, 7], [3, 7]])
-    assert guess_nats(bins[:, :1]) == pytest.approx(np.log(4)) and guess_nats(bins) == pytest.approx(np.log(4) / 2)
+    sure = np.eye(8)[np.array([[0, 7], [1, 7], [2, 7], [3, 7]])]  # (4,2,8)
+    assert guess_nats(sure[:, :1]) == pytest.approx(np.log(4)) and guess_nats(sure) == pytest.approx(np.log(4) / 2)
+    assert guess_nats(np.full((3, 1, 8), 1 / 8)) == pytest.approx(0)
     assert transitions(np.array([0, 0, 1, 1, 0, 1, 1])) == (2, 1)
     yaw = np.radians([0.0, 3.0, 3.0, -3.0])
     assert unsteadiness(euler_to_matrix(np.stack([0 * yaw, 0 * yaw, yaw], -1))) == pytest.approx(3)

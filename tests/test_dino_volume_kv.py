@@ -127,6 +127,22 @@ def test_both_configurations_learn(setting, flags):
     assert parts["top1_joint"] <= min(parts[f"top1_{k}"] for k in ("pixel", "height", "gripper", "rotation")) <= 1
 
 
+@pytest.mark.parametrize("flags", [V7, NEW], ids=["v7", "new"])
+def test_rotation_targets_peak_at_the_bin(setting, flags):
+    """Soft rotation labels peak at the true bin and give its neighbours a share, 0 is one-hot; the loss is zero for the label itself and
+    its gradient that of the cross-entropy."""
+    policy, hard = (setting.policy(**flags, rotation_sigma=sigma) for sigma in (1.5, 0.0))
+    rotation = setting.batch(policy)["target_rot"].flatten(0, 1)
+    soft, bins = policy.rotation_targets(rotation), policy.rotation_bins(rotation)
+    assert torch.equal(soft.argmax(-1), bins) and (soft > 0.05).sum(-1).min() > 1
+    assert torch.equal(hard.rotation_targets(rotation), torch.nn.functional.one_hot(bins, soft.shape[-1]).float())
+    torch.testing.assert_close(policy.rotation_loss(soft.clamp_min(1e-30).log(), rotation), torch.zeros(len(rotation)), rtol=0, atol=1e-5)
+    logits = torch.randn(soft.shape, requires_grad=True)
+    gradient, = torch.autograd.grad(policy.rotation_loss(logits, rotation).sum(), logits)
+    expected, = torch.autograd.grad(-(soft * logits.log_softmax(-1)).sum(-1).mean(-1).sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_tokens_read_the_keypoint_they_are_told(setting):
     """Teacher forcing: the rotation logits of a waypoint change with its keypoint's cell and its height, in use as in training."""
     policy = setting.policy(**NEW).eval()
