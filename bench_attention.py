@@ -309,7 +309,7 @@ def bench_attention(args):
             print(f"\n{name}, {frames} frames of {config.patch_grid}x{config.patch_grid} patches, d {config.dim}: attention of a layer, "
                   f"forward and backward\n  dense mask {1000 * seconds[dense]:.0f} ms, {memory[dense]:.0f} MB; block-causal "
                   f"{1000 * seconds[block]:.0f} ms, {memory[block]:.0f} MB: x{seconds[dense] / seconds[block]:.2f} in time, "
-                  f"x{memory[dense] / max(memory[block], 1e-9):.2f} in memory; largest difference {difference:.1e}", flush=True)
+                  f"x{memory[dense] / max(memory[block], 1):.2f} in memory; largest difference {difference:.1e}", flush=True)
             row = {"size": name, "frames": frames, "attention_ms": {k: round(1000 * v, 1) for k, v in seconds.items()},
                    "attention_mb": {k: round(v, 1) for k, v in memory.items()}, "difference": difference}
             policy, windows = window_of(config, frames, 1, False)
