@@ -10,9 +10,13 @@ from runtime import atomic_path
 TRUE, PREDICTED = "#00e5a0", "#ff3d6e"
 
 
-def _save(figure, path):
+def _save(figure, path, colors=None):
+    """colors: of a palette; renders keep their looks with 128, and take a quarter of the space."""
     with atomic_path(path) as scratch:
         figure.savefig(scratch, format="png", dpi=90, bbox_inches="tight")
+        if colors:
+            from PIL import Image
+            Image.open(scratch).convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(scratch, format="PNG", optimize=True)
     plt.close(figure)
 
 
@@ -125,7 +129,7 @@ def sheet_from_strips(folder, rows, most=14):
         axis.imshow(np.asarray(Image.open(path)))
         axis.axis("off")
         axis.set_title(f"episode {row['episode']}: {row['outcome']}, {row['steps']} steps", loc="left", fontsize=8)
-    _save(figure, folder / "sheet.png")
+    _save(figure, folder / "sheet.png", colors=128)
 
 
 def draw_plan(image, plan, K, E):
