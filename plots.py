@@ -11,7 +11,7 @@ TRUE, PREDICTED = "#00e5a0", "#ff3d6e"
 
 
 def _save(figure, path, colors=None):
-    """colors: of a palette; renders keep their looks with 128, and take a quarter of the space."""
+    """colors: of a palette; renders keep their looks with 256, and take a quarter of the space."""
     with atomic_path(path) as scratch:
         figure.savefig(scratch, format="png", dpi=90, bbox_inches="tight")
         if colors:
@@ -129,7 +129,7 @@ def sheet_from_strips(folder, rows, most=14):
         axis.imshow(np.asarray(Image.open(path)))
         axis.axis("off")
         axis.set_title(f"episode {row['episode']}: {row['outcome']}, {row['steps']} steps", loc="left", fontsize=8)
-    _save(figure, folder / "sheet.png", colors=128)
+    _save(figure, folder / "sheet.png", colors=256)
 
 
 def draw_plan(image, plan, K, E):
