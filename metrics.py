@@ -5,6 +5,7 @@ import numpy as np
 
 OUTCOMES = ("miss", "grasp", "place", "released")  # how far an episode of pick and place came
 
+
 def wilson(successes, n, z=1.959963984540054):
     """Wilson score interval of a success rate, 95% by default -> (low, high); (0, 1) when n is 0.
 

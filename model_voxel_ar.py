@@ -37,7 +37,7 @@ class VoxelConfig(HistoryConfig):
     gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head on the query", ("joint", "separate"))
     eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the readout's convolutions")
     eef_noise_m: float = flag(0.02, "training noise of EEF positions, standard deviation in metres along x and along y")
-    eef_noise_height_m: float = flag(0.004, "the same along z, from where C measures heights")
+    eef_noise_height_m: float = flag(0.004, "the same along z")
 
     # small: a step costs what its frames cost, and two frames of each of four windows differ more than four of each of two
     presets = {"full": {}, "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=4, trained_frames=2,

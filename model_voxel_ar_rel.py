@@ -28,5 +28,5 @@ class RelativeVoxelPolicy(VoxelPolicy):
     """See the module's docstring."""
 
     def anchors(self, eef, first):
-        anchor = eef if self.config.anchor == "last" else (eef[:, 0] if self.config.anchor == "window" else first)[:, None].expand_as(eef)
+        anchor = {"last": eef, "window": eef[:, :1], "episode": first[:, None]}[self.config.anchor].expand_as(eef)
         return anchor * anchor.new_tensor([1.0, 1.0, float(self.config.anchor_axes == "xyz")])

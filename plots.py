@@ -1,22 +1,30 @@
 """Pictures: loss curves, trajectory overlays, contact sheets."""
+import io
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image, ImageDraw
 
+from camera import project
 from runtime import atomic_path
 
 TRUE, PREDICTED = "#00e5a0", "#ff3d6e"
 
 
-def _save(figure, path, colors=None):
-    """colors: of a palette; renders keep their looks with 256, and take a quarter of the space."""
+def write_png(image, path, colors=None):
+    """Write a PIL image. colors: of a palette; renders keep their looks with 256, and take a quarter of the space."""
+    image = image.convert("RGB").quantize(colors, dither=Image.Dither.NONE) if colors else image
     with atomic_path(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=90, bbox_inches="tight")
-        if colors:
-            from PIL import Image
-            Image.open(scratch).convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(scratch, format="PNG", optimize=True)
+        image.save(scratch, format="PNG", optimize=True)
+
+
+def _save(figure, path, colors=None):
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png", dpi=90, bbox_inches="tight")
+        write_png(Image.open(file), path, colors)
     plt.close(figure)
 
 
@@ -111,14 +119,11 @@ def rate_map(rows, columns, rates, labels, path):
 
 def write_strip(images, path):
     """Small frames (s,s,3) side by side in one PNG."""
-    from PIL import Image
-    with atomic_path(path) as scratch:
-        Image.fromarray(np.concatenate(images, axis=1)).save(scratch, format="PNG")
+    write_png(Image.fromarray(np.concatenate(images, axis=1)), path)
 
 
 def sheet_from_strips(folder, rows, most=14):
     """Contact sheet of an evaluation, sheet.png: a row of frames per episode, failures first; from strips/*.png."""
-    from PIL import Image
     rows = sorted((r for r in rows if "crash" not in r), key=lambda r: (r["released"], r["episode"]))
     found = [(r, folder / "strips" / f"{r['episode']:03d}.png") for r in rows]
     found = [(r, p) for r, p in found if p.exists()][:most]
@@ -134,9 +139,6 @@ def sheet_from_strips(folder, rows, most=14):
 
 def draw_plan(image, plan, K, E):
     """A copy of the image (S,S,3) with the waypoint (and the trajectory behind it) drawn in: red open, blue close."""
-    from PIL import Image, ImageDraw
-
-    from camera import project
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     u, v, _ = project(plan.trajectory, K, E)

@@ -2,9 +2,9 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
+import plots
 import settings
 from camera import project
-from runtime import atomic_path
 
 COLOURS = {"train": (0, 170, 110), "val": (60, 120, 255), "test": (235, 60, 60), "excluded": (120,) * 3, "unused": (190,) * 3}
 TILE, CAPTION, EDGE = 128, 13, 3  # pixels
@@ -17,11 +17,6 @@ def tile(image, part, caption):
     canvas.paste(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS), (EDGE, EDGE))
     ImageDraw.Draw(canvas).text((EDGE, TILE - 1), caption, fill="white")
     return canvas
-
-
-def write_png(image, path):
-    with atomic_path(path) as scratch:
-        image.save(scratch, format="PNG", optimize=True)
 
 
 def views(scene, split, path):
@@ -41,7 +36,7 @@ def views(scene, split, path):
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             sheet.paste(image, (x * TILE, y * (TILE + CAPTION)))
-    write_png(sheet.quantize(80, dither=Image.Dither.NONE), path)  # a fifth of the size
+    plots.write_png(sheet, path, colors=80)
 
 
 def positions(scene, split, path):
@@ -73,7 +68,7 @@ def positions(scene, split, path):
     for i, part in enumerate((*settings.PARTS, "unused")):
         n = sum(p == part for p in parts.values()) or len(settings.DX) * len(settings.DY) - len(parts)
         legend.text((side + 8, 2 * (TILE + CAPTION) + 8 + 14 * i), f"{part}: {n} positions", fill=COLOURS[part])
-    write_png(whole, path)
+    plots.write_png(whole, path)
 
 
 PICTURES = {"viewpoint": views, "position": positions}

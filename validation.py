@@ -187,7 +187,7 @@ def rollout_summary(rollouts):
     policy that answers with a cell of the image can say the others."""
     aside, in_view = (np.concatenate([r[k] for r in rollouts]) for k in ("aside", "in_view"))
     covered = lambda eps, part: float((aside[part] <= eps).mean()) if part.any() else 0.0
-    row = {f"coverage_{e}px{kind}": covered(e, part) for kind, part in (("", in_view | True), ("_in_view", in_view)) for e in EPS}
+    row = {f"coverage_{e}px{kind}": covered(e, part) for kind, part in (("", np.full_like(in_view, True)), ("_in_view", in_view)) for e in EPS}
     row.update({k: float(np.mean([r[k] for r in rollouts])) for k in ("jerk_mm", "true_jerk_mm")})
     px = np.concatenate([r["px"] for r in rollouts])
     return {**row, "px_median": float(np.median(px)), "px_p90": float(np.percentile(px, 90)), "n_demos": len(rollouts),
