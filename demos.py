@@ -15,7 +15,7 @@ Observation t belongs to state t. `image_orientation` is 'upright' here; officia
 ('flipped'), and reading turns them over.
 """
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -27,6 +27,7 @@ FORMAT = "para-libero-1"
 GRIPPER_STEPS = 10  # control steps that opening or closing takes; frames inside such a hold are no training samples
 IMAGE, CAMERA_K, CAMERA_E = "obs/agentview_rgb", "camera/agentview_intrinsics", "camera/agentview_extrinsics"
 LOW_DIM = {"actions": (7,), "obs/ee_pos": (3,), "obs/ee_ori": (3,), "obs/gripper_states": (2,), "obs/joint_states": (7,)}
+MIRRORED = "_mirrored"  # suffix of a demonstration's name whose images are read left to right
 RECOLLECT = "collect it again with collect_demos.py"
 ADD_CAMERA = "add cameras with `python collect_demos.py --replay FILE`"
 
@@ -48,6 +49,23 @@ class Demo:
 
     def __len__(self):
         return len(self.actions)
+
+
+def mirrored(demo):
+    """A Demo seen in the mirror of the plane y = 0, in which the robot, its table and agentview lie: what is to the left is to the right.
+
+    Positions, rotations, commands and the camera are reflected; images are flipped where they are read, by the name's suffix
+    MIRRORED. The hand is symmetric about its own xz plane, so a reflected rotation is again one: R' = M R M, M = diag(1, -1, 1).
+    `states` stay as recorded: no simulator state has this look.
+    """
+    flip, turn = np.array([1.0, -1, 1]), np.array([-1.0, 1, -1])  # of vectors, and of axes of rotation
+    actions = demo.actions.copy()
+    actions[:, :6] *= np.concatenate([flip, turn])
+    K, E = demo.K.copy(), demo.E.copy()
+    K[0, 2] = demo.image_size - K[0, 2]
+    E[:3, :3] = flip[:, None] * E[:3, :3] * np.array([-1.0, 1, 1])  # the camera's own x is reflected too, or it would be left-handed
+    E[:3, 3] = flip * E[:3, 3]
+    return replace(demo, name=demo.name + MIRRORED, actions=actions, ee_pos=demo.ee_pos * flip, ee_ori=demo.ee_ori * turn, K=K, E=E)
 
 
 def write_demo(group, demo, images):

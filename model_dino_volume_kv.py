@@ -6,6 +6,7 @@ Queries know no image: they are encodings of the height bin and of the waypoint'
 Keys come from the pixel features of model.PixelTrunk, in which the EEF's cell is marked. Gripper and rotation of a waypoint are
 read off at its keypoint zyx: the true one in training (teacher forcing), the decoded one in use.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class DinoVolumeKVConfig(TrunkConfig):
     time_enc: str = flag("sin", "encoding of the waypoint's number in the queries", ENCODINGS)
     rotation_weight: float = flag(0.5, "weight of the rotation loss")
     rotation_sigma: float = flag(2.0, "standard deviation of Gaussian rotation targets, bins; 0: one-hot")
+    rotation_decode: str = flag("soft", "soft-argmax over the bins about the highest, or that bin's centre", ("soft", "argmax"))
 
 
 def sinusoid(index, dim, base=10000.0):
@@ -50,6 +52,16 @@ class IndexEncoding(nn.Module):
 
     def forward(self, index):
         return self.linear(sinusoid(index, self.dim)) if self.kind == "sin" else self.table[index]
+
+
+def symmetric_soft_argmax(logits, radius):
+    """Expected bin (...) under the softmax of logits (...,bins) over equally many bins to either side of the highest, at most `radius`
+    and no more than there are before the nearer end: a window cut off on one side alone would pull every value near an end inwards."""
+    last, best = logits.shape[-1] - 1, logits.argmax(-1, keepdim=True)
+    apart = torch.arange(last + 1, device=logits.device) - best
+    reach = torch.minimum(best, last - best).clamp(max=radius)
+    shares = logits.double().masked_fill(apart.abs() > reach, -torch.inf).softmax(-1)
+    return best[..., 0].double() + (shares * apart).sum(-1)
 
 
 class DinoVolumeKV(PixelTrunk):
@@ -115,6 +127,16 @@ class DinoVolumeKV(PixelTrunk):
             return F.one_hot(bins, c.n_rot_bins).float()
         apart = torch.arange(c.n_rot_bins, device=bins.device) - bins[..., None]
         return (-0.5 * (apart / c.rotation_sigma) ** 2).softmax(-1)
+
+    def decoded_bins(self, logits):
+        """Rotation logits (...,A,bins) -> bins (...,A) float64, between two where --rotation_decode is soft."""
+        c = self.config
+        radius = math.ceil(2 * c.rotation_sigma) if c.rotation_decode == "soft" else 0
+        return symmetric_soft_argmax(logits, radius)
+
+    def decode_rotation(self, logits):
+        """Logits (...,3,bins) -> rotations (...,3,3)."""
+        return self.euler_rotation(self.decoded_bins(logits))
 
     def rotation_loss(self, logits, rotation):
         """Cross-entropy above the labels' own entropy (N,), in nats an angle, of logits (N,A,bins) at rotations (N,3,3)."""

@@ -114,10 +114,10 @@ class DinoVolumeKVFull(DinoVolumeKV):
         return torch.from_numpy(bins[..., None]).to(rotation.device)
 
     def decode_rotation(self, logits):
-        """Logits (...,A,bins) -> rotations (...,3,3) at the bins' centres."""
+        """Logits (...,A,bins) -> rotations (...,3,3)."""
         if self.config.rotation == "euler":
             return super().decode_rotation(logits)
-        decoded = self.basis.decode(logits[..., 0, :].argmax(-1).cpu().numpy(), self.config.n_rot_bins)
+        decoded = self.basis.decode(self.decoded_bins(logits)[..., 0].cpu().numpy(), self.config.n_rot_bins)
         return torch.from_numpy(decoded).to(logits.device)
 
     def rotation_stats(self):

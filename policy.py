@@ -268,9 +268,13 @@ class FittedPolicy(Policy):
 
     def decode_rotation(self, logits):
         """Logits (...,3,bins) -> rotations (...,3,3) at the bins' centres."""
-        share = (logits.argmax(-1).double() + 0.5) / self.config.n_rot_bins
+        return self.euler_rotation(logits.argmax(-1).double())
+
+    def euler_rotation(self, bins):
+        """Bins (...,3) per Euler axis, which may lie between two -> rotations (...,3,3)."""
         low, high = self.euler_range.unbind(-1)
-        return torch.from_numpy(euler_to_matrix((low + share * (high - low)).cpu().numpy())).to(logits.device)
+        euler = low + (bins + 0.5) / self.config.n_rot_bins * (high - low)
+        return torch.from_numpy(euler_to_matrix(euler.cpu().numpy())).to(bins.device)
 
     def rotation_loss(self, logits, rotation):
         """Cross-entropy (N,) averaged over the axes, of logits (N,3,bins) at rotations (N,3,3)."""

@@ -28,17 +28,16 @@ from registry import look_up
 from runtime import UserError, command_line, git_commit, run_script, versions
 
 ROOT = Path(__file__).resolve().parent
-SHORT, LONG = {"small": 5, "full": 15}, {"small": 8, "full": 25}  # minutes of training, without and with a history
+MINUTES = {"small": 8, "full": 25}  # of training, the same for every row
 SMALL_FILES = ("table.json", "table.md", "table.png", "nodes.jsonl",  # what --export takes, of the whole and of each evaluation
                "summary.json", "episodes.jsonl", "settings.json", "protocol.json", "sheet.png")
 INCIDENTAL = re.compile(r" --(workers|n_episodes|n_videos) \S+")  # flags that leave an episode's result as it is
 
 
 class Row(NamedTuple):
-    """A policy: its --model_type, further flags of its training, minutes by preset; or an untrained one, its --policy."""
+    """A policy: its --model_type and further flags of its training; or an untrained one, its --policy."""
     model_type: str = None
     flags: tuple = ()
-    minutes: dict = None
     policy: str = None
 
 
@@ -65,9 +64,11 @@ class Column(NamedTuple):
 
 ROWS = {
     "blind": Row(policy="blind"), "oracle": Row(policy="oracle"), "expert": Row(policy="expert"),
-    "para": Row("para", (), SHORT), "act": Row("act", (), SHORT),
-    "a_mlp": Row("autoregressive", ("--head", "mlp"), LONG), "a_pointer": Row("autoregressive", ("--head", "pointer"), LONG),
-    "b": Row("voxel_ar", (), LONG), "c": Row("voxel_ar_rel", (), LONG), "d": Row("dino_volume_kv", (), SHORT),
+    "para": Row("para"), "act": Row("act"), "a_mlp": Row("autoregressive", ("--head", "mlp")),
+    "a_pointer": Row("autoregressive", ("--head", "pointer")), "b": Row("voxel_ar"), "c": Row("voxel_ar_rel"), "d": Row("dino_volume_kv"),
+    # attempts to lift `position`: the same trained on reflections too
+    "para_mirror": Row("para", ("--mirror",)), "a_pointer_mirror": Row("autoregressive", ("--head", "pointer", "--mirror")),
+    "b_mirror": Row("voxel_ar", ("--mirror",)), "c_mirror": Row("voxel_ar_rel", ("--mirror",)),
 }
 COLUMNS = {
     "in_dist": Column("in_dist", {"benchmark": 50, "shifted": 50}), "viewpoint": Column("viewpoint", {"viewpoint": 64}),
@@ -168,7 +169,7 @@ def seen_frames(row, preset):
     """What the frames that a row needs features of depend on: rows with the same share one step that fills the cache."""
     config = look_up(row.model_type).config
     context = config.presets[preset].get("context", getattr(config, "context", None))
-    return "frames" if context is None else f"windows{context}"
+    return ("frames" if context is None else f"windows{context}") + ("-mirrored" if "--mirror" in row.flags else "")
 
 
 class Plan:
@@ -211,7 +212,7 @@ class Plan:
         args, data = self.args, column.data
         dataset, collected = self.dataset(column)
         run = args.out / "runs" / f"{name}-{data}-s{seed}"
-        minutes = args.train_minutes or row.minutes[args.preset]
+        minutes = args.train_minutes or MINUTES[args.preset]
         command = python("train.py", "--model_type", row.model_type, *row.flags, "--preset", args.preset,
                          "--backbone", args.backbone, *self.weights(), "--dataset", dataset, "--seed", seed,
                          "--max_steps", 10**6, "--max_minutes", minutes, "--wandb", "off",
@@ -253,14 +254,14 @@ def assignments(words, known, flag):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[r for r in ROWS if r != "expert"])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[r for r in ROWS if r != "expert" and not r.endswith("_mirror")])
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=["in_dist", "viewpoint", "position"])
     parser.add_argument("--preset", choices=("small", "full"), default="small", help="small for two CPU cores, full for a GPU")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of training")
     parser.add_argument("--backbone", default="efficientnet_lite0", help="features of the whole table (efficientnet_lite0)")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     parser.add_argument("--n_demos", type=int, help="demonstrations of each setting (collect_demos.py's own number)")
-    parser.add_argument("--train_minutes", type=float, help=f"of every training ({SHORT}, with a history {LONG})")
+    parser.add_argument("--train_minutes", type=float, help=f"of every training ({MINUTES})")
     parser.add_argument("--n_episodes", type=int, help="episodes of every cell (50, viewpoint 64, position 100)")
     parser.add_argument("--n_videos", type=int, default=2, help="episodes of every cell that are filmed")
     parser.add_argument("--dataset", nargs="+", default=[], metavar="SETTING=FILE",

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from demos import Demo, open_demos, read_demos
+from demos import MIRRORED, Demo, open_demos, read_demos
 from demos import read_images as read_demo_images
 from rot_utils import euler_to_matrix, matrix_to_rotvec
 from runtime import UserError, write_json
@@ -224,7 +224,10 @@ def read_dataset(path, image_size=None, limit=None):
 
 
 def read_images(path, name, indices, size):
-    """Images (N,size,size,3) uint8, upright, of a demonstration's frames in a dataset of either format. Raises UserError."""
+    """Images (N,size,size,3) uint8, upright, of a demonstration's frames in a dataset of either format, of a mirrored one turned
+    left to right. Raises UserError."""
+    if name.endswith(MIRRORED):
+        return np.ascontiguousarray(read_images(path, name.removesuffix(MIRRORED), indices, size)[:, :, ::-1])
     if Path(path).is_dir():
         return read_frames(Path(path) / name, indices, size)
     with open_demos(path) as file:

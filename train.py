@@ -51,6 +51,7 @@ def build_parser(config_class=None):
     parser.add_argument("--cache_only", action="store_true", help="compute the features that this training needs, and stop")
     parser.add_argument("--frame_stride", type=int, default=2, help="train on every k-th frame of a demonstration")
     parser.add_argument("--val_fraction", type=float, default=0.15, help="share of demonstrations held out")
+    parser.add_argument("--mirror", action="store_true", help="train on each demonstration's reflection in the robot's plane of symmetry too")
     parser.add_argument("--batch_size", type=int, default=16, help="samples a step, over all processes")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight_decay", type=float, default=0.01)
@@ -219,6 +220,10 @@ def train(args, config_class):
         config.stay = True
         print(f"{args.dataset}: its demonstrations end by staying where they are, so that is trained too (--stay)")
     train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
+    if args.mirror and getattr(config, "rotation", "euler") == "pca":
+        raise UserError("--mirror: turns rotations to the other side of the principal axis's mean, where the basis was not computed; "
+                        "leave it out, or give --rotation euler")
+    shown_demos = train_demos + [demo_files.mirrored(d) for d in train_demos] if args.mirror else train_demos
     asked = config.backbone
     config.backbone = resolve_backbone(asked, args.backbone_weights)
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights)
@@ -229,7 +234,7 @@ def train(args, config_class):
 
     barrier(dist) if not dist.is_main else None  # rank 0 fills the feature cache, the others read it
     make = lambda part: entry.dataset(args.dataset, part, config, backbone, args.frame_stride, args.cache, dist.is_main)
-    train_set, val_set = make(train_demos), make(val_demos)
+    train_set, val_set = make(shown_demos), make(val_demos)
     barrier(dist) if dist.is_main else None
     if args.cache_only:
         print(f"{args.cache}: features of {len(train_set)} + {len(val_set)} samples, backbone {backbone.identity}")

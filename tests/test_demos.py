@@ -1,4 +1,5 @@
 """The demonstration format: bad files are named with key and remedy, official ones are turned upright, splits hold."""
+import dataclasses
 import re
 
 import h5py
@@ -6,9 +7,11 @@ import numpy as np
 import pytest
 
 import demos
+import smith300
 from conftest import OPENS, PUSHED, SIZE, STEPS, agentview, write_synthetic_demos
 from camera import project
 from helpers import put
+from rot_utils import rotvec_to_matrix
 from runtime import UserError
 
 NAME = "bad.hdf5"
@@ -200,3 +203,25 @@ def test_split_needs_two_demos():
     """One demonstration cannot be split, and the message says how many it takes."""
     with pytest.raises(UserError, match="at least 2"):
         demos.split_demos([0])
+
+
+def test_a_mirrored_demonstration_is_the_same_geometry_left_to_right(tmp_path):
+    """Every position is seen at the pixel opposite to where it was, the camera and the rotations stay right-handed, the closing
+    direction is reflected with them, the images are those pixels, and two mirrors cancel."""
+    path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
+    demo = demos.read_demos(path)[0][0]
+    demo.E[:3, 3] += [0.0, 0.07, 0.0]  # off the plane
+    other = demos.mirrored(demo)
+    demos.check_camera(other.K, other.E, "mirrored")
+    (u, v, d), (mu, mv, md) = (project(x.ee_pos, x.K, x.E) for x in (demo, other))
+    np.testing.assert_allclose(mu, 32 - u, atol=1e-9)
+    np.testing.assert_allclose([mv, md], [v, d], atol=1e-9)
+    flip = np.diag([1.0, -1, 1])
+    np.testing.assert_allclose(rotvec_to_matrix(other.ee_ori), flip @ rotvec_to_matrix(demo.ee_ori) @ flip, atol=1e-9)
+    np.testing.assert_array_equal(other.actions[:, 1], -demo.actions[:, 1])
+    np.testing.assert_array_equal(other.actions[:, [0, 2, 6]], demo.actions[:, [0, 2, 6]])
+    images = smith300.read_images(path, demo.name, [0, 5], 32)
+    np.testing.assert_array_equal(smith300.read_images(path, other.name, [0, 5], 32), images[:, :, ::-1])
+    twice = demos.mirrored(dataclasses.replace(other, name=demo.name))
+    for key in ("ee_pos", "ee_ori", "actions", "K", "E"):
+        np.testing.assert_allclose(getattr(twice, key), getattr(demo, key), atol=1e-12)

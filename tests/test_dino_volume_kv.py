@@ -11,7 +11,7 @@ import checkpoint
 import deploy_dino_kv
 import finetune
 from conftest import SIZE
-from model_dino_volume_kv import DinoVolumeKV, DinoVolumeKVConfig, IndexEncoding, sinusoid
+from model_dino_volume_kv import DinoVolumeKV, DinoVolumeKVConfig, IndexEncoding, sinusoid, symmetric_soft_argmax
 from model_dino_volume_kv_full import DinoVolumeKVFull, DinoVolumeKVFullConfig, pack_basis, unpack_basis
 from registry import look_up
 from rot_utils import euler_to_matrix, load_stats, rotation_angle
@@ -299,8 +299,21 @@ def test_stats_are_read_with_numpy_alone(deployed):
     stats = load_stats(checkpoint.stats_path(path))
     assert stats["n_window"] == 4 and stats["height_range"] == policy.height_range.tolist() and stats["rotation"]["n_bins"] == 48
     logits = torch.randn(3, 1, 48)
+    ours = stats["rotation"]["basis"].decode(policy.decoded_bins(logits)[:, 0].numpy(), 48)
+    np.testing.assert_allclose(ours, policy.decode_rotation(logits).numpy(), atol=1e-12)
+    policy.config.rotation_decode = "argmax"
     ours = stats["rotation"]["basis"].decode(logits.argmax(-1)[:, 0].numpy(), 48)
     np.testing.assert_allclose(ours, policy.decode_rotation(logits).numpy(), atol=1e-12)
+    policy.config.rotation_decode = "soft"
+
+
+@pytest.mark.parametrize("true", [0.0, 0.4, 3.3, 20.0, 46.7, 47.0])
+def test_rotations_are_decoded_between_bins(true):
+    """A Gaussian's own centre comes back, within a third of a bin where a bin's centre may be half a bin off, also near an end."""
+    logits = -0.5 * ((torch.arange(48) - true) / 2.0) ** 2
+    assert abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.45 and abs(symmetric_soft_argmax(logits, 0).item() - true) <= 0.5
+    if 5 < true < 42:
+        assert abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.15
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"rotation": {"kind": "pca"', '{"rotation": {"kind": "pca", "basis": {"space": "so3"}}}', None])

@@ -197,6 +197,14 @@ def test_the_whole_matrix_is_planned(tmp_path):
     assert "--layout position --n_episodes 100" in shlex.join(nodes["eval-oracle-position"].command)
 
 
+def test_reflections_are_rows_of_their_own(tmp_path):
+    """An attempt is asked for by name, is trained with --mirror, and fills a cache of its own from the same demonstrations."""
+    nodes = plan("--out", str(tmp_path), "--rows", "b", "b_mirror", "--columns", "position")
+    assert "--mirror" in nodes["train-b_mirror-position-s0"].command and "--mirror" not in nodes["train-b-position-s0"].command
+    assert nodes["train-b_mirror-position-s0"].deps == ("cache-position-windows8-mirrored",)
+    assert sum(n.startswith("collect") for n in nodes) == 1 and not [n for n in plan("--out", str(tmp_path)) if "mirror" in n]
+
+
 def test_pro_suites_and_other_splits_are_columns(tmp_path):
     """LIBERO-PRO's suites test what in_dist trained, splits have demonstrations and trainings of their own; the plain columns'
     commands, by which finished cells are known, have neither flag; the table knows every cell."""
@@ -255,8 +263,8 @@ def finished(tmp_path):
     train, test = nodes["train-para-position-s0"], nodes["eval-para-position-s0"]
     run_folder = tmp_path / "runs" / "para-position-s0"
     write_json(run_folder / "config.json", {"command": run_matrix.typed(train.command), "dataset": {},
-                                            "args": {"max_steps": 10**6, "max_minutes": 5}})
-    write_json(run_folder / "checkpoint.json", {"step": 500, "minutes": 5.003})
+                                            "args": {"max_steps": 10**6, "max_minutes": 8}})
+    write_json(run_folder / "checkpoint.json", {"step": 500, "minutes": 8.003})
     out = write_evaluation(tmp_path, "para-position-s0", outcomes(3, 5))
     summary = json.loads((out / "summary.json").read_text())
     summary["command"], summary["trained"]["command"] = run_matrix.typed(test.command), run_matrix.typed(train.command)
@@ -295,7 +303,7 @@ def test_a_run_of_other_flags_is_not_taken_for_this_one(finished):
     """A folder that other flags made is named with both commands, and neither used nor overwritten."""
     flags, _, out = finished
     (out / "summary.json").unlink()
-    with pytest.raises(UserError, match="para-position-s0: was made by.*--max_minutes 5.*asked for is.*--max_minutes 9.0"):
+    with pytest.raises(UserError, match="para-position-s0: was made by.*--max_minutes 8.*asked for is.*--max_minutes 9.0"):
         todo(*flags, "--train_minutes", "9")
 
 

@@ -136,6 +136,7 @@ def test_train_under_torchrun(collected, tmp_path):
     (("--image_size", "224"), ("112 px", "--replay")),
     (("--resume", "absent_run"), ("absent_run", "run folder")),
     (("--max_steps", "0"), ("--max_steps", "at least 1")),
+    (("--model_type", "dino_volume_kv_full", "--mirror"), ("--mirror", "--rotation euler")),
 ])
 def test_train_refuses_bad_input_in_one_sentence(collected, tmp_path, flags, words):
     """Bad input: exit code 2, one line that names the thing and the remedy, no traceback."""
