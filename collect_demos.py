@@ -36,6 +36,7 @@ from variants import STAY_STEPS, VARIANTS, new_account, new_expert
 from workers import run_jobs
 
 MAX_STEPS = 250
+VAL_DEMO_SEED = 40_000_000  # layouts of validation demonstrations: no training demonstration's, and none of eval.py's
 PUSHABLE = ("rise", "hover", "descend", "lift", "carry", "lower", "retract")  # not in gripper holds
 
 
@@ -85,14 +86,14 @@ class ExpertWorker:
     def __init__(self, args, folder):
         self.args, self.folder = args, Path(folder)
         self.scene = Scene(args.task_suite, args.task_id, args.image_size, args.clean_scene)
-        self.conditions = settings.conditions(args.setting, "train", args.split)
+        self.conditions = settings.conditions(args.setting, args.part, args.split)
 
     def run(self, index):
         """Try seeds of this index until one gives a good demonstration -> counts of what was filtered."""
         counts, condition = Counter(), self.conditions[index % len(self.conditions)]
         offsets = self.scene.common_shift(condition)
         for attempt in range(30):
-            seed = self.args.seed * 1_000_003 + index * 100 + attempt
+            seed = self.args.seed * 1_000_003 + index * 100 + attempt + (VAL_DEMO_SEED if self.args.part == "val" else 0)
             state = self.scene.random_layout(seed, self.args.start_jitter, self.args.layout_spread, offsets)
             if state is None:
                 counts["bad_resets"] += 1
@@ -255,8 +256,8 @@ def collect(args):
         args.setting, args.split = attributes.get("setting", "in_dist"), attributes.get("split") or None
         args.clean_scene = bool(attributes.get("clean_scene", False)) if args.clean_scene is None else args.clean_scene
     else:
-        n_conditions = len(settings.conditions(args.setting, "train", args.split))
-        worker, args.n_demos = ExpertWorker, args.n_demos or n_conditions * -(-48 // n_conditions)
+        n_conditions = len(settings.conditions(args.setting, args.part, args.split))
+        worker, args.n_demos = ExpertWorker, args.n_demos or (n_conditions if args.part == "val" else n_conditions * -(-48 // n_conditions))
     args.task_suite = args.task_suite or "libero_spatial"
     task = find_task(args.task_suite, args.task_id)
     folder = out.with_name(out.name + ".parts")
@@ -287,7 +288,7 @@ def collect(args):
     if failures:
         raise UserError(f"{len(failures)} of {args.n_demos} demonstrations failed, first: "
                         f"{failures[0].error.strip().splitlines()[-1]}; the others are kept in {folder}, the same command resumes")
-    ours = {"grasp": args.grasp, "variant": args.variant, "setting": args.setting, "split": args.split or "", "clean_scene": args.clean_scene}
+    ours = {"grasp": args.grasp, "variant": args.variant, "setting": args.setting, "part": args.part, "split": args.split or "", "clean_scene": args.clean_scene}
     attrs = demos.file_attributes(task, {**env_metadata(task), **ours}, args.seed, command_line(), versions())
     if args.format == "smith300":
         own = {k: v for k, v in attrs.items() if k not in ("format", "image_orientation")}
@@ -307,6 +308,8 @@ def build_parser():
                         "replayed demos (all), or surveyed states")
     parser.add_argument("--setting", default="in_dist", choices=list(settings.SPLITS),
                         help="what the training conditions vary, see settings.py")
+    parser.add_argument("--part", default="train", choices=("train", "val"), help="conditions to train on, or validation conditions, on "
+                        "which diagnose.py looks at errors and nothing is trained")
     parser.add_argument("--split", help="viewpoint: outer or hemisphere; position: left_right or near_far")
     parser.add_argument("--show", metavar="FILE", help="only draw every condition of --setting into this PNG")
     parser.add_argument("--out", help="HDF5 file to write (data/SUITE_TASK.hdf5)")
@@ -351,6 +354,7 @@ def main(argv=None):
         stem += "" if args.variant == "task" else f"_{args.variant}"
         if args.setting != "in_dist":
             stem += f"_{args.setting}" + ("" if args.split == settings.SPLITS[args.setting][0] else f"_{args.split}")
+        stem += "" if args.part == "train" else "_val"
         args.out = f"data/{stem}_smith300" if args.format == "smith300" else f"data/{stem}.hdf5"
     collect(args)
 

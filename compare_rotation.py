@@ -26,7 +26,7 @@ from data import waypoint_labels
 from pages import markdown_table
 from rot_utils import basis_path, load_basis, rotation_angle, rotvec_to_matrix
 from runtime import UserError, command_line, git_commit, read_jsonl, run_script, versions, write_json
-from validation import to_pixels
+from validation import decision_frames, to_pixels
 
 CELLS = {"v7": ["--tf_layers", "2", "--token_enc", "learned", "--rotation", "euler", "--n_rot_bins", "32"], "new": [],
          "new_yx": ["--yx_embedding"]}
@@ -99,6 +99,34 @@ def episode_predictions(policy, maps, demo, batch_size=16):
     return {k: np.concatenate(v) for k, v in found.items()}
 
 
+def executed(gripper, demo, config):
+    """Of commands (N,) answered at every frame, those that a robot would execute (M,): it decides where the demonstration's waypoints
+    are reached, and holds what it decided until the next -> (commands of the decisions, the same held over the frames)."""
+    frames, _ = decision_frames(demo, config)
+    decided = gripper[frames]
+    return decided, np.repeat(decided, np.diff([*frames, max(frames[-1] + 1, min(len(gripper), len(demo)))]))
+
+
+def bin_widths(policy):
+    """Degrees (A,) that a bin of each angle spans."""
+    stats = policy.rotation_stats()
+    ranges = np.array([[stats["basis"]["low"], stats["basis"]["high"]]] if stats["kind"] == "pca" else stats["euler_range"])
+    return np.degrees(ranges[:, 1] - ranges[:, 0]) / stats["n_bins"]
+
+
+def rotation_nats(policy, logits, rotation):
+    """Logits (N,A,bins) at true rotations (N,3,3) -> two measures that do not depend on how many angles and bins there are, (N,) each.
+
+    whole: cross-entropies above the labels' entropy, summed over the angles. density: -ln of the probability per degree at the
+    truth, of the angle that turns (with the widest range): what an angle of few degrees makes easy does not count.
+    """
+    log_share, widths = torch.from_numpy(logits).double().log_softmax(-1), bin_widths(policy)
+    turning, rotation = int(widths.argmax()), torch.from_numpy(rotation)
+    whole = policy.rotation_loss(torch.from_numpy(logits), rotation) * len(widths)
+    bins = policy.rotation_bins(rotation)[:, turning]
+    return whole.numpy(), np.log(widths[turning]) - log_share[torch.arange(len(bins)), turning, bins].numpy()
+
+
 def transitions(gripper):
     """(closes, opens) of commands (N,) in {0, 1}."""
     change = np.diff(gripper)
@@ -141,12 +169,19 @@ def measure(policy, demos, features):
     """What one run does on held-out episodes -> (row, [predictions an episode])."""
     c, row, found = policy.config, defaultdict(list), []
     for demo, maps in zip(demos, features):
-        target, _, _, usable = labels(demo, c)
+        target, _, mask, usable = labels(demo, c)
         found.append(episode_predictions(policy, maps, demo))
         last, true = np.flatnonzero(usable)[-1] + 1, rotvec_to_matrix(demo.ee_ori)[target[:, 0]]
         closes, opens = transitions(found[-1]["gripper"][:last])
         row["closes"].append(closes)
         row["opens"].append(opens)
+        closes, opens = transitions(executed(found[-1]["gripper"], demo, c)[0])
+        row["executed_closes"].append(closes)
+        row["executed_opens"].append(opens)
+        known = mask & usable[:, None]
+        whole, density = rotation_nats(policy, found[-1]["logits"][known], rotvec_to_matrix(demo.ee_ori)[target[known]])
+        row["whole"].extend(whole)
+        row["density"].extend(density)
         row["unsteadiness_deg"].append(unsteadiness(found[-1]["rotation"][:last]))
         row["true_unsteadiness_deg"].append(unsteadiness(true[:last]))
         row["degrees"].extend(np.degrees(rotation_angle(found[-1]["rotation"], true))[usable])
@@ -169,13 +204,15 @@ def tables(summary):
         rows.append([name, s["seeds"], *by_seed, f"{s['guess_nats']:.3g}"])
     training = markdown_table(head, rows)
     head, rows = ["", "episodes x seeds", "closes an episode, mean, most", "opens", "at most one each",
-            "rotation error, deg, median, 95%", "turn from frame to frame, deg (demonstrated)"], []
+            "as executed: at most one each", "rotation error, deg, median, 95%", "turn from frame to frame, deg (demonstrated)",
+            "whole rotation, nats, by seed", "-ln density of the turning angle, nats, by seed"], []
     count = lambda values: f"{np.mean(values):.2f}, {max(values)}"
     for name, s in summary.items():
-        once = np.mean([c <= 1 and o <= 1 for c, o in zip(s["closes"], s["opens"])])
-        rows.append([name, len(s["closes"]), count(s["closes"]), count(s["opens"]), f"{100 * once:.0f}%",
+        once, acted = (np.mean([c <= 1 and o <= 1 for c, o in zip(s[f"{k}closes"], s[f"{k}opens"])]) for k in ("", "executed_"))
+        rows.append([name, len(s["closes"]), count(s["closes"]), count(s["opens"]), f"{100 * once:.0f}%", f"{100 * acted:.0f}%",
                          f"{s['episode_deg_median']:.2f}, {s['episode_deg_p95']:.2f}",
-                         f"{np.mean(s['unsteadiness_deg']):.2f} ({np.mean(s['true_unsteadiness_deg']):.2f})"])
+                         f"{np.mean(s['unsteadiness_deg']):.2f} ({np.mean(s['true_unsteadiness_deg']):.2f})",
+                         spread(s["whole_nats"]), spread(s["density_nats"])])
     return f"{training}\n\n{markdown_table(head, rows)}"
 
 
@@ -193,9 +230,10 @@ def draw(predictions, policies, demos, path, basis, out):
         target, gripper, _, usable = labels(demo, config)
         last, rotation = np.flatnonzero(usable)[-1] + 1, rotvec_to_matrix(demo.ee_ori)
         value = lambda r: np.degrees(basis.value(r))
-        models = {n: {"gripper": p[i]["gripper"][:last], "value": value(p[i]["rotation"][:last])} for n, p in predictions.items()}
-        truth = {"gripper": gripper[:last, 0], "value": value(rotation[target[:last, 0]])}
-        episodes.append((demo.name, np.arange(last), models, truth))
+        acted = lambda commands: executed(commands, demo, config)[1]
+        models = {n: {"gripper": p[i]["gripper"][:last], "executed": acted(p[i]["gripper"]), "value": value(p[i]["rotation"][:last])} for n, p in predictions.items()}
+        truth = {"gripper": gripper[:last, 0], "executed": acted(gripper[:, 0]), "value": value(rotation[target[:last, 0]])}
+        episodes.append((demo.name, models, truth))
         if i:
             continue
         frame, shown = int(np.flatnonzero(usable)[usable.sum() // 4]), np.linspace(0, last - 1, 8).astype(int)
@@ -208,8 +246,8 @@ def draw(predictions, policies, demos, path, basis, out):
             segments[name] = closing_directions(p[i]["position"][shown], p[i]["rotation"][shown], demo)
         images = smith300.read_images(path, demo.name, shown, config.image_size)
         plots_rotation.rotation_overlay(images, segments, shown, out / "overlay.png")
-    plots_rotation.episode_strips(episodes, "gripper", "gripper", "close", out / "gripper.png")
-    plots_rotation.episode_strips(episodes, "value", "value", "rotation (deg)", out / "rotation.png")
+    for key, label, name in (("gripper", "close", "gripper"), ("executed", "close", "gripper_executed"), ("value", "rotation (deg)", "rotation")):
+        plots_rotation.episode_strips(episodes, key, label, out / f"{name}.png")
 
 
 def compare(args, runs):
@@ -245,6 +283,9 @@ def compare(args, runs):
                     targets.append(policy.rotation_targets(torch.from_numpy(true)))
         joined = {k: [v for row in rows for v in row[k]] for k in rows[0]}
         degrees = joined.pop("degrees")
+        for kind in ("whole", "density"):
+            joined.pop(kind)
+            joined[f"{kind}_nats"] = [float(np.mean(row[kind])) for row in rows]
         summary[name] = {"seeds": len(rows), **{k[4:]: [last[k] for last, _ in records[name]] for k in METRICS},
                          "rotation_ce_mean": [float(np.mean([v for _, v in curve])) for _, curve in records[name]],
                          "steps": [last["step"] for last, _ in records[name]],
@@ -259,7 +300,7 @@ def compare(args, runs):
     provenance = {"command": command_line(), "commit": git_commit(), "versions": versions(), "dataset": dataset}
     names = {n: list(map(str, some)) for n, some in folders.items()}
     write_json(args.out / "summary.json", {**provenance, "runs": names, "cells": summary})
-    print(f"{args.out}: summary.json, table.md, rotation_ce.png, gripper.png, rotation.png, overlay.png, distribution_*.png")
+    print(f"{args.out}: summary.json, table.md, rotation_ce.png, gripper.png, gripper_executed.png, rotation.png, overlay.png, distribution_*.png")
 
 
 def build_parser():
@@ -271,7 +312,7 @@ def build_parser():
     parser.add_argument("--max_steps", type=int, default=500, help="of each training")
     parser.add_argument("--runs", type=Path, default=Path("runs/rotation"), help="folder of the trainings")
     parser.add_argument("--out", type=Path, default=Path("results/rotation"))
-    parser.add_argument("--n_episodes", type=int, default=4, help="validation episodes that are looked at frame by frame")
+    parser.add_argument("--n_episodes", type=int, default=10, help="validation episodes, at most, that are looked at frame by frame")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     return parser
 

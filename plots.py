@@ -105,6 +105,27 @@ def paths_overlay(image, true, lines, path):
     _save(figure, path)
 
 
+def error_maps(image, found, phases, path):
+    """A row per policy {name: {"at", "offset" (N,2) px, "phase" (N,)}}: left, arrows from where each waypoint is to where it was
+    predicted, over an image (S,S,3); right, the offsets themselves, their mean as a cross. A colour a phase."""
+    figure, axes = plt.subplots(len(found), 2, figsize=(10, 4.8 * len(found)), squeeze=False)
+    for (left, right), (name, errors) in zip(axes, found.items()):
+        left.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
+        for i, (phase, colour) in enumerate(zip(phases, (PREDICTED, "#4477aa"))):
+            at, offset = (errors[k][errors["phase"] == i] for k in ("at", "offset"))
+            left.quiver(*at.T, *offset.T, angles="xy", scale_units="xy", scale=1, color=colour, width=0.003)
+            right.scatter(*offset.T, s=6, alpha=0.5, color=colour, label=f"{phase}, n = {len(at)}")
+            if len(at):
+                right.plot(*offset.mean(0), "+", color=colour, markersize=16, markeredgewidth=3)
+        left.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=f"{name}: true to predicted", xticks=[], yticks=[])
+        right.axhline(0, color="grey", linewidth=0.6)
+        right.axvline(0, color="grey", linewidth=0.6)
+        right.set(xlabel="px to the right", ylabel="px down", title="predicted minus true", xlim=(-60, 60), ylim=(60, -60))
+        right.legend(fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def rate_map(rows, columns, rates, labels, path):
     """Success rates (R,C) as a heat map, NaN where there is none; labels {(row, column): text}, indices."""
     figure, axis = plt.subplots(figsize=(1.5 + 1.5 * len(columns), 0.9 + 0.62 * len(rows)))

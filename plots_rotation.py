@@ -31,14 +31,14 @@ def rotation_curves(runs, path):
     _save(figure, path)
 
 
-def episode_strips(episodes, key, truth, label, path):
-    """A panel per episode: {name: values (N,)} of `key` predicted at each frame, and the truth. episodes: [(title, frames, {name: {key:
-    values}}, {truth: values})]."""
+def episode_strips(episodes, key, label, path):
+    """A panel per episode: values (N,) of `key` at each frame, predicted and true. episodes: [(title, {name: {key: values}},
+    {key: true values})]."""
     figure, axes = plt.subplots(len(episodes), 1, figsize=(10, 2.2 * len(episodes)), squeeze=False, sharex=False)
-    for axis, (title, frames, models, true) in zip(axes[:, 0], episodes):
-        axis.plot(frames, true[truth], color="black", linewidth=3, alpha=0.3, label="demonstration")
+    for axis, (title, models, true) in zip(axes[:, 0], episodes):
+        axis.plot(true[key], color="black", linewidth=3, alpha=0.3, label="demonstration")
         for i, (colour, (name, values)) in enumerate(zip(COLOURS, models.items())):
-            axis.plot(frames, values[key] + (0.03 * (i + 1) if key == "gripper" else 0), color=colour, linewidth=1.2, label=name)
+            axis.plot(values[key] + (0.03 * (i + 1) if label == "close" else 0), color=colour, linewidth=1.2, label=name)
         axis.set(title=title, ylabel=label)
     axes[0, 0].legend(fontsize=8)
     axes[-1, 0].set(xlabel="frame")

@@ -216,6 +216,8 @@ def train(args, config_class):
     seed_everything(args.seed)
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
     all_demos, attributes = entry.dataset.read(args.dataset, config.image_size, args.n_demos)
+    if attributes.get("part") == "val":
+        raise UserError(f"{args.dataset}: holds validation conditions (--part val), by which trained policies are judged; collect it without that flag")
     if attributes.get("variant") == "lift_once" and not config.stay:
         config.stay = True
         print(f"{args.dataset}: its demonstrations end by staying where they are, so that is trained too (--stay)")

@@ -15,7 +15,7 @@ LAYERS = [
     {"libero_env", "expert", "variants", "rollout"},  # and every model* and data*
     {"registry", "checkpoint", "finetune", "validation", "bench_attention", "survey"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
-     "check_setup", "openloop"},
+     "check_setup", "openloop", "diagnose"},
 ]
 SCRIPTS = LAYERS[4]
 BESIDE = {"history": {"policy"}, "expert": {"libero_env"}, "variants": {"expert", "libero_env"}, "rollout": {"variants", "expert", "libero_env"}, "checkpoint": {"registry"}, "finetune": {"checkpoint"}, "smith300": {"demos"}, "bench_attention": {"registry"}}  # same layer
