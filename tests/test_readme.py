@@ -20,7 +20,8 @@ MODEL = {"para": ["--width", "8"], "dino_volume_kv_full": ["--dim", "16"],
 SMALL = {"collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_rate", "0"],
          "eval.py": ["--n_episodes", "1", "--max_steps", "12", "--n_videos", "0", "--workers", "1"], "report.py": [],
          "bench.py": ["--rounds", "1", "--quick"], "openloop.py": ["--max_val", "1"], "precompute_rotation_pca.py": ["--allow_low_ev"],
-         "run_matrix.py": ["--dry_run"]}
+         "run_matrix.py": ["--dry_run"], "diagnose.py": ["--n_demos", "1"],
+         "compare_rotation.py": ["--seeds", "1", "--max_steps", "1", "--n_episodes", "1", *TRAIN[2:], "--dim", "16"]}
 
 
 def test_readme_names_the_users_commands():
@@ -52,7 +53,7 @@ def test_readme_command_runs(line, collected, trained, tmp_path, request):
     else:
         small = SMALL[script]
     (tmp_path / "data").mkdir()
-    for name in ("libero_spatial_0.hdf5", "rim.hdf5", "lift_once.hdf5"):
+    for name in ("libero_spatial_0.hdf5", "rim.hdf5", "lift_once.hdf5", "position_val.hdf5"):
         (tmp_path / "data" / name).symlink_to(collected[0])
     (tmp_path / "runs").mkdir()
     for name in ("NAME", "OTHER"):
@@ -62,7 +63,7 @@ def test_readme_command_runs(line, collected, trained, tmp_path, request):
         (tmp_path / "OFFICIAL.hdf5").symlink_to(collected[0])
     elif script == "collect_demos.py" and "--survey" not in words:
         small = [*small, "--out", "fresh.hdf5"]
-    if "dino_volume_kv_full" in words:
+    if "dino_volume_kv_full" in words or script == "compare_rotation.py":
         run("precompute_rotation_pca.py", "--dataset", "data/rim.hdf5", "--allow_low_ev", cwd=tmp_path)
     if script == "report.py":
         (tmp_path / "runs" / "eval").symlink_to(request.getfixturevalue("evaluated"))
