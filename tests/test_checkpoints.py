@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from checkpoint import load_policy
-from conftest import ROOT, made_once
+from conftest import ROOT, made_once, with_basis
 from demos import read_demos
 from helpers import run
 from registry import look_up
@@ -19,7 +19,7 @@ def full_size(collected, tmp_path_factory):
     def replay(folder):
         run("collect_demos.py", "--replay", collected[0], "--n_demos", 1, "--image_size", 448, "--workers", 1, "--out", folder / "demo.hdf5",
             cwd=folder)
-        return folder / "demo.hdf5"
+        return with_basis(folder / "demo.hdf5")  # D asks for one beside its data; its own travels in the checkpoint
     return made_once(tmp_path_factory, "full_size", replay)
 
 

@@ -20,7 +20,7 @@ MODEL = {"para": ["--width", "8"], "dino_volume_kv_full": ["--dim", "16"],
 SMALL = {"collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_rate", "0"],
          "eval.py": ["--n_episodes", "1", "--max_steps", "12", "--n_videos", "0", "--workers", "1"], "report.py": [],
          "bench.py": ["--rounds", "1", "--quick"], "openloop.py": ["--max_val", "1"], "precompute_rotation_pca.py": ["--allow_low_ev"],
-         "run_matrix.py": ["--dry_run"], "diagnose.py": ["--n_demos", "1"],
+         "run_matrix.py": ["--dry_run"], "diagnose.py": ["--n_demos", "1"], "deploy_dino_kv.py": [],
          "compare_rotation.py": ["--seeds", "1", "--max_steps", "1", "--n_episodes", "1", *TRAIN[2:], "--dim", "16"]}
 
 
@@ -42,7 +42,7 @@ def evaluated(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("line", PYTHON)
-def test_readme_command_runs(line, collected, trained, tmp_path, request):
+def test_readme_command_runs(line, collected, trained, synthetic_episodes, tmp_path, request):
     """A README command as a subprocess: the same flags, then fewer steps and smaller images (the last of two flags wins)."""
     words = shlex.split(line)[1:]
     script = words[0]
@@ -55,6 +55,7 @@ def test_readme_command_runs(line, collected, trained, tmp_path, request):
     (tmp_path / "data").mkdir()
     for name in ("libero_spatial_0.hdf5", "rim.hdf5", "lift_once.hdf5", "position_val.hdf5"):
         (tmp_path / "data" / name).symlink_to(collected[0])
+    (tmp_path / "data" / "izzy").symlink_to(synthetic_episodes)
     (tmp_path / "runs").mkdir()
     for name in ("NAME", "OTHER"):
         (tmp_path / "runs" / name).symlink_to(trained[0])
