@@ -1,6 +1,7 @@
 """The scripts as users run them: real simulator, real kills, resumes, bad input. Small images and few steps, same code."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,15 @@ def test_train_refuses_bad_input_in_one_sentence(collected, tmp_path, flags, wor
     done = run(*train_flags(collected[0], "refused", 2), *flags, cwd=tmp_path, ok=False)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr and all(word in done.stderr for word in words), done.stderr
+
+
+def test_validation_conditions_are_not_trained_on(synthetic_demos, tmp_path):
+    """A file of `collect_demos.py --part val` judges policies, and train.py refuses it."""
+    path = shutil.copy(synthetic_demos, tmp_path / "val.hdf5")
+    with h5py.File(path, "r+") as file:
+        file["data"].attrs["part"] = "val"
+    done = run(*train_flags(path, "refused", 2), "--image_size", 64, cwd=tmp_path, ok=False)
+    assert done.returncode == 2 and "--part val" in done.stderr.strip().splitlines()[-1], done.stderr
 
 
 # -- eval.py ---------------------------------------------------------------------------------------------------------------
