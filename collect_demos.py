@@ -28,7 +28,7 @@ import plots_settings
 import settings
 import smith300
 from expert import EXPERTS, servo_action
-from libero_env import JOINT_JITTER, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
+from libero_env import JOINT_JITTER, OPEN, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, run_script, versions, write_json
 from survey import survey
@@ -36,6 +36,7 @@ from variants import STAY_STEPS, VARIANTS, new_account, new_expert
 from workers import run_jobs
 
 MAX_STEPS = 250
+DISPLACE_STEPS = 60
 VAL_DEMO_SEED = 40_000_000  # layouts of validation demonstrations: no training demonstration's, and none of eval.py's
 PUSHABLE = ("rise", "hover", "descend", "lift", "carry", "lower", "retract")  # not in gripper holds
 
@@ -112,10 +113,23 @@ class ExpertWorker:
             return counts
         raise RuntimeError(f"30 seeds in a row gave no good demonstration for index {index}: {dict(counts)}")
 
+    def displace(self, rng):
+        """Drive the EEF, unrecorded, to a place beside its start: +- start_spread metres along y, a third of that along x. Where every
+        demonstration starts from one pose and every object stands to one side of it, "go that way" is all there is to learn."""
+        scene, spread = self.scene, self.args.start_spread
+        target = scene.observe(image=False).eef_pos + [rng.uniform(-spread, spread) / 3, rng.uniform(-spread, spread), 0.0]
+        for _ in range(DISPLACE_STEPS):
+            eef = scene.observe(image=False).eef_pos
+            if np.linalg.norm(target - eef) < 0.01:
+                break
+            scene.step(servo_action(eef, target, OPEN))
+
     def record(self, rng):
         """Run the expert from the current state -> Recorder, or None if it failed."""
         scene, recorder = self.scene, Recorder(self.scene)
         scene.begin_episode(scene.state())
+        if self.args.start_spread:
+            self.displace(rng)
         expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
         account = new_account(scene, self.args.variant)
         for _ in range(MAX_STEPS):
@@ -320,6 +334,7 @@ def build_parser():
     parser.add_argument("--clean_scene", action=argparse.BooleanOptionalAction,
                         help="without distractors and unused fixtures (only for the settings viewpoint and position)")
     parser.add_argument("--start_jitter", type=float, default=JOINT_JITTER, help="std of the start joints, rad")
+    parser.add_argument("--start_spread", type=float, default=0.0, help="start with the EEF moved by up to +- m along y, a third of it along x")
     parser.add_argument("--push_rate", type=float, default=0.15, help="pushes per 10 control steps of free motion")
     parser.add_argument("--layout_spread", type=float, default=0.0, help="further uniform shift of each task object, +- m")
     parser.add_argument("--grasp", default="side", choices=list(EXPERTS), help="side: always the bowl's -y rim; rim: around it, see expert.rim_angle")

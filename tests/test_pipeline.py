@@ -40,6 +40,15 @@ def test_demonstrations_are_successful_pick_and_places(collected):
     assert np.ptp(np.stack(starts), axis=0).max() > 0.002  # the start pose is jittered
 
 
+def test_demonstrations_can_start_beside_the_start(tmp_path):
+    """--start_spread: the first recorded frame finds the EEF up to that far to the side of where it otherwise starts, near its height, and the
+    demonstration is whole from there on."""
+    run("collect_demos.py", "--start_spread", 0.3, "--n_demos", 2, "--image_size", SIZE, "--workers", 1, "--push_rate", 0, "--out", "wide.hdf5", cwd=tmp_path)
+    starts = np.stack([d.ee_pos[0] for d in demo_files.read_demos(tmp_path / "wide.hdf5", int(SIZE))[0]])
+    moved = starts - [-0.2085, 0.0, 1.1733]  # libero_spatial's own
+    assert (np.abs(moved[:, 1]) < 0.35).all() and np.abs(moved[:, 1]).max() > 0.05 and (np.abs(moved[:, 0]) < 0.15).all() and (np.abs(moved[:, 2]) < 0.05).all()
+
+
 def test_images_show_the_eef_where_the_camera_says(collected):
     """Images are upright and not mirrored: they change most where the projected gripper moves."""
     from camera import project
