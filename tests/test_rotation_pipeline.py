@@ -91,7 +91,7 @@ def test_finetune_freezes_then_thaws_and_deploys(v7, rim, tmp_path):
     cells = json.loads((tmp_path / "comparison" / "summary.json").read_text())["cells"]
     assert set(cells) == {"v7", "new"} and cells["new"]["top1_joint"] == [[r for r in rows if "val/top1_joint" in r][-1]["val/top1_joint"]]
     assert {p.name for p in (tmp_path / "comparison").glob("*.png")} == {
-        "rotation_ce.png", "gripper.png", "rotation.png", "overlay.png", "distribution_v7.png", "distribution_new.png"}
+        "rotation_ce.png", "gripper.png", "gripper_executed.png", "rotation.png", "overlay.png", "distribution_v7.png", "distribution_new.png"}
     assert "| new | 1 | " in (tmp_path / "comparison" / "table.md").read_text()
 
 
