@@ -106,6 +106,11 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
     return policy.attach(backbone.to(device)).to(device).eval(), info, extra
 
 
+def run_name(path):
+    """A checkpoint's short name: its run's folder, or its own where it lies alone."""
+    return path.parent.name if path.name == "checkpoint.safetensors" else path.stem
+
+
 def newest_checkpoint(runs="runs", committed="checkpoints"):
     """The newest run's checkpoint, else the newest committed one, and a sentence that says which. Raises UserError for none."""
     for folder, pattern, what in ((Path(runs), "*/checkpoint.safetensors", "the newest run's"),

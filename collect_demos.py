@@ -268,6 +268,7 @@ def collect(args):
             args.task_suite, args.task_id = task.suite, task.index
         worker, args.n_demos = ReplayWorker, min(n_demos, args.n_demos or n_demos)
         args.setting, args.split = attributes.get("setting", "in_dist"), attributes.get("split") or None
+        args.part = attributes.get("part", "train")  # validation conditions stay what they are
         args.clean_scene = bool(attributes.get("clean_scene", False)) if args.clean_scene is None else args.clean_scene
     else:
         n_conditions = len(settings.conditions(args.setting, args.part, args.split))

@@ -100,11 +100,11 @@ def episode_predictions(policy, maps, demo, batch_size=16):
 
 
 def executed(gripper, demo, config):
-    """Of commands (N,) answered at every frame, those that a robot would execute (M,): it decides where the demonstration's waypoints
-    are reached, and holds what it decided until the next -> (commands of the decisions, the same held over the frames)."""
+    """Of commands (N,) answered at every frame, those that a robot would execute: it decides where the demonstration's waypoints are
+    reached, and holds what it decided until the next -> (commands of the decisions (M,), the same held over the frames (N,))."""
     frames, _ = decision_frames(demo, config)
     decided = gripper[frames]
-    return decided, np.repeat(decided, np.diff([*frames, max(frames[-1] + 1, min(len(gripper), len(demo)))]))
+    return decided, np.repeat(decided, np.diff([*frames, len(gripper)]))
 
 
 def bin_widths(policy):
@@ -172,12 +172,11 @@ def measure(policy, demos, features):
         target, _, mask, usable = labels(demo, c)
         found.append(episode_predictions(policy, maps, demo))
         last, true = np.flatnonzero(usable)[-1] + 1, rotvec_to_matrix(demo.ee_ori)[target[:, 0]]
-        closes, opens = transitions(found[-1]["gripper"][:last])
-        row["closes"].append(closes)
-        row["opens"].append(opens)
-        closes, opens = transitions(executed(found[-1]["gripper"], demo, c)[0])
-        row["executed_closes"].append(closes)
-        row["executed_opens"].append(opens)
+        gripper = found[-1]["gripper"]
+        for kind, commands in (("", gripper[:last]), ("executed_", executed(gripper, demo, c)[0])):
+            closes, opens = transitions(commands)
+            row[f"{kind}closes"].append(closes)
+            row[f"{kind}opens"].append(opens)
         known = mask & usable[:, None]
         whole, density = rotation_nats(policy, found[-1]["logits"][known], rotvec_to_matrix(demo.ee_ori)[target[known]])
         row["whole"].extend(whole)

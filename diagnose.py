@@ -16,10 +16,10 @@ from tqdm import tqdm
 import plots
 import smith300
 from camera import unproject
-from checkpoint import load_policy
+from checkpoint import load_policy, run_name
 from pages import markdown_table
 from runtime import UserError, command_line, git_commit, run_script, write_json
-from validation import decision_frames, free_run, to_pixels
+from validation import free_run, to_pixels
 
 PHASES = ("reach", "carry")
 
@@ -28,13 +28,12 @@ def one_step(policy, path, demo):
     """Errors of a policy at a demonstration's decisions -> {"phase" (N,) index into PHASES, "at" (N,2) px where the waypoint is,
     "offset" (N,2) px predicted minus true, "height" (N,) m likewise, "table" (N,) m, "gripper" (N,) bool right}."""
     run = free_run(policy, path, demo, policy.config, fed="measured")
-    frames, targets = decision_frames(demo, policy.config)
     at, predicted = (to_pixels(p, demo.K, demo.E) for p in (run["true"], run["predicted"]))
     level = unproject(*predicted.T, run["true"][:, 2], demo.K, demo.E)
     closed = demo.actions[:, 6] > 0
-    return {"phase": closed[np.maximum(np.array(frames) - 1, 0)].astype(int), "at": at, "offset": predicted - at,
+    return {"phase": closed[np.maximum(run["frames"] - 1, 0)].astype(int), "at": at, "offset": predicted - at,
             "height": run["predicted"][:, 2] - run["true"][:, 2], "table": np.linalg.norm((level - run["true"])[:, :2], axis=-1),
-            "gripper": run["gripper"] == closed[targets]}
+            "gripper": run["gripper"] == closed[run["targets"]]}
 
 
 def phase_row(found, phase):
@@ -66,7 +65,7 @@ def table(rows):
 
 def names_of(checkpoints):
     """A short name for each checkpoint: its run's folder, or its own name."""
-    names = [c.parent.name if c.name == "checkpoint.safetensors" else c.stem for c in checkpoints]
+    names = [run_name(c) for c in checkpoints]
     if len(set(names)) < len(names):
         raise UserError(f"--ckpt: two of {', '.join(names)} have one name; rename a folder")
     return names

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import plots
 import settings
-from checkpoint import load_policy, newest_checkpoint
+from checkpoint import load_policy, newest_checkpoint, run_name
 from camera import project, unproject
 from demos import GRIPPER_STEPS
 from expert import EXPERTS
@@ -289,7 +289,7 @@ def prepare(args):
     if args.n_episodes < 1 or args.layout == "benchmark" and args.n_episodes > available:
         raise UserError(f"--n_episodes {args.n_episodes}: {task.key} has {available} benchmark init states, use 1 to {available}")
     name = info.get("model_type", args.policy)
-    run = f"{args.ckpt.parent.name if args.ckpt.name == 'checkpoint.safetensors' else args.ckpt.stem}_" if args.ckpt else ""
+    run = f"{run_name(args.ckpt)}_" if args.ckpt else ""
     split = "" if args.split == settings.SPLITS[setting][0] else f"_{args.split}"
     kind = "" if args.variant == "task" else f"_{args.variant}"
     args.out = args.out or Path("runs/eval") / f"{run}{name}_{task.key}_{args.layout}{split}{kind}"

@@ -152,7 +152,7 @@ def free_run(policy, path, demo, config, fed="predicted"):
     and, as the last known EEF position, its own previous waypoint (fed="predicted") or the recorded one ("measured").
 
     Returns {"predicted" (N,3) m, "true" (N,3) m, "path" (M,3) the recorded positions up to the last gripper change,
-    "gripper" (N,) in {0, 1}, "frames", "aside" (M,) px from each recorded position to the predicted line, "in_view" (M,) whether the
+    "gripper" (N,) in {0, 1}, "frames" and "targets" (N,) of the decisions and their true waypoints, "aside" (M,) px from each recorded position to the predicted line, "in_view" (M,) whether the
     image shows it, "jerk_mm", "true_jerk_mm" (second differences of the waypoints), "px" (N,)}.
     """
     frames, targets = decision_frames(demo, config)
@@ -171,7 +171,7 @@ def free_run(policy, path, demo, config, fed="predicted"):
     policy.reset()
     predicted, true, path = np.array(predicted), demo.ee_pos[targets], demo.ee_pos[:targets[-1] + 1]
     to_px = lambda points: to_pixels(points, demo.K, demo.E)
-    return {"predicted": predicted, "true": true, "path": path, "gripper": np.array(gripper), "frames": np.array(frames),
+    return {"predicted": predicted, "true": true, "path": path, "gripper": np.array(gripper), "frames": np.array(frames), "targets": targets,
             "aside": distance_to_polyline(to_px(path), rollout_line(predicted, demo)),
             "in_view": ((to_px(path) >= 0) & (to_px(path) <= config.image_size - 1)).all(-1), "jerk_mm": 1000 * jerk(predicted),
             "true_jerk_mm": 1000 * jerk(true), "px": np.linalg.norm(to_px(predicted) - to_px(true), axis=-1)}

@@ -1,6 +1,5 @@
 """The comparison of rotation heads: its measures, and what it trains and what it leaves alone."""
 import json
-
 from types import SimpleNamespace
 
 import numpy as np

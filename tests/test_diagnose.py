@@ -35,7 +35,7 @@ def test_a_known_error_is_found_in_its_own_part(synthetic_demos, policy, monkeyp
     frames, targets = decision_frames(demo, policy.config)
     true, closed = demo.ee_pos[targets], demo.actions[:, 6] > 0
     u, v, _ = project(true, demo.K, demo.E)
-    answer = lambda points: {"true": true, "predicted": points, "gripper": closed[targets].astype(int)}
+    answer = lambda points: {"frames": np.array(frames), "targets": targets, "true": true, "predicted": points, "gripper": closed[targets].astype(int)}
     monkeypatch.setattr(diagnose, "free_run", lambda *a, **k: answer(unproject(u + 6, v, true[:, 2], demo.K, demo.E)))
     aside = one_step(policy, synthetic_demos, demo)
     monkeypatch.setattr(diagnose, "free_run", lambda *a, **k: answer(unproject(u, v, true[:, 2] + 0.01, demo.K, demo.E)))

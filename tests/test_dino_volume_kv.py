@@ -309,7 +309,7 @@ def test_stats_are_read_with_numpy_alone(deployed):
 
 @pytest.mark.parametrize("true", [0.0, 0.4, 3.3, 20.0, 46.7, 47.0])
 def test_rotations_are_decoded_between_bins(true):
-    """A Gaussian's own centre comes back, within a third of a bin where a bin's centre may be half a bin off, also near an end."""
+    """A Gaussian's own centre comes back, in the middle closer than the bin's centre, which may be half a bin off; near an end never farther."""
     logits = -0.5 * ((torch.arange(48) - true) / 2.0) ** 2
     assert abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.45 and abs(symmetric_soft_argmax(logits, 0).item() - true) <= 0.5
     if 5 < true < 42:
