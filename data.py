@@ -7,10 +7,13 @@ would teach a fixed point, and a policy that mistakes a hover for it never moves
 is left out too (`retreat`): without memory, rising from the placed bowl looks like the approach to it, played backwards.
 With `stay` both are trained on: where a demonstration ends by staying, a label is where it stays, `waypoint_stride` steps later.
 """
+import math
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+import camera
 import demos as demo_files
 import smith300
 from backbone import feature_cache
@@ -19,6 +22,29 @@ from rot_utils import circular_mean, matrix_to_euler, rotvec_to_matrix, wrap_ang
 from runtime import UserError
 
 STILL = 0.01  # metres
+
+
+def shifted_sideways(batch, limit, rng, image_size):
+    """A batch whose images are moved sideways, each by its own number of pixels, the camera's principal point with them.
+
+    Exact but for the columns that come into view, which repeat the edge's: a cell, a height and the rays through them mean what
+    they meant, and no place in the image is the table's own any more. Feature maps are moved by whole cells of the coarsest.
+    limit: at most so many pixels, fewer where the EEF or a waypoint would leave the image; rng: numpy Generator.
+    """
+    features, K, E = batch["features"], batch["K"], batch["E"]
+    cell = image_size // min(maps.shape[-1] for maps in features)
+    points = torch.cat([batch[k].reshape(len(K), -1, 3).double() for k in ("eef_pos", "target_pos")], 1)
+    u, _, _ = camera.project(points, K.reshape(len(K), -1, 3, 3)[:, :1], E.reshape(len(E), -1, 4, 4)[:, :1])
+    least, most = ((x / cell).clamp(-limit / cell, limit / cell) for x in (-u.amin(1), image_size - u.amax(1)))
+    columns = [int(rng.integers(math.ceil(min(a, 0)), math.floor(max(b, 0)) + 1)) for a, b in zip(least.tolist(), most.tolist())]
+    moved = []
+    for maps in features:
+        width = maps.shape[-1]
+        step = cell * width // image_size
+        moved.append(torch.stack([m[..., (torch.arange(width) - n * step).clamp(0, width - 1)] for m, n in zip(maps, columns)]))
+    K = K.clone()
+    K[..., 0, 2] += cell * torch.tensor(columns, dtype=K.dtype).view(-1, *[1] * (K.ndim - 3))
+    return {**batch, "features": moved, "K": K}
 
 
 def gripper_segments(actions):

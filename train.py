@@ -28,6 +28,7 @@ import finetune
 import plots
 from backbone import Backbone, resolve_backbone
 from checkpoint import load_tensors, save_policy, save_tensors
+from data import shifted_sideways
 from policy import add_config_flags
 from registry import REGISTRY, look_up
 from runtime import (RunLogger, StopSignal, UserError, append_jsonl, autocast, command_line, git_commit, init_distributed,
@@ -52,6 +53,7 @@ def build_parser(config_class=None):
     parser.add_argument("--frame_stride", type=int, default=2, help="train on every k-th frame of a demonstration")
     parser.add_argument("--val_fraction", type=float, default=0.15, help="share of demonstrations held out")
     parser.add_argument("--mirror", action="store_true", help="train on each demonstration's reflection in the robot's plane of symmetry too")
+    parser.add_argument("--shift_aug", type=float, default=0, metavar="PX", help="train on images moved sideways by up to so many pixels, each by its own")
     parser.add_argument("--batch_size", type=int, default=16, help="samples a step, over all processes")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight_decay", type=float, default=0.01)
@@ -298,8 +300,11 @@ def train(args, config_class):
         rate = learning_rate(args, step, minutes)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        batch = train_set.batch(indices)
+        if args.shift_aug > 0:  # drawn from (seed, step), so that a resumed run sees the same
+            batch = shifted_sideways(batch, args.shift_aug, np.random.default_rng([args.seed, step, dist.rank]), config.image_size)
         with autocast(dist.device, args.precision):
-            parts = module(to_device(train_set.batch(indices), dist.device))
+            parts = module(to_device(batch, dist.device))
         if not torch.isfinite(parts["loss"]):
             raise UserError(f"the loss is {parts['loss'].item()} at step {step}; the last saved state stays, lower --lr")
         optimizer.zero_grad(set_to_none=True)

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import camera
 import demos as demo_files
 from conftest import CLOSES, OPENS, PUSHED, SIZE, write_synthetic_demos
-from data import WaypointDataset, gripper_segments, waypoint_labels
+from data import WaypointDataset, gripper_segments, shifted_sideways, waypoint_labels
+from data_ar import WindowDataset
 from demos import GRIPPER_STEPS, read_demos
 from model import ParaConfig
+from model_autoregressive import AutoregressiveConfig
 from rot_utils import rotation_angle, rotvec_to_matrix
 from runtime import UserError
 
@@ -193,6 +196,44 @@ def test_samples_carry_their_own_frame(dataset):
             image = demo_files.read_images(dataset.path, file, demo.name, [frame])
         live = dataset.backbone(torch.from_numpy(image))
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch["features"], live))
+
+
+@pytest.fixture(scope="module")
+def windows(dataset, tmp_path_factory):
+    return WindowDataset(dataset.path, dataset.demos, AutoregressiveConfig(image_size=SIZE, context=3), dataset.backbone,
+                          cache=tmp_path_factory.mktemp("cache"), progress=False)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "windows"])
+def test_images_moved_sideways_are_the_same_geometry(kind, request):
+    """Feature columns and projected pixels move by the same number of cells, so that what a cell, a height and a ray mean stays
+    true; nothing to be localised leaves the image, the limit holds, shifts differ, and the given batch is left alone."""
+    dataset, limit = request.getfixturevalue(kind), 40
+    before = dataset.batch(np.arange(0, len(dataset), 2))
+    kept = {"K": before["K"].clone(), "features": [m.clone() for m in before["features"]]}
+    after = shifted_sideways(before, limit, np.random.default_rng(0), SIZE)
+    assert torch.equal(before["K"], kept["K"]) and all(map(torch.equal, before["features"], kept["features"]))
+    lead = lambda x, n: x.reshape(len(before["K"]), -1, *x.shape[-n:])
+    moved, found = [], set()
+    for key in ("eef_pos", "target_pos"):
+        points = lead(before[key], 1)
+        old, new = (camera.project(points, lead(b["K"], 2)[:, :1], lead(b["E"], 2)[:, :1]) for b in (before, after))
+        assert torch.equal(old[1], new[1]) and (new[0] >= 0).all() and (new[0] <= SIZE).all()
+        moved.append(new[0] - old[0])
+    moved = torch.cat(moved, 1)
+    assert torch.allclose(moved, moved[:, :1], atol=1e-9) and moved.abs().max() <= limit
+    for sample, pixels in enumerate(moved[:, 0].tolist()):
+        for old, new in zip(before["features"], after["features"]):
+            width = old.shape[-1]
+            columns = round(pixels * width / SIZE)
+            assert abs(columns - pixels * width / SIZE) < 1e-6
+            source = np.clip(np.arange(width) - columns, 0, width - 1)
+            np.testing.assert_array_equal(new[sample], old[sample][..., source])
+            found.add(columns)
+    assert min(found) < 0 < max(found)
+    again = shifted_sideways(before, limit, np.random.default_rng(0), SIZE)
+    assert torch.equal(again["K"], after["K"])
+    assert torch.equal(shifted_sideways(before, 0, np.random.default_rng(0), SIZE)["K"], before["K"])
 
 
 def test_frame_stride_thins_the_frames(dataset, tmp_path):
