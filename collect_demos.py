@@ -349,13 +349,15 @@ def build_parser():
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.survey:
         args.n_demos = args.n_demos or 50
         return survey(args.survey, args.n_tasks, args.n_demos, args.workers)
-    if args.replay and (args.format != "libero" or args.grasp != "side" or args.variant != "task" or args.setting != "in_dist"):
-        raise UserError("--replay re-renders recorded states into an HDF5 file: --format, --grasp, --variant and --setting have no "
-                        "meaning with it")
+    drawn = [f"--{name}" for name in ("format", "grasp", "variant", "setting", "part", "split", "start_jitter", "start_spread", "push_rate",
+                                      "layout_spread", "video") if getattr(args, name) != parser.get_default(name)]
+    if args.replay and drawn:
+        raise UserError(f"--replay re-renders recorded states into an HDF5 file: {', '.join(drawn)} would have no effect; leave it out")
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
     if not args.replay:
         args.split = settings.resolve_split(args.setting, args.split)

@@ -212,7 +212,9 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
             ["--ckpt", str(tmp_path / "run" / "checkpoint.safetensors"), "--layout", "viewpoint", "--split", "hemisphere"]))
     with h5py.File(tmp_path / "views.hdf5", "r+") as file:
         del file["data/demo_0"]
+        file["data"].attrs["part"] = "val"
     run("collect_demos.py", "--replay", "views.hdf5", "--image_size", 64, "--out", "small.hdf5", cwd=tmp_path)
-    again, _ = demos.read_demos(tmp_path / "small.hdf5", 64)
+    again, kept = demos.read_demos(tmp_path / "small.hdf5", 64)
+    assert kept["part"] == "val" and kept["setting"] == "viewpoint"  # else what judges would be trained on
     np.testing.assert_allclose(again[0].E, found[1].E, atol=1e-6)
     assert again[0].attrs["theta"] == found[1].attrs["theta"]

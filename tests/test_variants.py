@@ -3,6 +3,7 @@ import h5py
 import numpy as np
 import pytest
 
+import collect_demos
 import eval as evaluation
 from conftest import write_synthetic_demos
 from data import held_frames, waypoint_labels
@@ -94,6 +95,8 @@ def test_what_has_no_meaning_is_refused():
     for policy in ("blind", "oracle"):
         with pytest.raises(UserError, match=f"--policy {policy}"):
             evaluation.prepare(evaluation.build_parser().parse_args(["--policy", policy, "--variant", "lift_once"]))
+    with pytest.raises(UserError, match="--setting, --start_spread would have no effect"):  # in a replay
+        collect_demos.main(["--replay", "some.hdf5", "--setting", "position", "--start_spread", "0.3"])
 
 
 def test_the_variant_travels_from_data_to_evaluation(tmp_path):
