@@ -35,10 +35,14 @@ INCIDENTAL = re.compile(r" --(workers|n_episodes|n_videos) \S+")  # flags that l
 
 
 class Row(NamedTuple):
-    """A policy: its --model_type and further flags of its training; or an untrained one, its --policy."""
+    """A policy: its --model_type and further flags of its training; or an untrained one, its --policy.
+
+    start_spread: where it is trained on demonstrations of its own, --start_spread of theirs, in metres.
+    """
     model_type: str = None
     flags: tuple = ()
     policy: str = None
+    start_spread: float = 0
 
 
 class Column(NamedTuple):
@@ -66,10 +70,13 @@ ROWS = {
     "blind": Row(policy="blind"), "oracle": Row(policy="oracle"), "expert": Row(policy="expert"),
     "para": Row("para"), "act": Row("act"), "a_mlp": Row("autoregressive", ("--head", "mlp")),
     "a_pointer": Row("autoregressive", ("--head", "pointer")), "b": Row("voxel_ar"), "c": Row("voxel_ar_rel"), "d": Row("dino_volume_kv"),
-    # attempts to lift `position`: the same trained on reflections too
+}
+ATTEMPTS = {  # to lift `position`; they run only where asked for
     "para_mirror": Row("para", ("--mirror",)), "a_pointer_mirror": Row("autoregressive", ("--head", "pointer", "--mirror")),
     "b_mirror": Row("voxel_ar", ("--mirror",)), "c_mirror": Row("voxel_ar_rel", ("--mirror",)),
+    "para_shift_aug": Row("para", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), start_spread=0.3),
 }
+ROWS.update(ATTEMPTS)
 COLUMNS = {
     "in_dist": Column("in_dist", {"benchmark": 50, "shifted": 50}), "viewpoint": Column("viewpoint", {"viewpoint": 64}),
     "viewpoint_shifted": Column("viewpoint", {"viewpoint_shifted": 64}), "position": Column("position", {"position": 100}),
@@ -79,6 +86,7 @@ COLUMNS = {
     "pro_object": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_object"),  # bowls and plate look different
 }
 REFERENCE = "para"
+STARTS = "_starts"  # what the name of demonstrations ends in whose arm starts elsewhere
 CELLS = list(dict.fromkeys(column.cell(layout) for column in COLUMNS.values() for layout in column.layouts))
 
 
@@ -196,21 +204,22 @@ class Plan:
     def weights(self):
         return ["--backbone_weights", self.args.backbone_weights] if self.args.backbone_weights else []
 
-    def dataset(self, column):
-        """(file, the node that collects it or None)."""
-        args, data = self.args, column.data
+    def dataset(self, row, column):
+        """(its name, its file, the node that collects it or None)."""
+        args, data = self.args, column.data + STARTS * bool(row.start_spread)
         if data in args.dataset:
-            return Path(args.dataset[data]), None
+            return data, Path(args.dataset[data]), None
         out = args.out / "demos" / f"{data}.hdf5"
         command = python("collect_demos.py", "--setting", column.setting, *(["--split", column.split] if column.split else []),
+                         *(["--start_spread", row.start_spread] if row.start_spread else []),
                          *(["--n_demos", args.n_demos] if args.n_demos else []),
                          "--workers", args.workers, *args.collect_flags, "--out", out)
-        return out, self.add(f"collect-{data}", command, lacks=lambda: lacks_dataset(out, command), cpus=args.workers)
+        return data, out, self.add(f"collect-{data}", command, lacks=lambda: lacks_dataset(out, command), cpus=args.workers)
 
     def training(self, name, row, column, seed):
         """(node, run folder, argv)."""
-        args, data = self.args, column.data
-        dataset, collected = self.dataset(column)
+        args = self.args
+        data, dataset, collected = self.dataset(row, column)
         run = args.out / "runs" / f"{name}-{data}-s{seed}"
         minutes = args.train_minutes or MINUTES[args.preset]
         command = python("train.py", "--model_type", row.model_type, *row.flags, "--preset", args.preset,
@@ -254,7 +263,7 @@ def assignments(words, known, flag):
 
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[r for r in ROWS if r != "expert" and not r.endswith("_mirror")])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[r for r in ROWS if r != "expert" and r not in ATTEMPTS])
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=["in_dist", "viewpoint", "position"])
     parser.add_argument("--preset", choices=("small", "full"), default="small", help="small for two CPU cores, full for a GPU")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of training")
@@ -265,7 +274,7 @@ def build_parser():
     parser.add_argument("--n_episodes", type=int, help="episodes of every cell (50, viewpoint 64, position 100)")
     parser.add_argument("--n_videos", type=int, default=2, help="episodes of every cell that are filmed")
     parser.add_argument("--dataset", nargs="+", default=[], metavar="SETTING=FILE",
-                        help="demonstrations that are there already; of another split SETTING_SPLIT=FILE")
+                        help="demonstrations that are there already; of another split SETTING_SPLIT=FILE, with other starts SETTING_starts=FILE")
     parser.add_argument("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS",
                         help='further flags of a row\'s training, as act="--lr 5e-4"')
     for step, script in (("collect", "collect_demos.py"), ("train", "train.py"), ("eval", "eval.py")):
@@ -288,7 +297,7 @@ def build_parser():
 
 def parse_args(argv=None):
     args = build_parser().parse_args(argv)
-    args.dataset = assignments(args.dataset, {c.data: 0 for c in COLUMNS.values()}, "--dataset")
+    args.dataset = assignments(args.dataset, [c.data + end for c in COLUMNS.values() for end in ("", STARTS)], "--dataset")
     args.row_flags = {k: shlex.split(v) for k, v in assignments(args.row_flags, ROWS, "--row_flags").items()}
     for name in ("collect_flags", "train_flags", "eval_flags"):
         setattr(args, name, shlex.split(getattr(args, name)))

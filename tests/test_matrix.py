@@ -205,6 +205,18 @@ def test_reflections_are_rows_of_their_own(tmp_path):
     assert sum(n.startswith("collect") for n in nodes) == 1 and not [n for n in plan("--out", str(tmp_path)) if "mirror" in n]
 
 
+def test_other_starts_are_demonstrations_of_their_own(tmp_path):
+    """The attempt with shifted images is trained on demonstrations that start elsewhere and tested on the same cell as PARA."""
+    nodes = plan("--out", str(tmp_path), "--rows", "para", "para_shift_aug", "--columns", "position")
+    collect, train = nodes["collect-position_starts"].command, nodes["train-para_shift_aug-position_starts-s0"].command
+    assert "--start_spread 0.3" in shlex.join(collect) and collect[-1] == train[train.index("--dataset") + 1]
+    assert "--shift_aug 128" in shlex.join(train) and "--start_spread" not in nodes["collect-position"].command
+    assert nodes["eval-para_shift_aug-position-s0"].deps == ("train-para_shift_aug-position_starts-s0",)
+    given = plan("--out", str(tmp_path), "--rows", "para_shift_aug", "--columns", "position", "--dataset", f"position_starts={__file__}")
+    assert not [n for n in given if n.startswith("collect")]
+    assert not [n for n in plan("--out", str(tmp_path)) if "shift_aug" in n or "starts" in n]
+
+
 def test_pro_suites_and_other_splits_are_columns(tmp_path):
     """LIBERO-PRO's suites test what in_dist trained, splits have demonstrations and trainings of their own; the plain columns'
     commands, by which finished cells are known, have neither flag; the table knows every cell."""

@@ -114,10 +114,12 @@ def test_run_folder_holds_everything(trained):
 
 
 def test_train_resumes_bit_identically(collected, tmp_path):
-    """A run stopped by SIGTERM, then killed by SIGKILL, then resumed ends with the weights of an uninterrupted one."""
-    run(*train_flags(collected[0], "whole", 40), cwd=tmp_path)
+    """A run stopped by SIGTERM, then killed by SIGKILL, then resumed ends with the weights of an uninterrupted one, augmentations drawn
+    at random included."""
+    flags = lambda folder: (*train_flags(collected[0], folder, 40), "--mirror", "--shift_aug", 32)
+    run(*flags("whole"), cwd=tmp_path)
     metrics = tmp_path / "broken" / "metrics.jsonl"
-    code = interrupt(train_flags(collected[0], "broken", 40), tmp_path, metrics.exists, signal.SIGTERM)
+    code = interrupt(flags("broken"), tmp_path, metrics.exists, signal.SIGTERM)
     assert code == 0  # SIGTERM saves and leaves in order
     state = tmp_path / "broken" / "state.safetensors"
     first = state.stat().st_mtime_ns
