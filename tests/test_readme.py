@@ -62,6 +62,7 @@ def test_readme_command_runs(line, collected, trained, synthetic_episodes, tmp_p
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     if "--replay" in words:
         (tmp_path / "OFFICIAL.hdf5").symlink_to(collected[0])
+        small = ["--n_demos", "1", "--image_size", SIZE]
     elif script == "collect_demos.py" and "--survey" not in words:
         small = [*small, "--out", "fresh.hdf5"]
     if "dino_volume_kv_full" in words or script == "compare_rotation.py":
