@@ -27,6 +27,7 @@ import demos
 import plots_settings
 import settings
 import smith300
+from camera import project
 from expert import EXPERTS, servo_action
 from libero_env import JOINT_JITTER, OPEN, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
@@ -37,6 +38,7 @@ from workers import run_jobs
 
 MAX_STEPS = 250
 DISPLACE_STEPS = 60
+IN_VIEW = 0.1  # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
 VAL_DEMO_SEED = 40_000_000  # layouts of validation demonstrations: no training demonstration's, and none of eval.py's
 PUSHABLE = ("rise", "hover", "descend", "lift", "carry", "lower", "retract")  # not in gripper holds
 
@@ -124,12 +126,25 @@ class ExpertWorker:
                 break
             scene.step(servo_action(eef, target, OPEN))
 
+    def turn(self, rng):
+        """Turn the camera about the robot's base by up to +- turn_spread degrees, by an angle at which EEF, object and goal stay in the
+        image. Where every object stands to one side of the robot, an arm's looks alone would tell which way to go."""
+        scene, spread = self.scene, self.args.turn_spread
+        points = np.stack([scene.observe(image=False).eef_pos, *(scene.position(n) for n in (scene.pick, scene.place) if n)])
+        K, E = scene.camera()
+        for degrees in rng.uniform(-spread, spread, 50):
+            u, v, _ = project(points, K, settings.turned(E, degrees, scene.position_of_base()[:2]))
+            if min(u.min(), v.min()) > IN_VIEW * scene.image_size and max(u.max(), v.max()) < (1 - IN_VIEW) * scene.image_size:
+                return scene.turn_camera(degrees)
+
     def record(self, rng):
         """Run the expert from the current state -> Recorder, or None if it failed."""
         scene, recorder = self.scene, Recorder(self.scene)
         scene.begin_episode(scene.state())
         if self.args.start_spread:
             self.displace(rng)
+        if self.args.turn_spread:
+            self.turn(rng)
         expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
         account = new_account(scene, self.args.variant)
         for _ in range(MAX_STEPS):
@@ -336,6 +351,7 @@ def build_parser():
                         help="without distractors and unused fixtures (only for the settings viewpoint and position)")
     parser.add_argument("--start_jitter", type=float, default=JOINT_JITTER, help="std of the start joints, rad")
     parser.add_argument("--start_spread", type=float, default=0.0, help="start with the EEF moved by up to +- m along y, a third of it along x")
+    parser.add_argument("--turn_spread", type=float, default=0.0, help="turn the camera about the robot's base, by up to +- degrees")
     parser.add_argument("--push_rate", type=float, default=0.15, help="pushes per 10 control steps of free motion")
     parser.add_argument("--layout_spread", type=float, default=0.0, help="further uniform shift of each task object, +- m")
     parser.add_argument("--grasp", default="side", choices=list(EXPERTS), help="side: always the bowl's -y rim; rim: around it, see expert.rim_angle")
@@ -354,7 +370,7 @@ def main(argv=None):
     if args.survey:
         args.n_demos = args.n_demos or 50
         return survey(args.survey, args.n_tasks, args.n_demos, args.workers)
-    drawn = [f"--{name}" for name in ("format", "grasp", "variant", "setting", "part", "split", "start_jitter", "start_spread", "push_rate",
+    drawn = [f"--{name}" for name in ("format", "grasp", "variant", "setting", "part", "split", "start_jitter", "start_spread", "turn_spread", "push_rate",
                                       "layout_spread", "video") if getattr(args, name) != parser.get_default(name)]
     if args.replay and drawn:
         raise UserError(f"--replay re-renders recorded states into an HDF5 file: {', '.join(drawn)} would have no effect; leave it out")

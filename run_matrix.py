@@ -37,12 +37,12 @@ INCIDENTAL = re.compile(r" --(workers|n_episodes|n_videos) \S+")  # flags that l
 class Row(NamedTuple):
     """A policy: its --model_type and further flags of its training; or an untrained one, its --policy.
 
-    start_spread: where it is trained on demonstrations of its own, --start_spread of theirs, in metres.
+    demos: where it is trained on demonstrations of its own, which of OWN_DEMOS.
     """
     model_type: str = None
     flags: tuple = ()
     policy: str = None
-    start_spread: float = 0
+    demos: str = ""
 
 
 class Column(NamedTuple):
@@ -74,7 +74,10 @@ ROWS = {
 ATTEMPTS = {  # to lift `position`; they run only where asked for
     "para_mirror": Row("para", ("--mirror",)), "a_pointer_mirror": Row("autoregressive", ("--head", "pointer", "--mirror")),
     "b_mirror": Row("voxel_ar", ("--mirror",)), "c_mirror": Row("voxel_ar_rel", ("--mirror",)),
-    "para_shift_aug": Row("para", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), start_spread=0.3),
+    "para_shift_aug": Row("para", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="starts"),
+    "para_turned": Row("para", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="turns"),
+    "a_turned": Row("autoregressive", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="turns"),
+    "c_turned": Row("voxel_ar_rel", ("--shift_aug", "128",), demos="turns"),
 }
 ROWS.update(ATTEMPTS)
 COLUMNS = {
@@ -86,7 +89,10 @@ COLUMNS = {
     "pro_object": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_object"),  # bowls and plate look different
 }
 REFERENCE = "para"
-STARTS = "_starts"  # what the name of demonstrations ends in whose arm starts elsewhere
+OWN_DEMOS = {  # flags of their collection; the name of the dataset ends in theirs
+    "starts": ("--start_spread", "0.3"),  # the arm starts elsewhere
+    "turns": ("--start_spread", "0.3", "--turn_spread", "40"),  # and is seen from elsewhere about the robot's base
+}
 CELLS = list(dict.fromkeys(column.cell(layout) for column in COLUMNS.values() for layout in column.layouts))
 
 
@@ -206,12 +212,12 @@ class Plan:
 
     def dataset(self, row, column):
         """(its name, its file, the node that collects it or None)."""
-        args, data = self.args, column.data + STARTS * bool(row.start_spread)
+        args, data = self.args, "_".join(filter(None, [column.data, row.demos]))
         if data in args.dataset:
             return data, Path(args.dataset[data]), None
         out = args.out / "demos" / f"{data}.hdf5"
         command = python("collect_demos.py", "--setting", column.setting, *(["--split", column.split] if column.split else []),
-                         *(["--start_spread", row.start_spread] if row.start_spread else []),
+                         *OWN_DEMOS.get(row.demos, ()),
                          *(["--n_demos", args.n_demos] if args.n_demos else []),
                          "--workers", args.workers, *args.collect_flags, "--out", out)
         return data, out, self.add(f"collect-{data}", command, lacks=lambda: lacks_dataset(out, command), cpus=args.workers)
@@ -297,7 +303,7 @@ def build_parser():
 
 def parse_args(argv=None):
     args = build_parser().parse_args(argv)
-    args.dataset = assignments(args.dataset, [c.data + end for c in COLUMNS.values() for end in ("", STARTS)], "--dataset")
+    args.dataset = assignments(args.dataset, ["_".join(filter(None, [c.data, own])) for c in COLUMNS.values() for own in ("", *OWN_DEMOS)], "--dataset")
     args.row_flags = {k: shlex.split(v) for k, v in assignments(args.row_flags, ROWS, "--row_flags").items()}
     for name in ("collect_flags", "train_flags", "eval_flags"):
         setattr(args, name, shlex.split(getattr(args, name)))

@@ -72,6 +72,18 @@ def orbit(E, theta, phi):
     return moved
 
 
+def turned(E, degrees, axis):
+    """Camera-to-world E (4,4) turned by `degrees` about the vertical line through axis (2,) m, counterclockwise seen from above.
+
+    About a robot's base it is as if the world, robot and all, were turned the other way: how an arm looks no longer tells on which
+    side of the robot it is.
+    """
+    (c, s), turn = (np.cos(np.radians(degrees)), np.sin(np.radians(degrees))), np.eye(4)
+    turn[:2, :2] = [[c, -s], [s, c]]
+    turn[:2, 3] = np.asarray(axis) - turn[:2, :2] @ axis
+    return turn @ E
+
+
 def expert_line(step=0.005):
     """Points (N,3) every `step` metres along the expert's path from START through KEY_POINTS."""
     corners = np.concatenate([START[None], KEY_POINTS])

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import demos as demo_files
+import settings
 from helpers import ROOT, SIZE, interrupt, run, train_flags
 
 # -- collect_demos.py ------------------------------------------------------------------------------------------------------
@@ -49,10 +50,25 @@ def test_demonstrations_can_start_beside_the_start(tmp_path):
     assert (np.abs(moved[:, 1]) < 0.35).all() and np.abs(moved[:, 1]).max() > 0.05 and (np.abs(moved[:, 0]) < 0.15).all() and (np.abs(moved[:, 2]) < 0.05).all()
 
 
+def test_demonstrations_can_be_seen_from_cameras_turned_about_the_robot(tmp_path):
+    """--turn_spread: cameras of their own, as far from the robot's base as agentview, as high and as steep, whose images show the robot where
+    they say."""
+    run("collect_demos.py", "--turn_spread", 40, "--n_demos", 2, "--image_size", SIZE, "--workers", 1, "--push_rate", 0, "--out", "turned.hdf5", cwd=tmp_path)
+    path, base, (_, E) = tmp_path / "turned.hdf5", np.array([-0.66, 0.0]), settings.default_camera()
+    cameras = np.stack([d.E for d in demo_files.read_demos(path, int(SIZE))[0]])
+    away = cameras[:, :2, 3] - base
+    turns = np.degrees(np.arctan2(away[:, 1], away[:, 0]))
+    assert (np.abs(turns) < 40).all() and np.ptp(turns) > 3
+    assert np.allclose(np.linalg.norm(away, axis=1), E[0, 3] - base[0], atol=0.01) and np.allclose(cameras[:, 2], E[2], atol=1e-3)
+    for camera, turn in zip(cameras, turns):
+        assert np.allclose(settings.turned(E, turn, base), camera, atol=0.01)
+    test_images_show_the_eef_where_the_camera_says([path])
+
+
 def test_images_show_the_eef_where_the_camera_says(collected):
     """Images are upright and not mirrored: they change most where the projected gripper moves."""
     from camera import project
-    found, _ = demo_files.read_demos(collected[0])
+    found, _ = demo_files.read_demos(collected[0], int(SIZE))
     with demo_files.open_demos(collected[0]) as file:
         demo = found[0]
         images = demo_files.read_images(collected[0], file, demo.name, [0, 30]).astype(float)
