@@ -21,6 +21,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from rot_utils import matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError
 
 FORMAT = "para-libero-1"
@@ -66,6 +67,24 @@ def mirrored(demo):
     E[:3, :3] = flip[:, None] * E[:3, :3] * np.array([-1.0, 1, 1])  # the camera's own x is reflected too, or it would be left-handed
     E[:3, 3] = flip * E[:3, 3]
     return replace(demo, name=demo.name + MIRRORED, actions=actions, ee_pos=demo.ee_pos * flip, ee_ori=demo.ee_ori * turn, K=K, E=E)
+
+
+def turned_back(demo, E):
+    """A Demo whose world is moved until its camera is at camera-to-world E (4,4), by a turn about a vertical and a shift along the floor.
+
+    Positions, rotations and commands move along, heights and what the image shows stay: demonstrations whose cameras were turned about the
+    robot (`collect_demos.py --turn_spread`) come to show robots turned before one camera. `states` stay as recorded.
+    Raises UserError where such a move does not take one camera to the other.
+    """
+    move = E @ np.linalg.inv(demo.E)
+    turn = move[:3, :3]
+    if np.abs(turn[2] - [0, 0, 1]).max() > 1e-3 or abs(move[2, 3]) > 2e-3:
+        raise UserError(f"{demo.name}: its camera is higher or steeper than agentview, no turn about a vertical takes one to the other; "
+                        "leave --turn_back out")
+    actions = demo.actions.copy()
+    actions[:, :3], actions[:, 3:6] = actions[:, :3] @ turn.T, actions[:, 3:6] @ turn.T
+    return replace(demo, actions=actions, ee_pos=demo.ee_pos @ turn.T + move[:3, 3], ee_ori=matrix_to_rotvec(turn @ rotvec_to_matrix(demo.ee_ori)),
+                   E=np.array(E, dtype=float))
 
 
 def write_demo(group, demo, images):

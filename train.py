@@ -26,6 +26,7 @@ from tqdm import tqdm
 import demos as demo_files
 import finetune
 import plots
+import settings
 from backbone import Backbone, resolve_backbone
 from checkpoint import load_tensors, save_policy, save_tensors
 from data import shifted_sideways
@@ -54,6 +55,7 @@ def build_parser(config_class=None):
     parser.add_argument("--val_fraction", type=float, default=0.15, help="share of demonstrations held out")
     parser.add_argument("--mirror", action="store_true", help="train on each demonstration's reflection in the robot's plane of symmetry too")
     parser.add_argument("--shift_aug", type=float, default=0, metavar="PX", help="train on images moved sideways by up to so many pixels, each by its own")
+    parser.add_argument("--turn_back", action="store_true", help="turn each demonstration's world until its camera is where agentview is (--turn_spread)")
     parser.add_argument("--batch_size", type=int, default=16, help="samples a step, over all processes")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight_decay", type=float, default=0.01)
@@ -174,10 +176,9 @@ def profile_steps(policy, dataset, device, precision):
     return rows
 
 
-def protocol_reference(dataset, side=56):
-    """A training frame's state, camera and small image. eval.py renders the state and compares: a flip cannot go unnoticed.
+def protocol_reference(dataset, demo, side=56):
+    """A recorded frame's state, camera and small image. eval.py renders the state and compares: a flip cannot go unnoticed.
     Recordings of a real robot have no states to render."""
-    demo = dataset.demos[0]
     if not demo.states.size:
         return {}
     image = dataset._images(demo.name, [0])[0]
@@ -223,9 +224,10 @@ def train(args, config_class):
     if attributes.get("variant") == "lift_once" and not config.stay:
         config.stay = True
         print(f"{args.dataset}: its demonstrations end by staying where they are, so that is trained too (--stay)")
-    train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
-    if args.mirror and getattr(config, "rotation", "euler") == "pca":
-        raise UserError("--mirror: turns rotations to the other side of the principal axis's mean, where the basis was not computed; "
+    used = [demo_files.turned_back(d, settings.default_camera()[1]) for d in all_demos] if args.turn_back else all_demos
+    train_demos, val_demos = demo_files.split_demos(used, args.val_fraction)
+    if (args.mirror or args.turn_back) and getattr(config, "rotation", "euler") == "pca":
+        raise UserError(f"{'--mirror' if args.mirror else '--turn_back'}: turns rotations to the other side of the principal axis's mean, where the basis was not computed; "
                         "leave it out, or give --rotation euler")
     shown_demos = train_demos + [demo_files.mirrored(d) for d in train_demos] if args.mirror else train_demos
     asked = config.backbone
@@ -275,7 +277,7 @@ def train(args, config_class):
     profile = profile_steps(policy, train_set, dist.device, args.precision) if dist.is_main and not args.resume else None
     if profile:
         append_jsonl(folder / "profile.jsonl", {"device": dist.device, "rows": profile})
-    reference = protocol_reference(train_set)
+    reference = protocol_reference(train_set, next(d for d in all_demos if d.name == train_demos[0].name))
 
     module = torch.nn.parallel.DistributedDataParallel(policy) if dist.world > 1 else policy
     module = torch.compile(module) if args.compile else module

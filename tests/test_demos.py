@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import demos
+import settings
 import smith300
 from conftest import OPENS, PUSHED, SIZE, STEPS, agentview, write_synthetic_demos
 from camera import project
@@ -225,3 +226,23 @@ def test_a_mirrored_demonstration_is_the_same_geometry_left_to_right(tmp_path):
     twice = demos.mirrored(dataclasses.replace(other, name=demo.name))
     for key in ("ee_pos", "ee_ori", "actions", "K", "E"):
         np.testing.assert_allclose(getattr(twice, key), getattr(demo, key), atol=1e-12)
+
+
+def test_a_demonstration_turned_back_shows_the_same_through_another_camera(tmp_path):
+    """Every position keeps its pixel, depth and height, rotations and commands stay what they are to the camera, and a camera that is
+    higher or steeper is refused."""
+    path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
+    demo = demos.read_demos(path)[0][0]
+    target = settings.turned(demo.E, 25, [-0.66, 0.1])
+    other = demos.turned_back(demo, target)
+    np.testing.assert_array_equal(other.E, target)
+    np.testing.assert_allclose(project(other.ee_pos, other.K, other.E), project(demo.ee_pos, demo.K, demo.E), atol=1e-9)
+    np.testing.assert_allclose(other.ee_pos[:, 2], demo.ee_pos[:, 2], atol=1e-9)
+    seen = lambda d, vectors: vectors @ d.E[:3, :3]
+    for part in (slice(0, 3), slice(3, 6)):
+        np.testing.assert_allclose(seen(other, other.actions[:, part]), seen(demo, demo.actions[:, part]), atol=1e-9)
+    np.testing.assert_allclose(other.E[:3, :3].T @ rotvec_to_matrix(other.ee_ori), demo.E[:3, :3].T @ rotvec_to_matrix(demo.ee_ori), atol=1e-9)
+    np.testing.assert_array_equal(other.actions[:, 6], demo.actions[:, 6])
+    assert np.abs(other.ee_pos - demo.ee_pos)[:, :2].max() > 0.05
+    with pytest.raises(UserError, match="leave --turn_back out"):
+        demos.turned_back(demo, settings.orbit(settings.default_camera()[1], 20, 0))
