@@ -212,9 +212,10 @@ def test_other_starts_are_demonstrations_of_their_own(tmp_path):
     assert "--start_spread 0.3" in shlex.join(collect) and collect[-1] == train[train.index("--dataset") + 1]
     assert "--shift_aug 128" in shlex.join(train) and "--start_spread" not in nodes["collect-position"].command
     assert nodes["eval-para_shift_aug-position-s0"].deps == ("train-para_shift_aug-position_starts-s0",)
-    turned = plan("--out", str(tmp_path), "--rows", "para_turned", "a_turned", "--columns", "position")
+    turned = plan("--out", str(tmp_path), "--rows", "para_turned", "a_turned", "b_turned", "--columns", "position")
     assert "--start_spread 0.3 --turn_spread 40" in shlex.join(turned["collect-position_turns"].command)
     assert turned["train-a_turned-position_turns-s0"].deps[0].startswith("cache-position_turns") and "eval-para_turned-position-s0" in turned
+    assert "--turn_back" in turned["train-b_turned-position_turns-s0"].command and "--turn_back" not in turned["train-a_turned-position_turns-s0"].command
     given = plan("--out", str(tmp_path), "--rows", "para_shift_aug", "--columns", "position", "--dataset", f"position_starts={__file__}")
     assert not [n for n in given if n.startswith("collect")]
     assert not [n for n in plan("--out", str(tmp_path)) if "shift_aug" in n or "starts" in n or "turn" in n]
