@@ -294,7 +294,7 @@ def compare(args, runs):
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.md").write_text(tables(summary) + "\n")
     curves = {n: [curve for _, curve in some] for n, some in records.items()}
-    plots_rotation.rotation_curves(curves, args.out / "rotation_ce.png")
+    plots_rotation.rotation_curves(curves, {n: len(bin_widths(p)) for n, p in policies.items()}, args.out / "rotation_ce.png")
     draw(first, policies, demos, path, basis, args.out)
     provenance = {"command": command_line(), "commit": git_commit(), "versions": versions(), "dataset": dataset}
     names = {n: list(map(str, some)) for n, some in folders.items()}

@@ -1,4 +1,5 @@
 """Pictures of rotations: the values on a principal axis, what is predicted of them over an episode, and gripper commands."""
+import numpy as np
 
 from plots import _save, plt
 
@@ -20,14 +21,18 @@ def rotation_histogram(values, ratios, episodes, chosen, path):
     _save(figure, path)
 
 
-def rotation_curves(runs, path):
-    """Held-out rotation cross-entropy over steps, {name: [[(step, nats)] a seed]}: thin lines are seeds."""
-    figure, axis = plt.subplots(figsize=(6, 3.6))
-    for colour, (name, seeds) in zip(COLOURS, runs.items()):
-        for i, points in enumerate(seeds):
-            axis.plot(*zip(*points), color=colour, linewidth=1.2, marker="o", markersize=3, label=name if i == 0 else None)
-    axis.set(xlabel="step", ylabel="rotation cross-entropy an axis (nats)", title="held-out demonstrations", ylim=(0, None))
-    axis.legend()
+def rotation_curves(runs, n_angles, path):
+    """Held-out rotation cross-entropy over steps, {name: [[(step, nats an angle)] a seed]}, an angle's and summed over the {name: number
+    of angles} that a rotation is told by: thin lines are seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    for whole, axis in enumerate(axes):
+        for colour, (name, seeds) in zip(COLOURS, runs.items()):
+            for i, points in enumerate(seeds):
+                steps, nats = np.transpose(points)
+                axis.plot(steps, nats * (n_angles[name] if whole else 1), color=colour, linewidth=1.2, marker="o", markersize=3,
+                          label=f"{name}, {n_angles[name]} angle{'s' * (n_angles[name] > 1)}" if i == 0 else None)
+        axis.set(xlabel="step", ylabel="rotation cross-entropy (nats)", title="the whole rotation" if whole else "an angle", ylim=(0, None))
+        axis.legend()
     _save(figure, path)
 
 

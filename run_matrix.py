@@ -77,8 +77,8 @@ ATTEMPTS = {  # to lift `position`; they run only where asked for
     "para_shift_aug": Row("para", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="starts"),
     "para_turned": Row("para", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="turns"),
     "a_turned": Row("autoregressive", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="turns"),
-    "b_turned": Row("voxel_ar", ("--shift_aug", "128", "--turn_back"), demos="turns"),
-    "c_turned": Row("voxel_ar_rel", ("--shift_aug", "128", "--turn_back"), demos="turns"),
+    "b_turned": Row("voxel_ar", ("--shift_aug", "128", "--dilations", "1,2,4,8,16", "--turn_back"), demos="turns"),
+    "c_turned": Row("voxel_ar_rel", ("--shift_aug", "128", "--dilations", "1,2,4,8,16", "--turn_back"), demos="turns"),
 }
 ROWS.update(ATTEMPTS)
 COLUMNS = {
