@@ -128,14 +128,16 @@ class ExpertWorker:
 
     def turn(self, rng):
         """Turn the camera about the robot's base by up to +- turn_spread degrees, by an angle at which EEF, object and goal stay in the
-        image. Where every object stands to one side of the robot, an arm's looks alone would tell which way to go."""
+        image, or leave it where no such angle is drawn. Where every object stands to one side of the robot, an arm's looks alone would
+        tell which way to go."""
         scene, spread = self.scene, self.args.turn_spread
         points = np.stack([scene.observe(image=False).eef_pos, *(scene.position(n) for n in (scene.pick, scene.place) if n)])
-        K, E = scene.camera()
+        (K, E), base = scene.camera(), scene.position_of_base()
         for degrees in rng.uniform(-spread, spread, 50):
-            u, v, _ = project(points, K, settings.turned(E, degrees, scene.position_of_base()[:2]))
+            turned = settings.turned(E, degrees, base[:2])
+            u, v, _ = project(points, K, turned)
             if min(u.min(), v.min()) > IN_VIEW * scene.image_size and max(u.max(), v.max()) < (1 - IN_VIEW) * scene.image_size:
-                return scene.turn_camera(degrees)
+                return scene.set_camera(turned)
 
     def record(self, rng):
         """Run the expert from the current state -> Recorder, or None if it failed."""

@@ -349,10 +349,6 @@ class Scene:
                 raise UserError(f"viewpoints are made for the agentview of LIBERO's tabletop scenes, {self.task.key} has another")
             self.set_camera(settings.orbit(E, condition.theta, condition.phi))
 
-    def turn_camera(self, degrees):
-        """Turn agentview from where it is about the vertical through the robot's base, until the next `reset`."""
-        self.set_camera(settings.turned(self.camera()[1], degrees, self.position_of_base()[:2]))
-
     def position_of_base(self):
         """World position (3,) of the robot's base."""
         return np.array(self.sim.data.get_body_xpos("robot0_base"))

@@ -61,6 +61,10 @@ class Column(NamedTuple):
         """Name of the demonstrations: columns with the same share them, and what is trained on them."""
         return f"{self.setting}_{self.split}" if self.split else self.setting
 
+    def demos(self, own=""):
+        """Name of the demonstrations of a row with demonstrations of its own, one of OWN_DEMOS, or of all others."""
+        return f"{self.data}_{own}" if own else self.data
+
     def cell(self, layout):
         """A tested layout's name in the table."""
         return "_".join([layout, *filter(None, [self.split, self.suite and self.suite.rpartition("_")[2]])])
@@ -213,7 +217,7 @@ class Plan:
 
     def dataset(self, row, column):
         """(its name, its file, the node that collects it or None)."""
-        args, data = self.args, "_".join(filter(None, [column.data, row.demos]))
+        args, data = self.args, column.demos(row.demos)
         if data in args.dataset:
             return data, Path(args.dataset[data]), None
         out = args.out / "demos" / f"{data}.hdf5"
@@ -304,7 +308,7 @@ def build_parser():
 
 def parse_args(argv=None):
     args = build_parser().parse_args(argv)
-    args.dataset = assignments(args.dataset, ["_".join(filter(None, [c.data, own])) for c in COLUMNS.values() for own in ("", *OWN_DEMOS)], "--dataset")
+    args.dataset = assignments(args.dataset, [c.demos(own) for c in COLUMNS.values() for own in ("", *OWN_DEMOS)], "--dataset")
     args.row_flags = {k: shlex.split(v) for k, v in assignments(args.row_flags, ROWS, "--row_flags").items()}
     for name in ("collect_flags", "train_flags", "eval_flags"):
         setattr(args, name, shlex.split(getattr(args, name)))

@@ -224,11 +224,13 @@ def train(args, config_class):
     if attributes.get("variant") == "lift_once" and not config.stay:
         config.stay = True
         print(f"{args.dataset}: its demonstrations end by staying where they are, so that is trained too (--stay)")
-    used = [demo_files.turned_back(d, settings.default_camera()[1]) for d in all_demos] if args.turn_back else all_demos
-    train_demos, val_demos = demo_files.split_demos(used, args.val_fraction)
+    train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
     if (args.mirror or args.turn_back) and getattr(config, "rotation", "euler") == "pca":
-        raise UserError(f"{'--mirror' if args.mirror else '--turn_back'}: turns rotations to the other side of the principal axis's mean, where the basis was not computed; "
+        raise UserError(f"{'--mirror' if args.mirror else '--turn_back'}: turns rotations away from those that the principal axis was computed from; "
                         "leave it out, or give --rotation euler")
+    recorded = train_demos[0]
+    if args.turn_back:
+        train_demos, val_demos = ([demo_files.turned_back(d, settings.default_camera()[1]) for d in part] for part in (train_demos, val_demos))
     shown_demos = train_demos + [demo_files.mirrored(d) for d in train_demos] if args.mirror else train_demos
     asked = config.backbone
     config.backbone = resolve_backbone(asked, args.backbone_weights)
@@ -277,7 +279,7 @@ def train(args, config_class):
     profile = profile_steps(policy, train_set, dist.device, args.precision) if dist.is_main and not args.resume else None
     if profile:
         append_jsonl(folder / "profile.jsonl", {"device": dist.device, "rows": profile})
-    reference = protocol_reference(train_set, next(d for d in all_demos if d.name == train_demos[0].name))
+    reference = protocol_reference(train_set, recorded)
 
     module = torch.nn.parallel.DistributedDataParallel(policy) if dist.world > 1 else policy
     module = torch.compile(module) if args.compile else module
