@@ -49,15 +49,20 @@ def project(points, K, E):
     return u, v, c[..., 2]
 
 
+def ray(u, v, K, E):
+    """World direction (...,3) of the ray of pixel (u, v), as long as it is at a depth of one metre."""
+    x = (u - K[..., 0, 2]) / K[..., 0, 0]
+    y = (v - K[..., 1, 2]) / K[..., 1, 1]
+    R = E[..., :3, :3]
+    return R[..., :, 0] * x[..., None] + R[..., :, 1] * y[..., None] + R[..., :, 2]
+
+
 def unproject(u, v, height, K, E):
     """World point (...,3) on the ray of pixel (u, v) whose world z is `height` (metres).
 
     The ray of a pixel level with the camera never reaches another height: the result is then infinite.
     """
-    x = (u - K[..., 0, 2]) / K[..., 0, 0]
-    y = (v - K[..., 1, 2]) / K[..., 1, 1]
-    R, t = E[..., :3, :3], E[..., :3, 3]
-    direction = R[..., :, 0] * x[..., None] + R[..., :, 1] * y[..., None] + R[..., :, 2]
+    direction, t = ray(u, v, K, E), E[..., :3, 3]
     scale = (height - t[..., 2]) / direction[..., 2]
     return t + direction * scale[..., None]
 

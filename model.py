@@ -26,6 +26,8 @@ class TrunkConfig(VolumeConfig):
     eef_height: bool = flag(True, "the EEF's embedding depends on its height (interpolated between height bins)")
     eef_gripper: bool = flag(True, "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed")
 
+    rays: bool = flag(False, "every cell knows where its ray passes the EEF's height and which way it rises, and so where the camera is")
+
     presets = {"full": {}, "small": dict(grid=56, width=48, batch_size=8, max_steps=750, val_every=375)}
 
 
@@ -46,6 +48,7 @@ class PixelTrunk(VolumeGeometry):
         self.eef_embedding = nn.Parameter(torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width) * 0.5)
         # a far cell does not see the EEF's mark: that nothing is held yet has to be known at the plate too
         self.gripper_embedding = nn.Parameter(torch.randn(2, width) * 0.5) if c.eef_gripper else None
+        self.rays = nn.Sequential(nn.Conv2d(4, width, 1), nn.GELU(), nn.Conv2d(width, width, 1)) if c.rays else None
         self.trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
 
     def trunk_features(self, batch):
@@ -56,6 +59,8 @@ class PixelTrunk(VolumeGeometry):
         x = mark_cell(x, self.cells(batch["eef_pos"], batch), self.eef_vector(batch))
         if self.gripper_embedding is not None:
             x = x + self.gripper_embedding[fingers_closed(batch["gripper_width"])][..., None, None]
+        if self.rays is not None:
+            x = x + self.rays(self.cell_rays(batch))
         return self.trunk(x)
 
     def eef_vector(self, batch):

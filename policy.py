@@ -23,6 +23,7 @@ from runtime import UserError
 HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
 HEIGHT_MARGIN = 0.02  # metres beyond the heights of the training data that the bins still cover
 ROTATION_MARGIN = 0.02  # radians, likewise
+STEEP = 0.1  # metres of height that a ray loses over a metre of depth, at least, see `cell_rays`
 
 
 def flag(default, help, choices=None):
@@ -337,6 +338,21 @@ class VolumeGeometry(FittedPolicy):
         height = camera.bin_to_height(coordinates[..., 0], *self.height_range, c.n_height_bins)
         v, u = (camera.cell_to_pixel(coordinates[..., i], c.grid, c.image_size) for i in (1, 2))
         return camera.unproject(u, v, height, *self.cameras(batch, coordinates.ndim))
+
+    def cell_rays(self, batch):
+        """What tells a moved camera from the default one, cell by cell, of single frames (B,...) -> (B,4,H,W) float32.
+
+        Where the cell's ray passes the EEF's height, x and y from the EEF in 10 cm (at most 1 m), and how far along x and y it gets
+        with a metre of height: which way "up" goes through cells and height bins depends on the camera. Rays that hardly descend,
+        above the horizon of anything on a table, are taken as descending by STEEP.
+        """
+        c, (K, E), eef = self.config, self.cameras(batch, 4), batch["eef_pos"][:, None, None]
+        line = camera.cell_to_pixel(torch.arange(c.grid, device=K.device, dtype=K.dtype), c.grid, c.image_size)
+        v, u = torch.meshgrid(line, line, indexing="ij")
+        direction = camera.ray(u, v, K, E)  # (B,H,W,3)
+        slope = direction[..., :2] / direction[..., 2:].clamp(max=-STEEP)
+        passed = E[..., :2, 3] + slope * (eef[..., 2:] - E[..., 2:3, 3]) - eef[..., :2]
+        return torch.cat([10 * passed.clamp(-1, 1), slope], -1).permute(0, 3, 1, 2).float()
 
     # -- losses and decoding -----------------------------------------------------------------------------------------
 
