@@ -14,7 +14,7 @@ from torch import nn
 
 import camera
 from policy import (VolumeConfig, VolumeGeometry, dilated_convolutions, fingers_closed, flag, flat_index, mark_cell,
-                    masked_mean)
+                    masked_mean, ray_layers)
 
 
 @dataclass
@@ -48,7 +48,7 @@ class PixelTrunk(VolumeGeometry):
         self.eef_embedding = nn.Parameter(torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width) * 0.5)
         # a far cell does not see the EEF's mark: that nothing is held yet has to be known at the plate too
         self.gripper_embedding = nn.Parameter(torch.randn(2, width) * 0.5) if c.eef_gripper else None
-        self.rays = nn.Sequential(nn.Conv2d(4, width, 1), nn.GELU(), nn.Conv2d(width, width, 1)) if c.rays else None
+        self.rays = ray_layers(width) if c.rays else None
         self.trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
 
     def trunk_features(self, batch):

@@ -21,7 +21,7 @@ from torch import nn
 
 from history import FingerLinear, HistoryConfig, HistoryPolicy
 from layers import FrameBlock, Resolutions, fourier
-from policy import check_heads, dilated_convolutions, fingers_closed, flag, mark_cell, masked_mean
+from policy import check_heads, dilated_convolutions, fingers_closed, flag, mark_cell, masked_mean, ray_layers
 
 TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
 SPACE_FREQUENCIES = 6  # over image widths: the finest wave is 1/16 image, 28 px
@@ -43,6 +43,7 @@ class AutoregressiveConfig(HistoryConfig):
     key_width: int = flag(64, "channels of the pointer's cell features")
     dilations: str = flag("1,2,4", "dilations of the convolutions over the pointer's cell features")
     key_patches: bool = flag(False, "the transformer's patch outputs are part of the pointer's keys")
+    rays: bool = flag(False, "the pointer's cells know where their rays pass the EEF's height and which way they rise, and so where the camera is")
     eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the pointer's convolutions")
     anchor: str = flag("frame", "positions relative to each frame's own EEF (exact cache), or to the newest frame's",
                        ("frame", "current"))
@@ -89,6 +90,8 @@ class AutoregressivePolicy(HistoryPolicy):
             if c.key_patches:
                 self.key_patches = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
             self.key_query = nn.Linear(d, 2 * width if c.eef_mark else width)
+            if c.rays:
+                self.key_rays = ray_layers(width)
             self.key_trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
             self.pointer = FingerLinear(d, 2 * c.n_height_bins * width, states)
             self.prior = nn.Parameter(torch.randn(states, 2 * c.n_height_bins, width) * width**-0.5)
@@ -189,9 +192,9 @@ class AutoregressivePolicy(HistoryPolicy):
             cache.append(kept)
         return self.norm(x[:, :, 0]), patches, cache
 
-    def cell_features(self, features, patches, query, cells):
-        """Pointer's keys (N,C,H,W) of N frames: maps [(N,C,H,W)], patch outputs (N,H*W,d), query outputs (N,d), cells (N,2) yx
-        where the last known EEF is seen."""
+    def cell_features(self, features, patches, query, eef, cameras):
+        """Pointer's keys (N,C,H,W) of N frames: maps [(N,C,H,W)], patch outputs (N,H*W,d), query outputs (N,d), the last known EEF's
+        coordinates zyx (N,3), their cameras {"K", "E"}."""
         c = self.config
         size = dict(size=(c.grid, c.grid), mode="bilinear", align_corners=False)
         added = self.key_query(query)
@@ -201,17 +204,20 @@ class AutoregressivePolicy(HistoryPolicy):
             coarse = self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
             x = x + F.interpolate(coarse, **size)
         if c.eef_mark:
-            x = mark_cell(x, cells, added[:, c.key_width:])
+            x = mark_cell(x, eef[:, 1:], added[:, c.key_width:])
+        if c.rays:
+            x = x + self.key_rays(self.cell_rays({**cameras, "eef_pos": self.points(eef.double(), cameras)}))
         return self.key_trunk(x)
 
-    def head(self, features, patches, query, eef, widths):
-        """N frames, eef (N,3) coordinates, widths (N,) between the fingers -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None."""
+    def head(self, features, patches, query, eef, widths, cameras):
+        """N frames, eef (N,3) coordinates, widths (N,) between the fingers, cameras {"K" (N,3,3), "E" (N,4,4)} -> logits (N,2,Z,H,W),
+        cell features (N,C,H,W) or None."""
         c, closed = self.config, fingers_closed(widths)
         if c.head == "mlp":
             cells = self.cell_head(self.cell_hidden(query), closed).view(-1, 2, 1, c.grid, c.grid)
             heights = self.height_head(query, closed).view(-1, 2, c.n_height_bins, 1, 1)
             return cells + heights.log_softmax(2), None  # p(gripper, cell) p(height | gripper)
-        keys = self.cell_features(features, patches, query, eef[:, 1:])
+        keys = self.cell_features(features, patches, query, eef, cameras)
         prior = self.prior[closed * (len(self.prior) - 1)]  # (N,2Z,C)
         weights = self.pointer(query, closed).unflatten(-1, (-1, c.key_width)) + prior
         logits = torch.bmm(weights, keys.flatten(2))
@@ -225,7 +231,8 @@ class AutoregressivePolicy(HistoryPolicy):
         flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
         query = flat(query)
         marked = eef if fed or self.config.noisy_mark else self.coordinates(batch["eef_pos"], batch).float()
-        logits, keys = self.head([flat(f) for f in features], flat(patches), query, flat(marked), flat(batch["gripper_width"]))
+        logits, keys = self.head([flat(f) for f in features], flat(patches), query, flat(marked), flat(batch["gripper_width"]),
+                                 {k: flat(batch[k]) for k in "KE"})
         return logits, keys, query
 
     def offset(self, keys, query, coordinates):
@@ -349,8 +356,10 @@ class AutoregressivePolicy(HistoryPolicy):
             keep = self.config.context - 1
             self.past = [(k[:, -keep:], v[:, -keep:]) for k, v in cache] if keep else None
             self.before = eef
-            logits, keys = self.head([f[:, 0] for f in features], patches[:, 0], query[:, 0], eef[:, 0], frame["gripper_width"][:, 0])
-            out = self.decide_rows(frame, self.elsewhere(logits, self.now(frame)), keys, query[:, 0], (1, 1))
+            now = self.now(frame)
+            logits, keys = self.head([f[:, 0] for f in features], patches[:, 0], query[:, 0], eef[:, 0], now["gripper_width"],
+                                     {k: now[k] for k in "KE"})
+            out = self.decide_rows(frame, self.elsewhere(logits, now), keys, query[:, 0], (1, 1))
         self.number, self.fed = self.number + 1, out["position"]
         return out
 

@@ -391,6 +391,11 @@ def dilated_convolutions(width, dilations):
     return nn.Sequential(*[layer for d in dilations for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())])
 
 
+def ray_layers(width):
+    """From `cell_rays` to what is added to maps of `width` channels."""
+    return nn.Sequential(nn.Conv2d(4, width, 1), nn.GELU(), nn.Conv2d(width, width, 1))
+
+
 def fingers_closed(widths):
     """Widths between the fingers in m -> 1 where they are measured closed, else 0; long, of the same shape."""
     return (widths < HALF_OPEN).long()

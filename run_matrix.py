@@ -76,7 +76,7 @@ ROWS = {
     "a_pointer": Row("autoregressive", ("--head", "pointer")), "b": Row("voxel_ar"), "c": Row("voxel_ar_rel"), "d": Row("dino_volume_kv"),
 }
 ATTEMPTS = {  # to lift `viewpoint`, then `position`; they run only where asked for
-    "para_rays": Row("para", ("--rays",)),
+    "para_rays": Row("para", ("--rays",)), "a_rays": Row("autoregressive", ("--head", "pointer", "--rays")),
     "para_mirror": Row("para", ("--mirror",)), "a_pointer_mirror": Row("autoregressive", ("--head", "pointer", "--mirror")),
     "b_mirror": Row("voxel_ar", ("--mirror",)), "c_mirror": Row("voxel_ar_rel", ("--mirror",)),
     "para_shift_aug": Row("para", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="starts"),

@@ -20,7 +20,7 @@ SMALL = dict(backbone="efficientnet_lite0", image_size=SIZE, waypoint_stride=4, 
              dim=32, n_layers=3, n_heads=2, mlp_ratio=2, patch_grid=4, key_width=8)
 VARIANTS = {"pointer": {}, "mlp": {"head": "mlp"}, "current": {"anchor": "current"}, "hires": {"recent_hires": 2},
             "coarse_to_fine": {"coarse_to_fine": True}, "position": {"patch_position": True},
-            "bare": {"temporal": False, "relative": False}, "smooth": {"smooth_weight": 0.1}}
+            "bare": {"temporal": False, "relative": False}, "smooth": {"smooth_weight": 0.1}, "rays": {"rays": True}}
 
 
 def config(**changes):
@@ -201,7 +201,7 @@ def observations(windows, frames, path):
         yield Observation(image, demo.ee_pos[i], rotation, matrix_to_quat(rotation), demo.gripper_states[i], np.zeros(7), demo.K, demo.E)
 
 
-@pytest.mark.parametrize("changes", [{}, {"recent_hires": 2}, {"head": "mlp"}, {"anchor": "current"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"recent_hires": 2}, {"head": "mlp"}, {"rays": True}, {"anchor": "current"}], ids=str)
 def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
     """Decisions with the cache are those of the whole window at once: measured positions, frames inside the context."""
     policy = policy_of(windows, **changes)
