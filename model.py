@@ -25,7 +25,6 @@ class TrunkConfig(VolumeConfig):
     dilations: str = flag("1,2,4", "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark")
     eef_height: bool = flag(True, "the EEF's embedding depends on its height (interpolated between height bins)")
     eef_gripper: bool = flag(True, "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed")
-
     rays: bool = flag(False, "every cell knows where its ray passes the EEF's height and which way it rises, and so where the camera is")
 
     presets = {"full": {}, "small": dict(grid=56, width=48, batch_size=8, max_steps=750, val_every=375)}
