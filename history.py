@@ -4,8 +4,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from policy import VolumeConfig, VolumeGeometry, flag
+from policy import flag
 from runtime import UserError
+from volume import VolumeConfig, VolumeGeometry
 
 
 @dataclass

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import camera
-from policy import (VolumeConfig, VolumeGeometry, dilated_convolutions, fingers_closed, flag, flat_index, mark_cell,
-                    masked_mean, ray_layers)
+from policy import fingers_closed, flag, masked_mean
+from volume import VolumeConfig, VolumeGeometry, dilated_convolutions, flat_index, mark_cell, ray_layers
 
 
 @dataclass

@@ -21,7 +21,8 @@ from torch import nn
 
 from history import FingerLinear, HistoryConfig, HistoryPolicy
 from layers import FrameBlock, Resolutions, fourier
-from policy import check_heads, dilated_convolutions, fingers_closed, flag, mark_cell, masked_mean, ray_layers
+from policy import check_heads, fingers_closed, flag, masked_mean
+from volume import dilated_convolutions, mark_cell, ray_layers
 
 TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
 SPACE_FREQUENCIES = 6  # over image widths: the finest wave is 1/16 image, 28 px

@@ -17,7 +17,8 @@ from torch import nn
 import camera
 import layers_voxel as lv
 from history import FingerLinear, HistoryConfig, HistoryPolicy
-from policy import check_heads, dilated_convolutions, fingers_closed, flag, mark_cell, masked_mean
+from policy import check_heads, fingers_closed, flag, masked_mean
+from volume import dilated_convolutions, mark_cell
 
 
 @dataclass

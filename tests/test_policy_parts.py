@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from history import FingerLinear
-from policy import (PolicyConfig, add_config_flags, flag, flat_index, local_soft_argmax, soft_targets,
-                    sparse_cross_entropy)
+from policy import PolicyConfig, add_config_flags, flag
+from volume import flat_index, local_soft_argmax, soft_targets, sparse_cross_entropy
 
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("quick")
