@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from graphlib import TopologicalSorter
@@ -66,6 +67,10 @@ def _die_with_parent():
     """To be called between fork and exec."""
     if _libc:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def execute(command, resume, log, cwd, running=None):
@@ -185,7 +190,8 @@ class Ray:
 def run_graph(nodes, backend, folder, cwd=".", title="graph"):
     """Run the nodes that are not done -> {name: why it failed, or was not started}.
 
-    A log per node in folder/logs, a row per command that ended in folder/nodes.jsonl, one bar with the last lines of the logs.
+    A log per node in folder/logs, a row per command that ended, or was ended with the run, in folder/nodes.jsonl, one bar with the last
+    lines of the logs. SIGTERM ends a run as Ctrl-C does: commands may save, and KeyboardInterrupt is raised.
     """
     cwd = Path(cwd).resolve()
     folder = cwd / folder
@@ -196,6 +202,9 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
     bar = tqdm(total=len(nodes), initial=len(nodes) - len(waiting), desc=title, unit="node", miniters=0,
                mininterval=1 if shown else 60)
 
+    def record(node, code, since):
+        append_jsonl(folder / "nodes.jsonl", {"node": node.name, "code": code, "started": round(since), "seconds": round(time.time() - since, 1)})
+
     def fail(name, why):
         failed[name] = why
         tqdm.write(f"{name}: {why}")
@@ -205,6 +214,8 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
         attempts[node.name] = attempts.get(node.name, 0) + 1
         running[backend.start(node, log(node.name), cwd)] = node, time.time()
 
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if here else None
     try:
         backend.check(waiting.values())
         while waiting or running:
@@ -220,8 +231,7 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
                 continue
             for handle in backend.wait(running, timeout=1.0):
                 (node, since), code = running.pop(handle), backend.result(handle)
-                append_jsonl(folder / "nodes.jsonl", {"node": node.name, "code": code, "started": round(since),
-                                                      "seconds": round(time.time() - since, 1)})
+                record(node, code, since)
                 if code < 0 and attempts[node.name] < TRIES:
                     start(node)
                     continue
@@ -235,5 +245,9 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
             bar.update(0)
     finally:
         backend.close(list(running))
+        for node, since in running.values():
+            record(node, -signal.SIGTERM, since)
         bar.close()
+        if here:
+            signal.signal(signal.SIGTERM, before)
     return failed

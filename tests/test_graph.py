@@ -158,6 +158,19 @@ def test_commands_die_with_the_run(tmp_path):
     assert gone(int(pid.read_text()))
 
 
+def test_a_run_that_is_ended_records_what_it_cut_off(tmp_path):
+    """SIGTERM lets a command save, and the time that it took has its row."""
+    code = ("from graph import *; "
+            "run_graph([Node('long', ['sh', '-c', 'trap \"echo > saved; exit 0\" TERM; echo > up; sleep 60 & wait'])], Local(), 'out')")
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "up").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) and (tmp_path / "saved").exists()
+    rows = read_jsonl(tmp_path / "out" / "nodes.jsonl")
+    assert [(row["node"], row["code"]) for row in rows] == [("long", -signal.SIGTERM)]
+
+
 def test_ray_missing_is_said(monkeypatch):
     """--ray without the extra names what to install."""
     monkeypatch.setitem(sys.modules, "ray", None)
