@@ -13,6 +13,7 @@ from volume import VolumeConfig, VolumeGeometry
 class HistoryConfig(VolumeConfig):
     """What policies over windows of frames are configured by."""
     eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
+    eef_noise_own: float = flag(0.5, "each frame's own noise over that of its window; at 0 the moves from frame to frame stay as they were")
     noisy_mark: bool = flag(False, "that noise is on the mark at the EEF's cell too")
     trained_frames: int = flag(0, "frames of each window that a training step is about, drawn anew at every step; 0: all of them")
     finger_heads: bool = flag(True, "the heads have weights of their own for open and for closed fingers")
@@ -58,10 +59,10 @@ class HistoryPolicy(VolumeGeometry):
             raise UserError(f"--trained_frames {self.config.trained_frames}: 0 for all frames of a window, or how many")
 
     def noise(self, eef):
-        """Normal noise (B,T,3) for EEF positions (B,T,3) in training: common to a window, and half as much of each frame's own."""
+        """Normal noise (B,T,3) for EEF positions (B,T,3) in training: common to a window, and some of each frame's own."""
         common, own = (torch.randn(s, device=eef.device) * (torch.rand(*s[:-1], 1, device=eef.device) < self.config.eef_noise_share)
                        for s in ((len(eef), 1, 3), eef.shape))
-        return common + 0.5 * own
+        return common + self.config.eef_noise_own * own
 
     def trained_rows(self, mask):
         """Which of the B*T frames are trained on, flat indices, from mask (B,T). At least one, masked or not, for a finite loss.

@@ -148,7 +148,10 @@ def test_training_noises_the_known_eef_alone(kind):
     assert torch.equal(policy.noised(batch["eef_pos"]), batch["eef_pos"])
     policy.train()
     noise = policy.noised(batch["eef_pos"].expand(B, T, 3)) - batch["eef_pos"]
-    assert noise.abs().max() > 1e-3 and noise.abs().max() < 0.2
+    assert noise.abs().max() > 1e-3 and noise.abs().max() < 0.2 and noise.diff(dim=1).abs().max() > 1e-3
+    policy.config.eef_noise_own = 0.0  # common to a window: the moves inside it stay
+    noise = policy.noised(batch["eef_pos"].expand(B, T, 3)) - batch["eef_pos"]
+    assert noise.abs().max() > 1e-3 and noise.diff(dim=1).abs().max() < 1e-6
     policy.config.eef_noise_share = 0.0
     assert torch.equal(policy.noised(batch["eef_pos"]), batch["eef_pos"])
 
