@@ -4,7 +4,7 @@
     python openloop.py --ckpt ... --dataset calm.hdf5 --whole  # another file, e.g. one collected with --push_rate 0: no plan covers a push
 
 At each decision of a recorded demonstration a policy sees the recorded image and takes its own previous waypoint for the EEF's
-position. Reported: free-space coverage of the recorded path by the predicted one, of all its points and of those inside the image,
+position. A policy of several waypoints is also rolled out in chunks: all of them are used before it looks again. Reported: free-space coverage of the recorded path by the predicted one, of all its points and of those inside the image,
 jerk of the waypoints (mean norm of their second difference, mm) beside the truth's, pixel error. Overlays show truth and
 predictions from the first frame on.
 """
@@ -45,11 +45,12 @@ def main(argv=None):
             held_out = (everything if args.whole else demo_files.split_demos(everything, args.val_fraction)[1])[:args.max_val]
         elif policy.config.image_size != held_out[0].image_size:
             raise UserError(f"{ckpt}: takes images of {policy.config.image_size} px, {args.dataset} has {held_out[0].image_size}")
-        for fed in ("measured", "predicted"):
+        for fed in ("measured", "predicted", *(["chunk"] if getattr(policy.config, "n_window", 1) > 1 else [])):
             rollouts = roll(args.dataset, held_out, policy, fed, ckpt.stem)
             rows.append({"checkpoint": str(ckpt), "model_type": info["model_type"], "fed": fed, **rollout_summary(rollouts)})
-            if fed == "predicted":
-                paths[f"{len(paths)}: {info['model_type']}"] = rollouts  # the same model type may come twice
+            if fed != "measured":
+                name = info["model_type"] + (f", {policy.config.n_window} at a time" if fed == "chunk" else "")
+                paths[f"{len(paths)}: {name}"] = rollouts  # the same model type may come twice
     for i, demo in enumerate(held_out[:3]):
         image = smith300.read_images(args.dataset, demo.name, [0], demo.image_size)[0]
         true = to_pixels(next(iter(paths.values()))[i]["path"], demo.K, demo.E)

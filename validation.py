@@ -149,7 +149,8 @@ def decision_frames(demo, config):
 @torch.no_grad()
 def free_run(policy, path, demo, config, fed="predicted"):
     """Open-loop rollout on a demonstration from its first frame on: at each of its decisions the policy sees the recorded image
-    and, as the last known EEF position, its own previous waypoint (fed="predicted") or the recorded one ("measured").
+    and, as the last known EEF position, its own previous waypoint (fed="predicted") or the recorded one ("measured"). fed="chunk": a
+    policy of several waypoints decides anew only when it has used them up, or after a change of the gripper, with its own last one.
 
     Returns {"predicted" (N,3) m, "true" (N,3) m, "path" (M,3) the recorded positions up to the last gripper change,
     "gripper" (N,) in {0, 1}, "frames" and "targets" (N,) of the decisions and their true waypoints, "aside" (M,) px from each recorded position to the predicted line, "in_view" (M,) whether the
@@ -160,14 +161,22 @@ def free_run(policy, path, demo, config, fed="predicted"):
     images = smith300.read_images(path, demo.name, frames, config.image_size)
     policy.eval().reset()
     tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
-    predicted, gripper, eef = [], [], demo.ee_pos[0]
-    for image, frame in zip(images, frames):
+    _, changes = gripper_segments(demo.actions)
+
+    def decide(image, frame):
+        """The policy's waypoints from here on: [((3,) m, command in {0, 1})]."""
         eef = demo.ee_pos[frame] if fed == "measured" or not predicted else predicted[-1]
         maps = [m.to(device) for m in policy.backbone(torch.from_numpy(image[None]))]
         out = policy.decide({"features": maps, "eef_pos": tensor(eef), "K": tensor(demo.K), "E": tensor(demo.E),
                              "gripper_width": tensor(np.abs(demo.gripper_states[frame]).sum())})
-        predicted.append(out["position"][0, 0].double().cpu().numpy())
-        gripper.append(int(out["gripper"][0, 0]))
+        return list(zip(out["position"][0].double().cpu().numpy(), map(int, out["gripper"][0])))
+
+    predicted, gripper, plan = [], [], []
+    for image, frame, target in zip(images, frames, targets):
+        (position, command), *rest = plan or decide(image, frame)
+        predicted.append(position)
+        gripper.append(command)
+        plan = rest if fed == "chunk" and target not in changes else []
     policy.reset()
     predicted, true, path = np.array(predicted), demo.ee_pos[targets], demo.ee_pos[:targets[-1] + 1]
     to_px = lambda points: to_pixels(points, demo.K, demo.E)

@@ -80,6 +80,31 @@ def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos
     np.testing.assert_allclose(measured["predicted"], demo.ee_pos[measured["frames"]])
 
 
+class Chunks(Known):
+    """Answers four waypoints, each a centimetre above the one before, and counts how often it is asked."""
+    asked = 0
+
+    def predict(self, batch):
+        self.asked += 1
+        eef = batch["eef_pos"].reshape(1, 1, 3) + 0.01 * torch.arange(1, 5)[None, :, None] * torch.tensor([0.0, 0.0, 1.0])
+        return {"position": eef, "gripper": torch.tensor([[0, 1, 0, 1]]), "rotation": torch.eye(3, dtype=torch.float64).expand(1, 4, 3, 3)}
+
+
+def test_a_chunk_is_used_up_before_the_policy_looks_again(dataset, synthetic_demos, backbone):
+    """Its waypoints come one after another, the next chunk starts from the last; a change of the gripper ends a chunk."""
+    demo, policy = dataset.demos[1], Chunks(dataset, True).attach(backbone)
+    rollout = free_run(policy, synthetic_demos, demo, dataset.config, fed="chunk")
+    n = len(rollout["predicted"])
+    np.testing.assert_allclose(rollout["predicted"][:, 2] - demo.ee_pos[0, 2], 0.01 * np.arange(1, n + 1), atol=1e-9)
+    starts, since = [], 0
+    for target in rollout["targets"]:
+        starts.append(since == 0)
+        since = 0 if target in (CLOSES, OPENS) or since == 3 else since + 1
+    assert policy.asked == sum(starts) < n
+    place = np.arange(n) - np.maximum.accumulate(np.where(starts, np.arange(n), 0))
+    np.testing.assert_array_equal(rollout["gripper"], place % 2)
+
+
 def test_free_run_reads_recordings_of_a_robot(dataset, synthetic_episodes, backbone):
     """The same rollout on a smith300 folder, frames from its image files."""
     demo = read_episodes(synthetic_episodes)[0][1]
