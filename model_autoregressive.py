@@ -275,26 +275,27 @@ class AutoregressivePolicy(HistoryPolicy):
             parts["offset_l1"] = masked_mean(error.mean(-1), mask)
             total = total + parts["offset_l1"]
         if c.smooth_weight > 0 and self.training:
-            parts["smoothness"] = self.smoothness(batch, logits, eef, start, rows)
+            parts["smoothness"] = self.smoothness(batch, logits, start, rows)
             total = total + c.smooth_weight * parts["smoothness"]
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 
-    def smoothness(self, batch, logits, eef, start, rows):
-        """Mean squared second difference, in cells and bins, of waypoints predicted when each frame is fed the prediction of
-        the frame before it: a free-running rollout of one step from everywhere."""
+    def smoothness(self, batch, logits, start, rows):
+        """Mean squared second difference, in cells and bins, of the waypoints of frames `rows` and the two before each, when a frame
+        is fed the prediction of the frame before it, or the measured EEF where that frame was not drawn (--trained_frames): a
+        free-running rollout of one step from everywhere."""
         B, T = batch["mask"].shape
+        measured = self.coordinates(batch["eef_pos"], batch).float()
         with torch.no_grad():
-            predicted = eef.flatten(0, 1).clone()
-            predicted[rows] = self.decode_volume(logits.float())[0].to(eef.dtype)
-        fed = torch.cat([eef[:, :1], predicted.view(B, T, 3)[:, :-1]], 1)
+            reached = torch.cat([measured[:, 1:], measured[:, -1:]], 1).flatten(0, 1)  # where each frame's waypoint led
+            reached[rows] = self.decode_volume(logits.float())[0].to(reached.dtype)
+        fed = torch.cat([measured[:, :1], reached.view(B, T, 3)[:, :-1]], 1)
         again, _, _ = self.run(batch, fed, start, rows, fed=True)
         volume = again.float().logsumexp(1).flatten(1).softmax(-1).view(-1, *self.volume_shape)
-        mean = [(volume.sum([a for a in (1, 2, 3) if a != axis]) * torch.arange(n, device=volume.device)).sum(-1)
-                for axis, n in zip((1, 2, 3), self.volume_shape)]  # expectations along z, y and x
-        path = torch.zeros(B * T, 3, device=eef.device).index_copy(0, rows, torch.stack(mean, -1)).view(B, T, 3)
-        known = torch.zeros(B * T, device=eef.device).index_fill(0, rows, 1.0).view(B, T) * batch["mask"]
-        triple = known[:, 2:] * known[:, 1:-1] * known[:, :-2]
-        return masked_mean((path.diff(n=2, dim=1) ** 2).sum(-1).flatten(), triple.flatten())
+        mean = torch.stack([(volume.sum([a for a in (1, 2, 3) if a != axis]) * torch.arange(n, device=volume.device)).sum(-1)
+                            for axis, n in zip((1, 2, 3), self.volume_shape)], -1)  # expectations along z, y and x
+        before = torch.cat([fed[:, :1], fed[:, :-1]], 1).flatten(0, 1)[rows]
+        known = batch["mask"].flatten()[rows] * (rows % T > 0)
+        return masked_mean(((mean - 2 * fed.flatten(0, 1)[rows] + before) ** 2).sum(-1), known)
 
     def decide_rows(self, batch, logits, keys, query, shape):
         """Head outputs of N = prod(shape) frames -> {"position" (*shape,3), "gripper" (*shape), "rotation" (*shape,3,3)}."""

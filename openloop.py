@@ -5,7 +5,8 @@
 
 At each decision of a recorded demonstration a policy sees the recorded image and takes its own previous waypoint for the EEF's
 position. A policy of several waypoints is also rolled out in chunks: all of them are used before it looks again. Reported: free-space coverage of the recorded path by the predicted one, of all its points and of those inside the image,
-jerk of the waypoints (mean norm of their second difference, mm) beside the truth's, pixel error. Overlays show truth and
+jerk of the waypoints (mean norm of their second difference, mm) beside the truth's, jitter (the same of their errors: jerk alone would
+praise who cuts corners), pixel error. Overlays show truth and
 predictions from the first frame on.
 """
 import argparse
@@ -59,11 +60,11 @@ def main(argv=None):
     table = {"command": command_line(), "commit": git_commit(), "dataset": str(args.dataset), "task_suite": str(attributes.get("task_suite")),
              "task_id": int(attributes.get("task_id", 0)), "rows": rows}
     write_json(args.out / "openloop.json", table)
-    print(f"\n{'model':<24}{'fed':<11}{'coverage 4 / 8 / 16 px':<26}{'of points in view':<26}{'jerk mm (true)':<20}px median / 90%")
+    print(f"\n{'model':<24}{'fed':<11}{'coverage 4 / 8 / 16 px':<26}{'of points in view':<26}{'jerk mm (true)':<16}{'jitter mm':<11}px median / 90%")
     for r in rows:
         cover, seen = (" / ".join(f"{r[f'coverage_{e}px{kind}']:.3f}" for e in EPS) for kind in ("", "_in_view"))
         print(f"{r['model_type']:<24}{r['fed']:<11}{cover:<26}{seen:<26}"
-              f"{r['jerk_mm']:6.1f} ({r['true_jerk_mm']:.1f}){'':<7}{r['px_median']:.1f} / {r['px_p90']:.1f}")
+              f"{r['jerk_mm']:6.1f} ({r['true_jerk_mm']:.1f}){'':<3}{r['jitter_mm']:6.1f}{'':<5}{r['px_median']:.1f} / {r['px_p90']:.1f}")
     print(f"{args.out}/openloop.json, rollout_*.png")
 
 

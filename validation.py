@@ -154,7 +154,7 @@ def free_run(policy, path, demo, config, fed="predicted"):
 
     Returns {"predicted" (N,3) m, "true" (N,3) m, "path" (M,3) the recorded positions up to the last gripper change,
     "gripper" (N,) in {0, 1}, "frames" and "targets" (N,) of the decisions and their true waypoints, "aside" (M,) px from each recorded position to the predicted line, "in_view" (M,) whether the
-    image shows it, "jerk_mm", "true_jerk_mm" (second differences of the waypoints), "px" (N,)}.
+    image shows it, "jerk_mm", "true_jerk_mm" (second differences of the waypoints), "jitter_mm" (of their errors), "px" (N,)}.
     """
     frames, targets = decision_frames(demo, config)
     device = next(policy.parameters()).device
@@ -183,7 +183,7 @@ def free_run(policy, path, demo, config, fed="predicted"):
     return {"predicted": predicted, "true": true, "path": path, "gripper": np.array(gripper), "frames": np.array(frames), "targets": targets,
             "aside": distance_to_polyline(to_px(path), rollout_line(predicted, demo)),
             "in_view": ((to_px(path) >= 0) & (to_px(path) <= config.image_size - 1)).all(-1), "jerk_mm": 1000 * jerk(predicted),
-            "true_jerk_mm": 1000 * jerk(true), "px": np.linalg.norm(to_px(predicted) - to_px(true), axis=-1)}
+            "true_jerk_mm": 1000 * jerk(true), "jitter_mm": 1000 * jerk(predicted - true), "px": np.linalg.norm(to_px(predicted) - to_px(true), axis=-1)}
 
 
 def rollout_line(predicted, demo):
@@ -197,7 +197,7 @@ def rollout_summary(rollouts):
     aside, in_view = (np.concatenate([r[k] for r in rollouts]) for k in ("aside", "in_view"))
     covered = lambda eps, part: float((aside[part] <= eps).mean()) if part.any() else 0.0
     row = {f"coverage_{e}px{kind}": covered(e, part) for kind, part in (("", np.full_like(in_view, True)), ("_in_view", in_view)) for e in EPS}
-    row.update({k: float(np.mean([r[k] for r in rollouts])) for k in ("jerk_mm", "true_jerk_mm")})
+    row.update({k: float(np.mean([r[k] for r in rollouts])) for k in ("jerk_mm", "true_jerk_mm", "jitter_mm")})
     px = np.concatenate([r["px"] for r in rollouts])
     return {**row, "px_median": float(np.median(px)), "px_p90": float(np.percentile(px, 90)), "n_demos": len(rollouts),
             "n_points": len(aside), "n_in_view": int(in_view.sum())}

@@ -263,6 +263,20 @@ def test_sampling_follows_the_distribution(windows, synthetic_demos):
     torch.testing.assert_close(policy.predict(batch)["position"], peak)
 
 
+@pytest.mark.parametrize("trained_frames", [0, 1])
+def test_smoothness_is_trained_whichever_frames_are_drawn(windows, trained_frames):
+    """Its penalty has a value and a slope with all frames of a window and with one, and none without the flag."""
+    policy, batch = policy_of(windows, smooth_weight=0.1, trained_frames=trained_frames).train(), full_windows(windows)
+    torch.manual_seed(0)
+    parts = policy.loss(batch)
+    assert parts["smoothness"] > 0.1 and "smoothness" not in policy_of(windows).train().loss(batch)
+    logits = torch.zeros(1, 2, *policy.volume_shape)
+    batch["mask"] = torch.zeros_like(batch["mask"]).index_fill(1, torch.tensor([2]), 1)
+    rows = policy.supervised(batch)
+    policy.smoothness(batch, logits.expand(len(rows), -1, -1, -1, -1), torch.zeros(len(batch["mask"]), dtype=torch.long), rows).backward()
+    assert policy.pointer.linear.weight.grad.abs().max() > 0
+
+
 def test_noise_is_for_training_alone(windows):
     """Training sees displaced EEF positions, most windows and frames, of the stated size; use sees the measured ones."""
     policy, batch = policy_of(windows), full_windows(windows)

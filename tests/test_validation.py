@@ -73,6 +73,7 @@ def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos
     rollout = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config)
     np.testing.assert_allclose(rollout["predicted"], np.broadcast_to(demo.ee_pos[0], rollout["predicted"].shape))
     assert rollout["jerk_mm"] == pytest.approx(0, abs=1e-9) and rollout["true_jerk_mm"] > 1
+    assert rollout["jitter_mm"] == pytest.approx(rollout["true_jerk_mm"])  # of what it leaves out
     path = to_pixels(rollout["path"], demo.K, demo.E)
     near = np.linalg.norm(path - path[0], axis=1) <= 8
     assert rollout_summary([rollout])["coverage_8px"] == pytest.approx(near.mean())
