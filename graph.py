@@ -70,6 +70,8 @@ def _die_with_parent():
 
 
 def _interrupt(*_):
+    """A handler of SIGTERM; a second one is not waited for."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
