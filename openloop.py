@@ -4,15 +4,14 @@
     python openloop.py --ckpt ... --dataset calm.hdf5 --whole  # another file, e.g. one collected with --push_rate 0: no plan covers a push
 
 At each decision of a recorded demonstration a policy sees the recorded image and takes its own previous waypoint for the EEF's
-position. A policy of several waypoints is also rolled out in chunks: all of them are used before it looks again. Reported: free-space coverage of the recorded path by the predicted one, of all its points and of those inside the image,
-jerk of the waypoints (mean norm of their second difference, mm) beside the truth's, jitter (the same of their errors: jerk alone would
-praise who cuts corners), pixel error. Overlays show truth and
-predictions from the first frame on.
+position. A policy of several waypoints is also rolled out in chunks: all of them are used before it looks again. Reported: free-space
+coverage of the recorded path by the predicted one, of all its points and of those inside the image, jerk of the waypoints (mean norm
+of their second difference, mm) beside the truth's, jitter (the same of their errors: jerk alone would praise who cuts corners), pixel
+error. Overlays show truth and predictions from the first frame on.
 """
 import argparse
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import demos as demo_files

@@ -1,6 +1,6 @@
 """The interface that every policy has, and the pieces they share.
 
-Dimensions: B batch, T waypoints (or frames), N tokens, C channels, H W grid, Z height bins, Q queries, G gripper commands.
+Dimensions: B batch, T waypoints (or frames), N samples, C channels, H W of a backbone's map.
 Batches hold metres, radians, pixels and world coordinates; cells and bins exist only inside a policy:
 
     features [(B,C_i,H_i,W_i) float16], eef_pos (B,3), gripper_width (B,) between the fingers, K (B,3,3), E (B,4,4),
