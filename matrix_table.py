@@ -107,9 +107,14 @@ def number(value, form):
     return "-" if value is None else format(value, form)
 
 
+def names(table):
+    """(rows, layouts) that a table has, each once."""
+    return tuple(list(dict.fromkeys(c[key] for c in table)) for key in ("row", "layout"))
+
+
 def short_table(table, metric):
     """(head, rows) of strings: a row a policy, a column a layout."""
-    layouts, rows = (list(dict.fromkeys(c[key] for c in table)) for key in ("layout", "row"))
+    rows, layouts = names(table)
     at = {(c["row"], c["layout"]): c for c in table}
     text = lambda c: "-" if c is None else f"{percent(c[metric]['rate'], c[metric]['interval'])}, n = {c['n']}"
     return ["policy", *layouts], [[row, *(text(at.get((row, layout))) for layout in layouts)] for row in rows]
@@ -190,7 +195,7 @@ def write(cells, folder, metric, reference, info):
                         markdown_table(*long_table(table, metric, reference))])
     with atomic_path(folder / FILES[1]) as scratch:
         scratch.write_text(text + "\n")
-    layouts, rows = (list(dict.fromkeys(c[key] for c in table)) for key in ("layout", "row"))
+    rows, layouts = names(table)
     rates, labels = np.full((len(rows), len(layouts)), np.nan), {}
     for c in table:
         place = rows.index(c["row"]), layouts.index(c["layout"])

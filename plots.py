@@ -132,7 +132,7 @@ def rate_map(rows, columns, rates, labels, path):
     axis.imshow(np.ma.masked_invalid(rates), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.75)
     for (row, column), text in labels.items():
         axis.text(column, row, text, ha="center", va="center", fontsize=8)
-    axis.set_xticks(range(len(columns)), columns)
+    axis.set_xticks(range(len(columns)), [name.replace("_", "\n") for name in columns])  # long names would run into each other
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     _save(figure, path)
