@@ -7,7 +7,6 @@
     python bench.py voxel [--quick]      # attention to voxel tokens: built, against absorbed; time, memory, equality
     python bench.py voxel --train        # B and C: whole training steps of the preset small on the full volume, and their parts
 """
-import argparse
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import flags
 from bench_attention import bench_attention, bench_voxel
 from runtime import UserError, command_line, git_commit, run_script, write_json
 from timing import alternate
@@ -119,16 +119,20 @@ def bench_eval(args):
 BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval, "voxel": bench_voxel, "attention": bench_attention}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser():
+    parser = flags.Parser(__doc__)
     parser.add_argument("what", nargs="?", choices=list(BENCHES), help="default: features and train")
     parser.add_argument("--ckpt", type=Path)
-    parser.add_argument("--episodes", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--episodes", type=flags.count, default=10)
+    parser.add_argument("--rounds", type=flags.count, default=7)
     parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")
     parser.add_argument("--train", action="store_true", help="voxel: training steps a second instead")
-    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", type=flags.new_file, help="also write the figures to this JSON file")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features", "train"])]
     if args.out:
         write_json(args.out, {"command": command_line(), "commit": git_commit(), "cores": os.cpu_count(), "tables": tables})

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 import demos
+import flags
 import plots_settings
 import settings
 import smith300
@@ -333,35 +334,35 @@ def collect(args):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--task_suite", help="LIBERO suite (default libero_spatial, or the replayed file's)")
-    parser.add_argument("--task_id", type=int, default=0)
-    parser.add_argument("--n_demos", type=int, help="demonstrations (48, or the next multiple of a setting's conditions), "
+    parser.add_argument("--task_id", type=flags.whole, default=0)
+    parser.add_argument("--n_demos", type=flags.count, help="demonstrations (48, or the next multiple of a setting's conditions), "
                         "replayed demos (all), or surveyed states")
     parser.add_argument("--setting", default="in_dist", choices=list(settings.SPLITS),
                         help="what the training conditions vary, see settings.py")
     parser.add_argument("--part", default="train", choices=("train", "val"), help="conditions to train on, or validation conditions, on "
                         "which diagnose.py looks at errors and nothing is trained")
     parser.add_argument("--split", help="viewpoint: outer or hemisphere; position: left_right or near_far")
-    parser.add_argument("--show", metavar="FILE", help="only draw every condition of --setting into this PNG")
+    parser.add_argument("--show", type=flags.new_file, metavar="FILE", help="only draw every condition of --setting into this PNG")
     parser.add_argument("--out", help="HDF5 file to write (data/SUITE_TASK.hdf5)")
     parser.add_argument("--replay", metavar="FILE", help="re-render this LIBERO HDF5 from its states")
     parser.add_argument("--survey", metavar="SUITE", help="only table the expert's success on each task of a suite")
-    parser.add_argument("--n_tasks", type=int, default=10, help="survey only the suite's first N tasks")
-    parser.add_argument("--image_size", type=int, default=448, help="pixels")
+    parser.add_argument("--n_tasks", type=flags.count, default=10, help="survey only the suite's first N tasks")
+    parser.add_argument("--image_size", type=flags.pixels, default=448, help="pixels")
     parser.add_argument("--clean_scene", action=argparse.BooleanOptionalAction,
                         help="without distractors and unused fixtures (only for the settings viewpoint and position)")
-    parser.add_argument("--start_jitter", type=float, default=JOINT_JITTER, help="std of the start joints, rad")
-    parser.add_argument("--start_spread", type=float, default=0.0, help="start with the EEF moved by up to +- m along y, a third of it along x")
-    parser.add_argument("--turn_spread", type=float, default=0.0, help="turn the camera about the robot's base, by up to +- degrees")
-    parser.add_argument("--push_rate", type=float, default=0.15, help="pushes per 10 control steps of free motion")
-    parser.add_argument("--layout_spread", type=float, default=0.0, help="further uniform shift of each task object, +- m")
+    parser.add_argument("--start_jitter", type=flags.not_negative, default=JOINT_JITTER, help="std of the start joints, rad")
+    parser.add_argument("--start_spread", type=flags.not_negative, default=0.0, help="start with the EEF moved by up to +- m along y, a third of it along x")
+    parser.add_argument("--turn_spread", type=flags.not_negative, default=0.0, help="turn the camera about the robot's base, by up to +- degrees")
+    parser.add_argument("--push_rate", type=flags.not_negative, default=0.15, help="pushes per 10 control steps of free motion")
+    parser.add_argument("--layout_spread", type=flags.not_negative, default=0.0, help="further uniform shift of each task object, +- m")
     parser.add_argument("--grasp", default="side", choices=list(EXPERTS), help="side: always the bowl's -y rim; rim: around it, see expert.rim_angle")
     parser.add_argument("--variant", default="task", choices=VARIANTS, help="the task, or lift_once, see variants.py")
     parser.add_argument("--format", default="libero", choices=("libero", "smith300"), help="HDF5 file, or folder of real-robot episodes")
     parser.add_argument("--video", action="store_true", help="smith300: an MP4 per episode instead of PNG frames")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=flags.count, default=2)
+    parser.add_argument("--seed", type=flags.whole, default=0)
     parser.add_argument("--overwrite", action="store_true")
     return parser
 
@@ -382,8 +383,6 @@ def main(argv=None):
         args.clean_scene = settings.clean_by_default(args.setting) if args.clean_scene is None else args.clean_scene
     if args.show:
         return show(args)
-    if args.n_demos is not None and args.n_demos < 1:
-        raise UserError("--n_demos: at least 1 demonstration is needed")
     if args.out is None:
         stem = Path(args.replay).stem + "_replayed" if args.replay else f"{args.task_suite or 'libero_spatial'}_{args.task_id}"
         stem += "" if args.grasp == "side" or args.replay else f"_{args.grasp}"

@@ -8,7 +8,6 @@ a kill the same command goes on. The second compares finished runs: each --run i
 Written are summary.json, the tables as table.md, and PNGs; rotations are drawn on the axis of the dataset's
 rotation_pca_basis.npz.
 """
-import argparse
 import json
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 import demos as demo_files
+import flags
 import plots_rotation
 import smith300
 from checkpoint import load_policy
@@ -303,15 +303,14 @@ def compare(args, runs):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)  # or --backbone, meant for train.py, would be --backbone_weights
+    parser = flags.Parser(__doc__, allow_abbrev=False)  # or --backbone, meant for train.py, would be --backbone_weights
     parser.add_argument("--run", action="append", metavar="NAME=FOLDER", help="a finished run; once per seed")
     parser.add_argument("--dataset", type=Path, help="train on this dataset first: an HDF5 file or a smith300 folder")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max_steps", type=int, default=500, help="of each training")
-    parser.add_argument("--runs", type=Path, default=Path("runs/rotation"), help="folder of the trainings")
-    parser.add_argument("--out", type=Path, default=Path("results/rotation"))
-    parser.add_argument("--n_episodes", type=int, default=10, help="validation episodes, at most, that are looked at frame by frame")
+    parser.add_argument("--seeds", type=flags.count, default=3)
+    parser.add_argument("--max_steps", type=flags.count, default=500, help="of each training")
+    parser.add_argument("--runs", type=flags.new_folder, default=Path("runs/rotation"), help="folder of the trainings")
+    parser.add_argument("--out", type=flags.new_folder, default=Path("results/rotation"))
+    parser.add_argument("--n_episodes", type=flags.count, default=10, help="validation episodes, at most, that are looked at frame by frame")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     return parser
 

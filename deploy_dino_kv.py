@@ -10,7 +10,6 @@ Standard input holds one JSON object a line: {"image": path of a PNG or JPG, or 
 Each answer is one line: {"frame", "xyz" (T,3) m, "euler" (T,3) rad roll pitch yaw, R = Rz Ry Rx, "gripper" (T,) -1 open +1 close, "latency_ms"}.
 Latency of each call and its parts go to standard error. Beside the checkpoint lies <ckpt>_stats.json; the two must belong together.
 """
-import argparse
 import base64
 import contextlib
 import io
@@ -23,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
+import flags
 import smith300
 from checkpoint import load_policy, stats_path
 from rot_utils import RotationBasis, load_stats, matrix_to_euler
@@ -111,12 +111,12 @@ def deploy(args):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--ckpt", type=Path, required=True, help="checkpoint.safetensors")
     parser.add_argument("--stats", type=Path, help="its statistics (<ckpt>_stats.json)")
     parser.add_argument("--source", type=Path, required=True, help="smith300 episode folder, video, or - for JSON lines on standard input")
     parser.add_argument("--state", type=Path, help="episode.npz of a video (the one beside it); for -, an npz with intrinsics and extrinsics")
-    parser.add_argument("--limit", type=int, help="stop after so many frames")
+    parser.add_argument("--limit", type=flags.whole, help="stop after so many frames")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     parser.add_argument("--device", default="cpu")
     return parser

@@ -7,12 +7,12 @@ At each decision a policy sees the recorded image and the recorded EEF. `reach` 
 Reported for each: pixel error, its bias (mean, to the image's right and down), height error, and the error on the table that the
 pixel alone makes (at the true height); how often the gripper's command is right. Written: errors.json, errors.md, errors.png.
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+import flags
 import plots
 import smith300
 from camera import unproject
@@ -71,14 +71,18 @@ def names_of(checkpoints):
     return names
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser():
+    parser = flags.Parser(__doc__)
     parser.add_argument("--ckpt", type=Path, nargs="+", required=True)
     parser.add_argument("--dataset", type=Path, required=True, help="demonstrations of conditions that nothing was trained on")
-    parser.add_argument("--n_demos", type=int, help="use only the first N demonstrations")
+    parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations")
     parser.add_argument("--backbone_weights", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("runs/diagnosis"))
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", type=flags.new_folder, default=Path("runs/diagnosis"))
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     found, rows, image = {}, {}, None
     for name, ckpt in zip(names_of(args.ckpt), args.ckpt):
         policy, _, _ = load_policy(ckpt, "cpu", args.backbone_weights)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import flags
 import plots
 import settings
 from checkpoint import load_policy, newest_checkpoint, run_name
@@ -219,37 +220,37 @@ def print_summary(s):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--ckpt", type=Path, help="checkpoint.safetensors (the newest run's, else the committed one)")
     parser.add_argument("--policy", default="checkpoint", choices=("checkpoint", "expert", "oracle", "blind"))
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     parser.add_argument("--teleport", action="store_true", help="servo to each absolute waypoint")
     parser.add_argument("--zero_rotation", action="store_true", help="keep the start's orientation")
-    parser.add_argument("--max_steps", type=int, default=600, help="control steps an episode may take")
+    parser.add_argument("--max_steps", type=flags.count, default=600, help="control steps an episode may take")
     parser.add_argument("--feedback", help="policies with a history: measured, predicted or hybrid:N (the checkpoint's)")
     parser.add_argument("--sample", action="store_const", const=True, help="policies with a history: sample the waypoint")
-    parser.add_argument("--temperature", type=float, help="of --sample")
+    parser.add_argument("--temperature", type=flags.positive, help="of --sample")
     parser.add_argument("--layout", default="benchmark", choices=list(LAYOUTS))
     parser.add_argument("--split", choices=sorted({s for names in settings.SPLITS.values() for s in names if s}),
                         help="how a setting's conditions are split, see settings.py (as the checkpoint's data)")
-    parser.add_argument("--n_episodes", type=int, help="episodes (50; position: 5 at each)")
+    parser.add_argument("--n_episodes", type=flags.count, help="episodes (50; position: 5 at each)")
     parser.add_argument("--task_suite", help="the checkpoint's own task, else libero_spatial")
-    parser.add_argument("--task_id", type=int)
+    parser.add_argument("--task_id", type=flags.whole)
     parser.add_argument("--grasp", choices=list(EXPERTS), help="the expert's grasp, for expert, oracle and coverage (the checkpoint's data's, else side)")
     parser.add_argument("--variant", choices=VARIANTS, help="the task, or lift_once (the checkpoint's data's, else task)")
     parser.add_argument("--clean_scene", action=argparse.BooleanOptionalAction,
                         help="without distractors and unused fixtures (as the checkpoint's data, else by layout)")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--recycle", type=int, default=25, help="episodes after which a worker is replaced")
-    parser.add_argument("--waypoint_stride", type=int, default=5, help="oracle: steps ahead; without --teleport: actions per waypoint")
-    parser.add_argument("--grid", type=int, default=64, help="oracle: image cells")
-    parser.add_argument("--n_height_bins", type=int, default=32, help="oracle: height bins")
-    parser.add_argument("--image_size", type=int, default=448)
-    parser.add_argument("--n_videos", type=int, default=3, help="record the first N episodes")
-    parser.add_argument("--video_every", type=int, default=4, help="control steps between video frames")
-    parser.add_argument("--out", type=Path, help="folder of results (runs/eval/...)")
+    parser.add_argument("--workers", type=flags.count, default=2)
+    parser.add_argument("--recycle", type=flags.count, default=25, help="episodes after which a worker is replaced")
+    parser.add_argument("--waypoint_stride", type=flags.count, default=5, help="oracle: steps ahead; without --teleport: actions per waypoint")
+    parser.add_argument("--grid", type=flags.at_least(2, 4096), default=64, help="oracle: image cells")
+    parser.add_argument("--n_height_bins", type=flags.at_least(2, 4096), default=32, help="oracle: height bins")
+    parser.add_argument("--image_size", type=flags.pixels, default=448)
+    parser.add_argument("--n_videos", type=flags.whole, default=3, help="record the first N episodes")
+    parser.add_argument("--video_every", type=flags.count, default=4, help="control steps between video frames")
+    parser.add_argument("--out", type=flags.new_folder, help="folder of results (runs/eval/...)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=flags.whole, default=0)
     return parser
 
 

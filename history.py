@@ -12,14 +12,14 @@ from volume import VolumeConfig, VolumeGeometry
 @dataclass
 class HistoryConfig(VolumeConfig):
     """What policies over windows of frames are configured by."""
-    eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise")
+    eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise", high=1)
     eef_noise_own: float = flag(0.5, "each frame's own noise over that of its window; at 0 the moves from frame to frame stay as they were")
     noisy_mark: bool = flag(False, "that noise is on the mark at the EEF's cell too")
-    trained_frames: int = flag(0, "frames of each window that a training step is about, drawn anew at every step; 0: all of them")
+    trained_frames: int = flag(0, "frames of each window that a training step is about, drawn anew at every step; 0: all of them", low=0)
     finger_heads: bool = flag(True, "the heads have weights of their own for open and for closed fingers")
     feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")
     sample: bool = flag(False, "sample the waypoint instead of taking the peak")
-    temperature: float = flag(1.0, "of --sample")
+    temperature: float = flag(1.0, "of --sample", above=0)
 
 
 def feedback_steps(feedback):
@@ -53,10 +53,6 @@ class HistoryPolicy(VolumeGeometry):
 
     def check(self):
         feedback_steps(self.config.feedback)
-        if self.config.temperature <= 0:
-            raise UserError(f"--temperature {self.config.temperature}: must be positive")
-        if self.config.trained_frames < 0:
-            raise UserError(f"--trained_frames {self.config.trained_frames}: 0 for all frames of a window, or how many")
 
     def noise(self, eef):
         """Normal noise (B,T,3) for EEF positions (B,T,3) in training: common to a window, and some of each frame's own."""

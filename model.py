@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import flags
 import camera
 from policy import fingers_closed, flag, masked_mean
 from volume import VolumeConfig, VolumeGeometry, dilated_convolutions, flat_index, mark_cell, ray_layers
@@ -22,7 +23,7 @@ class TrunkConfig(VolumeConfig):
     """Configuration of PixelTrunk."""
     n_window: int = flag(6, "future waypoints T")
     width: int = flag(64, "channels of the convolutional trunk")
-    dilations: str = flag("1,2,4", "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark")
+    dilations: str = flag("1,2,4", "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark", kind=flags.int_list)
     eef_height: bool = flag(True, "the EEF's embedding depends on its height (interpolated between height bins)")
     eef_gripper: bool = flag(True, "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed")
     rays: bool = flag(False, "every cell knows where its ray passes the EEF's height and which way it rises, and so where the camera is")

@@ -30,11 +30,11 @@ class ActConfig(FittedConfig):
     n_decoder_layers: int = flag(1, "decoder layers")
     n_heads: int = flag(8, "attention heads")
     mlp_ratio: int = flag(4, "feed-forward width over d")
-    dropout: float = flag(0.1, "dropout in the transformer")
+    dropout: float = flag(0.1, "dropout in the transformer", below=1)
     patch_grid: int = flag(14, "patch tokens a side")
     camera_token: bool = flag(True, "a token of the camera's pose")
     gripper_weight: float = flag(1.0, "weight of the gripper loss")
-    eef_noise_share: float = flag(0.7, "share of samples with a noised EEF position in training")
+    eef_noise_share: float = flag(0.7, "share of samples with a noised EEF position in training", high=1)
     eef_noise_m: float = flag(0.02, "its standard deviation along each axis, metres")
 
     presets = {"full": dict(lr=3e-4, warmup=200), "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, dropout=0.0,

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import flags
 from history import FingerLinear, HistoryConfig, HistoryPolicy
 from layers import FrameBlock, Resolutions, fourier
 from policy import check_heads, fingers_closed, flag, masked_mean
@@ -32,17 +33,17 @@ QUERY = 1  # its place among a group's own two tokens; the EEF comes first
 @dataclass
 class AutoregressiveConfig(HistoryConfig):
     """Configuration of AutoregressivePolicy."""
-    grid: int = flag(56, "prediction grid H = W")
+    grid: int = flag(56, "prediction grid H = W", low=2)
     context: int = flag(8, "frames T that attention sees")
     dim: int = flag(384, "width d of the transformer")
     n_layers: int = flag(6, "layers")
     n_heads: int = flag(6, "attention heads")
     mlp_ratio: int = flag(4, "feed-forward width over d")
     patch_grid: int = flag(28, "patch tokens a side")
-    recent_hires: int = flag(0, "the K newest frames at --patch_grid, older ones at half of it; 0: all alike")
+    recent_hires: int = flag(0, "the K newest frames at --patch_grid, older ones at half of it; 0: all alike", low=0)
     head: str = flag("pointer", "query . cell features, or an MLP over absolute cells", ("pointer", "mlp"))
     key_width: int = flag(64, "channels of the pointer's cell features")
-    dilations: str = flag("1,2,4", "dilations of the convolutions over the pointer's cell features")
+    dilations: str = flag("1,2,4", "dilations of the convolutions over the pointer's cell features", kind=flags.int_list)
     key_patches: bool = flag(False, "the transformer's patch outputs are part of the pointer's keys")
     rays: bool = flag(False, "the pointer's cells know where their rays pass the EEF's height and which way they rise, and so where the camera is")
     eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the pointer's convolutions")

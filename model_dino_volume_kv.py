@@ -23,7 +23,7 @@ ENCODINGS = ("sin", "learned")
 class DinoVolumeKVConfig(TrunkConfig):
     """Configuration of DinoVolumeKV."""
     n_window: int = flag(8, "future waypoints T")
-    grid: int = flag(56, "prediction grid H = W")
+    grid: int = flag(56, "prediction grid H = W", low=2)
     dim: int = flag(128, "channels of queries, keys and tokens (d_model)")
     height_enc: str = flag("sin", "encoding of the height bin in the queries", ENCODINGS)
     time_enc: str = flag("sin", "encoding of the waypoint's number in the queries", ENCODINGS)

@@ -27,7 +27,7 @@ class DinoVolumeKVFullConfig(DinoVolumeKVConfig):
     token_enc: str = flag("sin", "encoding of height bin and waypoint number in the tokens", ENCODINGS)
     yx_embedding: bool = flag(False, "tokens know their keypoint's cell, by learned embeddings")
     rotation: str = flag("pca", "one value on the dataset's principal axis, or three Euler angles", ("pca", "euler"))
-    n_rot_bins: int = flag(48, "bins of the axis, or of each Euler angle")
+    n_rot_bins: int = flag(48, "bins of the axis, or of each Euler angle", low=2)
     basis: str = flag("", "rotation basis file (rotation_pca_basis.npz beside the dataset)")
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import flags
 import camera
 import layers_voxel as lv
 from history import FingerLinear, HistoryConfig, HistoryPolicy
@@ -24,17 +25,17 @@ from volume import dilated_convolutions, mark_cell
 @dataclass
 class VoxelConfig(HistoryConfig):
     """Configuration of VoxelPolicy."""
-    grid: int = flag(56, "voxel columns H = W: 56 with 32 height bins, or 28 with 16")
+    grid: int = flag(56, "voxel columns H = W: 56 with 32 height bins, or 28 with 16", low=2)
     context: int = flag(20, "EEF positions that a query sees")
     dim: int = flag(384, "width d of queries and tokens")
     n_layers: int = flag(4, "layers")
     n_heads: int = flag(4, "attention heads")
     mlp_ratio: int = flag(4, "feed-forward width over d")
     key_width: int = flag(64, "channels of the image features, before their projection to d")
-    dilations: str = flag("1,2,4", "dilations of the convolutions over image features: the first before attention, the rest before readout")
+    dilations: str = flag("1,2,4", "dilations of the convolutions over image features: the first before attention, the rest before readout", kind=flags.int_list)
     n_waves: int = flag(8, "wavelengths of the positional encoding, P = 6 times as many")
-    shortest_wave: float = flag(0.04, "metres")
-    longest_wave: float = flag(3.0, "metres")
+    shortest_wave: float = flag(0.04, "metres", above=0)
+    longest_wave: float = flag(3.0, "metres", above=0)
     gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head on the query", ("joint", "separate"))
     eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the readout's convolutions")
     eef_noise_m: float = flag(0.02, "training noise of EEF positions, standard deviation in metres along x and along y")

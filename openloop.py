@@ -9,12 +9,12 @@ coverage of the recorded path by the predicted one, of all its points and of tho
 of their second difference, mm) beside the truth's, jitter (the same of their errors: jerk alone would praise who cuts corners), pixel
 error. Overlays show truth and predictions from the first frame on.
 """
-import argparse
 from pathlib import Path
 
 from tqdm import tqdm
 
 import demos as demo_files
+import flags
 import plots
 import smith300
 from checkpoint import load_policy
@@ -26,17 +26,21 @@ def roll(path, demos, policy, fed, label):
     return [free_run(policy, path, demo, policy.config, fed) for demo in tqdm(demos, desc=f"{label}, {fed}", unit="demo")]
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser():
+    parser = flags.Parser(__doc__)
     parser.add_argument("--ckpt", type=Path, nargs="+", required=True)
     parser.add_argument("--dataset", type=Path, default=Path("data/libero_spatial_0.hdf5"))
-    parser.add_argument("--val_fraction", type=float, default=0.15, help="as in training: the demonstrations it held out are used")
-    parser.add_argument("--n_demos", type=int, help="use only the first N demonstrations of the file, as in training")
+    parser.add_argument("--val_fraction", type=flags.fraction, default=0.15, help="as in training: the demonstrations it held out are used")
+    parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations of the file, as in training")
     parser.add_argument("--whole", action="store_true", help="use all demonstrations of the file: one that no checkpoint was trained on")
-    parser.add_argument("--max_val", type=int, help="at most so many validation demonstrations")
+    parser.add_argument("--max_val", type=flags.count, help="at most so many validation demonstrations")
     parser.add_argument("--backbone_weights", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("runs/openloop"))
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", type=flags.new_folder, default=Path("runs/openloop"))
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     rows, paths, held_out = [], {}, None
     for ckpt in args.ckpt:
         policy, info, _ = load_policy(ckpt, "cpu", args.backbone_weights)

@@ -8,6 +8,7 @@ Batches hold metres, radians, pixels and world coordinates; cells and bins exist
 
 Policies with a history take windows of T frames instead, one waypoint each: what is (B,...) above is (B,T,...), see data_ar.py.
 """
+import argparse
 import time
 from dataclasses import dataclass, field, fields
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import flags
 from rot_utils import euler_to_matrix, matrix_to_euler, wrap_angle
 from runtime import UserError
 
@@ -23,9 +25,11 @@ HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
 ROTATION_MARGIN = 0.02  # radians beyond the training data's angles that the bins still cover
 
 
-def flag(default, help, choices=None):
-    """A config field that becomes a command-line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, choices=None, kind=None, low=None, high=None, above=None, below=None):
+    """A config field that becomes a command-line flag. Bounds as in `flags.Number`: by default whole numbers start at 1, others
+    at 0. kind: another type from flags.py."""
+    kind = kind or flags.field_type(type(default), low, high, above, below)
+    return field(default=default, metadata={"help": help, "choices": choices, "type": kind})
 
 
 @dataclass
@@ -33,7 +37,7 @@ class PolicyConfig:
     """What every policy is configured by. It travels in the checkpoint. `presets`: {name: other defaults}, of train.py's flags too."""
     presets = {}
     backbone: str = flag("auto", "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model")
-    image_size: int = flag(448, "image side, pixels")
+    image_size: int = flag(448, "image side, pixels", kind=flags.pixels)
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
     min_travel: float = flag(0.02, "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF already is, for ever")
     retreat: bool = flag(False, "train on frames after the last release too")
@@ -44,9 +48,8 @@ def add_config_flags(parser, config_class):
     """One flag per field of a config dataclass."""
     group = parser.add_argument_group(config_class.__name__)
     for f in fields(config_class):
-        kind = f.type if isinstance(f.type, type) else {"int": int, "float": float, "str": str, "bool": bool}[f.type]
+        kind = f.metadata["type"]
         if kind is bool:
-            import argparse
             group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
         else:
             group.add_argument(f"--{f.name}", type=kind, default=f.default, choices=f.metadata["choices"],
@@ -73,6 +76,7 @@ class Policy(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        flags.check_fields(config)
         self.config = config
         self._backbone = []  # in a list, so that the frozen features are no part of the state dict
         self.seconds = {"features": 0.0, "policy": 0.0}
@@ -146,7 +150,7 @@ class Policy(nn.Module):
 @dataclass
 class FittedConfig(PolicyConfig):
     """What policies with rotations in bins share."""
-    n_rot_bins: int = flag(32, "bins per Euler axis")
+    n_rot_bins: int = flag(32, "bins per Euler axis", low=2)
     rotation_weight: float = flag(0.1, "weight of the rotation loss")
 
 

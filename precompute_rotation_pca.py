@@ -7,12 +7,12 @@
 Writes rotation_pca_basis.npz beside the dataset (inside it, where it is a folder) and rotation_pca_basis.png. If one axis explains less
 than 0.85 of the variance, nothing is written and the exit code is 3: a 1D target would throw away real motion.
 """
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
+import flags
 import plots_rotation
 from rot_utils import (EV_GATE, NEAR_SINGULAR, SPACES, basis_path, fingerprint, fit_basis, matrix_to_euler,
                        reconstruction_error, rotvec_to_matrix, save_basis)
@@ -75,12 +75,12 @@ def precompute(args):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--dataset", type=Path, required=True, help="LIBERO-format HDF5 file, or smith300 folder")
     parser.add_argument("--space", default="so3", choices=SPACES, help="so3: log map at the Frechet mean (so3); euler: unwrapped about the mean")
     parser.add_argument("--allow_low_ev", action="store_true", help="write it even if the gate is not passed; recorded in the basis")
-    parser.add_argument("--n_demos", type=int, help="use only the first N demonstrations")
-    parser.add_argument("--out", type=Path, help="write the basis here instead")
+    parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations")
+    parser.add_argument("--out", type=flags.new_file, help="write the basis here instead")
     return parser
 
 

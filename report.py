@@ -3,11 +3,11 @@
     python report.py --run runs/NAME --evals results/para_benchmark results/para_shifted --out report.html
     python report.py --evals results/* --markdown        # the README's table
 """
-import argparse
 import html
 import tempfile
 from pathlib import Path
 
+import flags
 import plots
 from pages import STYLE, embed, figure, html_table, markdown_table, percent, rate, read_json
 from runtime import atomic_path, read_jsonl, run_script
@@ -79,13 +79,17 @@ def build(run, evals):
     return "\n".join(page), summaries
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser():
+    parser = flags.Parser(__doc__)
     parser.add_argument("--run", type=Path, help="training run folder")
     parser.add_argument("--evals", type=Path, nargs="+", required=True, help="evaluation folders")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--out", type=flags.new_file, default=Path("report.html"))
     parser.add_argument("--markdown", action="store_true", help="only print the success table as Markdown")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     if args.markdown:
         print(markdown([read_json(e / "summary.json", "finished evaluation") for e in args.evals]))
         return

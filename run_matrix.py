@@ -11,7 +11,6 @@ Every step is one of the repository's own commands, with its log in OUT/logs. A 
 the same flags is not done again, so that the same command goes on after a kill, and adds rows to a table. A failed step is
 reported, what does not need it goes on, and the exit code is 1.
 """
-import argparse
 import re
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from typing import NamedTuple
 
 import h5py
 
+import flags
 import matrix_table
 from graph import Local, Node, Ray, pending, run_graph
 from pages import read_json
@@ -274,36 +274,36 @@ def assignments(words, known, flag):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=[r for r in ROWS if r != "expert" and r not in ATTEMPTS])
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=["in_dist", "viewpoint", "position"])
     parser.add_argument("--preset", choices=("small", "full"), default="small", help="small for two CPU cores, full for a GPU")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of training")
+    parser.add_argument("--seeds", nargs="+", type=flags.whole, default=[0], help="seeds of training")
     parser.add_argument("--backbone", default="efficientnet_lite0", help="features of the whole table (efficientnet_lite0)")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
-    parser.add_argument("--n_demos", type=int, help="demonstrations of each setting (collect_demos.py's own number)")
-    parser.add_argument("--train_minutes", type=float, help=f"of every training ({MINUTES})")
-    parser.add_argument("--n_episodes", type=int, help="episodes of every cell (50, viewpoint 64, position 100)")
-    parser.add_argument("--n_videos", type=int, default=2, help="episodes of every cell that are filmed")
+    parser.add_argument("--n_demos", type=flags.count, help="demonstrations of each setting (collect_demos.py's own number)")
+    parser.add_argument("--train_minutes", type=flags.positive, help=f"of every training ({MINUTES})")
+    parser.add_argument("--n_episodes", type=flags.count, help="episodes of every cell (50, viewpoint 64, position 100)")
+    parser.add_argument("--n_videos", type=flags.whole, default=2, help="episodes of every cell that are filmed")
     parser.add_argument("--dataset", nargs="+", default=[], metavar="SETTING=FILE",
                         help="demonstrations that are there already; of another split SETTING_SPLIT=FILE, with other starts SETTING_starts=FILE")
     parser.add_argument("--row_flags", nargs="+", default=[], metavar="ROW=FLAGS",
                         help='further flags of a row\'s training, as act="--lr 5e-4"')
     for step, script in (("collect", "collect_demos.py"), ("train", "train.py"), ("eval", "eval.py")):
         parser.add_argument(f"--{step}_flags", default="", help=f"further flags of every {script}, in quotes")
-    parser.add_argument("--out", type=Path, default=Path("runs/matrix"), help="folder of all that is made")
-    parser.add_argument("--workers", type=int, default=2, help="simulator processes of a collection or evaluation")
-    parser.add_argument("--jobs", type=int, default=1, help="steps at a time on this machine")
+    parser.add_argument("--out", type=flags.new_folder, default=Path("runs/matrix"), help="folder of all that is made")
+    parser.add_argument("--workers", type=flags.count, default=2, help="simulator processes of a collection or evaluation")
+    parser.add_argument("--jobs", type=flags.count, default=1, help="steps at a time on this machine")
     parser.add_argument("--device", default="cpu", help="device of evaluations; trainings take a GPU where they see one")
     parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (auto: the one here), see requirements-ray.txt")
-    parser.add_argument("--train_cpus", type=float, default=2, help="with --ray: CPUs that a training asks for")
-    parser.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs that a training asks for, or a share of one")
+    parser.add_argument("--train_cpus", type=flags.positive, default=2, help="with --ray: CPUs that a training asks for")
+    parser.add_argument("--gpus", type=flags.not_negative, default=0, help="with --ray: GPUs that a training asks for, or a share of one")
     parser.add_argument("--dry_run", action="store_true", help="only print the commands")
     parser.add_argument("--table", action="store_true", help="only make the table, from the evaluations in --out")
     parser.add_argument("--metric", choices=matrix_table.RATES, default="success",
                         help="rate of the short table and the paired test")
     parser.add_argument("--readme", type=Path, help="write the table into this file too, between its <!-- matrix --> marks")
-    parser.add_argument("--export", type=Path, help="also copy the table and the evaluations' small files here, to be committed")
+    parser.add_argument("--export", type=flags.new_folder, help="also copy the table and the evaluations' small files here, to be committed")
     return parser
 
 
@@ -313,9 +313,6 @@ def parse_args(argv=None):
     args.row_flags = {k: shlex.split(v) for k, v in assignments(args.row_flags, ROWS, "--row_flags").items()}
     for name in ("collect_flags", "train_flags", "eval_flags"):
         setattr(args, name, shlex.split(getattr(args, name)))
-    for name in ("n_demos", "n_episodes", "train_minutes", "workers", "jobs"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must be more than 0")
     for setting, path in args.dataset.items():
         if not Path(path).is_file():
             raise UserError(f"--dataset {setting}={path}: there is no such file")

@@ -9,7 +9,6 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: huge pages take a third off a CPU step
 
-import argparse
 import copy
 import json
 import math
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 import demos as demo_files
 import finetune
+import flags
 import plots
 import settings
 from backbone import Backbone, resolve_backbone
@@ -40,33 +40,33 @@ DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
 
 
 def build_parser(config_class=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(__doc__)
     parser.add_argument("--model_type", default="para", choices=list(REGISTRY))
     parser.add_argument("--dataset", type=Path, default=DEFAULT_DATASET, help=f"LIBERO-format HDF5, or a smith300 folder ({DEFAULT_DATASET})")
-    parser.add_argument("--n_demos", type=int, help="use only the first N demonstrations")
-    parser.add_argument("--out", type=Path, help="run folder (runs/MODEL_DATE)")
+    parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations")
+    parser.add_argument("--out", type=flags.new_folder, help="run folder (runs/MODEL_DATE)")
     parser.add_argument("--init_from", type=Path, metavar="CKPT", help="finetune: start from this checkpoint's tensors that fit by name and shape")
-    parser.add_argument("--freeze_steps", type=int, default=500, help="with --init_from: steps in which the volume head stays as it is")
+    parser.add_argument("--freeze_steps", type=flags.whole, default=500, help="with --init_from: steps in which the volume head stays as it is")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder; its own flags are used")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
-    parser.add_argument("--cache", type=Path, default=Path("cache/features"), help="folder of cached features")
+    parser.add_argument("--cache", type=flags.new_folder, default=Path("cache/features"), help="folder of cached features")
     parser.add_argument("--cache_only", action="store_true", help="compute the features that this training needs, and stop")
-    parser.add_argument("--frame_stride", type=int, default=2, help="train on every k-th frame of a demonstration")
-    parser.add_argument("--val_fraction", type=float, default=0.15, help="share of demonstrations held out")
+    parser.add_argument("--frame_stride", type=flags.count, default=2, help="train on every k-th frame of a demonstration")
+    parser.add_argument("--val_fraction", type=flags.fraction, default=0.15, help="share of demonstrations held out")
     parser.add_argument("--mirror", action="store_true", help="train on each demonstration's reflection in the robot's plane of symmetry too")
-    parser.add_argument("--shift_aug", type=float, default=0, metavar="PX", help="train on images moved sideways by up to so many pixels, each by its own")
+    parser.add_argument("--shift_aug", type=flags.not_negative, default=0, metavar="PX", help="train on images moved sideways by up to so many pixels, each by its own")
     parser.add_argument("--turn_back", action="store_true", help="turn each demonstration's world until its camera is where agentview is (--turn_spread)")
-    parser.add_argument("--batch_size", type=int, default=16, help="samples a step, over all processes")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.01)
-    parser.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up, then a cosine to zero")
-    parser.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    parser.add_argument("--max_steps", type=int, default=500)
-    parser.add_argument("--max_minutes", type=float, help="also end, with the cosine at zero, after so many minutes in the loop")
-    parser.add_argument("--val_every", type=int, default=100, help="steps")
-    parser.add_argument("--val_samples", type=int, default=400, help="frames that a validation looks at, a third as many windows")
-    parser.add_argument("--save_every", type=int, default=100, help="steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=flags.count, default=16, help="samples a step, over all processes")
+    parser.add_argument("--lr", type=flags.positive, default=1e-3)
+    parser.add_argument("--weight_decay", type=flags.not_negative, default=0.01)
+    parser.add_argument("--warmup", type=flags.whole, default=30, help="steps of linear warm-up, then a cosine to zero")
+    parser.add_argument("--clip", type=flags.positive, default=1.0, help="gradient norm")
+    parser.add_argument("--max_steps", type=flags.count, default=500)
+    parser.add_argument("--max_minutes", type=flags.positive, help="also end, with the cosine at zero, after so many minutes in the loop")
+    parser.add_argument("--val_every", type=flags.count, default=100, help="steps")
+    parser.add_argument("--val_samples", type=flags.count, default=400, help="frames that a validation looks at, a third as many windows")
+    parser.add_argument("--save_every", type=flags.count, default=100, help="steps")
+    parser.add_argument("--seed", type=flags.whole, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on a GPU, and on a CPU that has it")
     parser.add_argument("--compile", action="store_true", help="torch.compile the policy")
@@ -95,9 +95,6 @@ def parse_args(argv=None):
     else:
         config_class = look_up(first.model_type).config
         args = with_preset(build_parser(config_class), argv)
-    for name in ("batch_size", "max_steps", "frame_stride", "waypoint_stride", "n_window", "context", "val_every", "val_samples", "save_every"):
-        if getattr(args, name, 1) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     return args, config_class
 
 

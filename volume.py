@@ -103,10 +103,10 @@ def local_soft_argmax(logits, shape, radius=2):
 @dataclass
 class VolumeConfig(FittedConfig):
     """What policies that classify waypoints over image cells x height bins share."""
-    grid: int = flag(64, "prediction grid H = W")
-    n_height_bins: int = flag(32, "height bins Z")
+    grid: int = flag(64, "prediction grid H = W", low=2)
+    n_height_bins: int = flag(32, "height bins Z", low=2)
     target: str = flag("soft", "one-hot or Gaussian cell and height targets", ("soft", "hard"))
-    sigma: float = flag(0.7, "standard deviation of soft targets, cells and bins")
+    sigma: float = flag(0.7, "standard deviation of soft targets, cells and bins", above=0)
     decode: str = flag("soft", "local soft-argmax, or plain argmax", ("soft", "argmax"))
 
 

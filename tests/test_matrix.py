@@ -263,7 +263,7 @@ def test_flags_reach_their_commands(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "elsewhere=x.hdf5"], ("elsewhere", "viewpoint")),
     (["--dataset", "in_dist=absent.hdf5"], ("absent.hdf5", "no such file")),
-    (["--row_flags", "parrot=--lr 1"], ("parrot", "a_pointer")), (["--n_episodes", "0"], ("--n_episodes 0", "more than 0"))])
+    (["--row_flags", "parrot=--lr 1"], ("parrot", "a_pointer")), (["--n_episodes", "0"], ("--n_episodes: 0", "at least 1"))])
 def test_bad_flags_are_refused_in_one_sentence(flags, words):
     """One sentence with the flag and the remedy."""
     with pytest.raises(UserError) as error:

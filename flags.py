@@ -1,0 +1,151 @@
+"""Command lines: types of values with their ranges, and a parser that refuses what lies outside in one sentence.
+
+A range is declared where the flag is, `add_argument("--lr", type=flags.positive)`, or with a policy's config field,
+`policy.flag(0.7, "...", high=1)`. The same declaration checks the fields of a checkpoint's config.
+"""
+import argparse
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+from runtime import UserError
+
+LARGEST = 10**9  # of counts and seeds: what NumPy, torch and a day have room for
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one sentence, and not the names of 70 flags before it."""
+
+    def __init__(self, description, **options):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A finite number of a range, as the type of a flag. low, high: inclusive bounds; above, below: exclusive ones."""
+    kind: type
+    low: float = None
+    high: float = None
+    above: float = None
+    below: float = None
+
+    def __call__(self, text):
+        """The number that a text says. Raises ArgumentTypeError."""
+        try:
+            value = self.kind(text)
+        except (ValueError, TypeError, OverflowError):
+            value = None
+        if value is None or not self.holds(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {self}")
+        return value
+
+    def holds(self, value):
+        """True if a value is of this type and inside the range."""
+        kinds = (int,) if self.kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            return False
+        return ((self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+                and (self.above is None or value > self.above) and (self.below is None or value < self.below))
+
+    def __str__(self):
+        bounds = [f"{word} {bound:g}" for word, bound in (("of at least", self.low), ("above", self.above), ("below", self.below),
+                                                          ("of at most", self.high)) if bound not in (None, LARGEST)]
+        return f"a {'whole ' if self.kind is int else 'finite '}number {' and '.join(bounds)}".strip()
+
+
+def at_least(low, high=LARGEST):
+    """Whole numbers from `low` to `high`."""
+    return Number(int, low, high)
+
+
+count = at_least(1)
+whole = at_least(0)
+pixels = at_least(16, 4096)
+finite = Number(float)
+positive = Number(float, above=0)
+not_negative = Number(float, low=0)
+share = Number(float, low=0, high=1)
+fraction = Number(float, above=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class IntList:
+    """Whole numbers of a range with commas between them, kept as text: a config holds them so."""
+    each: Number
+
+    def __call__(self, text):
+        if not self.holds(text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self}")
+        return text
+
+    def holds(self, text):
+        try:
+            return isinstance(text, str) and all(self.each.holds(int(word)) for word in text.split(","))
+        except ValueError:
+            return False
+
+    def __str__(self):
+        return f"a list as 1,2,4, each {self.each}"
+
+
+int_list = IntList(at_least(1, 512))
+
+
+def new_file(text):
+    """The path of a file to write, as the type of a flag. Raises ArgumentTypeError where no file can be written."""
+    path = Path(text)
+    if not path.name or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text or '(nothing)'} is a folder, the name of a file is expected")
+    return _writable(path)
+
+
+def new_folder(text):
+    """The path of a folder to write into, made where it is not there. Raises ArgumentTypeError where none can be."""
+    path = Path(text)
+    if not path.name or path.name == "..":
+        raise argparse.ArgumentTypeError(f"{text or '(nothing)'} has no name; give a folder of its own")
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file, a folder is expected")
+    return _writable(path)
+
+
+def _writable(path):
+    """`path`, if it can be made in the nearest folder above it that is there."""
+    try:
+        above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:  # a name that is too long
+        raise argparse.ArgumentTypeError(f"{path} cannot be written ({error.strerror})")
+    if above != path and not above.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} lies below {above}, which is a file")
+    if not os.access(above, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{above} is read-only; give another path")
+    return path
+
+
+# -- config fields of policies --------------------------------------------------------------------------------------------
+
+
+def field_type(kind, low, high, above, below):
+    """The type of a config field: whole numbers start at 1 and other numbers at 0, unless a bound says otherwise."""
+    if kind not in (int, float):
+        return kind
+    if low is None and above is None:
+        low = 1 if kind is int else 0
+    if high is None and below is None and kind is int:
+        high = 4096  # sizes of networks, grids and images: more than that fits in no memory
+    return Number(kind, low, high, above, below)
+
+
+def check_fields(config):
+    """Raise UserError unless every field of a config dataclass holds what its declaration allows."""
+    for field in dataclasses.fields(config):
+        value, kind, choices = getattr(config, field.name), field.metadata["type"], field.metadata["choices"]
+        ranged = hasattr(kind, "holds")
+        good = kind.holds(value) if ranged else isinstance(value, kind)
+        if not good or choices and value not in choices:
+            wanted = f"one of {', '.join(choices)}" if choices else str(kind) if ranged else f"a {kind.__name__}"
+            raise UserError(f"--{field.name} {value!r}: is not {wanted}")
