@@ -13,7 +13,7 @@ if [ -f "$out/run/state.safetensors" ]; then
   "$py" train.py --resume "$out/run"
 else
   "$py" train.py --model_type para --dataset "$out/demos.hdf5" --out "$out/run" --backbone efficientnet_lite0 \
-    --max_minutes "${DEMO_MINUTES:-2}" --wandb off
+    --max_steps "${DEMO_STEPS:-750}" --wandb off
 fi
 for layout in benchmark shifted; do
   "$py" eval.py --ckpt "$out/run/checkpoint.safetensors" $flags --layout $layout --n_episodes "${DEMO_EPISODES:-8}" --out "$out/para_$layout"

@@ -28,7 +28,8 @@ class TrunkConfig(VolumeConfig):
     eef_gripper: bool = flag(True, "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed")
     rays: bool = flag(False, "every cell knows where its ray passes the EEF's height and which way it rises, and so where the camera is")
 
-    presets = {"full": {}, "small": dict(grid=56, width=48, batch_size=8, max_steps=750, val_every=375)}
+    presets = {"full": dict(lr=1e-3, warmup=200, max_steps=10_000, val_every=1000, save_every=500),
+               "small": dict(grid=56, width=48, batch_size=8, lr=1e-3, max_steps=750, val_every=375)}
 
 
 @dataclass

@@ -37,8 +37,8 @@ class ActConfig(FittedConfig):
     eef_noise_share: float = flag(0.7, "share of samples with a noised EEF position in training", high=1)
     eef_noise_m: float = flag(0.02, "its standard deviation along each axis, metres")
 
-    presets = {"full": dict(lr=3e-4, warmup=200), "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, dropout=0.0,
-                                                                max_steps=1500, val_every=500)}
+    presets = {"full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
+               "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, dropout=0.0, lr=1e-3, max_steps=2500, val_every=500)}
 
 
 class ActPolicy(FittedPolicy):

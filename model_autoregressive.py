@@ -58,8 +58,9 @@ class AutoregressiveConfig(HistoryConfig):
     smooth_weight: float = flag(0.0, "weight of the squared second difference (grid cells) of a free-running rollout")
 
     # small: 7x7 patches and two trained frames of each of four windows make a step cost a third of 14x14 and all eight
-    presets = {"full": {}, "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, patch_grid=7, key_width=48, batch_size=4,
-                                         trained_frames=2, max_steps=2500, val_every=1250)}
+    presets = {"full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
+               "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, patch_grid=7, key_width=48, batch_size=4,
+                             trained_frames=2, lr=1e-3, max_steps=2500, val_every=1250)}
 
 
 class AutoregressivePolicy(HistoryPolicy):

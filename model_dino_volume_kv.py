@@ -31,6 +31,8 @@ class DinoVolumeKVConfig(TrunkConfig):
     rotation_sigma: float = flag(2.0, "standard deviation of Gaussian rotation targets, bins; 0: one-hot")
     rotation_decode: str = flag("soft", "soft-argmax over the bins about the highest, or that bin's centre", ("soft", "argmax"))
 
+    presets = {**TrunkConfig.presets, "small": {**TrunkConfig.presets["small"], "max_steps": 1600, "val_every": 400}}
+
 
 def sinusoid(index, dim, base=10000.0):
     """Positional encoding of index (...) -> (...,dim): sines and cosines at frequencies base^(-2i/dim) (Vaswani et al. 2017)."""

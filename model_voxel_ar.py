@@ -42,8 +42,9 @@ class VoxelConfig(HistoryConfig):
     eef_noise_height_m: float = flag(0.004, "the same along z")
 
     # small: a step costs what its frames cost, and two frames of each of four windows differ more than four of each of two
-    presets = {"full": {}, "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=4, trained_frames=2,
-                                         max_steps=1000, val_every=250)}
+    presets = {"full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
+               "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=4, trained_frames=2,
+                             lr=1e-3, max_steps=2500, val_every=500)}
 
 
 class VoxelBlock(nn.Module):

@@ -34,7 +34,9 @@ def flag(default, help, choices=None, kind=None, low=None, high=None, above=None
 
 @dataclass
 class PolicyConfig:
-    """What every policy is configured by. It travels in the checkpoint. `presets`: {name: other defaults}, of train.py's flags too."""
+    """What every policy is configured by. It travels in the checkpoint. 
+    `presets`: {name: other defaults}, of train.py's flags too; each names its own max_steps and lr.
+    """
     presets = {}
     backbone: str = flag("auto", "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model")
     image_size: int = flag(448, "image side, pixels", kind=flags.pixels)

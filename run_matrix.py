@@ -28,7 +28,7 @@ from registry import look_up
 from runtime import UserError, command_line, git_commit, run_script, versions
 
 ROOT = Path(__file__).resolve().parent
-MINUTES = {"small": 8, "full": 25}  # of training, the same for every row
+STEPS = {"small": 2500, "full": 10_000}  # of training, the same for every row whatever its machine
 SMALL_FILES = ("table.json", "table.md", "table.png", "nodes.jsonl",  # what --export takes, of the whole and of each evaluation
                "summary.json", "episodes.jsonl", "settings.json", "protocol.json", "sheet.png")
 INCIDENTAL = re.compile(r" --(workers|n_episodes|n_videos) \S+")  # flags that leave an episode's result as it is
@@ -161,8 +161,8 @@ def lacks_training(run, command, dataset):
     if not (run / "checkpoint.json").is_file():
         return f"{run} has no checkpoint yet"
     info, limits = read_json(run / "checkpoint.json", "run of train.py"), config["args"]
-    if info["step"] < limits["max_steps"] and info["minutes"] < (limits["max_minutes"] or float("inf")):
-        return f"{run} stopped at step {info['step']}, after {info['minutes']:.1f} minutes"
+    if info["step"] < limits["max_steps"]:
+        return f"{run} stopped at step {info['step']} of {limits['max_steps']}"
     return ""
 
 
@@ -233,10 +233,9 @@ class Plan:
         args = self.args
         data, dataset, collected = self.dataset(row, column)
         run = args.out / "runs" / f"{name}-{data}-s{seed}"
-        minutes = args.train_minutes or MINUTES[args.preset]
         command = python("train.py", "--model_type", row.model_type, *row.flags, "--preset", args.preset,
                          "--backbone", args.backbone, *self.weights(), "--dataset", dataset, "--seed", seed,
-                         "--max_steps", 10**6, "--max_minutes", minutes, "--wandb", "off",
+                         "--max_steps", args.train_steps or STEPS[args.preset], "--wandb", "off",
                          *args.train_flags, *args.row_flags.get(name, []), "--out", run)
         limits = dict(cpus=args.train_cpus, gpus=args.gpus)
         cached = self.add(f"cache-{data}-{seen_frames(row, args.preset)}", [*command, "--cache_only"], [collected], **limits)
@@ -282,7 +281,8 @@ def build_parser():
     parser.add_argument("--backbone", default="efficientnet_lite0", help="features of the whole table (efficientnet_lite0)")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     parser.add_argument("--n_demos", type=flags.count, help="demonstrations of each setting (collect_demos.py's own number)")
-    parser.add_argument("--train_minutes", type=flags.positive, help=f"of every training ({MINUTES})")
+    parser.add_argument("--train_steps", type=flags.count,
+                        help=f"of every training ({', '.join(f'{k}: {v}' for k, v in STEPS.items())})")
     parser.add_argument("--n_episodes", type=flags.count, help="episodes of every cell (50, viewpoint 64, position 100)")
     parser.add_argument("--n_videos", type=flags.whole, default=2, help="episodes of every cell that are filmed")
     parser.add_argument("--dataset", nargs="+", default=[], metavar="SETTING=FILE",

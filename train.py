@@ -1,7 +1,7 @@
 """Train a policy.
 
     python train.py --model_type para                     # default dataset; collected first where there is none
-    python train.py --model_type para --max_minutes 5 --dataset data/x.hdf5 --seed 1
+    python train.py --model_type para --max_steps 2500 --dataset data/x.hdf5 --seed 1
     python train.py --resume runs/NAME                    # go on after a kill or Ctrl-C
     torchrun --nproc_per_node 2 train.py --model_type para
 """
@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: huge pages take a third off a CPU step
 
+import argparse
 import copy
 import json
 import math
@@ -37,6 +38,15 @@ from runtime import (RunLogger, StopSignal, UserError, append_jsonl, autocast, c
 from validation import free_run, predict_newest, rollout_line, rollout_summary, to_device, to_pixels, validate
 
 DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
+BUDGETS_ARE_STEPS = ("budgets are steps, so that a slower machine ends with the same policy; give --max_steps N. "
+                     "To stop early press Ctrl-C or send SIGTERM: the run is saved, and --resume goes on")
+
+
+class RefuseMinutes(argparse.Action):
+    """--max_minutes, which an earlier version had: one sentence instead of an unknown flag."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise UserError(f"--max_minutes {values}: {BUDGETS_ARE_STEPS}")
 
 
 def build_parser(config_class=None):
@@ -61,8 +71,9 @@ def build_parser(config_class=None):
     parser.add_argument("--weight_decay", type=flags.not_negative, default=0.01)
     parser.add_argument("--warmup", type=flags.whole, default=30, help="steps of linear warm-up, then a cosine to zero")
     parser.add_argument("--clip", type=flags.positive, default=1.0, help="gradient norm")
-    parser.add_argument("--max_steps", type=flags.count, default=500)
-    parser.add_argument("--max_minutes", type=flags.positive, help="also end, with the cosine at zero, after so many minutes in the loop")
+    parser.add_argument("--max_steps", type=flags.count, default=500,
+                        help="steps of the whole training, at whose end the cosine is zero")
+    parser.add_argument("--max_minutes", action=RefuseMinutes, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--val_every", type=flags.count, default=100, help="steps")
     parser.add_argument("--val_samples", type=flags.count, default=400, help="frames that a validation looks at, a third as many windows")
     parser.add_argument("--save_every", type=flags.count, default=100, help="steps")
@@ -88,6 +99,9 @@ def parse_args(argv=None):
         if not stored.is_file():
             raise UserError(f"--resume {first.resume}: no {stored}, so this is no run folder")
         values = json.loads(stored.read_text())
+        if any(word.startswith("--max_minutes") for word in values["argv"]):
+            raise UserError(f"--resume {first.resume}: was started with --max_minutes, and {BUDGETS_ARE_STEPS}; "
+                            "its checkpoint.safetensors still loads, train anew to go further")
         config_class = look_up(values["args"]["model_type"]).config
         args = with_preset(build_parser(config_class), [*values["argv"], *(["--preset", values["args"]["preset"]] if "preset" in values["args"] else [])])
         args.resume = args.out = first.resume
@@ -135,26 +149,24 @@ def batch_indices(seed, step, n, batch_size, cache={}):
     return cache["order"][i * batch_size:(i + 1) * batch_size]
 
 
-def learning_rate(args, step, minutes):
-    """Linear warm-up, then a cosine to zero at --max_steps or --max_minutes, whichever comes first."""
-    progress = step / args.max_steps
-    if args.max_minutes:
-        progress = max(progress, minutes / args.max_minutes)
-    return args.lr * min(1.0, (step + 1) / max(1, args.warmup)) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def learning_rate(args, step):
+    """Linear warm-up, then a cosine to zero at --max_steps."""
+    warm = min(1.0, (step + 1) / max(1, args.warmup))
+    return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.max_steps))
 
 
-def profile_steps(policy, dataset, device, precision):
-    """Step time and peak memory of a copy of the policy at batch 2 and 4 -> list of rows, printed."""
+def profile_steps(policy, dataset, device, precision, batch_size):
+    """Step time and peak memory of a copy of the policy at batch 2, 4 and the run's own -> list of rows, printed."""
     rows = []
-    for size in (2, 4):
+    for size in sorted({2, 4, batch_size}):
         twin = copy.deepcopy(policy)
-        batch = to_device(dataset.batch(np.arange(size) % len(dataset)), device)
         optimizer = torch.optim.AdamW(twin.parameters())
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         times = []
         for _ in range(4):
             start = time.perf_counter()
+            batch = to_device(dataset.batch(np.arange(size) % len(dataset)), device)
             with autocast(device, precision):
                 loss = twin(batch)["loss"]
             loss.backward()
@@ -173,6 +185,11 @@ def profile_steps(policy, dataset, device, precision):
     return rows
 
 
+def expected_minutes(rows, batch_size, steps):
+    """Minutes that so many steps will take on this machine, from the rows of `profile_steps`."""
+    return steps * next(r["step_ms"] for r in rows if r["batch"] == batch_size) / 60_000
+
+
 def protocol_reference(dataset, demo, side=56):
     """A recorded frame's state, camera and small image. eval.py renders the state and compares: a flip cannot go unnoticed.
     Recordings of a real robot have no states to render."""
@@ -185,17 +202,17 @@ def protocol_reference(dataset, demo, side=56):
             "protocol_image": torch.from_numpy(small.round().astype(np.uint8))}
 
 
-def save_state(path, policy, optimizer, step, minutes):
+def save_state(path, policy, optimizer, info):
     """All that a bit-identical continuation needs, in one atomic file."""
     tensors = {f"model.{k}": v for k, v in policy.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()})
     tensors["rng"] = torch.get_rng_state()
-    save_tensors(path, tensors, {"step": step, "minutes": minutes})
+    save_tensors(path, tensors, info)
 
 
 def load_state(path, policy, optimizer):
-    """Restore `save_state` -> (step, minutes)."""
+    """Restore `save_state` -> its info: step, minutes, validation_minutes."""
     tensors, info = load_tensors(path)
     policy.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     state = {}
@@ -205,7 +222,7 @@ def load_state(path, policy, optimizer):
             state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng"])
-    return info["step"], info["minutes"]
+    return info
 
 
 def train(args, config_class):
@@ -251,9 +268,10 @@ def train(args, config_class):
         finetune.init_from(policy, args.init_from)
     freeze_steps = args.freeze_steps if args.init_from else 0
     optimizer = torch.optim.AdamW(policy.param_groups(args.weight_decay), lr=args.lr)
-    step, minutes = 0, 0.0
+    reached = {"step": 0, "minutes": 0.0, "validation_minutes": 0.0}  # minutes: of training alone
     if args.resume and state_path.exists():
-        step, minutes = load_state(state_path, policy, optimizer)
+        reached.update(load_state(state_path, policy, optimizer))
+    step = reached["step"]
     provenance = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "config": vars(config),
                   "command": command_line(), "commit": git_commit(), "versions": versions(), "seed": args.seed,
                   "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp", "variant",
@@ -273,9 +291,12 @@ def train(args, config_class):
         logger.log(step, {"rotation/ev_ratio": float(basis.ev_ratio[0])})
         print(f"rotation basis ({basis.space}): one axis explains {basis.ev_ratio[0]:.3f} of the variance, "
               f"{np.degrees(basis.low):.1f} to {np.degrees(basis.high):.1f} deg")
-    profile = profile_steps(policy, train_set, dist.device, args.precision) if dist.is_main and not args.resume else None
-    if profile:
+    if dist.is_main and not args.resume:
+        share = -(-args.batch_size // dist.world)
+        profile = profile_steps(policy, train_set, dist.device, args.precision, share)
         append_jsonl(folder / "profile.jsonl", {"device": dist.device, "rows": profile})
+        print(f"{args.max_steps} steps of batch {args.batch_size}: about {expected_minutes(profile, share, args.max_steps):.1f} "
+              "minutes of training on this machine as it is now, validation and pictures besides")
     reference = protocol_reference(train_set, recorded)
 
     module = torch.nn.parallel.DistributedDataParallel(policy) if dist.world > 1 else policy
@@ -283,10 +304,21 @@ def train(args, config_class):
 
     def save(metrics=None):
         if dist.is_main:
-            save_state(state_path, policy, optimizer, step, minutes)
+            save_state(state_path, policy, optimizer, {**reached, "step": step})
             info = {k: v for k, v in provenance.items() if k != "config"}
             save_policy(folder / "checkpoint.safetensors", policy, args.model_type,
-                        {**info, "step": step, "minutes": round(minutes, 3), "metrics": metrics or {}}, reference)
+                        {**info, "step": step, **rounded_minutes(), "metrics": metrics or {}}, reference)
+
+    def rounded_minutes():
+        return {k: round(reached[k], 4) for k in ("minutes", "validation_minutes")}
+
+    def validated():
+        """Metrics on held-out demonstrations; the time that they take is no training."""
+        started = time.perf_counter()
+        found = validate(policy, val_set, dist.device, limit=args.val_samples)
+        reached["validation_minutes"] += (time.perf_counter() - started) / 60
+        logger.log(step, {**found, **rounded_minutes()})
+        return found
 
     def report_creep():
         found = finetune.volume_creep(read_jsonl(folder / "metrics.jsonl"), freeze_steps) if freeze_steps else None
@@ -294,11 +326,12 @@ def train(args, config_class):
             tqdm.write(("warning: " if found[1] else "") + found[0])
 
     bar = tqdm(total=args.max_steps, initial=step, desc="training", unit="step", disable=not dist.is_main)
-    metrics, before, started = None, minutes, time.perf_counter()
+    metrics = None
     policy.train()
-    while step < args.max_steps and not (args.max_minutes and minutes >= args.max_minutes):
+    while step < args.max_steps:
+        started = time.perf_counter()
         indices = batch_indices(args.seed, step, len(train_set), args.batch_size)[dist.rank::dist.world]
-        rate = learning_rate(args, step, minutes)
+        rate = learning_rate(args, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = train_set.batch(indices)
@@ -315,16 +348,15 @@ def train(args, config_class):
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip)
         optimizer.step()
         step += 1
-        minutes = before + (time.perf_counter() - started) / 60
+        reached["minutes"] += (time.perf_counter() - started) / 60
         bar.update()
         bar.set_postfix(loss=f"{parts['loss'].item():.2f}", refresh=False)
         if step % 10 == 0 or step == 1:
             logger.log(step, {**{f"train/{k}": v.item() for k, v in parts.items()}, "lr": rate, "grad_norm": float(norm),
-                              "minutes": round(minutes, 3)})
+                              **rounded_minutes()})
         stopping = dist.all_true(stop.raised)
         if (step % args.val_every == 0 or step == freeze_steps) and not stopping and dist.is_main:
-            metrics = validate(policy, val_set, dist.device, limit=args.val_samples)
-            logger.log(step, metrics)
+            metrics = validated()
             tqdm.write(f"step {step}: " + ", ".join(f"{k[4:]} {v:.3g}" for k, v in metrics.items()))
             report_creep()
         if step % args.save_every == 0 or stopping:
@@ -339,14 +371,14 @@ def train(args, config_class):
     bar.close()
     if dist.is_main:
         if step % args.val_every or metrics is None:
-            metrics = validate(policy, val_set, dist.device, limit=args.val_samples)
-            logger.log(step, metrics)
+            metrics = validated()
             report_creep()
         save(metrics)
         plots.loss_curve(read_jsonl(folder / "metrics.jsonl"), folder / "loss.png")
         overlays(policy, val_set, dist.device, folder)
         logger.log(step, free_runs(policy, val_set, folder))
-        print(f"{folder}/checkpoint.safetensors: {step} steps, {minutes:.1f} minutes, "
+        print(f"{folder}/checkpoint.safetensors: {step} steps, {reached['minutes']:.1f} minutes of training and "
+              f"{reached['validation_minutes']:.1f} of validation, "
               + ", ".join(f"{k[4:]} {v:.3g}" for k, v in metrics.items()))
     logger.close()
     if dist.world > 1:

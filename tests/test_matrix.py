@@ -191,7 +191,7 @@ def test_the_whole_matrix_is_planned(tmp_path):
     assert nodes["cache-in_dist-windows8"].deps == ("collect-in_dist",)
     assert nodes["eval-blind-position"].deps == ()
     command = shlex.join(nodes["train-a_mlp-viewpoint-s1"].command)
-    for words in ("--head mlp", "--seed 1", "--max_minutes 8", "--preset small", "--backbone efficientnet_lite0"):
+    for words in ("--head mlp", "--seed 1", "--max_steps 2500", "--preset small", "--backbone efficientnet_lite0"):
         assert words in command
     assert "--setting viewpoint" in shlex.join(nodes["collect-viewpoint"].command)
     assert "--layout position --n_episodes 100" in shlex.join(nodes["eval-oracle-position"].command)
@@ -250,13 +250,13 @@ def test_flags_reach_their_commands(tmp_path):
     data = tmp_path / "mine.hdf5"
     data.touch()
     nodes = plan("--out", str(tmp_path), "--rows", "para", "act", "--columns", "in_dist", "--dataset", f"in_dist={data}",
-                 "--row_flags", "act=--lr 5e-4", "--train_flags", "--batch_size 4", "--n_episodes", "3", "--train_minutes", "0.5",
+                 "--row_flags", "act=--lr 5e-4", "--train_flags", "--batch_size 4", "--n_episodes", "3", "--train_steps", "7",
                  "--gpus", "0.5", "--preset", "full")
     assert not [n for n in nodes if n.startswith("collect")]
     para, act = (nodes[f"train-{r}-in_dist-s0"] for r in ("para", "act"))
     assert "--lr" not in para.command and shlex.join(act.command).count("--lr 5e-4") == 1 and act.gpus == 0.5
     for node in (para, act):
-        assert all(f in shlex.join(node.command) for f in ("--batch_size 4", "--max_minutes 0.5", "--preset full", str(data)))
+        assert all(f in shlex.join(node.command) for f in ("--batch_size 4", "--max_steps 7", "--preset full", str(data)))
     assert "--n_episodes 3" in shlex.join(nodes["eval-act-shifted-s0"].command)
 
 
@@ -279,8 +279,8 @@ def finished(tmp_path):
     train, test = nodes["train-para-position-s0"], nodes["eval-para-position-s0"]
     run_folder = tmp_path / "runs" / "para-position-s0"
     write_json(run_folder / "config.json", {"command": run_matrix.typed(train.command), "dataset": {},
-                                            "args": {"max_steps": 10**6, "max_minutes": 8}})
-    write_json(run_folder / "checkpoint.json", {"step": 500, "minutes": 8.003})
+                                            "args": {"max_steps": 2500}})
+    write_json(run_folder / "checkpoint.json", {"step": 2500, "minutes": 8.003})
     out = write_evaluation(tmp_path, "para-position-s0", outcomes(3, 5))
     summary = json.loads((out / "summary.json").read_text())
     summary["command"], summary["trained"]["command"] = run_matrix.typed(test.command), run_matrix.typed(train.command)
@@ -308,7 +308,7 @@ def test_what_an_unfinished_cell_needs_is_done(finished):
     assert todo(*flags, "--n_episodes", "6") == ["eval-para-position-s0"]
     rewritten(out / "summary.json", n=4, crashes=1)
     assert todo(*flags) == ["eval-para-position-s0"]
-    rewritten(run_folder / "checkpoint.json", minutes=3.2)
+    rewritten(run_folder / "checkpoint.json", step=900)
     assert todo(*flags) == ["collect-position", "cache-position-frames", "train-para-position-s0", "eval-para-position-s0"]
     nodes = plan(*flags)
     path, command = nodes["train-para-position-s0"].resume
@@ -319,8 +319,8 @@ def test_a_run_of_other_flags_is_not_taken_for_this_one(finished):
     """A folder that other flags made is named with both commands, and neither used nor overwritten."""
     flags, _, out = finished
     (out / "summary.json").unlink()
-    with pytest.raises(UserError, match="para-position-s0: was made by.*--max_minutes 8.*asked for is.*--max_minutes 9.0"):
-        todo(*flags, "--train_minutes", "9")
+    with pytest.raises(UserError, match="para-position-s0: was made by.*--max_steps 2500.*asked for is.*--max_steps 9"):
+        todo(*flags, "--train_steps", "9")
 
 
 def test_an_evaluation_of_another_training_is_not_done(finished):
