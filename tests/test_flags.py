@@ -13,7 +13,7 @@ from runtime import UserError
 
 SCRIPTS = ("bench", "collect_demos", "compare_rotation", "deploy_dino_kv", "diagnose", "eval", "openloop", "precompute_rotation_pca",
            "report", "run_matrix")
-NUMBERS = ("--val_fraction 0", "--val_fraction 2", "--seed -1", "--lr nan", "--lr -1", "--lr inf", "--max_minutes -1", "--warmup -5",
+NUMBERS = ("--val_fraction 0", "--val_fraction 2", "--seed -1", "--lr nan", "--lr -1", "--lr inf", "--warmup -5",
            "--max_steps 0", "--max_steps 1.5", "--n_demos 0", "--grid 0", "--n_height_bins 0", "--width 0", "--dilations a,b",
            "--dilations 1,,2", "--dilations 0", "--image_size 0", "--image_size 100000", "--min_travel nan", "--min_travel -1",
            "--waypoint_stride 0", "--n_window 0", "--sigma 0", "--batch_size 0", "--shift_aug nan", "--clip 0", "--save_every 0")
