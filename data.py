@@ -7,8 +7,6 @@ would teach a fixed point, and a policy that mistakes a hover for it never moves
 is left out too (`retreat`): without memory, rising from the placed bowl looks like the approach to it, played backwards.
 With `stay` both are trained on: where a demonstration ends by staying, a label is where it stays, `waypoint_stride` steps later.
 """
-import math
-
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -24,26 +22,29 @@ from runtime import UserError
 STILL = 0.01  # metres
 
 
-def shifted_sideways(batch, limit, rng, image_size):
+def shifted_sideways(batch, limit, draws, image_size):
     """A batch whose images are moved sideways, each by its own number of pixels, the camera's principal point with them.
 
     Exact but for the columns that come into view, which repeat the edge's: a cell, a height and the rays through them mean what
     they meant, and no place in the image is the table's own any more. Feature maps are moved by whole cells of the coarsest.
-    limit: at most so many pixels, fewer where the EEF or a waypoint would leave the image; rng: numpy Generator.
+    limit: at most so many pixels, fewer where the EEF or a waypoint would leave the image; draws (B,): random numbers in [0, 1).
     """
     features, K, E = batch["features"], batch["K"], batch["E"]
     cell = image_size // min(maps.shape[-1] for maps in features)
     points = torch.cat([batch[k].reshape(len(K), -1, 3).double() for k in ("eef_pos", "target_pos")], 1)
     u, _, _ = camera.project(points, K.reshape(len(K), -1, 3, 3)[:, :1], E.reshape(len(E), -1, 4, 4)[:, :1])
-    least, most = ((x / cell).clamp(-limit / cell, limit / cell) for x in (-u.amin(1), image_size - u.amax(1)))
-    columns = [int(rng.integers(math.ceil(min(a, 0)), math.floor(max(b, 0)) + 1)) for a, b in zip(least.tolist(), most.tolist())]
+    bounds = lambda x: (x / cell).clamp(-limit / cell, limit / cell)
+    least, most = bounds(-u.amin(1)).clamp(max=0).ceil(), bounds(image_size - u.amax(1)).clamp(min=0).floor()
+    columns = least + (torch.as_tensor(draws, device=u.device) * (most - least + 1)).floor()  # (B,) whole cells
     moved = []
     for maps in features:
         width = maps.shape[-1]
         step = cell * width // image_size
-        moved.append(torch.stack([m[..., (torch.arange(width) - n * step).clamp(0, width - 1)] for m, n in zip(maps, columns)]))
+        source = torch.arange(width, device=maps.device) - step * columns.long()[:, None]  # (B,W)
+        source = source.clamp(0, width - 1).view(len(maps), *[1] * (maps.ndim - 2), width)
+        moved.append(maps.gather(-1, source.expand_as(maps)))
     K = K.clone()
-    K[..., 0, 2] += cell * torch.tensor(columns, dtype=K.dtype).view(-1, *[1] * (K.ndim - 3))
+    K[..., 0, 2] += (cell * columns).to(K.dtype).view(-1, *[1] * (K.ndim - 3))
     return {**batch, "features": moved, "K": K}
 
 
@@ -103,12 +104,16 @@ class WaypointDataset(Dataset):
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
         needed = self.label(path, config, frame_stride)
-        groups = [(demo.name, lambda name=demo.name, frames=frames: self._images(name, frames))
-                  for demo, frames in zip(demos, needed) if len(frames)]
+        groups = [(d, lambda demo=demo, frames=frames: self._images(demo.name, frames))
+                  for d, (demo, frames) in enumerate(zip(demos, needed)) if len(frames)]
         maps = feature_cache(backbone, groups, cache, progress)
-        self.maps = [maps.get(d.name) for d in demos]
+        self.maps = [maps.get(d) for d in range(len(demos))]  # by place: every file has a demo_0
 
     read = staticmethod(smith300.read_dataset)  # of either format: (path, image_size, limit) -> (list of Demo, dict of attributes)
+
+    @staticmethod
+    def check_split(path, demos, config):
+        """Raise UserError where something beside the data was made from other demonstrations than those that are trained on."""
 
     def label(self, path, config, frame_stride):
         """Set the samples' labels; return for each demo the frames whose features are needed."""

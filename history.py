@@ -56,7 +56,8 @@ class HistoryPolicy(VolumeGeometry):
 
     def noise(self, eef):
         """Normal noise (B,T,3) for EEF positions (B,T,3) in training: common to a window, and some of each frame's own."""
-        common, own = (torch.randn(s, device=eef.device) * (torch.rand(*s[:-1], 1, device=eef.device) < self.config.eef_noise_share)
+        draw = lambda kind, *shape: self.shard.draw(kind, shape, eef.device)
+        common, own = (draw(torch.randn, *s) * (draw(torch.rand, *s[:-1], 1) < self.config.eef_noise_share)
                        for s in ((len(eef), 1, 3), eef.shape))
         return common + self.config.eef_noise_own * own
 
@@ -68,7 +69,7 @@ class HistoryPolicy(VolumeGeometry):
         """
         n = self.config.trained_frames
         if self.training and 0 < n < mask.shape[1]:
-            draw = torch.rand(mask.shape, device=mask.device) * mask
+            draw = self.shard.draw(torch.rand, mask.shape, mask.device) * mask
             mask = mask * (draw >= draw.topk(n).values[:, -1:])
         rows = mask.flatten().nonzero()[:, 0]
         return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)

@@ -14,7 +14,7 @@ from torch import nn
 
 import flags
 import camera
-from policy import fingers_closed, flag, masked_mean
+from policy import fingers_closed, flag
 from volume import VolumeConfig, VolumeGeometry, dilated_convolutions, flat_index, mark_cell, ray_layers
 
 
@@ -105,13 +105,13 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         gripper = batch["target_gripper"].flatten()
         logits = self.volume_logits(features).flatten(0, 1).flatten(1)  # (B*T, G*Z*H*W)
         volume = self.volume_loss(logits, coordinates.flatten(0, 1), gripper if self.n_gripper == 2 else None)
-        parts = {"volume_ce": masked_mean(volume, mask)}
+        parts = {"volume_ce": self.masked_mean(volume, mask)}
         picked = self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1)) + self.step_embedding
         rotation = self.rotation(picked).unflatten(-1, (3, c.n_rot_bins)).flatten(0, 1)  # (B*T,3,bins)
-        parts["rotation_ce"] = masked_mean(self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask)
+        parts["rotation_ce"] = self.masked_mean(self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask)
         if self.n_gripper == 1:
             logits = self.gripper(picked).flatten(0, 1).float()
-            parts["gripper_ce"] = masked_mean(F.cross_entropy(logits, gripper, reduction="none"), mask)
+            parts["gripper_ce"] = self.masked_mean(F.cross_entropy(logits, gripper, reduction="none"), mask)
         total = sum(parts.values()) + (c.rotation_weight - 1) * parts["rotation_ce"]
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from policy import FittedConfig, FittedPolicy, check_heads, fingers_closed, flag, masked_mean
+from policy import FittedConfig, FittedPolicy, check_heads, fingers_closed, flag
 
 POOLED = 2  # cells of the pooled maps a patch and side: a patch token still tells where inside it something is
 
@@ -79,8 +79,8 @@ class ActPolicy(FittedPolicy):
         """Tokens (B,N,d) of the patches, the state and the camera."""
         side, eef, x = self.config.patch_grid, batch["eef_pos"], 0
         if self.training and self.config.eef_noise_m > 0:
-            noised = torch.rand(len(eef), 1, device=eef.device) < self.config.eef_noise_share
-            eef = eef + self.config.eef_noise_m * torch.randn_like(eef) * noised
+            noised = self.shard.draw(torch.rand, (len(eef), 1), eef.device) < self.config.eef_noise_share
+            eef = eef + self.config.eef_noise_m * self.shard.draw(torch.randn, eef.shape, eef.device) * noised
         for maps, project in zip(self.normalised(batch["features"]), self.project):
             x = x + project(F.adaptive_avg_pool2d(maps, POOLED * side))  # (B,d,H,W)
         x = x.flatten(2).transpose(1, 2) + (self.place[0, :, None] + self.place[1]).flatten(0, 1)
@@ -107,9 +107,9 @@ class ActPolicy(FittedPolicy):
         c, mask = self.config, batch["mask"].flatten()
         position, gripper, rotation = (x.flatten(0, 1) for x in self.run(batch))
         error = (position - self.scaled(batch["target_pos"]).flatten(0, 1)).abs().mean(-1)
-        parts = {"position_l1": masked_mean(error, mask),
-                 "gripper_ce": masked_mean(F.cross_entropy(gripper, batch["target_gripper"].flatten(), reduction="none"), mask),
-                 "rotation_ce": masked_mean(self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask)}
+        parts = {"position_l1": self.masked_mean(error, mask),
+                 "gripper_ce": self.masked_mean(F.cross_entropy(gripper, batch["target_gripper"].flatten(), reduction="none"), mask),
+                 "rotation_ce": self.masked_mean(self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask)}
         total = parts["position_l1"] + c.gripper_weight * parts["gripper_ce"] + c.rotation_weight * parts["rotation_ce"]
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 

@@ -22,7 +22,7 @@ from torch import nn
 import flags
 from history import FingerLinear, HistoryConfig, HistoryPolicy
 from layers import FrameBlock, Resolutions, fourier
-from policy import check_heads, fingers_closed, flag, masked_mean
+from policy import check_heads, fingers_closed, flag
 from volume import dilated_convolutions, mark_cell, ray_layers
 
 TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
@@ -259,22 +259,23 @@ class AutoregressivePolicy(HistoryPolicy):
         """Cross-entropies of gripper x volume and of rotation over the supervised frames, in nats; see the config for more."""
         c, B, T = self.config, *batch["mask"].shape
         eef = self.eef_coordinates(batch)
-        start = (torch.randint(TIME_PERIOD, (B,), device=eef.device) if self.training
-                 else torch.zeros(B, dtype=torch.long, device=eef.device))
+        start = torch.zeros(B, dtype=torch.long, device=eef.device)
+        if self.training:
+            start = (self.shard.draw(torch.rand, (B,), eef.device) * TIME_PERIOD).long()
         rows = self.supervised(batch)
         pick = lambda x: x.flatten(0, 1)[rows]
         mask = pick(batch["mask"])
         coordinates = self.coordinates(batch["target_pos"], batch)
         logits, keys, query = self.run(batch, eef, start, rows)
-        parts = {"volume_ce": masked_mean(self.volume_loss(logits.flatten(1), pick(coordinates), pick(batch["target_gripper"])), mask),
-                 "rotation_ce": masked_mean(self.rotation_loss(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)),
+        parts = {"volume_ce": self.masked_mean(self.volume_loss(logits.flatten(1), pick(coordinates), pick(batch["target_gripper"])), mask),
+                 "rotation_ce": self.masked_mean(self.rotation_loss(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)),
                                                                pick(batch["target_rot"])), mask)}
         total = parts["volume_ce"] + c.rotation_weight * parts["rotation_ce"]
         if c.coarse_to_fine:
             true = pick(coordinates).float()
             cell = torch.minimum(true.round().clamp(min=0), torch.tensor(self.volume_shape, device=true.device) - 1)
             error = F.smooth_l1_loss(self.offset(keys, query, cell), (true - cell).clamp(-0.5, 0.5), reduction="none", beta=0.1)
-            parts["offset_l1"] = masked_mean(error.mean(-1), mask)
+            parts["offset_l1"] = self.masked_mean(error.mean(-1), mask)
             total = total + parts["offset_l1"]
         if c.smooth_weight > 0 and self.training:
             parts["smoothness"] = self.smoothness(batch, logits, start, rows)
@@ -297,7 +298,7 @@ class AutoregressivePolicy(HistoryPolicy):
                             for axis, n in zip((1, 2, 3), self.volume_shape)], -1)  # expectations along z, y and x
         before = torch.cat([fed[:, :1], fed[:, :-1]], 1).flatten(0, 1)[rows]
         known = batch["mask"].flatten()[rows] * (rows % T > 0)
-        return masked_mean(((mean - 2 * fed.flatten(0, 1)[rows] + before) ** 2).sum(-1), known)
+        return self.masked_mean(((mean - 2 * fed.flatten(0, 1)[rows] + before) ** 2).sum(-1), known)
 
     def decide_rows(self, batch, logits, keys, query, shape):
         """Head outputs of N = prod(shape) frames -> {"position" (*shape,3), "gripper" (*shape), "rotation" (*shape,3,3)}."""

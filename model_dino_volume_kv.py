@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import PixelTrunk, TrunkConfig
-from policy import flag, masked_mean
+from policy import flag
 
 ENCODINGS = ("sin", "learned")
 
@@ -28,7 +28,6 @@ class DinoVolumeKVConfig(TrunkConfig):
     height_enc: str = flag("sin", "encoding of the height bin in the queries", ENCODINGS)
     time_enc: str = flag("sin", "encoding of the waypoint's number in the queries", ENCODINGS)
     rotation_weight: float = flag(0.5, "weight of the rotation loss")
-    rotation_sigma: float = flag(2.0, "standard deviation of Gaussian rotation targets, bins; 0: one-hot")
     rotation_decode: str = flag("soft", "soft-argmax over the bins about the highest, or that bin's centre", ("soft", "argmax"))
 
     presets = {**TrunkConfig.presets, "small": {**TrunkConfig.presets["small"], "max_steps": 1600, "val_every": 400}}
@@ -115,20 +114,7 @@ class DinoVolumeKV(PixelTrunk):
         token = F.gelu(self.token_pixel(self.at_cells(features, kp_zyx[..., 1:])) + self.token_time(time))
         return self.gripper_head(token), self.rotation_head(token).unflatten(-1, (3, self.config.n_rot_bins))
 
-    # -- rotation: three Euler angles here -------------------------------------------------------------------------------
-
-    def rotation_bins(self, rotation):
-        """Rotations (...,3,3) -> bins (...,A)."""
-        return self.euler_bins(rotation)
-
-    def rotation_targets(self, rotation):
-        """Rotations (N,3,3) -> probabilities (N,A,bins). Episodes hold one rotation each: one-hot labels of a few dozen of them leave
-        the bins between without any, and what is memorised there is worse than a guess."""
-        c, bins = self.config, self.rotation_bins(rotation)
-        if c.rotation_sigma <= 0:
-            return F.one_hot(bins, c.n_rot_bins).float()
-        apart = torch.arange(c.n_rot_bins, device=bins.device) - bins[..., None]
-        return (-0.5 * (apart / c.rotation_sigma) ** 2).softmax(-1)
+    # -- rotation: three Euler angles here, as of policy.FittedPolicy -------------------------------------------------------------------------------
 
     def decoded_bins(self, logits):
         """Rotation logits (...,A,bins) -> bins (...,A) float64, between two where --rotation_decode is soft."""
@@ -139,10 +125,6 @@ class DinoVolumeKV(PixelTrunk):
     def decode_rotation(self, logits):
         """Logits (...,3,bins) -> rotations (...,3,3)."""
         return self.euler_rotation(self.decoded_bins(logits))
-
-    def rotation_loss(self, logits, rotation):
-        """Cross-entropy above the labels' own entropy (N,), in nats an angle, of logits (N,A,bins) at rotations (N,3,3)."""
-        return F.kl_div(logits.float().log_softmax(-1), self.rotation_targets(rotation), reduction="none").sum(-1).mean(-1)
 
     # -- the policy's interface ----------------------------------------------------------------------------------------
 
@@ -156,16 +138,16 @@ class DinoVolumeKV(PixelTrunk):
         gripper, rotation = self.predict_from_keypoints(features, keypoints, batch["mask"] > 0)
         gripper, rotation = gripper.flatten(0, 1).float(), rotation.flatten(0, 1)
         target_gripper, target_rot = batch["target_gripper"].flatten(), batch["target_rot"].flatten(0, 1)
-        parts = {"volume_ce": masked_mean(self.volume_loss(logits, coordinates.flatten(0, 1)), mask),
-                 "gripper_ce": masked_mean(F.cross_entropy(gripper, target_gripper, reduction="none"), mask),
-                 "rotation_ce": masked_mean(self.rotation_loss(rotation, target_rot), mask)}
+        parts = {"volume_ce": self.masked_mean(self.volume_loss(logits, coordinates.flatten(0, 1)), mask),
+                 "gripper_ce": self.masked_mean(F.cross_entropy(gripper, target_gripper, reduction="none"), mask),
+                 "rotation_ce": self.masked_mean(self.rotation_loss(rotation, target_rot), mask)}
         total = parts["volume_ce"] + parts["gripper_ce"] + c.rotation_weight * parts["rotation_ce"]
         if not self.training:
             best = torch.stack(torch.unravel_index(logits.argmax(-1), self.volume_shape), -1) == keypoints.flatten(0, 1)  # (B*T,3)
             right = {"pixel": best[:, 1:].all(-1), "height": best[:, 0], "gripper": gripper.argmax(-1) == target_gripper,
                      "rotation": (rotation.argmax(-1) == self.rotation_bins(target_rot)).all(-1)}
             right["joint"] = torch.stack(list(right.values())).all(0)
-            parts.update({f"top1_{k}": masked_mean(v.float(), mask) for k, v in right.items()})
+            parts.update({f"top1_{k}": self.masked_mean(v.float(), mask) for k, v in right.items()})
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 
     def predict(self, batch):

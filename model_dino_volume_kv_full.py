@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_dino_volume_kv import ENCODINGS, DinoVolumeKV, DinoVolumeKVConfig, IndexEncoding
-from policy import flag
+from policy import bins_of, euler_angles, flag, wrapped
 from rot_utils import SPACES, RotationBasis
 
 
@@ -110,8 +110,20 @@ class DinoVolumeKVFull(DinoVolumeKV):
     def rotation_bins(self, rotation):
         if self.config.rotation == "euler":
             return super().rotation_bins(rotation)
-        bins = self.basis.encode(rotation.cpu().numpy(), self.config.n_rot_bins)
-        return torch.from_numpy(bins[..., None]).to(rotation.device)
+        low, high = self.rotation_basis[13:15]
+        return bins_of(self.basis_values(rotation.double()), low, high, self.config.n_rot_bins)[..., None]
+
+    def basis_values(self, rotation):
+        """Rotations (...,3,3) float64 -> values (...): RotationBasis.value on any device, of the packed basis."""
+        packed, centre = self.rotation_basis, self.rotation_basis[13:15].mean()
+        x, y, z = axis = packed[10:13]
+        o = torch.zeros_like(x)
+        A = torch.stack([o, -z, y, z, o, -x, -y, x, o]).view(3, 3)
+        relative = packed[1:10].view(3, 3).T @ rotation
+        overlap = lambda other: (relative * other).sum((-2, -1))
+        twist = wrapped(torch.atan2(overlap(A), -overlap(A @ A)), centre)
+        offset = wrapped(euler_angles(rotation) - packed[1:4], torch.zeros_like(o)) @ axis
+        return torch.where(packed[0] == SPACES.index("so3"), twist, offset)
 
     def decode_rotation(self, logits):
         """Logits (...,A,bins) -> rotations (...,3,3)."""

@@ -18,7 +18,7 @@ import flags
 import camera
 import layers_voxel as lv
 from history import FingerLinear, HistoryConfig, HistoryPolicy
-from policy import check_heads, fingers_closed, flag, masked_mean
+from policy import check_heads, fingers_closed, flag
 from volume import dilated_convolutions, mark_cell
 
 
@@ -220,10 +220,10 @@ class VoxelPolicy(HistoryPolicy):
         coordinates = pick(self.coordinates(batch["target_pos"], batch))
         volume = self.volume_loss(logits.flatten(1), coordinates, gripper if self.n_gripper == 2 else None)
         rotation = self.rotation_loss(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)), pick(batch["target_rot"]))
-        parts = {"volume_ce": masked_mean(volume, mask), "rotation_ce": masked_mean(rotation, mask)}
+        parts = {"volume_ce": self.masked_mean(volume, mask), "rotation_ce": self.masked_mean(rotation, mask)}
         total = parts["volume_ce"] + c.rotation_weight * parts["rotation_ce"]
         if self.n_gripper == 1:
-            parts["gripper_ce"] = masked_mean(F.cross_entropy(self.gripper(query).float(), gripper, reduction="none"), mask)
+            parts["gripper_ce"] = self.masked_mean(F.cross_entropy(self.gripper(query).float(), gripper, reduction="none"), mask)
             total = total + parts["gripper_ce"]
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import flags
-from rot_utils import euler_to_matrix, matrix_to_euler, wrap_angle
+from rot_utils import euler_to_matrix
 from runtime import UserError
 
 HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
 ROTATION_MARGIN = 0.02  # radians beyond the training data's angles that the bins still cover
+DECAYING = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)  # layers whose weights weight decay is for
 
 
 def flag(default, help, choices=None, kind=None, low=None, high=None, above=None, below=None):
@@ -73,6 +74,24 @@ class Waypoint:
     rotations: np.ndarray = None
 
 
+@dataclass
+class Shard:
+    """Which of a step's samples a process holds: rank, rank + world, ... of `total` (None: of those that it has).
+
+    Noise is drawn for all of them in every process, on the CPU, from a generator that is the same in each (None: torch's own). So
+    what a sample gets depends neither on the number of processes nor on the device.
+    """
+    rank: int = 0
+    world: int = 1
+    total: int = None
+    generator: torch.Generator = None
+
+    def draw(self, kind, shape, device):
+        """Random numbers of `shape` (B,...), one row a sample held here; kind: torch.rand or torch.randn."""
+        whole = kind((self.total or shape[0], *shape[1:]), generator=self.generator)
+        return whole[self.rank::self.world].to(device)
+
+
 class Policy(nn.Module):
     """A policy: `loss` over a batch, `act` on an observation. `seconds` adds up where `act` spends its time."""
 
@@ -82,6 +101,7 @@ class Policy(nn.Module):
         self.config = config
         self._backbone = []  # in a list, so that the frozen features are no part of the state dict
         self.seconds = {"features": 0.0, "policy": 0.0}
+        self.shard = Shard()  # set by the training loop, step by step
 
     @property
     def backbone(self):
@@ -107,6 +127,18 @@ class Policy(nn.Module):
     def forward(self, batch):
         return self.loss(batch)  # so that DistributedDataParallel's hooks run
 
+    def masked_mean(self, values, mask):
+        """Mean of values (N,) where mask (N,) is one; 0 where it never is.
+
+        In training the mean over the samples of all processes: each returns its part of it, times their number, so that the average
+        of the processes' gradients is the gradient of that mean. Their own means would weigh a process with few unmasked samples
+        like one with many.
+        """
+        total, world = mask.sum(), self.shard.world if self.training else 1
+        if world > 1:
+            torch.distributed.all_reduce(total)
+        return world * (values * mask).sum() / total.clamp(min=1)
+
     def check(self):
         """Raise UserError for settings that contradict each other."""
 
@@ -122,10 +154,12 @@ class Policy(nn.Module):
         return None
 
     def param_groups(self, weight_decay):
-        """Optimiser groups: matrices and kernels decay, biases, norms and embeddings do not."""
+        """Optimiser groups: the weights of linear layers, convolutions and attention decay; nothing else does, so no bias, norm or
+        embedding, nor a parameter of the policy's own as tokens and positions are, whatever its shape."""
+        weights = {id(p) for m in self.modules() if isinstance(m, DECAYING) for p in m.parameters(recurse=False) if p.ndim >= 2}
         trainable = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-                {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
+        return [{"params": [p for p in trainable if id(p) in weights], "weight_decay": weight_decay},
+                {"params": [p for p in trainable if id(p) not in weights], "weight_decay": 0.0}]
 
     def decide(self, batch):
         """`predict` for one observation (B = 1), in the order in which an episode brings them; T is the trajectory's."""
@@ -134,9 +168,11 @@ class Policy(nn.Module):
     @torch.inference_mode()
     def act(self, observation):
         """Observation -> Waypoint."""
-        start = time.perf_counter()
         device = next(self.parameters()).device
+        start = time.perf_counter()
         maps = [m.to(device) for m in self.backbone(torch.from_numpy(observation.image[None]))]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # or the features' time would be counted as the policy's, which waits for them
         middle = time.perf_counter()
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
         out = self.decide({"features": maps, "eef_pos": tensor(observation.eef_pos), "K": tensor(observation.K),
@@ -154,6 +190,7 @@ class FittedConfig(PolicyConfig):
     """What policies with rotations in bins share."""
     n_rot_bins: int = flag(32, "bins per Euler axis", low=2)
     rotation_weight: float = flag(0.1, "weight of the rotation loss")
+    rotation_sigma: float = flag(2.0, "standard deviation of Gaussian rotation targets, bins; 0: one-hot")
 
 
 class FittedPolicy(Policy):
@@ -182,10 +219,9 @@ class FittedPolicy(Policy):
 
     def euler_bins(self, rotation):
         """Rotations (...,3,3) -> bins (...,3) per Euler axis; angles are unwrapped about the middle of their range."""
-        low, high = self.euler_range[:, 0].cpu().numpy(), self.euler_range[:, 1].cpu().numpy()
-        euler = wrap_angle(matrix_to_euler(rotation.cpu().numpy()), (low + high) / 2)
-        bins = np.floor((euler - low) / (high - low) * self.config.n_rot_bins).astype(int)
-        return torch.from_numpy(bins.clip(0, self.config.n_rot_bins - 1)).to(rotation.device)
+        low, high = self.euler_range.unbind(-1)
+        euler = wrapped(euler_angles(rotation.double()), (low + high) / 2)
+        return bins_of(euler, low, high, self.config.n_rot_bins)
 
     def decode_rotation(self, logits):
         """Logits (...,3,bins) -> rotations (...,3,3) at the bins' centres."""
@@ -197,9 +233,39 @@ class FittedPolicy(Policy):
         euler = low + (bins + 0.5) / self.config.n_rot_bins * (high - low)
         return torch.from_numpy(euler_to_matrix(euler.cpu().numpy())).to(bins.device)
 
+    def rotation_bins(self, rotation):
+        """Rotations (...,3,3) -> bins (...,A) of the A angles by which a rotation is told: three, of Euler."""
+        return self.euler_bins(rotation)
+
+    def rotation_targets(self, rotation):
+        """Rotations (N,3,3) -> probabilities (N,A,bins). Episodes hold one rotation each: one-hot labels of a few dozen of them leave
+        the bins between without any, and what is memorised there is worse than a guess."""
+        c, bins = self.config, self.rotation_bins(rotation)
+        if c.rotation_sigma <= 0:
+            return F.one_hot(bins, c.n_rot_bins).float()
+        apart = torch.arange(c.n_rot_bins, device=bins.device) - bins[..., None]
+        return (-0.5 * (apart / c.rotation_sigma) ** 2).softmax(-1)
+
     def rotation_loss(self, logits, rotation):
-        """Cross-entropy (N,) averaged over the axes, of logits (N,3,bins) at rotations (N,3,3)."""
-        return F.cross_entropy(logits.float().transpose(1, 2), self.euler_bins(rotation), reduction="none").mean(-1)
+        """Cross-entropy above the labels' own entropy (N,), in nats an angle, of logits (N,A,bins) at rotations (N,3,3)."""
+        return F.kl_div(logits.float().log_softmax(-1), self.rotation_targets(rotation), reduction="none").sum(-1).mean(-1)
+
+
+def euler_angles(rotation):
+    """Rotations (...,3,3) -> roll, pitch, yaw (...,3) in radians: rot_utils.matrix_to_euler on any device."""
+    m = lambda i, j: rotation[..., i, j]
+    pitch = torch.atan2(-m(2, 0), torch.hypot(m(2, 1), m(2, 2)))
+    return torch.stack([torch.atan2(m(2, 1), m(2, 2)), pitch, torch.atan2(m(1, 0), m(0, 0))], -1)
+
+
+def wrapped(angle, centre):
+    """Angles in radians, wrapped into [centre - pi, centre + pi): rot_utils.wrap_angle on any device."""
+    return centre + torch.remainder(angle - centre + torch.pi, 2 * torch.pi) - torch.pi
+
+
+def bins_of(value, low, high, n_bins):
+    """Values (...) -> bins (...) of the range; one outside goes to the bin at its end."""
+    return ((value - low) / (high - low) * n_bins).floor().long().clamp(0, n_bins - 1)
 
 
 def fingers_closed(widths):
@@ -211,8 +277,3 @@ def check_heads(config):
     """Raise UserError unless --n_heads divides --dim."""
     if config.dim % config.n_heads:
         raise UserError(f"--dim {config.dim} is no multiple of --n_heads {config.n_heads}")
-
-
-def masked_mean(values, mask):
-    """Mean of values (N,) where mask (N,) is one; 0 where it never is."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -128,18 +128,20 @@ class Distributed:
     def is_main(self):
         return self.rank == 0
 
-    def all_true(self, flag):
-        """True on every rank if `flag` is true on any: ranks must leave the loop together."""
-        if self.world == 1:
-            return flag
-        import torch
-        value = torch.tensor(float(flag), device=self.device)
-        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-        return bool(value.item())
+    def join(self):
+        """Join the torchrun job, if there is one: nccl on GPUs, gloo on CPUs. From here on processes wait for each other."""
+        if self.world > 1:
+            import torch
+            torch.distributed.init_process_group("nccl" if self.device.startswith("cuda") else "gloo")
+
+    def leave(self):
+        if self.world > 1:
+            import torch
+            torch.distributed.destroy_process_group()
 
 
 def init_distributed(device="auto"):
-    """Join the torchrun job, if there is one (nccl on GPUs, gloo on CPUs), and choose this process's device."""
+    """This process's place in the torchrun job, if there is one, and its device. It has not joined yet: see Distributed.join."""
     import torch
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if device == "auto":
@@ -148,8 +150,6 @@ def init_distributed(device="auto"):
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: torch sees no GPU here; use --device cpu or install a GPU driver")
         torch.cuda.set_device(device)
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Distributed(rank, world, device)
 
 

@@ -10,17 +10,16 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: huge pages take a third off a CPU step
 
 import argparse
-import copy
 import json
-import math
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import demos as demo_files
@@ -29,13 +28,12 @@ import flags
 import plots
 import settings
 from backbone import Backbone, resolve_backbone
-from checkpoint import load_tensors, save_policy, save_tensors
-from data import shifted_sideways
 from policy import add_config_flags
 from registry import REGISTRY, look_up
-from runtime import (RunLogger, StopSignal, UserError, append_jsonl, autocast, command_line, git_commit, init_distributed,
-                     read_jsonl, run_script, seed_everything, versions, write_json)
-from validation import free_run, predict_newest, rollout_line, rollout_summary, to_device, to_pixels, validate
+from runtime import (RunLogger, StopSignal, UserError, append_jsonl, command_line, git_commit, init_distributed, read_jsonl,
+                     run_script, seed_everything, versions, write_json)
+from trainer import Trainer
+from validation import free_run, predict_newest, rollout_line, rollout_summary, to_device, to_pixels
 
 DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
 BUDGETS_ARE_STEPS = ("budgets are steps, so that a slower machine ends with the same policy; give --max_steps N. "
@@ -127,67 +125,28 @@ def with_preset(parser, argv):
     return args
 
 
-def ensure_dataset(args, dist):
-    """Collect the default dataset where it is asked for and not there. Raises UserError for another missing file."""
-    if args.dataset == DEFAULT_DATASET and not args.dataset.is_file() and dist.is_main:
+def ensure_dataset(args):
+    """Collect the default dataset where it is asked for and not there."""
+    if args.dataset == DEFAULT_DATASET and not args.dataset.is_file():
         print(f"{args.dataset} is not there yet: collecting it (48 demonstrations, several minutes)")
         subprocess.run([sys.executable, Path(__file__).with_name("collect_demos.py"), "--out", args.dataset], check=True)
-    barrier(dist)
 
 
-def barrier(dist):
-    if dist.world > 1:
-        torch.distributed.barrier()
+def first_alone(dist, lock, make):
+    """What `make(progress)` returns, called by one process of a torchrun job first, which fills the caches, then by the others.
 
-
-def batch_indices(seed, step, n, batch_size, cache={}):
-    """Indices of one step's batch: a pure function of (seed, step), so that a resumed run sees the same batches."""
-    per_epoch = max(1, n // batch_size)
-    epoch, i = divmod(step, per_epoch)
-    if cache.get("key") != (seed, epoch, n):
-        cache.update(key=(seed, epoch, n), order=np.random.default_rng([seed, epoch]).permutation(n))
-    return cache["order"][i * batch_size:(i + 1) * batch_size]
-
-
-def learning_rate(args, step):
-    """Linear warm-up, then a cosine to zero at --max_steps."""
-    warm = min(1.0, (step + 1) / max(1, args.warmup))
-    return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.max_steps))
-
-
-def profile_steps(policy, dataset, device, precision, batch_size):
-    """Step time and peak memory of a copy of the policy at batch 2, 4 and the run's own -> list of rows, printed."""
-    rows = []
-    for size in sorted({2, 4, batch_size}):
-        twin = copy.deepcopy(policy)
-        optimizer = torch.optim.AdamW(twin.parameters())
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            batch = to_device(dataset.batch(np.arange(size) % len(dataset)), device)
-            with autocast(device, precision):
-                loss = twin(batch)["loss"]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        if device.startswith("cuda"):
-            memory, kind = torch.cuda.max_memory_allocated() / 1e6, "allocated on the GPU"
-        else:
-            memory, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "peak RSS of the process"
-        rows.append({"batch": size, "step_ms": round(1000 * float(np.median(times[1:])), 1), "memory_mb": round(memory, 1),
-                     "memory_kind": kind})
-        print(f"batch {size}: {rows[-1]['step_ms']} ms a step, {rows[-1]['memory_mb']} MB {kind}")
-    return rows
-
-
-def expected_minutes(rows, batch_size, steps):
-    """Minutes that so many steps will take on this machine, from the rows of `profile_steps`."""
-    return steps * next(r["step_ms"] for r in rows if r["batch"] == batch_size) / 60_000
+    They wait at a file lock. In a barrier they would give up after ten minutes, while the first one still collects.
+    """
+    if dist.world == 1:
+        return make(True)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            return make(True)
+    except Timeout:
+        with FileLock(lock):
+            pass
+        return make(False)
 
 
 def protocol_reference(dataset, demo, side=56):
@@ -202,187 +161,128 @@ def protocol_reference(dataset, demo, side=56):
             "protocol_image": torch.from_numpy(small.round().astype(np.uint8))}
 
 
-def save_state(path, policy, optimizer, info):
-    """All that a bit-identical continuation needs, in one atomic file."""
-    tensors = {f"model.{k}": v for k, v in policy.state_dict().items()}
-    for i, state in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()})
-    tensors["rng"] = torch.get_rng_state()
-    save_tensors(path, tensors, info)
+class Prepared(NamedTuple):
+    """What a training is about, before there is a policy."""
+    config: object
+    backbone: Backbone
+    train_set: object
+    val_set: object
+    reference: dict  # tensors of `protocol_reference`
+    provenance: dict
 
 
-def load_state(path, policy, optimizer):
-    """Restore `save_state` -> its info: step, minutes, validation_minutes."""
-    tensors, info = load_tensors(path)
-    policy.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    state = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["rng"])
-    return info
-
-
-def train(args, config_class):
-    dist = init_distributed(args.device)
-    stop = StopSignal()
+def prepare(args, config_class, device, progress):
+    """Demonstrations, backbone and their features -> Prepared. Raises UserError for what cannot be trained on."""
+    ensure_dataset(args)
     entry = look_up(args.model_type)
-    ensure_dataset(args, dist)
-    seed_everything(args.seed)
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
     all_demos, attributes = entry.dataset.read(args.dataset, config.image_size, args.n_demos)
     if attributes.get("part") == "val":
-        raise UserError(f"{args.dataset}: holds validation conditions (--part val), by which trained policies are judged; collect it without that flag")
+        raise UserError(f"{args.dataset}: holds validation conditions (--part val), by which trained policies are judged; "
+                        "collect it without that flag")
     if attributes.get("variant") == "lift_once" and not config.stay:
         config.stay = True
         print(f"{args.dataset}: its demonstrations end by staying where they are, so that is trained too (--stay)")
     train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
     if (args.mirror or args.turn_back) and getattr(config, "rotation", "euler") == "pca":
-        raise UserError(f"{'--mirror' if args.mirror else '--turn_back'}: turns rotations away from those that the principal axis was computed from; "
-                        "leave it out, or give --rotation euler")
+        raise UserError(f"{'--mirror' if args.mirror else '--turn_back'}: turns rotations away from those that the principal axis "
+                        "was computed from; leave it out, or give --rotation euler")
+    entry.dataset.check_split(args.dataset, train_demos, config)  # before any feature is computed
     recorded = train_demos[0]
     if args.turn_back:
-        train_demos, val_demos = ([demo_files.turned_back(d, settings.default_camera()[1]) for d in part] for part in (train_demos, val_demos))
+        back = lambda demos: [demo_files.turned_back(d, settings.default_camera()[1]) for d in demos]
+        train_demos, val_demos = back(train_demos), back(val_demos)
     shown_demos = train_demos + [demo_files.mirrored(d) for d in train_demos] if args.mirror else train_demos
     asked = config.backbone
     config.backbone = resolve_backbone(asked, args.backbone_weights)
-    backbone = Backbone(config.backbone, config.image_size, args.backbone_weights)
-    folder = args.out or Path("runs") / f"{args.model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
-    state_path = folder / "state.safetensors"
-    if folder.exists() and state_path.exists() and not args.resume:
-        raise UserError(f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, or give another --out")
-
-    barrier(dist) if not dist.is_main else None  # rank 0 fills the feature cache, the others read it
-    make = lambda part: entry.dataset(args.dataset, part, config, backbone, args.frame_stride, args.cache, dist.is_main)
+    backbone = Backbone(config.backbone, config.image_size, args.backbone_weights).to(device)
+    make = lambda part: entry.dataset(args.dataset, part, config, backbone, args.frame_stride, args.cache, progress)
     train_set, val_set = make(shown_demos), make(val_demos)
-    barrier(dist) if dist.is_main else None
-    if args.cache_only:
-        print(f"{args.cache}: features of {len(train_set)} + {len(val_set)} samples, backbone {backbone.identity}")
-        return
-
-    policy = entry.policy(config, backbone.channels).attach(backbone).to(dist.device)
-    policy.fit_statistics(train_set.statistics())
-    if args.init_from and not args.resume:
-        finetune.init_from(policy, args.init_from)
-    freeze_steps = args.freeze_steps if args.init_from else 0
-    optimizer = torch.optim.AdamW(policy.param_groups(args.weight_decay), lr=args.lr)
-    reached = {"step": 0, "minutes": 0.0, "validation_minutes": 0.0}  # minutes: of training alone
-    if args.resume and state_path.exists():
-        reached.update(load_state(state_path, policy, optimizer))
-    step = reached["step"]
     provenance = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "config": vars(config),
                   "command": command_line(), "commit": git_commit(), "versions": versions(), "seed": args.seed,
                   "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp", "variant",
                                                              "setting", "split", "clean_scene") if k in attributes},
                   "train_demos": len(train_demos), "val_demos": len(val_demos), "train_frames": len(train_set),
-                  "parameters": sum(p.numel() for p in policy.parameters()), "backbone_asked": asked,
-                  "backbone_identity": backbone.identity}
+                  "backbone_asked": asked, "backbone_identity": backbone.identity}
+    return Prepared(config, backbone, train_set, val_set, protocol_reference(train_set, recorded), provenance)
+
+
+def run_folder(args):
+    """Where the run is written. Raises UserError for one that holds another run."""
+    folder = args.out or Path("runs") / f"{args.model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
+    if (folder / "state.safetensors").exists() and not args.resume:
+        raise UserError(f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, or give another --out")
+    return folder
+
+
+def build(args, found, dist, folder):
+    """The policy and all that trains it -> Trainer, at the step that the run folder has reached."""
+    policy = look_up(args.model_type).policy(found.config, found.backbone.channels).attach(found.backbone).to(dist.device)
+    policy.fit_statistics(found.train_set.statistics())
+    if args.init_from and not args.resume:
+        finetune.init_from(policy, args.init_from)
+    provenance = {**found.provenance, "parameters": sum(p.numel() for p in policy.parameters())}
     if dist.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         if not args.resume:
-            write_json(folder / "config.json", {**provenance, "argv": [a for a in sys.argv[1:]]})
-        print(f"{folder}: {args.model_type}, {provenance['parameters']:,} parameters, backbone {backbone.identity} "
-              f"(asked for: {asked}), {len(train_demos)} + {len(val_demos)} demonstrations, {len(train_set)} training frames, step {step}")
+            write_json(folder / "config.json", {**provenance, "argv": sys.argv[1:]})
     logger = RunLogger(folder, args.wandb, provenance, dist.is_main)
-    basis = getattr(train_set, "basis", None)
-    if basis is not None and dist.is_main:
-        logger.log(step, {"rotation/ev_ratio": float(basis.ev_ratio[0])})
+    save_info = {k: v for k, v in provenance.items() if k != "config"}
+    trainer = Trainer(policy, found.train_set, found.val_set, args, dist, folder, logger, save_info, found.reference)
+    if args.resume:
+        trainer.resume()
+    return trainer
+
+
+def announce(args, found, trainer):
+    """Say what is trained on what, and for how long."""
+    known, folder, basis = trainer.save_info, trainer.folder, getattr(found.train_set, "basis", None)
+    print(f"{folder}: {args.model_type}, {known['parameters']:,} parameters, backbone {known['backbone_identity']} "
+          f"(asked for: {known['backbone_asked']}), {known['train_demos']} + {known['val_demos']} demonstrations, "
+          f"{known['train_frames']} training frames, step {trainer.step}")
+    if basis is not None:
+        trainer.logger.log(trainer.step, {"rotation/ev_ratio": float(basis.ev_ratio[0])})
         print(f"rotation basis ({basis.space}): one axis explains {basis.ev_ratio[0]:.3f} of the variance, "
               f"{np.degrees(basis.low):.1f} to {np.degrees(basis.high):.1f} deg")
-    if dist.is_main and not args.resume:
-        share = -(-args.batch_size // dist.world)
-        profile = profile_steps(policy, train_set, dist.device, args.precision, share)
-        append_jsonl(folder / "profile.jsonl", {"device": dist.device, "rows": profile})
-        print(f"{args.max_steps} steps of batch {args.batch_size}: about {expected_minutes(profile, share, args.max_steps):.1f} "
-              "minutes of training on this machine as it is now, validation and pictures besides")
-    reference = protocol_reference(train_set, recorded)
+    if not args.resume:
+        append_jsonl(folder / "profile.jsonl", {"device": trainer.dist.device, "rows": trainer.estimate()})
 
-    module = torch.nn.parallel.DistributedDataParallel(policy) if dist.world > 1 else policy
-    module = torch.compile(module) if args.compile else module
 
-    def save(metrics=None):
-        if dist.is_main:
-            save_state(state_path, policy, optimizer, {**reached, "step": step})
-            info = {k: v for k, v in provenance.items() if k != "config"}
-            save_policy(folder / "checkpoint.safetensors", policy, args.model_type,
-                        {**info, "step": step, **rounded_minutes(), "metrics": metrics or {}}, reference)
+def finish(trainer):
+    """Last validation, checkpoint and pictures."""
+    folder, policy, val_set = trainer.folder, trainer.policy, trainer.val_set
+    if trainer.step % trainer.args.val_every or trainer.metrics is None:
+        trainer.validate()
+    trainer.save()
+    plots.loss_curve(read_jsonl(folder / "metrics.jsonl"), folder / "loss.png")
+    overlays(policy, val_set, trainer.dist.device, folder)
+    trainer.logger.log(trainer.step, free_runs(policy, val_set, folder))
+    print(f"{folder}/checkpoint.safetensors: {trainer.step} steps, {trainer.minutes:.1f} minutes of training and "
+          f"{trainer.validation_minutes:.1f} of validation, " + ", ".join(f"{k[4:]} {v:.3g}" for k, v in trainer.metrics.items()))
 
-    def rounded_minutes():
-        return {k: round(reached[k], 4) for k in ("minutes", "validation_minutes")}
 
-    def validated():
-        """Metrics on held-out demonstrations; the time that they take is no training."""
-        started = time.perf_counter()
-        found = validate(policy, val_set, dist.device, limit=args.val_samples)
-        reached["validation_minutes"] += (time.perf_counter() - started) / 60
-        logger.log(step, {**found, **rounded_minutes()})
-        return found
-
-    def report_creep():
-        found = finetune.volume_creep(read_jsonl(folder / "metrics.jsonl"), freeze_steps) if freeze_steps else None
-        if found:
-            tqdm.write(("warning: " if found[1] else "") + found[0])
-
-    bar = tqdm(total=args.max_steps, initial=step, desc="training", unit="step", disable=not dist.is_main)
-    metrics = None
-    policy.train()
-    while step < args.max_steps:
-        started = time.perf_counter()
-        indices = batch_indices(args.seed, step, len(train_set), args.batch_size)[dist.rank::dist.world]
-        rate = learning_rate(args, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = train_set.batch(indices)
-        if args.shift_aug > 0:  # drawn from (seed, step), so that a resumed run sees the same
-            batch = shifted_sideways(batch, args.shift_aug, np.random.default_rng([args.seed, step, dist.rank]), config.image_size)
-        with autocast(dist.device, args.precision):
-            parts = module(to_device(batch, dist.device))
-        if not torch.isfinite(parts["loss"]):
-            raise UserError(f"the loss is {parts['loss'].item()} at step {step}; the last saved state stays, lower --lr")
-        optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
-        if step < freeze_steps:
-            finetune.hold_volume(policy)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip)
-        optimizer.step()
-        step += 1
-        reached["minutes"] += (time.perf_counter() - started) / 60
-        bar.update()
-        bar.set_postfix(loss=f"{parts['loss'].item():.2f}", refresh=False)
-        if step % 10 == 0 or step == 1:
-            logger.log(step, {**{f"train/{k}": v.item() for k, v in parts.items()}, "lr": rate, "grad_norm": float(norm),
-                              **rounded_minutes()})
-        stopping = dist.all_true(stop.raised)
-        if (step % args.val_every == 0 or step == freeze_steps) and not stopping and dist.is_main:
-            metrics = validated()
-            tqdm.write(f"step {step}: " + ", ".join(f"{k[4:]} {v:.3g}" for k, v in metrics.items()))
-            report_creep()
-        if step % args.save_every == 0 or stopping:
-            save(metrics)
-        barrier(dist)
-        if stopping:
-            bar.close()
-            logger.close()
-            if dist.is_main:
-                print(f"stopped at step {step}, saved; go on with `python train.py --resume {folder}`")
-            return
-    bar.close()
+def train(args, config_class):
+    """Prepare, build, fit, finish."""
+    dist = init_distributed(args.device)
+    stop = StopSignal()
+    folder = run_folder(args)
+    found = first_alone(dist, args.cache / f"{args.dataset.name}.lock",
+                        lambda progress: prepare(args, config_class, dist.device, progress))
+    if args.cache_only:
+        print(f"{args.cache}: features of {len(found.train_set)} + {len(found.val_set)} samples, backbone {found.backbone.identity}")
+        return
+    dist.join()
+    seed_everything(args.seed)
+    trainer = build(args, found, dist, folder)
     if dist.is_main:
-        if step % args.val_every or metrics is None:
-            metrics = validated()
-            report_creep()
-        save(metrics)
-        plots.loss_curve(read_jsonl(folder / "metrics.jsonl"), folder / "loss.png")
-        overlays(policy, val_set, dist.device, folder)
-        logger.log(step, free_runs(policy, val_set, folder))
-        print(f"{folder}/checkpoint.safetensors: {step} steps, {reached['minutes']:.1f} minutes of training and "
-              f"{reached['validation_minutes']:.1f} of validation, "
-              + ", ".join(f"{k[4:]} {v:.3g}" for k, v in metrics.items()))
-    logger.close()
-    if dist.world > 1:
-        torch.distributed.destroy_process_group()
+        announce(args, found, trainer)
+    done = trainer.fit(stop)
+    if dist.is_main and done:
+        finish(trainer)
+    elif dist.is_main:
+        print(f"stopped at step {trainer.step}, saved; go on with `python train.py --resume {folder}`")
+    trainer.logger.close()
+    dist.leave()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from conftest import SIZE
 from demos import open_demos, read_demos, read_images
 from libero_env import Observation
 from registry import REGISTRY, look_up
-from rot_utils import matrix_to_quat, rotvec_to_matrix
+from rot_utils import matrix_to_euler, matrix_to_quat, rotvec_to_matrix, wrap_angle
 from runtime import UserError
 
 SMALL = {"backbone": "efficientnet_lite0", "image_size": SIZE, "n_window": 3, "waypoint_stride": 5, "grid": 16,
@@ -125,6 +125,48 @@ def test_every_parameter_is_optimised(case):
     policy = case.policy()
     grouped = [id(p) for group in policy.param_groups(0.01) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in policy.parameters() if p.requires_grad)
+
+
+def test_only_the_weights_of_layers_decay(case):
+    """Tokens, embeddings, positions, priors, norms and biases stay out of weight decay, which would pull them to zero; matrices of
+    linear layers, convolutions and attention are in it."""
+    policy = case.policy()
+    names = {id(p): name for name, p in policy.named_parameters()}
+    decaying, plain = ({names[id(p)] for p in group["params"]} for group in policy.param_groups(0.01))
+    apart = {"token", "age", "place", "queries", "prior", "coarse", "eef_embedding", "gripper_embedding", "step_embedding", "table"}
+    for name, p in policy.named_parameters():
+        kind = name.rpartition(".")[2]
+        assert (name in plain) == (kind in apart or p.ndim < 2), name
+        assert name in plain or kind in ("weight", "in_proj_weight"), name
+    assert decaying and [g["weight_decay"] for g in policy.param_groups(0.01)] == [0.01, 0.0]
+
+
+def test_rotation_labels_are_soft(case):
+    """A rotation in the next bin costs less than one far away, at every policy: one-hot labels of a few dozen episodes' rotations
+    leave the bins between without any. Labels sum to one, and the loss is zero at them."""
+    policy, config = case.policy(), case.config
+    rotation = case.batch()["target_rot"].flatten(0, -3)[:1]
+    bins = policy.rotation_bins(rotation)
+    targets = policy.rotation_targets(rotation)
+    assert targets.shape == (*bins.shape, config.n_rot_bins) and torch.equal(targets.argmax(-1), bins)
+    torch.testing.assert_close(targets.sum(-1), torch.ones(bins.shape))
+    assert policy.rotation_loss(targets.log(), rotation).item() == pytest.approx(0, abs=1e-5)
+    toward = torch.where(bins < config.n_rot_bins // 2, 1, -1)
+    sure = lambda b: 5 * torch.nn.functional.one_hot(b, config.n_rot_bins).float()
+    near, far = (policy.rotation_loss(sure(bins + n * toward), rotation).item() for n in (1, 4))
+    assert near < far
+
+
+def test_rotation_bins_are_those_of_numpy(case):
+    """Bins are computed on the device, and are the ones that NumPy's geometry, which decodes them on a robot, gives."""
+    policy, rotation = case.policy(), case.batch(20)["target_rot"].flatten(0, -3)
+    if hasattr(policy, "rotation_basis"):
+        expected = policy.basis.encode(rotation.numpy(), case.config.n_rot_bins)[..., None]
+    else:
+        low, high = policy.euler_range.numpy().T
+        euler = wrap_angle(matrix_to_euler(rotation.numpy()), (low + high) / 2)
+        expected = np.floor((euler - low) / (high - low) * case.config.n_rot_bins).astype(int).clip(0, case.config.n_rot_bins - 1)
+    np.testing.assert_array_equal(policy.rotation_bins(rotation), expected)
 
 
 def test_the_batch_is_left_alone(case):

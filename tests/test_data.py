@@ -210,8 +210,9 @@ def test_images_moved_sideways_are_the_same_geometry(kind, request):
     true; nothing to be localised leaves the image, the limit holds, shifts differ, and the given batch is left alone."""
     dataset, limit = request.getfixturevalue(kind), 40
     before = dataset.batch(np.arange(0, len(dataset), 2))
+    draws = np.random.default_rng(0).random(len(before["K"]))
     kept = {"K": before["K"].clone(), "features": [m.clone() for m in before["features"]]}
-    after = shifted_sideways(before, limit, np.random.default_rng(0), SIZE)
+    after = shifted_sideways(before, limit, draws, SIZE)
     assert torch.equal(before["K"], kept["K"]) and all(map(torch.equal, before["features"], kept["features"]))
     lead = lambda x, n: x.reshape(len(before["K"]), -1, *x.shape[-n:])
     moved, found = [], set()
@@ -231,9 +232,19 @@ def test_images_moved_sideways_are_the_same_geometry(kind, request):
             np.testing.assert_array_equal(new[sample], old[sample][..., source])
             found.add(columns)
     assert min(found) < 0 < max(found)
-    again = shifted_sideways(before, limit, np.random.default_rng(0), SIZE)
+    again = shifted_sideways(before, limit, draws, SIZE)
     assert torch.equal(again["K"], after["K"])
-    assert torch.equal(shifted_sideways(before, 0, np.random.default_rng(0), SIZE)["K"], before["K"])
+    assert torch.equal(shifted_sideways(before, 0, draws, SIZE)["K"], before["K"])
+
+
+def test_demonstrations_of_one_name_keep_their_own_features(dataset, tmp_path):
+    """Two files both have a demo_0: with features kept by name the last one's would be everybody's."""
+    first, second = dataset.demos[0], dataset.demos[1]
+    half = replace(second, name=first.name, perturbed=np.arange(len(second)) < len(second) // 2)  # has fewer usable frames
+    both = WaypointDataset(dataset.path, [first, half], CONFIG, dataset.backbone, cache=tmp_path, progress=False)
+    alone = WaypointDataset(dataset.path, [first], CONFIG, dataset.backbone, cache=tmp_path, progress=False)
+    indices = np.arange(len(alone))
+    assert len(both) > len(alone) and all(map(torch.equal, both.features(indices), alone.features(indices)))
 
 
 def test_frame_stride_thins_the_frames(dataset, tmp_path):
