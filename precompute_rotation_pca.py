@@ -14,6 +14,7 @@ import numpy as np
 
 import flags
 import plots_rotation
+from demos import split_demos
 from rot_utils import (EV_GATE, NEAR_SINGULAR, SPACES, basis_path, fingerprint, fit_basis, matrix_to_euler,
                        reconstruction_error, rotvec_to_matrix, save_basis)
 from runtime import command_line, git_commit, run_script
@@ -41,14 +42,20 @@ def table(bases, rotations, chosen):
 
 def precompute(args):
     """Fit both spaces, print the table, pass the gate, write basis and picture -> exit code."""
-    demos, _ = read_dataset(args.dataset, limit=args.n_demos)
-    rotations = rotvec_to_matrix(np.concatenate([d.ee_ori for d in demos]))
+    all_demos, _ = read_dataset(args.dataset, limit=args.n_demos)
+    demos, held_out = split_demos(all_demos, args.val_fraction)  # as train.py splits them: validation must stay unseen
+    rotations, unseen = (rotvec_to_matrix(np.concatenate([d.ee_ori for d in part])) for part in (demos, held_out))
+    prints = lambda part: [fingerprint(d.ee_ori) for d in part]
     provenance = {"dataset": Path(args.dataset).name, "demos": len(demos), "frames": len(rotations),
-                  "fingerprints": [fingerprint(d.ee_ori) for d in demos], "command": command_line(), "commit": git_commit(),
-                  "gate": EV_GATE, "allow_low_ev": args.allow_low_ev}
+                  "fingerprints": prints(demos), "held_out": prints(held_out), "val_fraction": args.val_fraction,
+                  "command": command_line(), "commit": git_commit(), "gate": EV_GATE, "allow_low_ev": args.allow_low_ev}
     bases = {space: fit_basis(rotations, space, provenance) for space in SPACES}
     chosen = bases[args.space]
     print(f"{args.dataset}: {len(demos)} demonstrations, {len(rotations)} frames\n{table(bases, rotations, args.space)}")
+    values = chosen.value(unseen)
+    outside = float(((values < chosen.low) | (values > chosen.high)).mean())
+    print(f"{len(held_out)} demonstrations held out: {100 * outside:.1f}% of their frames lie outside the range, and one axis loses "
+          f"{np.degrees(np.median(reconstruction_error(chosen, unseen))):.2f} deg of them in the median")
     largest, share = singular_share(rotations)
     if share > 0:
         print(f"warning: pitch reaches {largest:.1f} deg and is beyond 75 deg in {100 * share:.0f}% of the frames: near +-90 deg roll and yaw "
@@ -80,6 +87,8 @@ def build_parser():
     parser.add_argument("--space", default="so3", choices=SPACES, help="so3: log map at the Frechet mean (so3); euler: unwrapped about the mean")
     parser.add_argument("--allow_low_ev", action="store_true", help="write it even if the gate is not passed; recorded in the basis")
     parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations")
+    parser.add_argument("--val_fraction", type=flags.fraction, default=0.15,
+                        help="share of demonstrations that train.py will hold out: the basis is fitted without them")
     parser.add_argument("--out", type=flags.new_file, help="write the basis here instead")
     return parser
 

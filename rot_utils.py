@@ -225,7 +225,8 @@ def fingerprint(rotvec):
 
 
 def load_basis(path, fingerprints=None):
-    """Read `save_basis` -> RotationBasis. fingerprints: of the demonstrations that it must have been computed from.
+    """Read `save_basis` -> RotationBasis. fingerprints: of demonstrations that it must know, as those that it was computed from or
+    those that were held out.
 
     Raises UserError for a missing, damaged or impossible file, and for one that was computed from other demonstrations.
     """
@@ -241,7 +242,8 @@ def load_basis(path, fingerprints=None):
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: truncated or not an npz of a rotation basis ({error}); {PRECOMPUTE}")
     check_basis(basis, path)
-    if fingerprints is not None and not set(fingerprints) <= set(basis.provenance.get("fingerprints", ())):
+    known = {*basis.provenance.get("fingerprints", ()), *basis.provenance.get("held_out", ())}
+    if fingerprints is not None and not set(fingerprints) <= known:
         raise UserError(f"{path}: a foreign basis, computed from {basis.provenance.get('dataset', 'another dataset')} and not from "
                         f"these demonstrations; {PRECOMPUTE}")
     return basis

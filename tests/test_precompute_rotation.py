@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from conftest import write_synthetic_demos, write_synthetic_episodes
+from data_smith300_volume import VolumeDataset, find_basis
 from demos import read_demos
 from helpers import run
+from model_dino_volume_kv_full import DinoVolumeKVFullConfig
 from precompute_rotation_pca import build_parser, precompute
 from rot_utils import BASIS_FILE, fingerprint, load_basis, matrix_to_rotvec, euler_to_matrix
 from runtime import UserError
@@ -42,8 +44,31 @@ def test_a_libero_file_gets_its_basis(space, tmp_path, capsys):
     assert left(tmp_path) == [BASIS_FILE, "rotation_pca_basis.png"]
     basis = load_basis(tmp_path / BASIS_FILE, [fingerprint(d.ee_ori) for d in read_demos(path)[0]])
     assert basis.space == space and basis.ev_ratio[0] > 0.85
-    assert basis.provenance["demos"] == 3 and basis.provenance["allow_low_ev"] is False
+    assert basis.provenance["demos"] == 2 and basis.provenance["allow_low_ev"] is False
     assert basis.provenance["command"] and basis.provenance["commit"]
+
+
+def test_validation_demonstrations_stay_unseen(tmp_path, capsys):
+    """The axis and its range are those of the demonstrations that train.py trains on, whatever the held-out one does; what training
+    holds out otherwise is refused with the flag."""
+    path = write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=4)
+    assert script("--dataset", path, "--val_fraction", 0.25) == 0
+    before = load_basis(tmp_path / BASIS_FILE)
+    with h5py.File(path, "r+") as file:  # the last one validates: it now turns much farther
+        ori = file["data/demo_3/obs/ee_ori"]
+        ori[...] = np.stack([matrix_to_rotvec(r) for r in euler_to_matrix(np.outer(np.linspace(0, 1, len(ori)), [0.9, -0.7, 2.0]))])
+    assert script("--dataset", path, "--val_fraction", 0.25) == 0
+    assert "1 demonstrations held out" in capsys.readouterr().out
+    after = load_basis(tmp_path / BASIS_FILE)
+    assert (before.low, before.high) == (after.low, after.high) and np.array_equal(before.axis, after.axis)
+    demos, config = read_demos(path)[0], DinoVolumeKVFullConfig()
+    for part in (demos[:3], demos[3:]):
+        assert find_basis(path, part, config).low == after.low
+    VolumeDataset.check_split(path, demos[:3], config)
+    with pytest.raises(UserError, match="3 demonstrations, which are not the 2.*--val_fraction"):
+        VolumeDataset.check_split(path, demos[:2], config)
+    with pytest.raises(UserError, match="not the 4"):  # as a basis of an earlier version was fitted
+        VolumeDataset.check_split(path, demos, config)
 
 
 def test_the_gate_stops(tmp_path, capsys):
