@@ -101,6 +101,7 @@ class WaypointDataset(Dataset):
 
     def __init__(self, path, demos, config, backbone, frame_stride=1, cache="cache/features", progress=True):
         self.path, self.demos, self.config, self.backbone = path, demos, config, backbone
+        self.held = []  # features on a GPU, see `hold`
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
         needed = self.label(path, config, frame_stride)
@@ -143,6 +144,26 @@ class WaypointDataset(Dataset):
     def _images(self, name, frames):
         return smith300.read_images(self.path, name, frames, self.config.image_size)
 
+    def hold(self, device):
+        """Keep features and labels on a GPU from now on, features as one fp16 tensor a map, where half of its free memory has room
+        for them -> True if so. On a CPU they stay where they are: in files that the system keeps in memory."""
+        if torch.device(device).type != "cuda":
+            return False
+        kept = [maps for maps in self.maps if maps is not None]
+        size = sum(m.nbytes for maps in kept for m in maps)
+        if size > torch.cuda.mem_get_info(device)[0] / 2:
+            return False
+        self.keep_on(device)
+        return True
+
+    def keep_on(self, device):
+        """Keep features and labels in a device's memory; batches come from there."""
+        kept = [maps for maps in self.maps if maps is not None]
+        self.held = [torch.from_numpy(np.concatenate([maps[i] for maps in kept])).to(device) for i in range(len(self.backbone.channels))]
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
+
     def __len__(self):
         return len(self.frame)
 
@@ -151,6 +172,8 @@ class WaypointDataset(Dataset):
 
     def features(self, indices):
         """Cached maps [(B,C,H,W) float16] of samples."""
+        if self.held:
+            return [maps[torch.as_tensor(indices, device=maps.device)] for maps in self.held]
         return [torch.from_numpy(np.stack([self.maps[self.demo[i]][m][self.slot[i]] for i in indices]))
                 for m in range(len(self.backbone.channels))]
 
@@ -180,7 +203,7 @@ class WaypointDataset(Dataset):
         picked = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)
         features = []
         for maps in self.last_features(picked):
-            maps = maps.float()
+            maps = maps.float().cpu()
             features.append((maps.mean((0, 2, 3)).numpy(), maps.std((0, 2, 3)).clamp(min=1e-4).numpy()))
         return {"height_range": np.array([heights.min(), heights.max()]), "position": (positions.mean(0), positions.std(0).clip(min=1e-3)),
                 "euler_range": np.stack([euler.min(0), euler.max(0)], -1), "features": features}

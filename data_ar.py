@@ -102,7 +102,11 @@ class WindowDataset(WaypointDataset):
         valid = np.array([[t < len(w) for t in range(T)] for w in windows])
         rows = np.array([[w[min(t, len(w) - 1)] for t in range(T)] for w in windows])  # padding repeats the last frame
         features = []
-        for m in range(len(self.backbone.channels)):
+        for maps in self.held:
+            picked = maps[torch.from_numpy(rows).to(maps.device)]  # (B,T,C,H,W)
+            known = torch.from_numpy(valid).to(maps.device)[..., None, None, None]
+            features.append(torch.where(known, picked, torch.zeros((), dtype=picked.dtype, device=picked.device)))
+        for m in range(len(self.backbone.channels) if not self.held else 0):
             sample = self.maps[self.row_demo[rows[0, 0]]][m]
             out = np.zeros((*rows.shape, *sample.shape[1:]), np.float16)
             for b, t in zip(*np.nonzero(valid)):
@@ -110,8 +114,9 @@ class WindowDataset(WaypointDataset):
             features.append(torch.from_numpy(out))
         pick = lambda x: x[rows]  # (N,...) -> (B,T,...)
         d = self.row_demo[rows]
-        return {"features": features, "valid": torch.from_numpy(valid), "eef_pos": pick(self.eef_pos), "first_eef": self.first_eef[d[:, 0]],
+        valid = torch.from_numpy(valid).to(self.mask.device)
+        return {"features": features, "valid": valid, "eef_pos": pick(self.eef_pos), "first_eef": self.first_eef[d[:, 0]],
                 "gripper_width": pick(self.gripper_width), "K": self.K[d], "E": self.E[d],
                 "target_pos": pick(self.target_pos)[..., 0, :], "target_rot": pick(self.target_rot)[:, :, 0],
                 "target_gripper": pick(self.target_gripper)[..., 0],
-                "mask": pick(self.mask)[..., 0] * torch.from_numpy(valid.astype(np.float32))}
+                "mask": pick(self.mask)[..., 0] * valid}

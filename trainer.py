@@ -149,6 +149,8 @@ class Trainer:
         self.folder, self.logger, self.save_info, self.reference = folder, logger, save_info, reference
         self.state_path = folder / "state.safetensors"
         self.optimizer = torch.optim.AdamW(policy.param_groups(args.weight_decay), lr=args.lr)
+        for part in (train_set, val_set):
+            part.hold(dist.device)
         self.batches = Batches(args.seed, len(train_set), args.batch_size)
         self.freeze_steps = args.freeze_steps if args.init_from else 0
         self.step, self.minutes, self.validation_minutes, self.metrics = 0, 0.0, 0.0, None

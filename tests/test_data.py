@@ -1,4 +1,5 @@
 """Labels and samples: where the EEF will be, clipped at gripper changes, without pushed or held frames."""
+from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -245,6 +246,19 @@ def test_demonstrations_of_one_name_keep_their_own_features(dataset, tmp_path):
     alone = WaypointDataset(dataset.path, [first], CONFIG, dataset.backbone, cache=tmp_path, progress=False)
     indices = np.arange(len(alone))
     assert len(both) > len(alone) and all(map(torch.equal, both.features(indices), alone.features(indices)))
+
+
+@pytest.mark.parametrize("kind", ["dataset", "windows"])
+def test_features_kept_on_a_device_are_the_same(kind, request):
+    """Batches of features kept in memory, as on a GPU, are those read from files one by one, padding included."""
+    dataset = request.getfixturevalue(kind)
+    kept, indices = copy(dataset), np.arange(0, len(dataset), 3)
+    kept.keep_on("cpu")
+    before, after = dataset.batch(indices), kept.batch(indices)
+    assert before.keys() == after.keys() and kept.held and not dataset.held
+    for key, value in before.items():
+        assert all(map(torch.equal, value, after[key])) if isinstance(value, list) else torch.equal(value, after[key]), key
+    assert not dataset.hold("cpu")  # where files in the system's memory do as well
 
 
 def test_frame_stride_thins_the_frames(dataset, tmp_path):

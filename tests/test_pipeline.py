@@ -1,10 +1,7 @@
 """The scripts as users run them: real simulator, real kills, resumes, bad input. Small images and few steps, same code."""
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -15,7 +12,7 @@ from safetensors.torch import load_file
 
 import demos as demo_files
 import settings
-from helpers import ROOT, SIZE, interrupt, run, train_flags
+from helpers import SIZE, interrupt, run, train_flags
 
 # -- collect_demos.py ------------------------------------------------------------------------------------------------------
 
@@ -144,18 +141,6 @@ def test_train_resumes_bit_identically(collected, tmp_path):
     assert "step 0\n" not in done.stdout  # it did go on from the saved step
     whole, broken = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "broken"))
     assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
-
-
-def test_train_under_torchrun(collected, tmp_path):
-    """Two gloo processes share the batches and write one checkpoint that loads."""
-    from checkpoint import load_policy
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"),
-                           *map(str, train_flags(collected[0], "pair", 4)[1:])], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=300, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, info, _ = load_policy(tmp_path / "pair" / "checkpoint.safetensors")
-    assert info["step"] == 4
 
 
 @pytest.mark.parametrize("flags, words", [

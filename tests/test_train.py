@@ -91,7 +91,7 @@ def test_two_processes_end_with_the_weights_of_one(synthetic_demos, tmp_path):
     done = torchrun(*common("pair"), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     alone, pair = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("alone", "pair"))
-    assert alone.keys() == pair.keys()
+    assert alone.keys() == pair.keys() and checkpoint.load_policy(tmp_path / "pair" / "checkpoint.safetensors")[1]["step"] == 4
     for name, value in alone.items():
         torch.testing.assert_close(pair[name].double(), value.double(), rtol=0, atol=2e-5, msg=lambda m: f"{name}: {m}")
     losses = [[json.loads(row)["train/loss"] for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
