@@ -84,30 +84,32 @@ class VoxelTable:
     def select(self, which):
         """The same tables for a batch whose item i was taken by camera which[i] (B,)."""
         chosen = copy.copy(self)
-        chosen.items = [(which == g).nonzero()[:, 0] for g in range(len(self.xy))] if len(self.xy) > 1 else [slice(None)]
+        places = lambda g: (which == g).nonzero()[:, 0].to(self.z.device)
+        chosen.items = [places(g) for g in range(len(self.xy))] if len(self.xy) > 1 else [slice(None)]
         return chosen
+
+    @staticmethod
+    def joined(tables):
+        """One table of several of one camera each, with the same heights; theirs are not copied."""
+        whole = copy.copy(tables[0])
+        whole.xy = [table.xy[0] for table in tables]
+        whole.items = [slice(g, g + 1) for g in range(len(tables))]
+        return whole
 
     @property
     def shape(self):
         """(Z, N)."""
-        return self.xy.shape[1], self.xy.shape[3]
-
-
-def distinct(rows):
-    """Rows (B,...) -> index of each distinct row's first occurrence (G,), and which one each row is (B,)."""
-    _, which = torch.unique(rows.flatten(1), dim=0, return_inverse=True)
-    first = torch.stack([(which == g).nonzero()[0, 0] for g in range(int(which.max()) + 1)])
-    return first, which
+        return self.xy[0].shape[0], self.xy[0].shape[2]
 
 
 class _Attend(torch.autograd.Function):
     """Softmax over the voxels of scores code . PE + image_score -> (sum p PE (B,R,P), sum_z p (B,R,N), log-sum-exp (B,R))."""
 
     @staticmethod
-    def forward(ctx, code, image_score, table, chunk):
+    def forward(ctx, code, image_score, table, chunk, way):
         B, R, P = code.shape
         pooled, pixels, lse = code.new_empty(code.shape), torch.empty_like(image_score), code.new_empty(B, R)
-        ctx.forward_rows, ctx.backward_rows = rows_of(code)
+        ctx.forward_rows, ctx.backward_rows = rows_of(code, way)
         for xy, item in zip(table.xy, table.items):
             a, b = code[item], image_score[item]
             u, w, l = ctx.forward_rows(a.reshape(-1, P), b.reshape(-1, b.shape[-1]), xy, table.z, chunk)
@@ -128,15 +130,19 @@ class _Attend(torch.autograd.Function):
             rows = [flat(x, item) for x in (code, image_score, lse, d_pooled, d_pixels, shift)]
             da, db = ctx.backward_rows(*rows, xy, ctx.table.z, ctx.chunk)
             d_code[item], d_score[item] = da.view_as(code[item]), db.view_as(image_score[item])
-        return d_code, d_score, None, None
+        return d_code, d_score, None, None, None
 
 
-def rows_of(code):
-    """(forward, backward) over the rows of one table: chunks of torch calls, or the fused kernels on a GPU that has Triton."""
-    if code.is_cuda and code.dtype == torch.float32 and importlib.util.find_spec("triton"):
+def rows_of(code, way="auto"):
+    """(forward, backward) over the rows of one table: `chunks` that fit a CPU's cache, `whole` volumes of scores at once, or
+    `fused` kernels; auto: chunks on a CPU, on a GPU fused for float32 where there is Triton, else whole."""
+    if way == "auto":
+        triton = code.dtype == torch.float32 and importlib.util.find_spec("triton")
+        way = "chunks" if not code.is_cuda else "fused" if triton else "whole"
+    if way == "fused":
         import layers_voxel_triton as fused
         return fused.forward_rows, fused.backward_rows
-    return forward_rows, backward_rows
+    return {"chunks": (forward_rows, backward_rows), "whole": (whole_forward_rows, whole_backward_rows)}[way]
 
 
 def chunks(M, N, chunk):
@@ -202,12 +208,34 @@ def backward_rows(code, image_score, lse, d_pooled, d_pixels, shift, xy, z, chun
     return torch.cat([d_a, d_height @ z], 1), d_score
 
 
-def voxel_attention(query, table, image, positional, key, value, projection=None, anchor=None, chunk=None):
+def whole_scores(code, image_score, xy, z):
+    """Scores (Z,M,N) of rows code (M,P), image_score (M,N)."""
+    split = xy.shape[1]
+    return torch.matmul(code[:, :split], xy) + (z @ code[:, split:].T)[..., None] + image_score
+
+
+def whole_forward_rows(code, image_score, xy, z, chunk=None):
+    """As forward_rows, with all M V scores in memory at once; `chunk` has no meaning here."""
+    p = whole_scores(code, image_score, xy, z)
+    lse = p.logsumexp((0, 2))  # (M,)
+    p = p.sub_(lse[:, None]).exp_()
+    pooled = torch.cat([torch.bmm(p, xy.mT).sum(0), p.sum(2).T @ z], 1)
+    return pooled, p.sum(0), lse
+
+
+def whole_backward_rows(code, image_score, lse, d_pooled, d_pixels, shift, xy, z, chunk=None):
+    """As backward_rows, with all M V scores in memory at once; `chunk` has no meaning here."""
+    p = whole_scores(code, image_score - lse[:, None], xy, z).exp_()
+    slope = whole_scores(d_pooled, d_pixels + shift[:, None], xy, z).mul_(p)
+    return torch.cat([torch.bmm(slope, xy.mT).sum(0), slope.sum(2).T @ z], 1), slope.sum(0)
+
+
+def voxel_attention(query, table, image, positional, key, value, projection=None, anchor=None, chunk=None, way="auto"):
     """Multi-head attention of queries to all voxels of their frame, exact, without building a token.
 
     query (B,Q,h,D); table: VoxelTable of the B items' cameras; image (B,C,N); positional Wg (d,P); key, value (h,D,d) act on
     tokens; projection (d,C) takes image features to tokens, or None when C = d; anchor (B,Q,3) in metres: positions are
-    measured from it, per query; chunk: scores at a time.
+    measured from it, per query; chunk: scores at a time; way: see `rows_of`.
 
     Returns out (B,Q,h,D), lse (B,Q,h) of the scaled scores, for `merge_attention`, and the attention over pixels (B,Q,h,N).
     All have gradients into query, image, positional, key, value and projection. Geometry is fp32 under autocast, float64
@@ -217,13 +245,13 @@ def voxel_attention(query, table, image, positional, key, value, projection=None
     absorbed = torch.einsum("bqhd,hde->bqhe", query, key) / math.sqrt(D)  # (B,Q,h,d)
     image_query = absorbed if projection is None else absorbed @ projection
     image_score = image_query.flatten(1, 2) @ image  # (B,Q*h,N)
-    exact = table.xy.dtype
+    exact = table.z.dtype
     with torch.autocast(query.device.type, enabled=False):
         positional = positional.to(exact)
         code = absorbed.to(exact) @ positional  # (B,Q,h,P)
         if anchor is not None:
             code = shift_encoding(code, -anchor[:, :, None], table.waves)
-        pooled, pixels, lse = _Attend.apply(code.flatten(1, 2), image_score.to(exact), table, chunk)
+        pooled, pixels, lse = _Attend.apply(code.flatten(1, 2), image_score.to(exact), table, chunk, way)
         pooled = pooled.view(B, Q, h, -1)
         if anchor is not None:
             pooled = shift_encoding(pooled, anchor[:, :, None], table.waves)
@@ -265,13 +293,12 @@ class _PositionLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, code, table):
         B, Q, P = code.shape
-        (Z, N), split = table.shape, table.xy.shape[2]
+        (Z, N), split = table.shape, table.xy[0].shape[1]
         out = (code[..., split:] @ table.z.T)[..., None].repeat(1, 1, 1, N)
         for xy, item in zip(table.xy, table.items):
             a = code[item][..., :split].reshape(-1, split)
             rows = out[item].view(-1, Z, N)  # a view for one camera, a copy for several
-            for k in range(Z):
-                rows[:, k].addmm_(a, xy[k])
+            rows.transpose(0, 1).baddbmm_(a.expand(Z, -1, -1), xy)  # all heights at once
             if not isinstance(item, slice):
                 out[item] = rows.view(-1, Q, Z, N)
         ctx.table = table
@@ -280,15 +307,12 @@ class _PositionLogits(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        table, split = ctx.table, ctx.table.xy.shape[2]
+        table, split = ctx.table, ctx.table.xy[0].shape[1]
         grad = grad.contiguous()
         d_code = grad.new_zeros(*grad.shape[:2], split)
         for xy, item in zip(table.xy, table.items):
             rows = grad[item].flatten(0, 1)
-            part = grad.new_zeros(len(rows), split)
-            for k in range(len(xy)):
-                part.addmm_(rows[:, k], xy[k].T)
-            d_code[item] = part.view(-1, grad.shape[1], split)
+            d_code[item] = torch.bmm(rows.transpose(0, 1), xy.mT).sum(0).view(-1, grad.shape[1], split)
         return torch.cat([d_code, grad.sum(-1) @ table.z], -1), None
 
 
@@ -300,7 +324,7 @@ def voxel_logits(query, table, image, positional, height_query, anchor=None):
     what lets p(height | pixel) depend on the image at that pixel (an additive score cannot).
     """
     B, Q, Z, C = height_query.shape
-    exact = table.xy.dtype
+    exact = table.z.dtype
     seen = height_query.flatten(1, 2) @ image  # (B,Q*Z,N)
     with torch.autocast(query.device.type, enabled=False):
         code = query.to(exact) @ positional.to(exact)

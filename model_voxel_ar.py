@@ -22,6 +22,9 @@ from policy import check_heads, fingers_closed, flag
 from volume import dilated_convolutions, mark_cell
 
 
+MAX_TABLES = 64  # of cameras, 13 MB each at 56 x 56 x 32
+
+
 @dataclass
 class VoxelConfig(HistoryConfig):
     """Configuration of VoxelPolicy."""
@@ -82,7 +85,7 @@ class VoxelPolicy(HistoryPolicy):
         super().__init__(config, channels)
         c, d, width = config, config.dim, config.key_width
         check_heads(c)
-        self.waves = lv.wavelengths(c.n_waves, c.shortest_wave, c.longest_wave)
+        self.register_buffer("waves", lv.wavelengths(c.n_waves, c.shortest_wave, c.longest_wave), persistent=False)
         self.n_gripper = 2 if c.gripper_head == "joint" else 1
         first, *others = map(int, c.dilations.split(","))
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
@@ -104,7 +107,7 @@ class VoxelPolicy(HistoryPolicy):
         self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
         if c.gripper_head == "separate":
             self.gripper = nn.Linear(d, 2)
-        self._table = (None, None)
+        self._tables = {}  # by camera
         self.check()
         self.reset()
 
@@ -117,22 +120,34 @@ class VoxelPolicy(HistoryPolicy):
         """
         return None
 
+    def _apply(self, fn, recurse=True):
+        self._tables = {}  # they lie where the policy lay
+        return super()._apply(fn, recurse)
+
     def table(self, K, E):
-        """VoxelTable of N frames' cameras K (N,3,3), E (N,4,4); kept from call to call while the cameras stay the same."""
-        c, cameras = self.config, torch.cat([K.flatten(1), E.flatten(1)], 1)
-        first, which = lv.distinct(cameras)
-        key = torch.cat([cameras[first].flatten(), self.height_range])
-        kept, table = self._table
-        if kept is None or kept.device != key.device or not torch.equal(kept, key):
-            pixel = camera.cell_to_pixel(torch.arange(c.grid, dtype=torch.float64, device=K.device), c.grid, c.image_size)
-            v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
-            low, high = (camera.unproject(u, v, h, K[first, None], E[first, None]) for h in self.height_range)
-            slope = (high - low)[..., :2] / (self.height_range[1] - self.height_range[0])
-            bins = torch.arange(c.n_height_bins, dtype=torch.float64, device=K.device)
-            heights = camera.bin_to_height(bins, *self.height_range, c.n_height_bins)
-            table = lv.VoxelTable(low[..., :2] - slope * self.height_range[0], slope, heights, self.waves)
-            self._table = (key, table)
-        return table.select(which)
+        """VoxelTable of N frames' cameras K (N,3,3), E (N,4,4). Each camera's is made once, and the MAX_TABLES used last are kept."""
+        limits = self.height_range.expand(len(K), 2)
+        cameras = torch.cat([K.flatten(1), E.flatten(1), limits], 1).cpu().numpy()
+        keys = [row.tobytes() for row in cameras]
+        order = list(dict.fromkeys(keys))
+        for key in order:
+            i = keys.index(key)
+            self._tables[key] = self._tables.pop(key, None) or self.new_table(K[i], E[i])  # the newest last
+        for key in list(self._tables)[:-max(MAX_TABLES, len(order))]:
+            del self._tables[key]
+        which = torch.tensor([order.index(key) for key in keys])
+        return lv.VoxelTable.joined([self._tables[key] for key in order]).select(which)
+
+    def new_table(self, K, E):
+        """VoxelTable of one camera K (3,3), E (4,4)."""
+        c = self.config
+        pixel = camera.cell_to_pixel(torch.arange(c.grid, dtype=torch.float64, device=K.device), c.grid, c.image_size)
+        v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
+        low, high = (camera.unproject(u, v, h, K[None, None], E[None, None]) for h in self.height_range)
+        slope = (high - low)[..., :2] / (self.height_range[1] - self.height_range[0])
+        bins = torch.arange(c.n_height_bins, dtype=torch.float64, device=K.device)
+        heights = camera.bin_to_height(bins, *self.height_range, c.n_height_bins)
+        return lv.VoxelTable(low[..., :2] - slope * self.height_range[0], slope, heights, self.waves)
 
     def noised(self, eef):
         """EEF positions (B,T,3), in training with noise common to the window and of each frame."""

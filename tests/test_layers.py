@@ -10,7 +10,7 @@ from conftest import ROOT
 
 LAYERS = [
     {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "flags", "timing", "workers", "settings", "plots",
-     "plots_rotation", "plots_settings", "graph", "pages"},
+     "plots_rotation", "plots_settings", "graph", "pages", "fusion"},
     {"backbone", "demos", "smith300", "policy", "volume", "history", "matrix_table"},
     {"libero_env", "expert", "variants", "rollout"},  # and every model* and data*
     {"registry", "checkpoint", "finetune", "validation", "bench_attention", "survey", "trainer"},

@@ -33,7 +33,8 @@ def geometry(K, E, dtype=torch.float64, heights=HEIGHTS, side=SIDE):
     v, u = (x.flatten() for x in torch.meshgrid(centre, centre, indexing="ij"))
     z = camera.bin_to_height(torch.arange(heights, dtype=torch.float64), 0.9, 1.3, heights)
     xyz = camera.unproject(u, v, z[:, None], K[:, None, None], E[:, None, None])
-    first, which = lv.distinct(torch.cat([K.flatten(1), E.flatten(1)], 1))
+    _, which = torch.unique(torch.cat([K.flatten(1), E.flatten(1)], 1), dim=0, return_inverse=True)
+    first = [which.tolist().index(g) for g in range(int(which.max()) + 1)]
     at = lambda h: camera.unproject(u, v, h, K[first, None], E[first, None])[..., :2]
     slope = at(torch.tensor(1.0)) - at(torch.tensor(0.0))
     return lv.VoxelTable(at(torch.tensor(0.0)), slope, z, WAVES, dtype).select(which), xyz
@@ -103,6 +104,17 @@ def test_the_chunk_does_not_matter(chunk):
     table, _ = geometry(*cameras(3, False))
     inputs = weights()
     one, other = (lv.voxel_attention(table=table, chunk=c, **inputs) for c in (None, chunk))
+    compare(one, other, EXACT)
+    compare(gradients(one, inputs)[1], gradients(other, inputs)[1], EXACT)
+
+
+@pytest.mark.parametrize("anchored", [True, False], ids=["an anchor per query", "no anchor"])
+def test_whole_volumes_equal_the_chunks(anchored):
+    """What a GPU computes with all scores in memory at once is what a CPU computes chunk by chunk: outputs and gradients."""
+    table, _ = geometry(*cameras(3, False))
+    inputs = weights()
+    anchor = torch.rand(3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) if anchored else None
+    one, other = (lv.voxel_attention(table=table, anchor=anchor, way=way, **inputs) for way in ("chunks", "whole"))
     compare(one, other, EXACT)
     compare(gradients(one, inputs)[1], gradients(other, inputs)[1], EXACT)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from history import FingerLinear
 from policy import PolicyConfig, add_config_flags, flag
+import volume
 from volume import flat_index, local_soft_argmax, soft_targets, sparse_cross_entropy
 
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
@@ -73,6 +74,21 @@ def test_sparse_cross_entropy_equals_dense(points, sigma, seed):
     dense = torch.zeros(logits.shape).scatter_add(1, index, weight.float())
     expected = torch.nn.functional.cross_entropy(logits, dense, reduction="none")
     torch.testing.assert_close(sparse_cross_entropy(logits, index, weight.float()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_rows_at_once_cost_what_single_ones_do(dtype, monkeypatch):
+    """A GPU takes all rows of logits in one operation and a CPU one after the other: loss and gradient are the same."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 700, generator=generator).to(dtype).requires_grad_()
+    index, weight = torch.randint(0, 700, (5, 9), generator=generator), torch.rand(5, 9, generator=generator)
+    found = []
+    for rows in (1, 2, 5):
+        monkeypatch.setattr(volume, "rows_at_once", lambda _, rows=rows: rows)
+        loss = sparse_cross_entropy(logits, index, weight)
+        found.append((loss.detach(), *torch.autograd.grad((loss * torch.arange(5)).sum(), logits)))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-6, atol=1e-7)
 
 
 @given(INTERIOR, st.sampled_from([0.5, 0.7]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import layers_voxel as lv
+import model_voxel_ar
 import plots
 from conftest import agentview
 from model_voxel_ar import VoxelConfig, VoxelPolicy
@@ -179,12 +180,28 @@ def test_the_fixed_camera_is_remembered_by_value(kind):
     policy, batch = make(kind), windows()
     still = {**batch, "E": batch["E"][:1, :1].expand(B, T, 4, 4)}
     one = logits(policy, still)
-    kept = policy._table[1]
-    assert torch.equal(logits(policy, still), one) and policy._table[1] is kept
+    kept = dict(policy._tables)
+    assert len(kept) == 1 and torch.equal(logits(policy, still), one) and all(policy._tables[k] is v for k, v in kept.items())
     other = logits(policy, batch)
-    assert policy._table[1] is not kept and not torch.equal(other, one)
+    assert not torch.equal(other, one)
     policy.height_range += 0.05
     assert not torch.equal(logits(policy, batch), other)
+
+
+def test_each_camera_s_table_is_made_once(monkeypatch):
+    """Batches that hold other cameras of a dataset every time make no camera's table anew; beyond the limit the oldest goes."""
+    policy, batch, made = make("B"), windows(), []
+    new_table = policy.new_table
+    monkeypatch.setattr(policy, "new_table", lambda K, E: made.append(1) or new_table(K, E))
+    at = lambda b: {**batch, "E": batch["E"][b:b + 1, :1].expand(B, T, 4, 4)}
+    moved = at(0)["E"].clone()
+    moved[..., 0, 3] += 0.01
+    views = [at(0), {**batch, "E": moved}, {**batch, "E": torch.cat([at(0)["E"][:1], moved[1:]])}]
+    first = [logits(policy, view) for view in views]
+    assert len(made) == 2 and all(torch.equal(logits(policy, v), f) for v, f in zip(views, first)) and len(made) == 2
+    monkeypatch.setattr(model_voxel_ar, "MAX_TABLES", 1)
+    logits(policy, views[0])
+    assert len(policy._tables) == 1 and len(made) == 2
 
 
 @pytest.mark.parametrize("changes", [{"gripper_head": "separate"}, {"eef_mark": False}, {"dilations": "1,2"}, {"sample": True},

@@ -1,0 +1,79 @@
+"""Frozen convolutional networks made fast while they stay modules: they move with `.to()`, unlike a frozen trace.
+
+Both functions are checked on an example input: a network that they would change is left as it was.
+"""
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+TOLERANCE = 1e-4  # of a map's largest value: batch norms folded into kernels round differently
+
+
+def agree(maps, others):
+    """True if two lists of maps are the same up to rounding."""
+    same = len(maps) == len(others) and all(a.shape == b.shape for a, b in zip(maps, others))
+    return same and all((a - b).abs().max() <= TOLERANCE * a.abs().max().clamp(min=1) for a, b in zip(maps, others))
+
+
+@torch.inference_mode()
+def without_tail(model, example):
+    """A network that returns a list of maps -> the same without the modules that run after the last of them is made."""
+    started, made = [], {}
+    hooks = []
+    for module in list(model.modules())[1:]:
+        hooks.append(module.register_forward_pre_hook(lambda m, _: started.append(m)))
+        hooks.append(module.register_forward_hook(lambda m, _, out: made.update({id(out): (len(started), out)})))
+    maps = model(example)
+    for hook in hooks:
+        hook.remove()
+    if not all(id(m) in made for m in maps):
+        return model  # a map is no module's output: what it depends on cannot be told
+    needed = set(started[:max(made[id(m)][0] for m in maps)])
+    tail = set(started) - needed
+    shorter = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if module in tail:
+            shorter.set_submodule(name, nn.Identity())
+    try:
+        return shorter if agree(maps, shorter(example)) else model
+    except Exception:  # something wants a removed module's attribute
+        return model
+
+
+@torch.inference_mode()
+def with_fused_norms(model, example):
+    """A network in evaluation mode -> the same with each batch norm that directly follows a convolution folded into it.
+
+    timm's BatchNormAct2d leaves its activation behind.
+    """
+    fused = copy.deepcopy(model)
+    outputs, pairs, calls, hooks = {}, {}, {}, []
+
+    def after_convolution(module, _, out):
+        calls[module] = calls.get(module, 0) + 1
+        outputs[id(out)] = module, out  # the tensor is kept, so that no other gets its id
+
+    def before_norm(module, inputs):
+        calls[module] = calls.get(module, 0) + 1
+        if id(inputs[0]) in outputs:
+            pairs[module] = outputs[id(inputs[0])][0]
+    for module in fused.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(after_convolution))
+        elif isinstance(module, nn.BatchNorm2d):
+            hooks.append(module.register_forward_pre_hook(before_norm))
+    maps = fused(example)
+    for hook in hooks:
+        hook.remove()
+    names = {module: name for name, module in fused.named_modules()}
+    for norm, convolution in pairs.items():
+        if calls[norm] > 1 or calls[convolution] > 1:
+            continue
+        folded = fuse_conv_bn_eval(convolution, norm)
+        convolution.weight, convolution.bias = folded.weight, folded.bias
+        rest = [getattr(norm, part, nn.Identity()) for part in ("drop", "act")]
+        rest = [part for part in rest if not isinstance(part, nn.Identity)]
+        fused.set_submodule(names[norm], rest[0] if len(rest) == 1 else nn.Sequential(*rest))
+    return fused.requires_grad_(False) if agree(maps, fused(example)) else model
