@@ -1,11 +1,11 @@
-# make setup: the environment; make demo: from nothing to a page with success rates; make test: everything checked.
+# make setup: the environment; make demo: from nothing to a page with success rates; make test: everything checked; make docs: the site.
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: setup demo test bench clean-demo
+.PHONY: setup demo test bench docs clean-demo
 
 setup: $(STAMP)
 	@$(PY) check_setup.py
@@ -27,6 +27,14 @@ test: setup
 
 bench: setup
 	@$(PY) bench.py
+
+docs: .venv-docs/.installed
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet && echo "site/index.html"
+
+.venv-docs/.installed: requirements-docs.txt
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-docs.txt
+	@touch $@
 
 clean-demo:
 	rm -rf $(DEMO)

@@ -1,4 +1,4 @@
-"""Every command of the README runs as written, only smaller, so that none goes stale."""
+"""Every command of the README and of docs/ runs as written, only smaller, so that none goes stale."""
 import os
 import re
 import shlex
@@ -11,8 +11,10 @@ import pytest
 from helpers import ROOT, SIZE, run
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)]
+LINES = [line.split(" #")[0] for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+COMMANDS = list(dict.fromkeys(" ".join(line.split()) for line in LINES))  # one that stands in several places runs once
 PYTHON = [c for c in COMMANDS if c.startswith("python ")]
 TRAIN = ["--max_steps", "2", "--image_size", SIZE, "--grid", "14", "--backbone", "efficientnet_lite0", "--batch_size", "2", "--wandb", "off"]
 MODEL = {"para": ["--width", "8"], "dino_volume_kv_full": ["--dim", "16"],
@@ -29,6 +31,15 @@ def test_readme_names_the_users_commands():
     assert {"make demo", "make test"} <= set(COMMANDS)
     assert "python train.py --model_type para" in COMMANDS
     assert "python eval.py --teleport --zero_rotation --max_steps 600" in COMMANDS
+
+
+def test_no_command_is_left_untried():
+    """What stands in a block is run below, or is a make target, a torchrun of a command that is, or the activation."""
+    rest = [c for c in COMMANDS if c not in PYTHON and c != "source .venv/bin/activate"]
+    targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text())
+    for command in rest:
+        first, *words = command.split()
+        assert first == "torchrun" and "train.py" in words or first == "make" and words[0] in targets, command
 
 
 @pytest.fixture(scope="module")
