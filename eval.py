@@ -331,7 +331,7 @@ def evaluate(args):
     write_json(args.out / "summary.json", summary)
     plots.sheet_from_strips(args.out, [rows[i] for i in sorted(rows)])
     print_summary(summary)
-    print(f"  {args.out}/summary.json, episodes.jsonl, sheet.png, videos/")
+    print(f"  {args.out}/summary.json, episodes.jsonl, sheet.jpg, videos/")
     return 1 if not summary["n"] else 0
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from camera import project
 from runtime import atomic_path
 
+SHEET_LIMIT = 200_000  # bytes of a contact sheet, so that results can be committed
 TRUE, PREDICTED = "#00e5a0", "#ff3d6e"
 
 
@@ -21,10 +22,30 @@ def write_png(image, path, colors=None):
         image.save(scratch, format="PNG", optimize=True)
 
 
-def _save(figure, path, colors=None):
+def write_small_jpeg(image, path, limit=SHEET_LIMIT):
+    """Write a PIL image as a JPEG of at most `limit` bytes: of a lower quality, then smaller."""
+    image, size, quality = image.convert("RGB"), image.size, 85
+    while True:
+        with io.BytesIO() as file:
+            image.resize(size, Image.LANCZOS).save(file, format="JPEG", quality=quality, optimize=True)
+            data = file.getvalue()
+        if len(data) <= limit or min(size) < 64:
+            break
+        if quality > 65:
+            quality -= 10
+        else:
+            size = tuple(round(0.85 * side) for side in size)
+    with atomic_path(path) as scratch:
+        scratch.write_bytes(data)
+
+
+def _save(figure, path):
     with io.BytesIO() as file:
         figure.savefig(file, format="png", dpi=90, bbox_inches="tight")
-        write_png(Image.open(file), path, colors)
+        if path.suffix == ".jpg":
+            write_small_jpeg(Image.open(file), path)
+        else:
+            write_png(Image.open(file), path)
     plt.close(figure)
 
 
@@ -144,7 +165,7 @@ def write_strip(images, path):
 
 
 def sheet_from_strips(folder, rows, most=14):
-    """Contact sheet of an evaluation, sheet.png: a row of frames per episode, failures first; from strips/*.png."""
+    """Contact sheet of an evaluation, sheet.jpg: a row of frames per episode, failures first; from strips/*.png."""
     rows = sorted((r for r in rows if "crash" not in r), key=lambda r: (r["released"], r["episode"]))
     found = [(r, folder / "strips" / f"{r['episode']:03d}.png") for r in rows]
     found = [(r, p) for r, p in found if p.exists()][:most]
@@ -155,7 +176,7 @@ def sheet_from_strips(folder, rows, most=14):
         axis.imshow(np.asarray(Image.open(path)))
         axis.axis("off")
         axis.set_title(f"episode {row['episode']}: {row['outcome']}, {row['steps']} steps", loc="left", fontsize=8)
-    _save(figure, folder / "sheet.png", colors=256)
+    _save(figure, folder / "sheet.jpg")
 
 
 def draw_plan(image, plan, K, E):

@@ -70,8 +70,8 @@ def build(run, evals):
         for video in sorted((folder / "videos").glob("*.mp4")):
             episode, outcome = video.stem.split("_", 1)
             page.append(figure(video, f"episode {int(episode)}: {outcome}"))
-        if (folder / "sheet.png").exists():
-            page.append(f'<img alt="contact sheet" src="{embed(folder / "sheet.png", "image/png")}">')
+        if (folder / "sheet.jpg").exists():
+            page.append(f'<img alt="contact sheet" src="{embed(folder / "sheet.jpg", "image/jpeg")}">')
     page.append("<h2>Commands</h2><pre>")
     commands = ([config["dataset"].get("command", ""), config["command"]] if config else []) + [s["command"] for s in summaries]
     page += [html.escape(c) for c in commands if c]

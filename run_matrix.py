@@ -5,7 +5,7 @@
     python run_matrix.py --rows para a_pointer b --columns position --seeds 0 1
     python run_matrix.py --columns in_dist pro_swap pro_object viewpoint_hemisphere position_near_far
     python run_matrix.py --preset full --ray auto --gpus 1            # as tasks of a Ray cluster with a shared file system
-    python run_matrix.py --table --readme README.md       # only the table, from what is there; into the README too
+    python run_matrix.py --table --readme docs/results.md   # only the table, from what is there; into a page too
 
 Every step is one of the repository's own commands, with its log in OUT/logs. A step whose results are complete and were made by
 the same flags is not done again, so that the same command goes on after a kill, and adds rows to a table. A failed step is
@@ -30,7 +30,7 @@ from runtime import UserError, command_line, git_commit, run_script, versions
 ROOT = Path(__file__).resolve().parent
 STEPS = {"small": 2500, "full": 10_000}  # of training, the same for every row whatever its machine
 SMALL_FILES = ("table.json", "table.md", "table.png", "nodes.jsonl",  # what --export takes, of the whole and of each evaluation
-               "summary.json", "episodes.jsonl", "settings.json", "protocol.json", "sheet.png")
+               "summary.json", "episodes.jsonl", "settings.json", "protocol.json", "sheet.jpg")
 INCIDENTAL = re.compile(r" --(workers|n_episodes|n_videos) \S+")  # flags that leave an episode's result as it is
 
 

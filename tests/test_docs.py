@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 
+import numpy as np
 import pytest
 
 from helpers import ROOT
@@ -81,3 +82,14 @@ def test_results_stay_light():
         if path.suffix in (".png", ".jpg", ".webp"):
             assert path.stat().st_size <= (SHEET_LIMIT if path.stem == "sheet" else PICTURE_LIMIT), path
         assert path.suffix != ".safetensors", path
+
+
+def test_contact_sheet_of_noise_stays_small(tmp_path):
+    """Fourteen episodes of frames that hardly compress give a sheet that can be committed."""
+    import plots
+    rng = np.random.default_rng(0)
+    (tmp_path / "strips").mkdir()
+    for i in range(14):
+        plots.write_strip(list(rng.integers(0, 256, (10, 96, 96, 3), dtype=np.uint8)), tmp_path / "strips" / f"{i:03d}.png")
+    plots.sheet_from_strips(tmp_path, [{"episode": i, "released": True, "outcome": "released", "steps": 9} for i in range(14)])
+    assert 20_000 < (tmp_path / "sheet.jpg").stat().st_size <= SHEET_LIMIT

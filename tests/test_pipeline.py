@@ -196,7 +196,7 @@ def test_checkpoint_runs_in_closed_loop(trained, tmp_path):
                "shifted", "--n_episodes", 2, "--n_videos", 1, "--out", "cell", cwd=tmp_path)
     cell = summary(tmp_path / "cell")
     assert cell["n"] == 2 and cell["model_type"] == "para" and "training_frame_difference" in done.stdout + done.stderr
-    assert list((tmp_path / "cell" / "videos").glob("*.mp4")) and (tmp_path / "cell" / "sheet.png").exists()
+    assert list((tmp_path / "cell" / "videos").glob("*.mp4")) and (tmp_path / "cell" / "sheet.jpg").exists()
     assert cell["seconds_per_episode"]["features"] > 0
     page = run("report.py", "--run", trained[0], "--evals", "cell", "--out", "page.html", cwd=tmp_path)
     html = (tmp_path / "page.html").read_text()
