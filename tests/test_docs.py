@@ -53,7 +53,7 @@ def test_every_page_is_in_the_sites_menu():
 def test_readmes_success_rates_are_those_of_the_table():
     """The README's small table says what results/matrix/table.json says, rounded to whole percents."""
     names = {"PARA": "para", "ACT": "act", "A": "a_pointer", "A with an MLP head": "a_mlp", "B": "b", "C": "c",
-             "D": "d", "PARA, cameras turned about the robot in training": "para_turned",
+             "D's volume head (v7)": "d", "PARA, cameras turned about the robot in training": "para_turned",
              "blind replay": "blind", "oracle": "oracle"}
     table = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())
     rates = {(c["row"], c["layout"]): f"{100 * c['success']['rate']:.0f}%" for c in table["cells"]}
