@@ -26,14 +26,15 @@ import flags
 import smith300
 from checkpoint import load_policy, stats_path
 from rot_utils import RotationBasis, load_stats, matrix_to_euler
-from runtime import UserError, run_script
+from runtime import UserError, choose_device, run_script
 
 
 def load(args):
     """The policy, ready to act, checked against its statistics. Raises UserError for another policy or foreign statistics."""
+    device = choose_device(args.device)
     stats = load_stats(args.stats or stats_path(args.ckpt))
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers alone
-        policy, info, _ = load_policy(args.ckpt, args.device, args.backbone_weights)
+        policy, info, _ = load_policy(args.ckpt, device, args.backbone_weights)
     own = policy.deployment_stats()
     if own is None:
         raise UserError(f"{args.ckpt}: is a {info['model_type']}; only dino_volume_kv and dino_volume_kv_full are deployed by this script")
@@ -118,7 +119,7 @@ def build_parser():
     parser.add_argument("--state", type=Path, help="episode.npz of a video (the one beside it); for -, an npz with intrinsics and extrinsics")
     parser.add_argument("--limit", type=flags.whole, help="stop after so many frames")
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     return parser
 
 

@@ -31,7 +31,7 @@ from expert import EXPERTS
 from libero_env import CLOSE, OPEN, OPEN_WIDTH, Scene, find_task, init_states
 from metrics import OUTCOMES, wilson
 from rollout import BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
-from runtime import UserError, append_jsonl, command_line, git_commit, read_jsonl, run_script, versions, write_json
+from runtime import UserError, append_jsonl, choose_device, command_line, git_commit, read_jsonl, run_script, versions, write_json
 from variants import LIFT_OUTCOMES, VARIANTS, new_expert
 from workers import run_jobs
 
@@ -249,13 +249,14 @@ def build_parser():
     parser.add_argument("--n_videos", type=flags.whole, default=3, help="record the first N episodes")
     parser.add_argument("--video_every", type=flags.count, default=4, help="control steps between video frames")
     parser.add_argument("--out", type=flags.new_folder, help="folder of results (runs/eval/...)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--seed", type=flags.whole, default=0)
     return parser
 
 
 def prepare(args):
     """Fill in what was not given, from the checkpoint -> its info."""
+    args.device = choose_device(args.device)
     info, (setting, part) = {}, LAYOUTS[args.layout]
     if args.policy == "checkpoint":
         if args.ckpt is None:

@@ -88,7 +88,7 @@ class Shard:
 
     def draw(self, kind, shape, device):
         """Random numbers of `shape` (B,...), one row a sample held here; kind: torch.rand or torch.randn."""
-        whole = kind((self.total or shape[0], *shape[1:]), generator=self.generator)
+        whole = kind((self.total or shape[0], *shape[1:]), generator=self.generator, device="cpu")
         return whole[self.rank::self.world].to(device)
 
 

@@ -140,15 +140,35 @@ class Distributed:
             torch.distributed.destroy_process_group()
 
 
+def choose_device(device="auto"):
+    """--device -> "cpu" or "cuda:N". auto: $PARA_DEVICE, else a GPU where there is one; cuda: the GPU of this process in a
+    torchrun job, else the first. Raises UserError for another name or a GPU that is not there."""
+    import torch
+    if device == "auto":
+        device = os.environ.get("PARA_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = None
+    if kind is None or kind.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: unknown; use auto, cpu, cuda or cuda:N")
+    if kind.type == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no GPU here; use --device cpu or install a GPU driver")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if kind.index is None else kind.index
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: GPU {index} is not there, torch sees {torch.cuda.device_count()}; name one of them, or "
+                        "start fewer processes")
+    return f"cuda:{index}"
+
+
 def init_distributed(device="auto"):
     """This process's place in the torchrun job, if there is one, and its device. It has not joined yet: see Distributed.join."""
-    import torch
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {device}: torch sees no GPU here; use --device cpu or install a GPU driver")
+        import torch
         torch.cuda.set_device(device)
     return Distributed(rank, world, device)
 

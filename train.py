@@ -30,8 +30,8 @@ import settings
 from backbone import Backbone, resolve_backbone
 from policy import add_config_flags
 from registry import REGISTRY, look_up
-from runtime import (RunLogger, StopSignal, UserError, append_jsonl, command_line, git_commit, init_distributed, read_jsonl,
-                     run_script, seed_everything, versions, write_json)
+from runtime import (RunLogger, StopSignal, UserError, append_jsonl, choose_device, command_line, git_commit, init_distributed,
+                     read_jsonl, run_script, seed_everything, versions, write_json)
 from trainer import Trainer
 from validation import free_run, predict_newest, rollout_line, rollout_summary, to_device, to_pixels
 
@@ -115,8 +115,7 @@ def with_preset(parser, argv):
     args = parser.parse_args(argv)
     if "preset" in args:
         if args.preset == "auto":
-            gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
-            args.preset = "full" if gpu else "small"
+            args.preset = "full" if choose_device(args.device).startswith("cuda") else "small"
         config_class, chosen = look_up(args.model_type).config, args.preset
         parser.set_defaults(**config_class.presets[chosen])
         args = parser.parse_args(argv)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PARA_DEVICE", "cpu")  # what --device auto means: tests/gpu alone are about GPUs
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # flat layout: the modules lie in the repository's root
 

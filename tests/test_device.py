@@ -1,0 +1,71 @@
+"""--device: what it means, and one sentence at once where it cannot be had."""
+import pytest
+import torch
+
+import deploy_dino_kv
+import eval as evaluation
+import train
+from runtime import UserError, choose_device
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine on which torch sees two GPUs, or as many as given."""
+    def see(n=2):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+    return see
+
+
+def test_a_gpu_without_a_number_is_this_process_s(gpus, monkeypatch):
+    """--device cuda has no index, which torch.cuda.set_device refuses: it is the local rank's, as of auto."""
+    gpus()
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert choose_device("cuda") == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("PARA_DEVICE")
+    assert choose_device("cuda") == choose_device("auto") == "cuda:1" and choose_device("cuda:0") == "cuda:0"
+
+
+def test_auto(gpus, monkeypatch):
+    """A GPU where there is one, the CPU elsewhere and wherever PARA_DEVICE says so, as in these tests."""
+    gpus()
+    assert choose_device() == "cpu"
+    monkeypatch.delenv("PARA_DEVICE")
+    assert choose_device() == "cuda:0"
+    gpus(0)
+    assert choose_device() == choose_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("device, word", [("foo", "unknown"), ("meta", "unknown"), ("cuda", "sees no GPU"), ("cuda:7", "sees no GPU")])
+def test_a_device_that_is_not_there_is_one_sentence(device, word, gpus):
+    """It names the flag and the way out."""
+    gpus(0)
+    with pytest.raises(UserError, match=f"--device {device}: .*{word}.*use"):
+        choose_device(device)
+
+
+def test_more_processes_than_gpus(gpus, monkeypatch):
+    """The third process of a job on two GPUs says which one is not there."""
+    gpus()
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="--device cuda: GPU 2 is not there, torch sees 2"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda"])
+def test_scripts_refuse_a_device_at_once(device, gpus, tmp_path):
+    """Before data is read, a checkpoint is loaded or a worker starts."""
+    gpus(0)
+    absent = tmp_path / "absent.safetensors"
+    calls = [lambda: train.train(*train.parse_args(["--dataset", str(tmp_path / "absent.hdf5"), "--device", device])),
+             lambda: evaluation.evaluate(evaluation.build_parser().parse_args(["--ckpt", str(absent), "--device", device])),
+             lambda: deploy_dino_kv.deploy(deploy_dino_kv.build_parser().parse_args(["--ckpt", str(absent), "--source", "-", "--device", device]))]
+    for call in calls:
+        with pytest.raises(UserError, match=f"--device {device}: "):
+            call()
+
+
+def test_evaluation_takes_the_gpu_by_default():
+    """As training does."""
+    assert evaluation.build_parser().parse_args([]).device == "auto"
