@@ -2,11 +2,13 @@
 
     python bench.py features             # traced and frozen backbone against the plain one and a trainable one; a thread an image or a pixel row
     python bench.py eval --ckpt X        # evaluation with 1 and with 2 workers, and where an episode's seconds go
+    python bench.py memory --ckpt X      # what one evaluation worker holds after each of 50 episodes, not recycled (Linux)
     python bench.py train                # a training step by grid and precision
     python bench.py attention            # A: block-causal against a dense mask, cached decision against recomputing, step sizes
     python bench.py voxel [--quick]      # attention to voxel tokens: built, against absorbed; time, memory, equality
     python bench.py voxel --train        # B and C: whole training steps of the preset small on the full volume, and their parts
 """
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import flags
 from bench_attention import bench_attention, bench_voxel
-from runtime import UserError, command_line, git_commit, run_script, write_json
+from runtime import UserError, command_line, git_commit, read_jsonl, run_script, write_json
 from timing import alternate
 
 
@@ -99,31 +101,71 @@ def bench_eval(args):
     """Whole evaluations with 1 and 2 workers."""
     if not args.ckpt:
         raise UserError("bench.py eval needs --ckpt")
-    rows = {}
+    rows, episodes = {}, args.episodes or 10
     with tempfile.TemporaryDirectory() as scratch:
         for workers in (1, 2):
             folder = Path(scratch) / str(workers)
             start = time.perf_counter()
             subprocess.run([sys.executable, "eval.py", "--ckpt", args.ckpt, "--teleport", "--zero_rotation", "--n_episodes",
-                            str(args.episodes), "--n_videos", "0", "--workers", str(workers), "--out", folder], check=True)
+                            str(episodes), "--n_videos", "0", "--workers", str(workers), "--out", folder], check=True)
             wall = time.perf_counter() - start
             spent = json.loads((folder / "summary.json").read_text())["seconds_per_episode"]
-            rows[workers] = {"wall_per_episode": round(wall / args.episodes, 2), **spent}
-    print(f"\nevaluation of {args.episodes} episodes: seconds per episode")
+            rows[workers] = {"wall_per_episode": round(wall / episodes, 2), **spent}
+    print(f"\nevaluation of {episodes} episodes: seconds per episode")
     for workers, row in rows.items():
         print(f"  {workers} worker{'s' * (workers > 1)}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()))
     print(f"  ratio of wall time, 1 to 2 workers: {rows[1]['wall_per_episode'] / rows[2]['wall_per_episode']:.2f}")
     return {"title": "evaluation", "seconds": rows}
 
 
-BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval, "voxel": bench_voxel, "attention": bench_attention}
+def largest_child(pid):
+    """Memory of the largest process that descends from `pid` -> {"rss", "anon", "peak"}, MB. A worker, where one evaluates."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [{"rss": 0.0, "anon": 0.0, "peak": 0.0}]
+    for child in parents:
+        above = parents[child]
+        while above not in (pid, 0):
+            above = parents.get(above, 0)
+        with contextlib.suppress(OSError, KeyError):
+            if above == pid:
+                lines = dict(line.split(":", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines())
+                found.append({key: round(int(lines[name].split()[0]) / 1024, 1)
+                              for key, name in (("rss", "VmRSS"), ("anon", "RssAnon"), ("peak", "VmHWM"))})
+    return max(found, key=lambda memory: memory["rss"])
+
+
+def bench_memory(args):
+    """An evaluation in one worker that is never replaced: its memory as each episode ends."""
+    if not args.ckpt:
+        raise UserError("bench.py memory needs --ckpt")
+    n, held = args.episodes or 50, []
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen([sys.executable, "eval.py", "--ckpt", args.ckpt, "--teleport", "--zero_rotation", "--n_episodes", str(n),
+                                    "--workers", "1", "--recycle", str(n + 1), "--layout", args.layout, "--out", folder])
+        while process.poll() is None:
+            for _ in read_jsonl(Path(folder) / "episodes.jsonl")[len(held):]:
+                held.append(largest_child(process.pid))
+            time.sleep(0.1)
+    if process.returncode:
+        raise UserError(f"the evaluation ended with exit code {process.returncode}, see above")
+    print(f"\nMB of one worker, {args.layout}: RSS " + ", ".join(
+        f"{held[i - 1]['rss']:.0f} after {i}" for i in (1, 10, 25, 50) if i <= len(held)) + f" episodes; peak {held[-1]['peak']:.0f}")
+    return {"title": "memory of one evaluation worker", "unit": "MB", "layout": args.layout,
+            **{key: [memory[key] for memory in held] for key in held[0]}}
+
+
+BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval, "memory": bench_memory, "voxel": bench_voxel, "attention": bench_attention}
 
 
 def build_parser():
     parser = flags.Parser(__doc__)
     parser.add_argument("what", nargs="?", choices=list(BENCHES), help="default: features and train")
     parser.add_argument("--ckpt", type=Path)
-    parser.add_argument("--episodes", type=flags.count, default=10)
+    parser.add_argument("--episodes", type=flags.count, help="eval: 10, memory: 50")
+    parser.add_argument("--layout", default="benchmark", help="memory: as of eval.py")
     parser.add_argument("--rounds", type=flags.count, default=7)
     parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")
     parser.add_argument("--train", action="store_true", help="voxel: training steps a second instead")

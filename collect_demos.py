@@ -35,7 +35,7 @@ from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, run_script, write_json
 from survey import survey
 from variants import STAY_STEPS, VARIANTS, new_account, new_expert
-from workers import run_jobs
+from workers import TIMEOUT, run_jobs
 
 MAX_STEPS = 250
 DISPLACE_STEPS = 60
@@ -294,7 +294,7 @@ def collect(args):
     task = find_task(args.task_suite, args.task_id)
     folder = out.with_name(out.name + ".parts")
     asked = {k: v for k, v in vars(args).items() if k not in (
-        "workers", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")}
+        "workers", "timeout", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")}
     asked["mujoco"] = made_with["mujoco"]  # one file, one physics
     if out.exists() and not args.overwrite:
         raise UserError(f"{out}: exists already and is left alone; give --overwrite, or another --out")
@@ -309,7 +309,7 @@ def collect(args):
     counts = Counter(json.loads(tally.read_text()) if tally.exists() else {})
     bar = tqdm(total=args.n_demos, initial=args.n_demos - len(jobs), desc=f"demonstrations of {task.key}", unit="demo")
     failures = []
-    for outcome in run_jobs(jobs, worker, (args, str(folder)), args.workers):
+    for outcome in run_jobs(jobs, worker, (args, str(folder)), args.workers, timeout=args.timeout):
         if outcome.error:
             failures.append(outcome)
             tqdm.write(f"demo {outcome.job} failed: {outcome.error.strip().splitlines()[-1]}")
@@ -363,6 +363,7 @@ def build_parser():
     parser.add_argument("--format", default="libero", choices=("libero", "smith300"), help="HDF5 file, or folder of real-robot episodes")
     parser.add_argument("--video", action="store_true", help="smith300: an MP4 per episode instead of PNG frames")
     parser.add_argument("--workers", type=flags.count, default=2)
+    parser.add_argument("--timeout", type=flags.positive, default=TIMEOUT, help="seconds after which a demonstration counts as hung")
     parser.add_argument("--seed", type=flags.whole, default=0)
     parser.add_argument("--overwrite", action="store_true")
     return parser
@@ -373,7 +374,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.survey:
         args.n_demos = args.n_demos or 50
-        return survey(args.survey, args.n_tasks, args.n_demos, args.workers)
+        return survey(args.survey, args.n_tasks, args.n_demos, args.workers, args.timeout)
     drawn = [f"--{name}" for name in ("format", "grasp", "variant", "setting", "part", "split", "start_jitter", "start_spread", "turn_spread", "push_rate",
                                       "layout_spread", "video") if getattr(args, name) != parser.get_default(name)]
     if args.replay and drawn:

@@ -33,7 +33,7 @@ from protocol import check_protocol
 from rollout import BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
 from runtime import UserError, append_jsonl, choose_device, command_line, git_commit, read_jsonl, run_script, write_json
 from variants import LIFT_OUTCOMES, VARIANTS, new_expert
-from workers import run_jobs
+from workers import TIMEOUT, run_jobs
 
 SHIFT_SEED, VAL_SHIFT_SEED = 3_000, 90_000_000  # of shifts, a stream of its own: the shifted test layouts stay as published
 HOPELESS = 6  # crashed episodes without one that ran, or errors of the policy alone, after which an evaluation gives up
@@ -227,6 +227,7 @@ def build_parser():
                         help="without distractors and unused fixtures (as the checkpoint's data, else by layout)")
     parser.add_argument("--workers", type=flags.count, default=2)
     parser.add_argument("--recycle", type=flags.count, default=25, help="episodes after which a worker is replaced")
+    parser.add_argument("--timeout", type=flags.positive, default=TIMEOUT, help="seconds after which an episode counts as hung")
     parser.add_argument("--waypoint_stride", type=flags.count, default=5, help="oracle: steps ahead; without --teleport: actions per waypoint")
     parser.add_argument("--grid", type=flags.at_least(2, 4096), default=64, help="oracle: image cells")
     parser.add_argument("--n_height_bins", type=flags.at_least(2, 4096), default=32, help="oracle: height bins")
@@ -298,7 +299,7 @@ def where_run(info):
 def evaluate(args):
     info = prepare(args)
     where = where_run(info)
-    asked = {k: str(v) for k, v in vars(args).items() if k not in ("out", "workers", "recycle", "n_episodes", "n_videos", "video_every", "device")}
+    asked = {k: str(v) for k, v in vars(args).items() if k not in ("out", "workers", "recycle", "timeout", "n_episodes", "n_videos", "video_every", "device")}
     asked["trained"] = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')} {info.get('minutes')}"
     asked["mujoco"] = simulator_versions()["mujoco"]
     stamp, episodes = args.out / "settings.json", args.out / "episodes.jsonl"
@@ -309,7 +310,7 @@ def evaluate(args):
     jobs = [i for i in range(args.n_episodes) if i not in done]
     bar = tqdm(total=args.n_episodes, initial=len(done), desc=f"{args.policy} {args.layout}", unit="episode")
     rows, protocol = dict(done), None
-    for outcome in run_jobs(["protocol", *jobs] if jobs else [], EvalWorker, (args,), args.workers, args.recycle):
+    for outcome in run_jobs(["protocol", *jobs] if jobs else [], EvalWorker, (args,), args.workers, args.recycle, timeout=args.timeout):
         if outcome.job == "protocol":
             if outcome.error:
                 raise UserError(f"the evaluation's protocol check failed, nothing is scored: {outcome.error.strip().splitlines()[-1]}")

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent
 STEPS = {"small": 2500, "full": 10_000}  # of training, the same for every row whatever its machine
 SMALL_FILES = ("table.json", "table.md", "table.png", "nodes.jsonl",  # what --export takes, of the whole and of each evaluation
                "summary.json", "episodes.jsonl", "settings.json", "protocol.json", "sheet.jpg")
-INCIDENTAL = re.compile(r" --(workers|n_episodes|n_videos) \S+")  # flags that leave an episode's result as it is
+INCIDENTAL = re.compile(r" --(workers|timeout|n_episodes|n_videos) \S+")  # flags that leave an episode's result as it is
 
 
 class Row(NamedTuple):

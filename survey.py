@@ -37,11 +37,14 @@ class SurveyWorker:
         pass
 
 
-def survey(suite, n_tasks, n_states, workers):
-    """Table the expert's success rate on the first tasks of a suite, `n_states` init states each, and write it to results/."""
+def survey(suite, n_tasks, n_states, workers, timeout):
+    """Table the expert's success rate on the first tasks of a suite, `n_states` init states each, and write it to results/.
+
+    timeout: seconds that a task may take.
+    """
     jobs = [(suite, i) for i in range(n_tasks)]
     rows = {}
-    for outcome in tqdm(run_jobs(jobs, SurveyWorker, (n_states,), workers, recycle=1), total=len(jobs), desc="survey"):
+    for outcome in tqdm(run_jobs(jobs, SurveyWorker, (n_states,), workers, recycle=1, timeout=timeout), total=len(jobs), desc="survey"):
         rows[outcome.job[1]] = outcome.result if outcome.error is None else outcome.error.strip().splitlines()[-1]
     lines, table = [], []
     for _, i in jobs:

@@ -1,29 +1,53 @@
-"""A pool of spawned worker processes for simulator jobs: recycled, replaced after a crash, no job lost.
+"""A pool of spawned worker processes for simulator jobs: recycled, replaced after a crash or a hang, no job lost.
 
-EGL contexts do not survive a fork and leak over long runs, so each worker is spawned, makes its own, and is replaced
-after `recycle` jobs. A worker that dies (segmentation fault, out of memory, kill) is replaced and its job is tried again.
+EGL contexts do not survive a fork, so each worker is spawned, makes its own, and is replaced after `recycle` jobs. A worker
+that dies (segmentation fault, out of memory, kill) or gives no answer in time is replaced and its job is tried again. A worker
+whose parent dies leaves.
+
+pebble.ProcessPool (5.2.3, tried) recycles and times out too. It was not taken: the reason for which an initializer fails is
+logged and not handed to the caller, a worker's `close` is not called, a lost job is not tried again, and its workers outlive a
+parent that is killed. What would be left to add is most of this file.
 """
 import collections
 import contextlib
 import dataclasses
 import multiprocessing
 import os
+import threading
+import time
 import traceback
 from multiprocessing.connection import wait
 
+from runtime import UserError
+
 # One thread each: several workers with two threads each make features ten times slower on two cores.
 THREADS = {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+TIMEOUT = 1800.0  # seconds without an answer after which a worker counts as hung: the longest episodes take minutes
+STARTS = 3  # workers in a row that may die before their first job
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a job: `result`, or `error` (a traceback, or how the worker died)."""
+    """What became of a job: `result`, or `error` (a traceback, or how the worker died).
+
+    died: the worker's process ended or hung, each time; False where the job itself raised.
+    """
     job: object
     result: object = None
     error: str = None
+    died: bool = False
+
+
+def _leave_with_parent():
+    """End this process when its parent has ended, however that was: nobody would collect what it makes."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _child(connection, factory, arguments):
+    _leave_with_parent()
     try:
         worker = factory(*arguments)
     except BaseException:
@@ -40,19 +64,33 @@ def _child(connection, factory, arguments):
 
 
 class _Slot:
-    """One worker process and the job it is on."""
+    """One worker process and the job it is on. It is to answer within `timeout` seconds, of its start as of each job."""
 
-    def __init__(self, context, factory, arguments):
+    def __init__(self, context, factory, arguments, timeout):
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_child, args=(theirs, factory, arguments), daemon=True)
         self.process.start()
         theirs.close()
         self.job, self.done, self.ready = None, 0, False
+        self.timeout, self.deadline = timeout, time.monotonic() + timeout
 
     def give(self, job):
-        self.job = job
+        self.job, self.deadline = job, time.monotonic() + self.timeout
         with contextlib.suppress(OSError):  # it died meanwhile: its pipe then reads as closed, and the job is tried again
             self.connection.send(job)
+
+    def answer(self):
+        """What the worker sent, or how it died."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return "died", f"worker exited with code {self.process.exitcode}"
+
+    def kill(self):
+        self.process.kill()
+        self.process.join(timeout=20)  # a process stuck in a driver may outlive even that
+        self.connection.close()
 
     def stop(self):
         with contextlib.suppress(OSError):
@@ -64,61 +102,78 @@ class _Slot:
         self.connection.close()
 
 
-def run_jobs(jobs, factory, arguments=(), n_workers=2, recycle=25, tries=2):
+def run_jobs(jobs, factory, arguments=(), n_workers=2, recycle=25, tries=2, timeout=TIMEOUT):
     """Run `factory(*arguments).run(job)` for each job on `n_workers` spawned processes; yield an Outcome per job as it
-    finishes. A job whose worker dies is tried `tries` times in all; a job that raises is reported at once.
+    finishes.
 
-    Raises RuntimeError with the worker's traceback if a worker cannot be made at all.
+    A job whose worker dies, or gives no answer for `timeout` seconds, is tried `tries` times in all; a job that raises is
+    reported at once. Raises UserError for numbers that are out of range, and RuntimeError with the worker's traceback if a
+    worker cannot be made at all.
     """
+    for name, value in (("workers", n_workers), ("recycle", recycle), ("tries", tries)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: at least 1 is needed")
+    if not timeout > 0:
+        raise UserError(f"--timeout {timeout:g}: seconds, more than 0")
     context = multiprocessing.get_context("spawn")
-    queue, attempts = collections.deque(jobs), collections.Counter()
-    n_workers = min(n_workers, len(queue))
+    return _outcomes(collections.deque(jobs), lambda: _Slot(context, factory, arguments, timeout), n_workers, recycle, tries)
+
+
+def _outcomes(queue, start, n_workers, recycle, tries):
+    """The outcomes of the jobs in `queue`; `start()` makes a _Slot."""
+    attempts, failed_starts = collections.Counter(), 0
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(THREADS)  # inherited by the children, which read it when they import torch
     slots = []
     try:
-        slots = [_Slot(context, factory, arguments) for _ in range(n_workers)]
+        slots = [start() for _ in range(min(n_workers, len(queue)))]
         while slots:
             for slot in [s for s in slots if s.ready and s.job is None]:
                 if not queue:
                     slots.remove(slot)
                     slot.stop()
                 elif slot.done >= recycle:
-                    slots[slots.index(slot)] = _Slot(context, factory, arguments)
+                    slots[slots.index(slot)] = start()
                     slot.stop()
                 else:
                     slot.give(queue.popleft())
             if not slots:
                 break
-            for connection in wait([s.connection for s in slots]):
-                slot = next(s for s in slots if s.connection is connection)
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, OSError):
-                    slot.process.join()
-                    kind, value = "died", f"worker exited with code {slot.process.exitcode}"
+            soonest = min(slot.deadline for slot in slots)
+            answered = wait([s.connection for s in slots], max(0.0, soonest - time.monotonic()))
+            for slot in list(slots):
+                if slot.connection in answered:  # also where the caller came back late and the deadline has passed
+                    kind, value = slot.answer()
+                elif time.monotonic() >= slot.deadline:
+                    kind, value = "died", f"worker gave no answer for {slot.timeout:g} s and was killed"
+                else:
+                    continue
                 if kind == "ready":
-                    slot.ready = True
+                    slot.ready, failed_starts = True, 0
                     continue
                 if kind == "unusable":
                     raise RuntimeError(f"a worker could not start:\n{value}")
                 job, slot.job, slot.done = slot.job, None, slot.done + 1
                 if kind == "died":
-                    attempts["start" if job is None else repr(job)] += 1
-                    if attempts["start"] > 3:
+                    slots.remove(slot)
+                    slot.kill()
+                    failed_starts += not slot.ready
+                    if failed_starts > STARTS:
                         raise RuntimeError(f"workers die before their first job: {value}")
-                    slots[slots.index(slot)] = _Slot(context, factory, arguments)
-                    if job is None:
-                        continue
-                    if attempts[repr(job)] < tries:
+                    attempts[repr(job)] += 1
+                    again = job is not None and attempts[repr(job)] < tries
+                    if again:
                         queue.append(job)
+                    if queue:
+                        slots.append(start())
+                    if again or job is None:
                         continue
-                yield Outcome(job, value if kind == "done" else None, None if kind == "done" else value)
+                yield Outcome(job, value if kind == "done" else None, None if kind == "done" else value, kind == "died")
     finally:
         for slot in slots:
-            if slot.job is None:
+            if slot.job is None and slot.ready:
                 slot.stop()
-            else:  # in the middle of a job that nobody will collect
-                slot.process.kill()
+            else:  # in the middle of a job that nobody will collect, or of a start that nobody waits for
+                slot.kill()
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
