@@ -40,7 +40,6 @@ from workers import TIMEOUT, run_jobs
 MAX_STEPS = 250
 DISPLACE_STEPS = 60
 IN_VIEW = 0.1  # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
-VAL_DEMO_SEED = 40_000_000  # layouts of validation demonstrations: no training demonstration's, and none of eval.py's
 PUSHABLE = ("rise", "hover", "descend", "lift", "carry", "lower", "retract")  # not in gripper holds
 
 
@@ -96,13 +95,13 @@ class ExpertWorker:
         counts, condition = Counter(), self.conditions[index % len(self.conditions)]
         offsets = self.scene.common_shift(condition)
         for attempt in range(30):
-            seed = self.args.seed * 1_000_003 + index * 100 + attempt + (VAL_DEMO_SEED if self.args.part == "val" else 0)
+            seed = settings.random_seed(self.args.part, self.args.seed, index, attempt)
             state = self.scene.random_layout(seed, self.args.start_jitter, self.args.layout_spread, offsets)
             if state is None:
                 counts["bad_resets"] += 1
                 continue
             self.scene.set_view(condition)
-            recorder = self.record(np.random.default_rng([seed, 7]))
+            recorder = self.record(np.random.default_rng([*seed, 7]))
             if recorder is None:
                 counts["failed_demos"] += 1
                 continue

@@ -15,6 +15,7 @@ with other-looking bowls and plate, from their own init states. A checkpoint of 
 """
 import argparse
 import json
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -25,19 +26,18 @@ import flags
 import plots
 import settings
 from checkpoint import load_policy, newest_checkpoint, run_name
-from camera import project, unproject
-from demos import GRIPPER_STEPS
 from expert import EXPERTS
-from libero_env import CLOSE, OPEN, OPEN_WIDTH, Scene, find_task, init_states
-from metrics import OUTCOMES, wilson
+from libero_env import Scene, find_task, init_states
+from metrics import EARLY, ERROR, OUTCOMES, wilson, within
+from protocol import check_protocol
 from rollout import BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
 from runtime import UserError, append_jsonl, choose_device, command_line, git_commit, read_jsonl, run_script, versions, write_json
 from variants import LIFT_OUTCOMES, VARIANTS, new_expert
 from workers import TIMEOUT, run_jobs
 
-# apart from collect_demos.py's seeds and each other
-SHIFT_SEED, POSITION_SEED, VAL_POSITION_SEED, VAL_SEED, VAL_SHIFT_SEED = 3_000, 50_000_000, 60_000_000, 70_000_000, 90_000_000
-HOPELESS = 6  # crashed episodes without one that ran after which an evaluation gives up
+SHIFT_SEED, VAL_SHIFT_SEED = 3_000, 90_000_000  # of shifts, a stream of its own: the shifted test layouts stay as published
+HOPELESS = 6  # crashed episodes without one that ran, or errors of the policy alone, after which an evaluation gives up
+SIMULATOR = ("mujoco", "robosuite", "OpenGL")
 LAYOUTS = {  # -> (setting, which of its conditions)
     "benchmark": ("in_dist", "test"), "shifted": ("in_dist", "test"),
     "val": ("in_dist", "val"), "val_shifted": ("in_dist", "val"),
@@ -48,27 +48,28 @@ LAYOUTS = {  # -> (setting, which of its conditions)
 def episode_state(scene, layout, index, split=None):
     """Put the camera where an episode has it -> (its init state (S,), its settings.Condition): functions of layout, split and
     index alone."""
-    (setting, part), seed, states = LAYOUTS[layout], VAL_SEED + 100 * index, None
+    (setting, part), draw, states = LAYOUTS[layout], ("val_layout", index), None
     conditions = settings.conditions(setting, part, split)
     condition = conditions[index % len(conditions)]
     if setting == "position":  # the same layouts at every position
-        seed = (POSITION_SEED if part == "test" else VAL_POSITION_SEED) + 100 * (index // len(conditions))
+        draw = f"{part}_position", index // len(conditions)
     elif part == "test":
         states = scene.init_states()
-    state = first_valid(scene, seed, scene.common_shift(condition)) if states is None else states[index % len(states)]
+    state = first_valid(scene, *draw, scene.common_shift(condition)) if states is None else states[index % len(states)]
     if layout.endswith("shifted"):
         state = scene.shifted_layout(state, (SHIFT_SEED if part == "test" else VAL_SHIFT_SEED) + index)
     scene.set_view(condition)  # last: a random layout rebuilds the model
     return state, condition
 
 
-def first_valid(scene, seed, offsets):
-    """The first good random layout (S,) from a seed on. Raises RuntimeError after 60 bad ones."""
+def first_valid(scene, purpose, index, offsets):
+    """The first good random layout (S,) of a purpose's index, see settings.py: the same for every --seed. Raises RuntimeError
+    after 60 bad ones."""
     for attempt in range(60):
-        state = scene.random_layout(seed + attempt, offsets=offsets)
+        state = scene.random_layout(settings.random_seed(purpose, 0, index, attempt), offsets=offsets)
         if state is not None:
             return state
-    raise RuntimeError(f"60 resets in a row were bad from seed {seed} on" + (
+    raise RuntimeError(f"60 resets in a row were bad for {purpose} {index}" + (
         f", objects shifted by {[*offsets.values()][0]}: in a full scene they meet others, see --clean_scene" if offsets else ""))
 
 
@@ -102,6 +103,16 @@ class EvalWorker:
             self.agent = BlindAgent(np.mean([(c.dx, c.dy) for c in trained], axis=0))
 
     def run(self, job):
+        """A job -> its row, or {"stopped": traceback} where this program failed: no result, and no crash that could be left
+        out. An exception of the simulator is one, and goes to run_jobs."""
+        try:
+            return self.episode(job)
+        except Exception as error:
+            if job == "protocol" or simulators(error):
+                raise
+            return {"stopped": traceback.format_exc()}
+
+    def episode(self, job):
         if job == "protocol":
             return check_protocol(self.scene, self.extra, settings.conditions(*LAYOUTS[self.args.layout], self.args.split)[0])
         args, scene = self.args, self.scene
@@ -112,7 +123,7 @@ class EvalWorker:
             row, frames, thumbs = run_expert(scene, state, video_every=every, path=path, grasp=args.grasp, variant=args.variant)
         else:
             row, frames, thumbs = run_episode(scene, self.agent, state, args.teleport, args.zero_rotation, args.max_steps,
-                                              args.waypoint_stride, every, path, args.variant)
+                                              args.waypoint_stride, every, path, args.variant, seed=draw_seed(args.seed, job))
         folder = Path(args.out)
         if frames:
             K, E = scene.camera()
@@ -129,71 +140,38 @@ class EvalWorker:
         self.scene.close()
 
 
-def check_protocol(scene, reference, condition):
-    """Check what silently ruins evaluations; raise RuntimeError for the first that is wrong -> dict of what was measured.
+def simulators(error):
+    """True for an exception of MuJoCo's, robosuite's or OpenGL's: the simulator died, whatever policy was tested."""
+    return type(error).__module__.partition(".")[0] in SIMULATOR
 
-    Camera round trip and image orientation (the object's body is seen at its projected pixel) from the first episode's view, a
-    training frame's state rendered through this very path looks like the image that was trained on (in a LIBERO-PRO suite too, the
-    state puts its objects back), the gripper's sign by the fingers' motion, init states distinct.
-    """
-    found = {}
-    states = scene.init_states()
-    if len(np.unique(states, axis=0)) != len(states):
-        raise RuntimeError("protocol: the benchmark's init states are not distinct")
-    found["distinct_init_states"] = len(states)
-    scene.begin_episode(states[0])
-    scene.set_view(condition)
-    o = scene.observe()
-    points = np.stack([o.eef_pos, *[scene.position(n) for n in scene.objects]])
-    u, v, _ = project(points, o.K, o.E)
-    found["camera_round_trip_m"] = float(np.abs(unproject(u, v, points[:, 2], o.K, o.E) - points).max())
-    if found["camera_round_trip_m"] > 1e-9:
-        raise RuntimeError(f"protocol: camera round trip is off by {found['camera_round_trip_m']} m")
-    inside = [(n, a, b) for n, a, b in zip(scene.objects, u[1:], v[1:]) if 0 < a < scene.image_size and 0 < b < scene.image_size]
-    seen = {n: str(scene.visible_body(a, b)) for n, a, b in inside}
-    found["objects_seen_at_their_pixels"] = sorted(n for n, body in seen.items() if body.startswith(n))
-    if not found["objects_seen_at_their_pixels"]:
-        raise RuntimeError(f"protocol: image orientation, at the objects' projected pixels stand {seen}")
-    if "protocol_state" in reference and len(reference["protocol_state"]) == len(scene.state()):
-        scene.set_state(reference["protocol_state"].numpy())
-        scene.set_camera(reference["protocol_extrinsics"].numpy() if "protocol_extrinsics" in reference else None)
-        stored = reference["protocol_image"].numpy().astype(float)
-        side, image = len(stored), scene.render().astype(float)
-        k = len(image) // side
-        small = image[:side * k, :side * k].reshape(side, k, side, k, 3).mean((1, 3))
-        errors = {name: float(np.abs(view - stored).mean()) for name, view in (
-            ("as it is", small), ("upside down", small[::-1]), ("mirrored", small[:, ::-1]), ("turned by 180 deg", small[::-1, ::-1]))}
-        best = min(errors, key=errors.get)
-        found["training_frame_difference"] = errors["as it is"]
-        if best != "as it is" or errors[best] > 12:
-            raise RuntimeError(f"protocol: a training frame renders differently here, it fits best {best}: {errors}")
-    scene.begin_episode(states[0])
-    widths = []
-    for command in (OPEN, CLOSE, OPEN):
-        for _ in range(GRIPPER_STEPS + 2):
-            scene.step([0, 0, 0, 0, 0, 0, command])
-        widths.append(round(scene.observe(image=False).gripper_width, 4))
-    found["finger_widths_open_close_open_m"] = widths
-    if not (widths[0] > OPEN_WIDTH and widths[1] < 0.02 and widths[2] > OPEN_WIDTH):
-        raise RuntimeError(f"protocol: the gripper's sign is wrong, widths after open, close, open are {widths} m")
-    return found
+
+def draw_seed(seed, episode):
+    """Seed of all that a policy draws at random in an episode: it knows no worker and no other episode."""
+    low, high, *_ = settings.random_seed("sample", seed, episode)
+    return high << 32 | low
 
 
 def summarise(rows, args, info):
     """Per-episode rows -> the cell's summary."""
     scored = [r for r in rows if "crash" not in r]
     n, wins, freed = len(scored), sum(r["success"] for r in scored), sum(r["released"] for r in scored)
-    mean = lambda key: (round(float(np.mean([r[key] for r in scored if r[key] is not None])), 4)
-                        if any(r[key] is not None for r in scored) else None)
+    early, freed_early = (sum(within(r, key, EARLY) for r in scored) for key in ("success", "released"))
+    rate = lambda count: count / n if n else None
+    values = lambda key: [r[key] for r in scored if r.get(key) is not None]
+    mean = lambda key: round(float(np.mean(values(key))), 4) if values(key) else None
     lifting = args.variant == "lift_once"
     return {"model_type": info.get("model_type", args.policy), "policy": args.policy, "variant": args.variant,
             "setting": f"{args.layout}, {args.variant}" if lifting else args.layout, "split": args.split, "clean_scene": args.clean_scene,
             "task_suite": args.task_suite, "task_id": args.task_id, "n": n, "crashes": len(rows) - n,
-            "success_rate": wins / n if n else None, "interval": wilson(wins, n),
-            "released_rate": freed / n if n else None, "released_interval": wilson(freed, n),
-            "outcomes": {o: sum(r["outcome"] == o for r in scored) for o in (LIFT_OUTCOMES if lifting else OUTCOMES)},
+            "max_steps": args.max_steps, "success_rate": rate(wins), "interval": wilson(wins, n),
+            "released_rate": rate(freed), "released_interval": wilson(freed, n),
+            f"success_{EARLY}_rate": rate(early), f"success_{EARLY}_interval": wilson(early, n),
+            f"released_{EARLY}_rate": rate(freed_early), f"released_{EARLY}_interval": wilson(freed_early, n),
+            "outcomes": {o: sum(r["outcome"] == o for r in scored) for o in (*(LIFT_OUTCOMES if lifting else OUTCOMES), ERROR)},
             **({"lifts": dict(sorted(Counter(r["lifts"] for r in scored).items()))} if lifting else {}),
-            "mean_steps": mean("steps"), "jerk_mm": mean("jerk_mm"), **{f"coverage_{e}px": mean(f"coverage_{e}px") for e in (4, 8, 16)},
+            "mean_steps": mean("steps"), "jerk_mm": mean("jerk_mm"), "third_difference_mm": mean("third_difference_mm"),
+            **{f"{name}_{e}px": mean(f"{name}_{e}px") for name in ("coverage", "on_path") for e in (4, 8, 16)},
+            "path_length_ratio": mean("path_length_ratio"),
             "seconds_per_episode": {k: round(float(np.mean([r["seconds"][k] for r in scored])), 3) for k in scored[0]["seconds"]}
             if scored else None, "workers": args.workers, "seed": args.seed, "command": command_line(), "commit": git_commit(),
             "checkpoint": str(args.ckpt) if args.ckpt else None, "trained": {k: info.get(k) for k in ("command", "commit", "seed", "step",
@@ -204,18 +182,25 @@ def print_summary(s):
     """The summary as a user reads it."""
     percent = lambda rate, interval: f"{100 * rate:.1f}% (95% {100 * interval[0]:.0f}-{100 * interval[1]:.0f}%)"
     print(f"\n{s['model_type']} on {s['task_suite']} task {s['task_id']}, {s['setting']} layout, n = {s['n']}"
-          + (f", {s['crashes']} crashed and not scored" if s["crashes"] else ""))
+          + (f", {s['crashes']} crashed and not scored" if s["crashes"] else "")
+          + (f", {s['outcomes'][ERROR]} failed by an error of the policy" if s["outcomes"][ERROR] else ""))
     if not s["n"]:
         return
     if s["variant"] == "lift_once":
         print(f"  lifted once, then stayed out  {percent(s['success_rate'], s['interval'])}")
         print("  lifts in an episode           " + ", ".join(f"{k} in {v}" for k, v in s["lifts"].items()))
     else:
-        print(f"  success (LIBERO's predicate)  {percent(s['success_rate'], s['interval'])}")
-        print(f"  placed and released           {percent(s['released_rate'], s['released_interval'])}")
+        for name, key, rate, interval in (("success (LIBERO's predicate)", "success", "success_rate", "interval"),
+                                          ("placed and released", "released", "released_rate", "released_interval")):
+            early = percent(s[f"{key}_{EARLY}_rate"], s[f"{key}_{EARLY}_interval"])
+            print(f"  {name:<30}{early} in {EARLY} steps, {percent(s[rate], s[interval])} in {s['max_steps']}")
     print("  outcomes                      " + ", ".join(f"{k} {v}" for k, v in s["outcomes"].items()))
-    print(f"  steps {s['mean_steps']:.0f}, jerk {s['jerk_mm']:.3f} mm/step^2, coverage of the expert's path "
-          + ", ".join(f"{s[f'coverage_{e}px']:.3f} at {e} px" for e in (4, 8, 16) if s[f"coverage_{e}px"] is not None))
+    print(f"  steps {s['mean_steps']:.0f}, jerk (mean second difference of the path) {s['jerk_mm']:.3f} mm/step^2, "
+          f"mean third difference {s['third_difference_mm']:.3f} mm/step^3")
+    if s["path_length_ratio"] is not None:
+        near = lambda name: ", ".join(f"{s[f'{name}_{e}px']:.3f} at {e} px" for e in (4, 8, 16))
+        print(f"  of the expert's path near the executed one {near('coverage')}; of the executed path near the expert's "
+              f"{near('on_path')}; {s['path_length_ratio']:.2f} times as long")
     print("  seconds per episode           " + ", ".join(f"{k} {v:.2f}" for k, v in s["seconds_per_episode"].items()))
 
 
@@ -251,7 +236,7 @@ def build_parser():
     parser.add_argument("--video_every", type=flags.count, default=4, help="control steps between video frames")
     parser.add_argument("--out", type=flags.new_folder, help="folder of results (runs/eval/...)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--seed", type=flags.whole, default=0)
+    parser.add_argument("--seed", type=flags.whole, default=0, help="with --sample: of what is drawn, by episode; else it changes nothing")
     return parser
 
 
@@ -321,11 +306,18 @@ def evaluate(args):
             continue
         row = outcome.result or {"episode": outcome.job, "layout": args.layout, "seed": args.seed,
                                  "crash": outcome.error.strip().splitlines()[-1], "traceback": outcome.error}
+        if "stopped" in row:
+            tqdm.write(row["stopped"])
+            raise UserError(f"episode {outcome.job} failed in this program, not in the simulator, so nothing is summarised: "
+                            f"{row['stopped'].strip().splitlines()[-1]}; once that is mended the same command goes on")
         append_jsonl(episodes, row)
         rows[outcome.job] = row
         scored = [r for r in rows.values() if "crash" not in r]
         if not scored and len(rows) >= HOPELESS:
             raise UserError(f"the first {len(rows)} episodes all crashed, the last with {row['crash']} (tracebacks: {episodes})")
+        if len(scored) >= HOPELESS and all(r["outcome"] == ERROR for r in scored):
+            raise UserError(f"the first {len(scored)} episodes all ended in an error of the policy, the last: {scored[-1]['error']} "
+                            f"(tracebacks: {episodes}); mend it, then remove {args.out}")
         bar.set_postfix_str(f"success {sum(r['success'] for r in scored)}/{len(scored)}", refresh=False)
         bar.update()
     bar.close()

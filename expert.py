@@ -23,7 +23,11 @@ def servo_action(eef_pos, target, gripper, gain=2.0, rotation=None, eef_rot=None
     """OSC_POSE action (7,) that moves the EEF to `target` (3,): clip(gain (target - eef) / 5 cm, -1, 1).
 
     It does not turn it, or towards `rotation` (3,3) from `eef_rot` (3,3): clip(log(rotation . eef_rot^T) / 0.5 rad, -1, 1).
+    Raises ValueError for a target, rotation or gripper that is not finite: the controller would pass NaN on to the motors.
     """
+    for name, value in (("target", target), ("rotation", rotation), ("gripper", gripper)):
+        if value is not None and not np.isfinite(value).all():
+            raise ValueError(f"servo_action: the {name} has NaN or Inf: {np.asarray(value).tolist()}")
     turn = np.zeros(3) if rotation is None else np.clip(matrix_to_rotvec(rotation @ eef_rot.T) / ROTATION_SCALE, -1, 1)
     return np.concatenate([np.clip(gain * (target - eef_pos) / ACTION_SCALE, -1, 1), turn, [gripper]])
 

@@ -82,5 +82,6 @@ class HistoryPolicy(VolumeGeometry):
         """With --sample, logits (N,G,Z,H,W) of which one voxel is left, drawn at --temperature; else as they are."""
         if not self.config.sample:
             return logits
-        voxel = torch.distributions.Categorical(logits=logits.flatten(1) / self.config.temperature).sample()
-        return torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, voxel[:, None], 0.0).view_as(logits)
+        chances = (logits.flatten(1) / self.config.temperature).softmax(-1)
+        voxel = torch.multinomial(chances, 1, generator=self.generator)
+        return torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, voxel, 0.0).view_as(logits)

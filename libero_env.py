@@ -261,8 +261,8 @@ class Scene:
 
     def reset(self, seed):
         """A random layout of the benchmark's own sampler, objects still in the air. Rebuilds the model: moved cameras and
-        fixtures are placed anew."""
-        np.random.seed(seed % 2**32)
+        fixtures are placed anew. seed: a list of uint32, see settings.random_seed."""
+        np.random.seed(seed)
         self.env.reset()
         self._after_build()
 
@@ -439,9 +439,9 @@ class Scene:
         """A settled random layout (S,), set in the simulation, or None if the reset was bad (an object was thrown).
 
         jitter: standard deviation of the arm's joints in rad. spread: further uniform shift of the task's own objects,
-        +- metres in x and y, each by itself. offsets: {name: (dx, dy)} metres, added to that.
+        +- metres in x and y, each by itself. offsets: {name: (dx, dy)} metres, added to that. seed: as of `reset`.
         """
-        rng = np.random.default_rng([seed, 20])
+        rng = np.random.default_rng([*seed, 20])
         self.reset(seed)
         movable = [n for n in (self.pick, self.place) if n in self.objects]
         state = self._settle(self.state(), movable)

@@ -341,7 +341,8 @@ class AutoregressivePolicy(HistoryPolicy):
 
     # -- closed loop -------------------------------------------------------------------------------------------------
 
-    def reset(self):
+    def reset(self, generator=None):
+        super().reset(generator)
         self.number, self.past, self.before, self.fed, self.window = 0, None, None, None, []
 
     def decide(self, batch):

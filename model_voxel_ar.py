@@ -278,7 +278,8 @@ class VoxelPolicy(HistoryPolicy):
 
     # -- closed loop -------------------------------------------------------------------------------------------------
 
-    def reset(self):
+    def reset(self, generator=None):
+        super().reset(generator)
         self.number, self.fed, self.first, self.past = 0, None, None, []
 
     def decide(self, batch):

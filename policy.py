@@ -102,6 +102,7 @@ class Policy(nn.Module):
         self._backbone = []  # in a list, so that the frozen features are no part of the state dict
         self.seconds = {"features": 0.0, "policy": 0.0}
         self.shard = Shard()  # set by the training loop, step by step
+        self.generator = None
 
     @property
     def backbone(self):
@@ -151,8 +152,10 @@ class Policy(nn.Module):
     def check(self):
         """Raise UserError for settings that contradict each other."""
 
-    def reset(self):
-        """Start of an episode: forget the history."""
+    def reset(self, generator=None):
+        """Start of an episode: forget the history. generator: torch.Generator on the policy's device that all random draws of
+        the episode come from; without one from torch's own."""
+        self.generator = generator
 
     def volume_parameters(self):
         """Parameters of the volume head and of all that it reads: what `--freeze_steps` holds still in a finetune."""

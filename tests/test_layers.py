@@ -13,7 +13,7 @@ LAYERS = [
      "plots_rotation", "plots_settings", "graph", "pages", "fusion"},
     {"backbone", "demos", "smith300", "policy", "volume", "history", "matrix_table"},
     {"libero_env", "expert", "variants", "rollout"},  # and every model* and data*
-    {"registry", "checkpoint", "finetune", "validation", "bench_attention", "survey", "trainer"},
+    {"registry", "checkpoint", "finetune", "validation", "bench_attention", "survey", "trainer", "protocol"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
      "check_setup", "openloop", "diagnose"},
 ]

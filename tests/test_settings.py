@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
+import collect_demos
 import demos
 import eval as evaluation
 import settings
@@ -18,6 +19,7 @@ from runtime import UserError
 
 VARIED = [(setting, split) for setting, splits in settings.SPLITS.items() for split in splits if split]
 K, DEFAULT = settings.default_camera()
+SHIFTED_7 = [[-0.012735, -0.046519], [-0.039746, 0.005700]]  # metres by which bowl and plate are moved in `shifted` episode 7
 
 
 def direction(condition):
@@ -110,15 +112,70 @@ def test_the_line_is_the_experts():
     np.testing.assert_allclose(settings.KEY_POINTS, [position for position, _ in poses], atol=1e-4)
 
 
-def test_seeds_of_demonstrations_and_episodes_differ():
-    """Random layouts of tests, of tuning and of training (seeds 0 to 9, 400 demonstrations) have no seed in common."""
-    collected = {seed * 1_000_003 + 100 * index + attempt for seed in range(10) for index in range(400) for attempt in range(30)}
-    starts = (evaluation.POSITION_SEED, evaluation.VAL_POSITION_SEED, evaluation.VAL_SEED)
-    episodes = [{start + 100 * index + attempt for index in range(400) for attempt in range(60)} for start in starts]
-    assert len(collected.union(*episodes)) == len(collected) + sum(map(len, episodes))
+class Asked(Exception):
+    """A scene was asked for a random layout."""
+
+
+class AsksForALayout:
+    """Stands where a scene is asked for a layout: keeps the seed, and gives none."""
+
+    def random_layout(self, seed, *_, **__):
+        self.seed = seed
+        raise Asked
+
+
+def asked_seed(ask):
+    """The seed by which a random layout is asked for when `ask(scene)` is called."""
+    scene = AsksForALayout()
+    with pytest.raises(Asked):
+        ask(scene)
+    return tuple(np.atleast_1d(scene.seed))
+
+
+def collected_seed(part, seed, index):
+    """The seed of the first layout that collect_demos.py tries."""
+    def ask(scene):
+        worker = collect_demos.ExpertWorker.__new__(collect_demos.ExpertWorker)
+        worker.args = collect_demos.build_parser().parse_args(["--part", part, "--seed", str(seed)])
+        worker.scene, worker.conditions = scene, [settings.Condition()]
+        scene.common_shift = lambda condition: None
+        worker.run(index)
+    return asked_seed(ask)
+
+
+def evaluated_seed(layout, index):
+    """The seed of the first layout that eval.py tries."""
+    def ask(scene):
+        scene.common_shift = lambda condition: None
+        evaluation.episode_state(scene, layout, index)
+    return asked_seed(ask)
+
+
+def test_no_seed_of_a_collection_meets_a_tested_layout():
+    """Whatever --seed is, training, tuning and testing have no random layout in common: with `--seed 50` the demonstrations of old
+    were those of the position test."""
+    collected = {collected_seed(part, seed, index) for part in ("train", "val") for seed in range(0, 300, 10) for index in range(12)}
+    tested = {evaluated_seed(layout, index) for layout in ("val", "val_viewpoint") for index in range(64)}
+    positions = {evaluated_seed(layout, index) for layout in ("position", "val_position") for index in range(100)}
+    assert len(collected) == 2 * 30 * 12 and not collected & (tested | positions) and not tested & positions
+
+
+def test_every_purpose_draws_numbers_of_its_own():
+    """Purpose, seed, index and attempt, each makes another seed; so do those of which sums and multiples are alike."""
+    found = {tuple(settings.random_seed(purpose, seed, index, attempt)) for purpose in settings.PURPOSES for seed in range(100)
+             for index in (0, 1, 2, 100, 1_000_003) for attempt in range(4)}
+    assert len(found) == len(settings.PURPOSES) * 100 * 5 * 4
 
 
 # -- in the simulator --------------------------------------------------------------------------------------------------
+
+
+def test_the_shifted_test_layouts_stay_what_they_were(scene):
+    """The layouts that every published figure on `shifted` is about: bowl and plate where commit 17f3cfb had them."""
+    state, _ = evaluation.episode_state(scene, "shifted", 7)
+    before = scene.init_states()[7]
+    moved = [state[scene._address(n)][:2] - before[scene._address(n)][:2] for n in (scene.pick, scene.place)]
+    np.testing.assert_allclose(moved, SHIFTED_7, atol=2e-3)
 
 
 def test_viewpoint_episodes_are_seen_from_elsewhere(scene):
