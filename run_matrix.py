@@ -11,6 +11,7 @@ Every step is one of the repository's own commands, with its log in OUT/logs. A 
 the same flags is not done again, so that the same command goes on after a kill, and adds rows to a table. A failed step is
 reported, what does not need it goes on, and the exit code is 1.
 """
+import copy
 import re
 import shlex
 import shutil
@@ -330,9 +331,19 @@ def copy_files(source, target, names):
             shutil.copy(source / name, target / name)
 
 
+def recipe(args, name, cell, seed):
+    """The command lines (evaluation, training or None) by which these flags make a cell; None for a seed that cannot be."""
+    column = next(n for n, c in COLUMNS.items() if cell in map(c.cell, c.layouts))
+    one = copy.copy(args)
+    one.rows, one.columns, one.seeds = [name], [column], [int(seed[1:]) if seed else 0]
+    nodes = Plan(one).nodes
+    node = nodes.get("-".join(filter(None, ["eval", name, cell, seed])))
+    return node and (typed(node.command), typed(nodes[node.deps[0]].command) if node.deps else None)
+
+
 def write_table(args):
     """Table, picture and page in args.out, from all evaluations there -> their number."""
-    cells = matrix_table.read_cells(args.out, list(ROWS), CELLS)
+    cells = matrix_table.read_cells(args.out, list(ROWS), CELLS, lambda *cell: recipe(args, *cell))
     if not cells:
         return 0
     info = {"command": command_line(), "commit": git_commit(), "versions": versions()}

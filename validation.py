@@ -107,15 +107,25 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
     return {k: round(float(v), 5) for k, v in row.items()}
 
 
+def without_past(batch):
+    """Windows (B,T,...) of which only the newest frames are left (B,1,...), each the first of its episode."""
+    rows = newest_rows(batch)
+    pick = lambda x: x.flatten(0, 1)[rows][:, None]
+    alone = {k: [pick(m) for m in v] if isinstance(v, list) else v if k == "first_eef" else pick(v) for k, v in batch.items()}
+    return {**alone, "first_eef": alone["eef_pos"][:, 0]}
+
+
 @torch.no_grad()
 def looks(policy, dataset, device, batch_size=16, limit=96):
-    """Two tests that a policy looks instead of guessing from its own state, on the first waypoint of the newest frame.
+    """Tests that a policy looks instead of guessing from its own state, on the first waypoint of the newest frame.
 
     shift_px: how far the predicted waypoint moves (median, px) when every EEF position it is given moves by 20 px, each sample
-    in a direction of its own. blank_ratio: by what factor the median error grows when the images are blank.
+    in a direction of its own. blank_ratio: by what factor the median error grows when the images are blank. no_past_mm, of
+    policies with a history: how far it moves (median, mm) when all frames before the newest are removed; near 0 the policy is
+    one of a single frame.
     """
     policy.eval()
-    size, moved, errors, blind = dataset.config.image_size, [], [], []
+    size, moved, errors, blind, forgotten = dataset.config.image_size, [], [], [], []
     blank = dataset.backbone(torch.full((1, size, size, 3), 128, dtype=torch.uint8))
     indices = chosen(dataset, limit)
     first = lambda batch, out: to_pixels(out["position"][:, 0].double().cpu().numpy(), batch["K"].cpu().numpy(), batch["E"].cpu().numpy())
@@ -133,7 +143,11 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
         moved.extend(np.linalg.norm(first(*predict_newest(policy, shifted)) - plain, axis=-1))
         errors.extend(np.linalg.norm(plain - true, axis=-1))
         blind.extend(np.linalg.norm(first(*predict_newest(policy, empty)) - true, axis=-1))
-    return {"shift_px": np.median(moved), "blank_ratio": np.median(blind) / max(np.median(errors), 1e-9)}
+        if batch["eef_pos"].ndim == 3:
+            _, alone = predict_newest(policy, without_past(batch))
+            forgotten.extend(1000 * (alone["position"] - out["position"])[:, 0].double().norm(dim=-1).cpu().numpy())
+    found = {"shift_px": np.median(moved), "blank_ratio": np.median(blind) / max(np.median(errors), 1e-9)}
+    return {**found, **({"no_past_mm": np.median(forgotten)} if forgotten else {})}
 
 
 def decision_frames(demo, config):

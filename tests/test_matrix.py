@@ -1,6 +1,7 @@
 """The matrix: which commands, what counts as done, the table's numbers; and one row and column of it for real."""
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -11,16 +12,18 @@ import matrix_table
 import run_matrix
 import settings
 from graph import pending
-from helpers import SIZE, run
+from helpers import ROOT, SIZE, run
 from metrics import mcnemar, wilson
 from runtime import UserError, append_jsonl, write_json
 
 FEATURES = "efficientnet_lite0-448px-0123"
 
 
-def write_evaluation(folder, cell, success, released=None, features=FEATURES, crashes=0):
-    """An evaluation as eval.py leaves it: success and released (n,) bool."""
+def write_evaluation(folder, cell, success, released=None, features=FEATURES, crashes=0, extra="", commit="0123456789"):
+    """An evaluation as eval.py leaves it: success and released (n,) bool. extra: flags of the evaluation that run_matrix.py has not."""
     out, layout, trained = folder / "evals" / cell, cell.split("-")[1], cell.count("-") == 2
+    known = cell.split("-")[0] in run_matrix.ROWS
+    evaluated, training = run_matrix.recipe(run_matrix.parse_args(["--out", str(folder)]), *(*cell.split("-"), "")[:3]) if known else ("", "")
     released = success if released is None else released
     for i, (won, freed) in enumerate(zip(success, released)):
         outcome = "released" if freed else "place" if won else "miss"
@@ -33,8 +36,8 @@ def write_evaluation(folder, cell, success, released=None, features=FEATURES, cr
         append_jsonl(out / "episodes.jsonl", {"episode": len(success) + i, "layout": layout, "crash": "boom"})
     write_json(out / "summary.json", {
         "model_type": cell.split("-")[0], "setting": layout, "n": len(success), "crashes": crashes, "seed": 0,
-        "command": f"python eval.py --out evals/{cell}", "commit": "0123456789",
-        "trained": {"minutes": 5.0, "step": 500, "backbone_identity": features, "command": "python train.py"} if trained
+        "command": evaluated + extra, "commit": commit,
+        "trained": {"minutes": 5.0, "step": 500, "backbone_identity": features, "command": training} if trained
         else None})
     return out
 
@@ -77,9 +80,11 @@ def test_cells_pool_seeds_and_keep_them_apart(results):
     """n counts the episodes of all seeds; crashed ones are no failures; every number comes from the rows."""
     found, cells = table_of(results)
     para, b = cells["para", "shifted"], cells["b", "shifted"]
-    assert (para["n"], para["success"]["rate"], para["released"]["rate"]) == (40, 26 / 40, 24 / 40)
-    assert para["success"]["interval"] == list(wilson(26, 40)) and para["success"]["by_seed"] == {"s0": 0.6, "s1": 0.7}
-    assert para["outcomes"] == {"miss": 14, "grasp": 0, "place": 2, "released": 24}
+    assert (para["n"], para["success"]["rate"], para["released"]["rate"]) == (40, pytest.approx(26 / 40), pytest.approx(24 / 40))
+    low, high = para["success"]["interval"]
+    assert low <= wilson(26, 40)[0] and high >= wilson(26, 40)[1] and para["success"]["by_seed"] == {"s0": 0.6, "s1": 0.7}
+    assert b["success"]["interval"] == list(wilson(18, 20))
+    assert para["outcomes"] == {"miss": 14, "grasp": 0, "place": 2, "released": 24, "error": 0}
     assert (b["n"], b["crashes"]) == (20, 1) and b["steps"] == (18 * 100 + 2 * 600) / 20 and b["jerk_mm"] == pytest.approx(2.9)
     assert b["coverage_16px"] == 1.0 and b["train_minutes"] == 5.0 and b["decisions_per_second"] == pytest.approx(10)
     assert cells["blind", "shifted"]["train_minutes"] is None and cells["blind", "shifted"]["decisions_per_second"] is None
@@ -88,16 +93,66 @@ def test_cells_pool_seeds_and_keep_them_apart(results):
 
 
 def test_pairs_are_the_same_episodes_of_the_same_seed(results):
-    """B (one seed) is compared with PARA's same seed; a policy without seeds with all of PARA's; nothing with itself."""
+    """B (one seed) is compared with PARA's same seed; an untrained policy with all of PARA's, its 20 episodes once each and not once a
+    seed; nothing with itself."""
     _, cells = table_of(results)
     b = cells["b", "shifted"]["success"]["against_reference"]  # wins 2..19, PARA's seed 0 wins 0..11
     assert (b["n"], b["better"], b["worse"], b["difference"]) == (20, 8, 2, 0.3) and b["p"] == mcnemar(8, 2)
     blind = cells["blind", "shifted"]["success"]["against_reference"]
-    assert (blind["n"], blind["better"], blind["worse"]) == (40, 0, 26)
+    assert (blind["n"], blind["better"], blind["worse"]) == (20, 0, 14) and blind["difference"] == pytest.approx(-0.65)
+    assert blind["p"] == mcnemar(0, 14) and [blind["by_seed"][s]["worse"] for s in ("s0", "s1")] == [12, 14]
+    assert blind["p_holm"] == pytest.approx(2 * blind["p"]) and b["p_holm"] == b["p"]  # two comparisons
     assert cells["para", "shifted"]["success"]["against_reference"] is None
     assert cells["b", "position"]["success"]["against_reference"] is None  # PARA was not evaluated there
     released = cells["b", "shifted"]["released"]["against_reference"]
     assert (released["better"], released["worse"]) == (10, 2)
+
+
+def test_rates_within_280_steps_stand_beside_those_at_the_end(results):
+    """Published rates stop at 280 control steps: the table says both, from the step of the first success, old rows too."""
+    rows = results / "evals" / "b-position-s0" / "episodes.jsonl"
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    late = [{**r, "first_success": 300, "steps": 310} if r["episode"] in (0, 1) else r for r in found]
+    rows.write_text("".join(json.dumps(r) + "\n" for r in late))
+    cell = table_of(results)[1]["b", "position"]
+    for key in ("success", "released"):
+        assert (cell[key]["early"]["rate"], cell[key]["rate"]) == (3 / 20, 5 / 20)
+    assert "15 / 25% (11-47), n = 20" in (results / "table.md").read_text()
+
+
+def test_what_other_commands_made_is_marked_and_not_pooled(results):
+    """An evaluation with another flag, or copied in under another name, is a row of its own with a star and its reason; what is
+    pooled and compared is what run_matrix.py makes. A dirty checkout has a plus."""
+    shutil.rmtree(results / "evals" / "para-shifted-s1")
+    write_evaluation(results, "para-shifted-s1", outcomes(20), extra=" --feedback predicted")
+    write_evaluation(results, "c-shifted-s0", outcomes(5), extra=" --out runs/elsewhere", commit="0123456789+")
+    cells = json.loads(json.dumps(table_of(results)[0]["cells"]))
+    own, other = [c for c in cells if (c["row"], c["layout"]) == ("para", "shifted")]
+    assert (own["n"], own["success"]["rate"], own["otherwise"]) == (20, 0.6, {})
+    assert other["n"] == 20 and "--feedback predicted for left out" in other["otherwise"]["s1"]
+    assert not other["success"]["against_reference"]
+    copied = next(c for c in cells if c["row"] == "c")
+    assert "copied from runs/elsewhere" in copied["otherwise"]["s0"] and copied["uncommitted"]
+    text = (results / "table.md").read_text()
+    assert "| para | shifted |" in text and "| para* | shifted |" in text and "| c*+ | shifted |" in text
+
+
+def test_budgets_and_places_are_no_other_command():
+    """Where results lie and how long a training took are columns or names, not another recipe; all that decides the policy is."""
+    asked = "python train.py --model_type para --dataset a/demos/position.hdf5 --max_steps 2500 --seed 0 --out a/runs/x"
+    same = "python train.py --seed 0 --model_type para --dataset b/position.hdf5 --max_steps 1000000 --max_minutes 8 --out b/runs/x"
+    ignored = matrix_table.INCIDENTAL | matrix_table.BUDGET
+    assert matrix_table.differing(same, asked, ignored) == ""
+    for other in (same + " --mirror", same.replace("position", "position_turns"), same + " --seed 1"):
+        assert matrix_table.differing(other, asked, ignored)
+
+
+def test_the_committed_table_is_that_of_its_rows(tmp_path):
+    """results/matrix/table.json follows from the committed episodes: eight evaluations that were copied in are marked."""
+    shutil.copytree(ROOT / "results" / "matrix" / "evals", tmp_path / "evals")
+    found, _ = table_of(tmp_path)
+    committed = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())
+    assert found["cells"] == committed["cells"] and sum(len(c["otherwise"]) for c in found["cells"]) == 8
 
 
 def test_one_backbone_for_the_whole_table(results):
@@ -127,7 +182,7 @@ def test_table_goes_into_the_readme(results, tmp_path):
     assert text.startswith("# Title\n\n<!-- matrix -->\n| policy | shifted | position |")
     assert text.endswith("<!-- /matrix -->\n\nThe end.\n")
     assert "old" not in text and text.count("<!-- matrix -->") == 1
-    assert "| para | 65% (50-78), n = 40 | - |" in text and "| +30 (8:2), p 0.11 |" in text and "2 in all" in text
+    assert "| para | 65 / 65% (43-85), n = 40 | - |" in text and "| +30 (8:2), p 0.11 |" in text and "2 in all" in text
 
 
 def test_readme_without_marks_is_left_alone(results, tmp_path):
@@ -148,8 +203,8 @@ def test_page_shows_a_failure_of_each_cell(results):
     (videos / "003_miss.mp4").write_bytes(b"left over from another run")  # its row says released
     table_of(results)
     page = (results / "report.html").read_text()
-    assert page.count("<video") == 1 and "b, shifted s0, episode 0: miss" in page and "65% (50-78), n = 40" in page
-    assert "data:image/png" in page and "python eval.py --out evals/b-shifted-s0" in page and "src=\"http" not in page
+    assert page.count("<video") == 1 and "b, shifted s0, episode 0: miss" in page and "65 / 65% (43-85), n = 40" in page
+    assert "data:image/png" in page and "evals/b-shifted-s0\n" in page and "src=\"http" not in page
     assert (results / "table.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -50,6 +50,24 @@ def test_looks_tells_a_guesser_from_a_looker(dataset):
     assert look["shift_px"] == 0 and look["blank_ratio"] != 1
 
 
+class Remembers(Known):
+    """Answers where the EEF was in the oldest frame of its window that it still has."""
+
+    def predict(self, batch):
+        out = super().predict(batch)
+        return {**out, "position": out["position"][:, :1].expand_as(out["position"])}
+
+
+def test_looks_tells_whether_the_past_matters(dataset):
+    """Without its past a policy that answers from the oldest frame moves by how far the EEF came; one of the newest frame alone does
+    not move, and a policy without a history has no such figure."""
+    known, remembers = (looks(kind(dataset, True), dataset, "cpu") for kind in (Known, Remembers))
+    if isinstance(dataset, WindowDataset):
+        assert known["no_past_mm"] == 0 and remembers["no_past_mm"] > 20
+    else:
+        assert "no_past_mm" not in known
+
+
 def test_newest_is_the_last_valid_frame(dataset):
     """Windows are scored on their newest frame, on the same labels that a single-frame dataset has."""
     batch = dataset.batch(np.arange(len(dataset)))
