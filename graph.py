@@ -147,7 +147,7 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise UserError("--ray: the package ray is not installed; `pip install -r requirements-ray.txt`")
+            raise UserError("--ray: the package ray is not installed; run `make setup`")
         self.ray = ray
         try:
             host, colon, port = address.removeprefix("ray://").rpartition(":")

@@ -296,7 +296,7 @@ def build_parser():
     parser.add_argument("--workers", type=flags.count, default=2, help="simulator processes of a collection or evaluation")
     parser.add_argument("--jobs", type=flags.count, default=1, help="steps at a time on this machine")
     parser.add_argument("--device", default="cpu", help="device of evaluations; trainings take a GPU where they see one")
-    parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (auto: the one here), see requirements-ray.txt")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run on this Ray cluster (auto: the one here)")
     parser.add_argument("--train_cpus", type=flags.positive, default=2, help="with --ray: CPUs that a training asks for")
     parser.add_argument("--gpus", type=flags.not_negative, default=0, help="with --ray: GPUs that a training asks for, or a share of one")
     parser.add_argument("--dry_run", action="store_true", help="only print the commands")

@@ -93,3 +93,11 @@ def test_contact_sheet_of_noise_stays_small(tmp_path):
         plots.write_strip(list(rng.integers(0, 256, (10, 96, 96, 3), dtype=np.uint8)), tmp_path / "strips" / f"{i:03d}.png")
     plots.sheet_from_strips(tmp_path, [{"episode": i, "released": True, "outcome": "released", "steps": 9} for i in range(14)])
     assert 20_000 < (tmp_path / "sheet.jpg").stat().st_size <= SHEET_LIMIT
+
+
+def test_every_root_file_is_in_the_readmes_map():
+    """A module that the map leaves out is not found by a newcomer."""
+    text = (ROOT / "README.md").read_text()
+    patterns = re.findall(r"`([\w*]+\.py)`", text)
+    for path in ROOT.glob("*.py"):
+        assert any(path.match(pattern) for pattern in patterns), path.name
