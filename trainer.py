@@ -1,7 +1,8 @@
 """The loop that trains a policy: what a step is, how processes share it, and what a continuation needs.
 
-A step follows from the weights and from (seed, step): its samples, its noise, its learning rate. The wall clock decides nothing,
-and neither does the number of processes: two of them end with the weights of one, up to the order in which floats are summed.
+A step follows from the weights and from (seed, step): its samples, its noise, its learning rate. The
+wall clock decides nothing, and neither does the number of processes: two of them end with the weights
+of one, up to the order in which floats are summed.
 """
 import copy
 import math
@@ -23,17 +24,19 @@ LOOK_EVERY = 10  # steps between two looks at a GPU's numbers, for which the CPU
 
 
 class Batches:
-    """Which samples a step is about, over all processes: a pure function of (seed, step), so that a resumed run sees the same."""
+    """Which samples a step is about, over all processes: a pure function of (seed, step), so that a
+    resumed run sees the same."""
 
     def __init__(self, seed, n, batch_size):
         self.seed, self.n, self.batch_size = seed, n, min(batch_size, n)
         self.epoch, self.order = None, None
 
     def __getitem__(self, step):
-        """Indices (batch_size,) of a step's samples; an epoch leaves out what does not fill a batch."""
+        """Indices (batch_size,) of a step's samples; an epoch leaves out what fills no batch."""
         epoch, i = divmod(step, self.n // self.batch_size)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
         return self.order[i * self.batch_size:(i + 1) * self.batch_size]
 
 
@@ -48,11 +51,11 @@ def learning_rate(args, step):
     return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.max_steps))
 
 
-# -- how long it will take -------------------------------------------------------------------------------------------------
+# -- how long it will take -----------------------------------------------------------------------
 
 
 def profile_steps(policy, dataset, device, precision, batch_size):
-    """Step time and peak memory of a copy of the policy at batch 2, 4 and the run's own -> list of rows, printed."""
+    """Step time and peak memory of a copy of the policy at batch 2, 4 and the run's own -> rows, printed."""
     rows, on_gpu = [], device.startswith("cuda")
     for size in sorted({2, 4, batch_size}):
         twin = copy.deepcopy(policy)
@@ -74,10 +77,11 @@ def profile_steps(policy, dataset, device, precision, batch_size):
         if on_gpu:
             memory, kind = torch.cuda.max_memory_allocated() / 1e6, "allocated on the GPU"
         else:
-            memory, kind = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, "peak RSS of the process"
-        rows.append({"batch": size, "step_ms": round(1000 * float(np.median(times[1:])), 1), "memory_mb": round(memory, 1),
-                     "memory_kind": kind})
-        print(f"batch {size}: {rows[-1]['step_ms']} ms a step, {rows[-1]['memory_mb']} MB {kind}")
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+            kind = "peak RSS of the process"
+        milliseconds, memory = round(1000 * float(np.median(times[1:])), 1), round(memory, 1)
+        rows.append({"batch": size, "step_ms": milliseconds, "memory_mb": memory, "memory_kind": kind})
+        print(f"batch {size}: {milliseconds} ms a step, {memory} MB {kind}")
     return rows
 
 
@@ -86,13 +90,14 @@ def expected_minutes(rows, batch_size, steps):
     return steps * next(r["step_ms"] for r in rows if r["batch"] == batch_size) / 60_000
 
 
-# -- the state that a continuation needs -----------------------------------------------------------------------------------
+# -- the state that a continuation needs ---------------------------------------------------------
 
 
 def save_state(path, policy, optimizer, info):
     """All that a continuation needs, in one atomic file; on a CPU it is bit-identical.
 
-    No generator is among it: noise follows from (seed, step). The optimizer's tensors go by their parameter's name.
+    No generator is among it: noise follows from (seed, step). The optimizer's tensors go by their
+    parameter's name.
     """
     tensors = {f"model.{k}": v for k, v in policy.state_dict().items()}
     for name, parameter in policy.named_parameters():
@@ -102,18 +107,31 @@ def save_state(path, policy, optimizer, info):
 
 
 def load_state(path, policy, optimizer):
-    """Restore `save_state` -> its info: step, minutes, validation_minutes. Raises UserError for another policy's state."""
+    """Restore `save_state` -> its info: step, minutes, validation_minutes.
+
+    Raises UserError for a state that is not this policy's.
+    """
     tensors, info = load_tensors(path)
     advice = "it is another policy's, an earlier version's or damaged; train anew with another --out"
-    if type(info.get("step")) is not int or not all(isinstance(info.get(k, 0.0), (int, float)) for k in ("minutes", "validation_minutes")):
+    reached = {key: info[key] for key in ("step", "minutes", "validation_minutes") if key in info}
+    if type(reached.get("step")) is not int or not all(type(v) in (int, float) for v in reached.values()):
         raise UserError(f"{path}: its header names no step of a training; {advice}")
     stored = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     expected = policy.state_dict()
     for name in sorted(stored.keys() ^ expected.keys()):
-        raise UserError(f"{path}: tensor '{name}' is {'unknown to this policy' if name in stored else 'missing'}; {advice}")
+        what = "unknown to this policy" if name in stored else "missing"
+        raise UserError(f"{path}: tensor '{name}' is {what}; {advice}")
     for name, tensor in expected.items():
         if stored[name].shape != tensor.shape:
-            raise UserError(f"{path}: tensor '{name}' has shape {tuple(stored[name].shape)}, {tuple(tensor.shape)} is expected; {advice}")
+            raise UserError(f"{path}: tensor '{name}' has shape {tuple(stored[name].shape)}, "
+                            f"{tuple(tensor.shape)} is expected; {advice}")
+    load_moments(path, tensors, policy, optimizer, advice)
+    policy.load_state_dict(stored)
+    return reached
+
+
+def load_moments(path, tensors, policy, optimizer, advice):
+    """Restore the optimizer's part of `save_state`."""
     moments = {}
     for key in (k for k in tensors if k.startswith("optimizer.")):
         name, _, kind = key[10:].rpartition(".")
@@ -124,29 +142,31 @@ def load_state(path, policy, optimizer):
         found = moments.get(name, {})
         # a parameter that was held still from the first step on has no moments yet
         if shape is None or found and found.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-            raise UserError(f"{path}: the optimizer's tensors of '{name}' do not belong to this policy; {advice}")
+            raise UserError(f"{path}: the optimizer's tensors of '{name}' are not this policy's; {advice}")
         if any(value.shape != shape for kind, value in found.items() if kind != "step"):
-            raise UserError(f"{path}: the optimizer's tensors of '{name}' are not of shape {tuple(shape)}; {advice}")
-    policy.load_state_dict(stored)
-    groups = optimizer.state_dict()["param_groups"]
-    order = [name for group in optimizer.param_groups for p in group["params"] for name, q in parameters.items() if q is p]
-    optimizer.load_state_dict({"state": {i: moments[name] for i, name in enumerate(order) if name in moments}, "param_groups": groups})
-    return {key: info[key] for key in ("step", "minutes", "validation_minutes") if key in info}
+            raise UserError(f"{path}: the optimizer's tensors of '{name}' are not of shape "
+                            f"{tuple(shape)}; {advice}")
+    names = {id(p): name for name, p in parameters.items()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    optimizer.load_state_dict({"state": {i: moments[n] for i, n in enumerate(order) if n in moments},
+                               "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# -- the loop --------------------------------------------------------------------------------------------------------------
+# -- the loop ------------------------------------------------------------------------------------
 
 
 class Trainer:
     """A policy, its optimizer and its data, in one process of a training.
 
-    args: train.py's flags; dist: this process's place; logger: RunLogger; save_info: provenance of the checkpoint;
-    reference: its further tensors. `step` steps are done, in `minutes` of training and `validation_minutes`.
+    args: train.py's flags; dist: this process's place; logger: RunLogger; save_info: provenance of the
+    checkpoint; reference: its further tensors. `step` steps are done, in `minutes` of training and
+    `validation_minutes`.
     """
 
     def __init__(self, policy, train_set, val_set, args, dist, folder, logger, save_info, reference):
-        self.policy, self.train_set, self.val_set, self.args, self.dist = policy, train_set, val_set, args, dist
-        self.folder, self.logger, self.save_info, self.reference = folder, logger, save_info, reference
+        self.policy, self.train_set, self.val_set = policy, train_set, val_set
+        self.args, self.dist, self.folder, self.logger = args, dist, folder, logger
+        self.save_info, self.reference = save_info, reference
         self.state_path = folder / "state.safetensors"
         self.optimizer = torch.optim.AdamW(policy.param_groups(args.weight_decay), lr=args.lr)
         for part in (train_set, val_set):
@@ -155,8 +175,8 @@ class Trainer:
         self.freeze_steps = args.freeze_steps if args.init_from else 0
         self.step, self.minutes, self.validation_minutes, self.metrics = 0, 0.0, 0.0, None
         if self.batches.batch_size < dist.world:
-            raise UserError(f"--batch_size {args.batch_size}: {self.batches.batch_size} samples a step for {dist.world} processes; "
-                            "start fewer, or give a larger batch and more demonstrations")
+            raise UserError(f"--batch_size {args.batch_size}: {self.batches.batch_size} samples a step for "
+                            f"{dist.world} processes; start fewer, or give a larger batch and more demonstrations")
 
     def resume(self):
         """Go on from the run folder's saved state, if there is one."""
@@ -169,10 +189,11 @@ class Trainer:
     def estimate(self):
         """Time a few steps -> rows of `profile_steps`; prints how long the training will take."""
         share = -(-self.batches.batch_size // self.dist.world)
-        rows = profile_steps(self.policy, self.train_set, self.dist.device, self.args.precision, share)
-        minutes = expected_minutes(rows, share, self.args.max_steps)
-        print(f"{self.args.max_steps} steps of batch {self.batches.batch_size}: about {minutes:.1f} minutes of training on this machine "
-              "as it is now, validation and pictures besides")
+        args, device = self.args, self.dist.device
+        rows = profile_steps(self.policy, self.train_set, device, args.precision, share)
+        minutes = expected_minutes(rows, share, args.max_steps)
+        print(f"{args.max_steps} steps of batch {self.batches.batch_size}: about {minutes:.1f} minutes of "
+              "training on this machine as it is now, validation and pictures besides")
         return rows
 
     def share_step(self):
@@ -185,11 +206,12 @@ class Trainer:
         batch = self.train_set.batch(indices[dist.rank::dist.world])
         if self.args.shift_aug > 0:
             draws = np.random.default_rng([seed, step]).random(len(indices))[dist.rank::dist.world]
-            batch = shifted_sideways(batch, self.args.shift_aug, draws, self.policy.config.image_size)
+            size = self.policy.config.image_size
+            batch = shifted_sideways(batch, self.args.shift_aug, draws, size)
         return to_device(batch, dist.device)
 
     def train_step(self, module):
-        """One step -> ({"loss" and its parts}, gradient norm) as tensors that a GPU may still be computing."""
+        """One step -> ({"loss" and its parts}, gradient norm), which a GPU may still be computing."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.args, self.step)
         batch = self.share_step()
@@ -204,10 +226,10 @@ class Trainer:
         return {k: v.detach() for k, v in parts.items()}, norm
 
     def agree(self, stopping, broken):
-        """(stopping, broken) if any process says so, in all of them: they must leave the loop together."""
+        """(stopping, broken) as any process says, in all of them: they must leave together."""
         if self.dist.world == 1:
             return bool(stopping), bool(broken)
-        flags = torch.stack([torch.as_tensor(float(f), device=self.dist.device) for f in (stopping, broken)])
+        flags = torch.tensor([float(stopping), float(broken)], device=self.dist.device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         return tuple(bool(f) for f in flags.tolist())
 
@@ -217,34 +239,42 @@ class Trainer:
         if self.dist.world > 1:
             torch.distributed.all_reduce(values)
         found = dict(zip(parts, (values / self.dist.world).tolist()))
-        self.logger.log(self.step, {**{f"train/{k}": v for k, v in found.items()}, "lr": self.optimizer.param_groups[0]["lr"],
+        self.logger.log(self.step, {**{f"train/{k}": v for k, v in found.items()},
+                                    "lr": self.optimizer.param_groups[0]["lr"],
                                     "grad_norm": float(norm), **self.measured_minutes()})
         return found["loss"]
 
     def validate(self):
         """Metrics on held-out demonstrations, logged; the time that they take is no training."""
         started = time.perf_counter()
-        self.metrics = validate(self.policy, self.val_set, self.dist.device, limit=self.args.val_samples)
+        limit = self.args.val_samples
+        self.metrics = validate(self.policy, self.val_set, self.dist.device, limit=limit)
         self.validation_minutes += (time.perf_counter() - started) / 60
         self.logger.log(self.step, {**self.metrics, **self.measured_minutes()})
-        creep = finetune.volume_creep(read_jsonl(self.folder / "metrics.jsonl"), self.freeze_steps) if self.freeze_steps else None
+        rows = read_jsonl(self.folder / "metrics.jsonl") if self.freeze_steps else []
+        creep = finetune.volume_creep(rows, self.freeze_steps)
         if creep:
             tqdm.write(("warning: " if creep[1] else "") + creep[0])
 
     def save(self):
         """State and checkpoint of the step that is reached."""
-        reached = {"step": self.step, "minutes": self.minutes, "validation_minutes": self.validation_minutes}
+        reached = {k: getattr(self, k) for k in ("step", "minutes", "validation_minutes")}
         save_state(self.state_path, self.policy, self.optimizer, reached)
-        save_policy(self.folder / "checkpoint.safetensors", self.policy, self.args.model_type,
-                    {**self.save_info, "step": self.step, **self.measured_minutes(), "metrics": self.metrics or {}}, self.reference)
+        info = {**self.save_info, "step": self.step, **self.measured_minutes(), "metrics": self.metrics or {}}
+        save_policy(self.folder / "checkpoint.safetensors", self.policy, self.args.model_type, info,
+                    self.reference)
 
     def fit(self, stop):
         """Train to --max_steps -> True, or until a signal (runtime.StopSignal), saved -> False."""
         args, dist, is_main = self.args, self.dist, self.dist.is_main
-        module = torch.nn.parallel.DistributedDataParallel(self.policy) if dist.world > 1 else self.policy
-        module = torch.compile(module) if args.compile else module
-        on_cpu, stopping, broken = dist.device == "cpu", False, torch.zeros((), dtype=torch.bool, device=dist.device)
-        bar = tqdm(total=args.max_steps, initial=self.step, desc="training", unit="step", disable=not is_main)
+        module = self.policy
+        if dist.world > 1:
+            module = torch.nn.parallel.DistributedDataParallel(module)
+        if args.compile:
+            module = torch.compile(module)
+        stopping, broken = False, torch.zeros((), dtype=torch.bool, device=dist.device)
+        bar = tqdm(total=args.max_steps, initial=self.step, desc="training", unit="step",
+                   disable=not is_main)
         self.policy.train()
         while self.step < args.max_steps and not stopping:
             started = time.perf_counter()
@@ -254,19 +284,21 @@ class Trainer:
             logs = self.step % LOOK_EVERY == 0 or self.step == 1
             validates = self.step % args.val_every == 0 or self.step == self.freeze_steps
             saves = self.step % args.save_every == 0 or self.step == args.max_steps
-            # a CPU's numbers are there at once; a GPU is waited for only where something is done with them
-            looks = on_cpu or logs or validates or saves
+            # a CPU's numbers are there at once; a GPU is waited for only where something is done with its
+            looks = dist.device == "cpu" or logs or validates or saves
             if looks:
                 stopping, ruined = self.agree(stop.raised, broken)
                 if ruined:
-                    raise UserError(f"the loss or its gradient is not finite at step {self.step}; the last saved state stays, lower --lr")
+                    raise UserError(f"the loss or its gradient is not finite at step {self.step}; "
+                                    "the last saved state stays, lower --lr")
             self.minutes += (time.perf_counter() - started) / 60
             bar.update()
             if logs:
                 bar.set_postfix(loss=f"{self.log(parts, norm):.2f}", refresh=False)
             if validates and not stopping and is_main:
                 self.validate()
-                tqdm.write(f"step {self.step}: " + ", ".join(f"{k[4:]} {v:.3g}" for k, v in self.metrics.items()))
+                found = ", ".join(f"{k[4:]} {v:.3g}" for k, v in self.metrics.items())
+                tqdm.write(f"step {self.step}: {found}")
             if (saves or stopping) and is_main:
                 self.save()
         bar.close()
