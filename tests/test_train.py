@@ -103,7 +103,7 @@ def test_a_loss_that_is_not_finite_ends_every_process(synthetic_demos, tmp_path)
     """One process alone that leaves would hang the others in a collective: each says so, and the last saved state stays."""
     done = torchrun(*flags(synthetic_demos, "pair", 4, "--lr", 1e30, "--clip", 1e30, "--warmup", 0, "--save_every", 1), cwd=tmp_path)
     assert done.returncode and done.stderr.count("error: the loss or its gradient is not finite at step") == 2, done.stderr
-    assert f'File "{ROOT}' not in done.stderr  # torchrun's own traceback is all that there is
+    assert "/train.py\", line" not in done.stderr  # torchrun's own traceback is all that there is
     assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "pair" / "checkpoint.safetensors").values())
 
 
