@@ -1,10 +1,12 @@
-"""Check the environment: Python, pinned packages, EGL rendering. Prints one line, or one error with the command to run."""
+"""Check the environment: Python, pinned packages, rendering. Prints what simulates and what renders, or one error with the command
+to run or the environment variable to change."""
 import importlib.metadata
 import re
 import sys
 from pathlib import Path
 
-from libero_env import check_rendering
+from libero_env import rendered_by, simulator
+from renderer import kind_of
 from runtime import UserError, run_script
 
 
@@ -19,8 +21,7 @@ def main():
             raise UserError(f"package {name} is not installed; run `make setup`")
         if found != version:
             raise UserError(f"package {name} is {found}, {version} is pinned; run `rm .venv/.installed && make setup`")
-    check_rendering()
-    print(f"environment ok: {len(pins)} pinned packages, EGL renders")
+    print(f"environment ok: {len(pins)} pinned packages; {simulator()}: {kind_of(rendered_by())}")
 
 
 if __name__ == "__main__":

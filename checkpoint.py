@@ -106,6 +106,12 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
     return policy.attach(backbone.to(device)).to(device).eval(), info, extra
 
 
+def demos_mujoco(info):
+    """MuJoCo version that a checkpoint's demonstrations were simulated with, None for unknown ones. Older checkpoints do not
+    say: there it is the version at hand when they were trained."""
+    return info.get("dataset", {}).get("versions", info.get("versions", {})).get("mujoco")
+
+
 def run_name(path):
     """A checkpoint's short name: its run's folder, or its own where it lies alone."""
     return path.parent.name if path.name == "checkpoint.safetensors" else path.stem

