@@ -293,9 +293,8 @@ def collect(args):
     args.task_suite = args.task_suite or "libero_spatial"
     task = find_task(args.task_suite, args.task_id)
     folder = out.with_name(out.name + ".parts")
-    asked = {k: v for k, v in vars(args).items() if k not in (
-        "workers", "timeout", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")}
-    asked["mujoco"] = made_with["mujoco"]  # one file, one physics
+    unasked = ("workers", "timeout", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")
+    asked = {**{k: v for k, v in vars(args).items() if k not in unasked}, "mujoco": made_with["mujoco"]}  # one file, one physics
     if out.exists() and not args.overwrite:
         raise UserError(f"{out}: exists already and is left alone; give --overwrite, or another --out")
     stamp = folder / "settings.json"
