@@ -239,13 +239,24 @@ def cached_features(backbone, images, folder="cache/features"):
     """
     key = hashlib.blake2b(np.ascontiguousarray(images), digest_size=12).hexdigest()
     paths = [Path(folder) / backbone.identity / f"{key}.{i}.npy" for i in range(len(backbone.channels))]
-    if not all(p.exists() for p in paths):
+    found = [stored_maps(path, len(images), c) for path, c in zip(paths, backbone.channels)]
+    if any(maps is None for maps in found):
         batch = 1 if backbone.device.type == "cpu" else GPU_BATCH
         chunks = [[m.cpu().numpy() for m in backbone(torch.from_numpy(images[i:i + batch]))] for i in range(0, len(images), batch)]
         for i, path in enumerate(paths):
             with atomic_path(path) as scratch, open(scratch, "wb") as file:
                 np.save(file, np.concatenate([c[i] for c in chunks]))
-    return [np.load(p, mmap_mode="r") for p in paths]
+        found = [np.load(p, mmap_mode="r") for p in paths]
+    return found
+
+
+def stored_maps(path, n, channels):
+    """A read-only memmap (N,C,H,W) float16 of a cache entry, or None where it is not there, cut short or of another shape."""
+    try:
+        maps = np.load(path, mmap_mode="r")
+    except Exception:  # OSError, ValueError, EOFError: it depends on where the file ends
+        return None
+    return maps if maps.ndim == 4 and maps.shape[:2] == (n, channels) and maps.dtype == np.float16 else None
 
 
 @contextlib.contextmanager

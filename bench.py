@@ -9,7 +9,6 @@
     python bench.py voxel --train        # B and C: whole training steps of the preset small on the full volume, and their parts
 """
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import flags
 from bench_attention import bench_attention, bench_voxel
+from records import read_summary
 from runtime import UserError, command_line, git_commit, read_jsonl, run_script, write_json
 from timing import alternate
 
@@ -109,7 +109,7 @@ def bench_eval(args):
             subprocess.run([sys.executable, "eval.py", "--ckpt", args.ckpt, "--teleport", "--zero_rotation", "--n_episodes",
                             str(episodes), "--n_videos", "0", "--workers", str(workers), "--out", folder], check=True)
             wall = time.perf_counter() - start
-            spent = json.loads((folder / "summary.json").read_text())["seconds_per_episode"]
+            spent = read_summary(folder)["seconds_per_episode"]
             rows[workers] = {"wall_per_episode": round(wall / episodes, 2), **spent}
     print(f"\nevaluation of {episodes} episodes: seconds per episode")
     for workers, row in rows.items():
@@ -169,7 +169,7 @@ def build_parser():
     parser.add_argument("--rounds", type=flags.count, default=7)
     parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")
     parser.add_argument("--train", action="store_true", help="voxel: training steps a second instead")
-    parser.add_argument("--out", type=flags.new_file, help="also write the figures to this JSON file")
+    parser.add_argument("--out", type=flags.new_file(".json"), help="also write the figures to this JSON file")
     return parser
 
 

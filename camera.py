@@ -32,6 +32,34 @@ def look_at(position, target):
     return E
 
 
+def fault(K, E, size=None):
+    """(what is wrong, which of "K" and "E" it is) of a camera's arrays, or None: finite numbers, an intrinsic matrix, a rigid
+    camera-to-world transform. size: (width, height) in pixels of the image that has to hold the principal point."""
+    if K.shape != (3, 3) or not np.isfinite(K).all() or not np.allclose(K[2], [0, 0, 1]) or not np.allclose([K[0, 1], K[1, 0]], 0):
+        return "is no (3,3) intrinsic matrix [[fx,0,cx],[0,fy,cy],[0,0,1]] of finite numbers", "K"
+    if K[0, 0] <= 0 or K[1, 1] <= 0:
+        return f"has focal lengths {K[0, 0]:g} and {K[1, 1]:g}, pixels above 0 are expected", "K"
+    if size is not None:
+        ratios = 2 * K[0, 2] / size[0], 2 * K[1, 2] / size[1]  # 1 where the principal point is the middle, as nearly in any camera
+        alike = abs(ratios[0] - ratios[1]) < 0.1 * abs(ratios[0]) and not 0.6 < ratios[0] < 1.6
+        if alike or not all(0 < r < 2 for r in ratios):
+            return (f"has its principal point at ({K[0, 2]:g}, {K[1, 2]:g}), which does not fit {size[0]}x{size[1]} px: it looks like K of "
+                    "another image size"), "K"
+    if E.shape != (4, 4) or not np.isfinite(E).all() or not np.allclose(E[3], [0, 0, 0, 1]):
+        return "is no (4,4) camera-to-world transform [R t; 0 1] of finite numbers", "E"
+    R = E[:3, :3]
+    if not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0:
+        return "has a rotation that is not orthonormal with determinant 1, points would be unprojected wrongly", "E"
+    return None
+
+
+def in_view(points, K, E, size):
+    """True (...) where world points (...,3) are in front of the camera and inside its (width, height) image."""
+    with np.errstate(all="ignore"):
+        u, v, depth = project(points, K, E)
+    return (depth > 0) & (u >= 0) & (u <= size[0]) & (v >= 0) & (v <= size[1])
+
+
 def _rotate(R, x):
     """(...,3,3) times (...,3)."""
     return (R @ x[..., None])[..., 0]

@@ -3,25 +3,43 @@
 No pickle is ever loaded. Files are written under another name and renamed, so a kill leaves the old one whole.
 """
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from backbone import Backbone
 from registry import look_up
-from runtime import UserError, atomic_path, write_json
+from runtime import UserError, atomic_path, fits, one_line, write_json
 
-KEY = "para_libero"  # header entry that marks our files
+KEY, DIGEST = "para_libero", "digest"  # header entries: one marks our files, one says what they hold
+COMMITTED = Path(__file__).resolve().parent / "checkpoints"  # whatever folder a script is called from
+AGAIN = "train again, or copy it again"
+POLICY_FORM = {  # of a policy's header; what else there is says where it comes from
+    "model_type": str, "config": dict, "channels": [int], "backbone_identity": str, "step?": (int, None), "minutes?": (float, None),
+    "seed?": (int, None), "commit?": (str, None), "command?": (str, None), "train_demos?": (int, None), "dataset?": dict}
+DATASET_FORM = {f"{key}?": str for key in ("task_suite", "task_id", "language", "grasp", "variant", "setting", "split", "clean_scene")}
+
+
+def digest(tensors, header):
+    """Hash (hex) of tensors and header: a flipped bit in a weight would drive a robot elsewhere without a word."""
+    found = hashlib.blake2b(header.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def save_tensors(path, tensors, info):
     """Write tensors and a JSON-able `info` into one safetensors file, atomically."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    header = json.dumps(info, default=str)
     with atomic_path(path) as scratch:
-        save_file(tensors, scratch, metadata={KEY: json.dumps(info, default=str)})
+        save_file(tensors, scratch, metadata={KEY: header, DIGEST: digest(tensors, header)})
 
 
 def load_tensors(path):
@@ -31,13 +49,21 @@ def load_tensors(path):
         raise UserError(f"{path}: no such checkpoint")
     try:
         with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get(KEY)
+            metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file, or truncated ({error}); train again, or copy it again")
-    if header is None:
+    except Exception as error:  # SafetensorError, OSError, and what torch raises for a dtype that it does not have
+        raise UserError(f"{path}: not a safetensors file, or truncated ({one_line(error)}); {AGAIN}")
+    if KEY not in metadata:
         raise UserError(f"{path}: a foreign checkpoint, its header has no '{KEY}' entry; only train.py's files can be loaded")
-    return tensors, json.loads(header)
+    if DIGEST in metadata and metadata[DIGEST] != digest(tensors, metadata[KEY]):  # older files have none
+        raise UserError(f"{path}: its contents are not those that were saved, bits have changed since; {AGAIN}")
+    try:
+        info = json.loads(metadata[KEY])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: header entry '{KEY}' is not valid JSON ({one_line(error)}); the file is damaged, {AGAIN}")
+    if fault := fits(info, {}):
+        raise UserError(f"{path}: header entry '{KEY}' {fault}; the file is damaged, {AGAIN}")
+    return tensors, info
 
 
 def save_policy(path, policy, model_type, info, extra=None):
@@ -77,14 +103,17 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
     tensors, info = load_tensors(path)
     if "model_type" not in info:
         raise UserError(f"{path}: holds a training state, not a policy; give the run's checkpoint.safetensors")
-    absent = {"config", "channels", "backbone_identity"} - info.keys()
-    if absent:
-        raise UserError(f"{path}: its header lacks {', '.join(sorted(absent))}; the file is damaged, train again or copy it again")
+    dataset = info.get("dataset", {})
+    fault = fits(info, POLICY_FORM) or fits(dataset, DATASET_FORM)
+    if fault or not dataset.get("task_id", "0").isdecimal() or not info["channels"] or min(info["channels"]) < 1:
+        raise UserError(f"{path}: its header is damaged: {fault or 'channels or task_id are no counts'}; {AGAIN}")
     try:
         entry = look_up(info["model_type"])
+        policy = entry.policy(fill_config(entry.config, info["config"], path), info["channels"])
     except UserError as error:
-        raise UserError(f"{path}: {error}")
-    policy = entry.policy(fill_config(entry.config, info["config"], path), info["channels"])
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}; {AGAIN}")
+    except Exception as error:  # numbers that each may be, and that fit no network together
+        raise UserError(f"{path}: no policy can be built by its header ({one_line(error)}); {AGAIN}")
     model = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     expected = policy.state_dict()
     surplus = model.keys() - expected.keys()
@@ -94,7 +123,9 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
         if name not in model:
             raise UserError(f"{path}: tensor '{name}' is missing; the file is damaged or of another version")
         if model[name].shape != tensor.shape:
-            raise UserError(f"{path}: tensor '{name}' has shape {tuple(model[name].shape)}, {tuple(tensor.shape)} is expected")
+            raise UserError(f"{path}: tensor '{name}' has shape {tuple(model[name].shape)}, {tuple(tensor.shape)} is expected; {AGAIN}")
+        if model[name].dtype != tensor.dtype:
+            raise UserError(f"{path}: tensor '{name}' has dtype {model[name].dtype}, {tensor.dtype} is expected; {AGAIN}")
         if not torch.isfinite(model[name].float()).all():
             raise UserError(f"{path}: tensor '{name}' has NaN or Inf; train again")
     policy.load_state_dict(model)
@@ -117,7 +148,7 @@ def run_name(path):
     return path.parent.name if path.name == "checkpoint.safetensors" else path.stem
 
 
-def newest_checkpoint(runs="runs", committed="checkpoints"):
+def newest_checkpoint(runs="runs", committed=COMMITTED):
     """The newest run's checkpoint, else the newest committed one, and a sentence that says which. Raises UserError for none."""
     for folder, pattern, what in ((Path(runs), "*/checkpoint.safetensors", "the newest run's"),
                                   (Path(committed), "para_*.safetensors", "the committed"),  # of several, the baseline

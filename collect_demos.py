@@ -14,7 +14,6 @@ Each finished demo is its own file in OUT.parts until all are there; a killed ru
 """
 import argparse
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -25,14 +24,16 @@ from tqdm import tqdm
 
 import demos
 import flags
+import hdf5
 import plots_settings
 import settings
 import smith300
 from camera import project
 from expert import EXPERTS, servo_action
 from libero_env import JOINT_JITTER, OPEN, OPEN_WIDTH, Scene, env_metadata, find_task, simulator_versions, task_of_bddl
+from parts import check_replaceable, gather, merge, part_path, readable
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
-from runtime import UserError, atomic_path, command_line, run_script, write_json
+from runtime import UserError, atomic_path, command_line, fits, read_json, run_script, write_json
 from survey import survey
 from variants import STAY_STEPS, VARIANTS, new_account, new_expert
 from workers import TIMEOUT, run_jobs
@@ -40,6 +41,8 @@ from workers import TIMEOUT, run_jobs
 MAX_STEPS = 250
 DISPLACE_STEPS = 60
 IN_VIEW = 0.1  # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
+REPLAYED = "drop this demo, or take another file"
+REPLAY_FORM = {"variant?": str, "setting?": str, "split?": str, "part?": str, "bddl_file_name?": str, "clean_scene?": (bool, int)}
 PUSHABLE = ("rise", "hover", "descend", "lift", "carry", "lower", "retract")  # not in gripper holds
 
 
@@ -180,31 +183,35 @@ class ReplayWorker:
 
     def run(self, index):
         """Job: the demo's index -> counts."""
-        with demos.open_demos(self.args.replay) as file:
+        path = self.args.replay
+        with demos.open_demos(path) as file:
             name = demos.demo_names(file)[index]
-            group = file["data"][name]
-            for key in ("states", "actions"):
-                if key not in group:
-                    raise UserError(f"{self.args.replay}: data/{name}/{key}: key is missing, nothing can be replayed")
-            states, actions = group["states"][()], group["actions"][()]
-            executed = group["executed_actions"][()] if "executed_actions" in group else actions
-            perturbed = group["perturbed"][()] if "perturbed" in group else np.zeros(len(actions), bool)
-            fixtures, E = demos.stored_fixtures(group), None
-            if demos.CAMERA_E in group:
-                E = group[demos.CAMERA_E][()]
-                demos.check_camera(np.eye(3), E, f"{self.args.replay}: data/{name}")
-            kept = {k: group.attrs[k] for k in ("setting", *vars(settings.Condition())) if k in group.attrs}
-        for key, value in (("states", states), ("actions", actions)):
-            if not np.isfinite(value).all():
-                raise UserError(f"{self.args.replay}: data/{name}/{key}: has NaN or Inf, drop this demo")
-        if len(states) != len(actions):
-            raise UserError(f"{self.args.replay}: data/{name}: {len(states)} states but {len(actions)} actions")
+            group = hdf5.group(path, file["data"], name, REPLAYED)
+            states = hdf5.array(path, group, "states", REPLAYED, (None,), "f")
+            rows = {"actions": hdf5.array(path, group, "actions", REPLAYED, (7,), "f")}
+            for key, tail in (("executed_actions", (7,)), ("perturbed", ())):
+                if hdf5.holds(path, group, key, REPLAYED):
+                    rows[key] = hdf5.array(path, group, key, REPLAYED, tail)
+            fixtures, E = demos.stored_fixtures(path, group), None
+            if hdf5.holds(path, group, demos.CAMERA_E, REPLAYED):
+                E = hdf5.array(path, group, demos.CAMERA_E, REPLAYED)
+                demos.check_camera(np.eye(3), E, f"{path}: data/{name}")
+            attributes = hdf5.attributes(path, group, REPLAYED)
+            kept = {k: attributes[k] for k in ("setting", *vars(settings.Condition())) if k in attributes}
+        for key, value in rows.items():
+            if len(value) != len(states):
+                raise UserError(f"{path}: data/{name}/{key}: has {len(value)} rows, states has {len(states)}; {REPLAYED}")
+        actions = rows["actions"]
+        executed, perturbed = rows.get("executed_actions", actions), rows.get("perturbed", np.zeros(len(actions))) != 0
+        if states.shape[1] != len(self.scene.state()):
+            raise UserError(f"{path}: data/{name}/states: has {states.shape[1]} numbers a row, the task's simulator has "
+                            f"{len(self.scene.state())}; is it another task's? Give --task_suite and --task_id")
         self.scene.set_fixtures(fixtures)
         self.scene.set_camera(E)
         recorder = Recorder(self.scene)
         for state, action, done, pushed in zip(states, actions, executed, perturbed):
             self.scene.set_state(state)
-            recorder.add(action, done, pushed)
+            recorder.add(action, done, bool(pushed))
         recorder.write(part_path(self.folder, index), source=f"replay of {Path(self.args.replay).name} {name}",
                        pick=self.scene.pick or "", place=self.scene.place or "", success=self.scene.success(), **kept)
         return Counter(not_successful_at_the_end=int(not self.scene.success()))
@@ -228,52 +235,14 @@ def show(args):
     print(args.show)
 
 
-def merge(parts, out, attrs, counts):
-    """Join the finished parts into one file, atomically, then drop them."""
-    with atomic_path(out) as scratch, h5py.File(scratch, "w") as file:
-        data = file.create_group("data")
-        total = 0
-        for i, part in enumerate(parts):
-            with h5py.File(part, "r") as source:
-                source.copy("demo", data, f"demo_{i}")
-            total += data[f"demo_{i}"].attrs["num_samples"]
-        for key, value in {**attrs, "num_demos": len(parts), "total": total, **counts}.items():
-            data.attrs[key] = value
-
-
-def part_path(folder, index, form="libero"):
-    """Where a finished demonstration waits for the others: a file, or a smith300 folder."""
-    return folder / (f"episode_{index:05d}" if form == "smith300" else f"demo_{index:05d}.hdf5")
-
-
-def gather(folder, parts, out, attrs):
-    """Make the folder of finished episodes the dataset: settings out, provenance in, one rename."""
-    for other in folder.iterdir():
-        if other not in parts:
-            shutil.rmtree(other) if other.is_dir() else other.unlink()
-    smith300.write_dataset_stamp(folder, attrs)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(folder, out)
-
-
-def readable(part):
-    """True if a part left by an earlier run is whole."""
-    if not part.suffix:
-        return part.is_dir()  # renamed into place once it was
-    try:
-        with h5py.File(part, "r") as file:
-            return demos.IMAGE in file["demo"]
-    except (OSError, KeyError):
-        return False
-
-
 def collect(args):
     """Collect or replay into args.out, resuming from its parts."""
     out, made_with = Path(args.out), simulator_versions()
     if args.replay:
         with demos.open_demos(args.replay) as file:
-            n_demos, attributes = len(demos.demo_names(file)), dict(file["data"].attrs)
+            n_demos, attributes = len(demos.demo_names(file)), demos.file_attributes_of(args.replay, file)
+        if fault := fits(attributes, REPLAY_FORM):
+            raise UserError(f"{args.replay}: data, attributes: {fault}; {REPLAYED}")
         args.variant, simulated = attributes.get("variant", args.variant), demos.simulated_with(attributes)
         if not n_demos:
             raise UserError(f"{args.replay}: data holds no demo_0, demo_1, ...: zero demonstrations")
@@ -295,17 +264,18 @@ def collect(args):
     folder = out.with_name(out.name + ".parts")
     unasked = ("workers", "timeout", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")
     asked = {**{k: v for k, v in vars(args).items() if k not in unasked}, "mujoco": made_with["mujoco"]}  # one file, one physics
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out}: exists already and is left alone; give --overwrite, or another --out")
-    stamp = folder / "settings.json"
-    if stamp.exists() and json.loads(stamp.read_text()) != asked:
-        raise UserError(f"{folder}: holds parts of a run with other settings; finish it with the same command, or remove the folder")
+    check_replaceable(out, args.overwrite, args.format)
+    stamp, again = folder / "settings.json", "finish it with the same command, or remove the folder"
+    if folder.exists() and not stamp.exists():
+        raise UserError(f"{folder}: is no folder of parts, it has no settings.json; remove it, or give another --out")
+    if stamp.exists() and read_json(stamp, "folder of parts", again) != asked:
+        raise UserError(f"{folder}: holds parts of a run with other settings; {again}")
     write_json(stamp, asked)
 
     part = lambda i: part_path(folder, i, args.format)
     jobs = [i for i in range(args.n_demos) if not readable(part(i))]
     tally = folder / "counts.json"
-    counts = Counter(json.loads(tally.read_text()) if tally.exists() else {})
+    counts = Counter(read_json(tally, "folder of parts", "remove that file, it only counts", {...: int}) if tally.exists() else {})
     bar = tqdm(total=args.n_demos, initial=args.n_demos - len(jobs), desc=f"demonstrations of {task.key}", unit="demo")
     failures = []
     for outcome in run_jobs(jobs, worker, (args, str(folder)), args.workers, timeout=args.timeout):
@@ -344,7 +314,7 @@ def build_parser():
     parser.add_argument("--part", default="train", choices=("train", "val"), help="conditions to train on, or validation conditions, on "
                         "which diagnose.py looks at errors and nothing is trained")
     parser.add_argument("--split", help="viewpoint: outer or hemisphere; position: left_right or near_far")
-    parser.add_argument("--show", type=flags.new_file, metavar="FILE", help="only draw every condition of --setting into this PNG")
+    parser.add_argument("--show", type=flags.new_file(".png"), metavar="FILE", help="only draw every condition of --setting into this PNG")
     parser.add_argument("--out", help="HDF5 file to write (data/SUITE_TASK.hdf5)")
     parser.add_argument("--replay", metavar="FILE", help="re-render this LIBERO HDF5 from its states")
     parser.add_argument("--survey", metavar="SUITE", help="only table the expert's success on each task of a suite")

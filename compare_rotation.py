@@ -8,7 +8,6 @@ a kill the same command goes on. The second compares finished runs: each --run i
 Written are summary.json, the tables as table.md, and PNGs; rotations are drawn on the axis of the dataset's
 rotation_pca_basis.npz.
 """
-import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -25,7 +24,8 @@ from checkpoint import load_policy
 from data import waypoint_labels
 from pages import markdown_table
 from rot_utils import basis_path, load_basis, rotation_angle, rotvec_to_matrix
-from runtime import UserError, command_line, git_commit, read_jsonl, run_script, versions, write_json
+from records import read_metrics
+from runtime import UserError, command_line, git_commit, read_json, run_script, versions, write_json
 from validation import decision_frames, to_pixels
 
 CELLS = {"v7": ["--tf_layers", "2", "--token_enc", "learned", "--rotation", "euler", "--n_rot_bins", "32"], "new": [],
@@ -64,7 +64,7 @@ def train_cells(args, further):
             runs.append(f"{name}={folder}")
             if not (folder / "config.json").exists():
                 script("train.py", *flags)
-            elif (other := json.loads((folder / "config.json").read_text())["argv"]) != flags:
+            elif (other := read_json(folder / "config.json", "run of train.py", form={"argv": [str]})["argv"]) != flags:
                 raise UserError(f"{folder}: was trained with `{' '.join(other)}`, asked for is `{' '.join(flags)}`; "
                                 "give another --runs")
             elif not finished(folder):
@@ -152,7 +152,7 @@ def labels(demo, config):
 
 def training_record(folder):
     """The last validation row of a run, and its rotation cross-entropies [(step, nats)]."""
-    rows = [r for r in read_jsonl(folder / "metrics.jsonl") if "val/rotation_ce" in r]
+    rows = [r for r in read_metrics(folder) if "val/rotation_ce" in r]
     if not rows:
         raise UserError(f"{folder}: metrics.jsonl has no validation of a volume policy; give a folder of a finished train.py run")
     return rows[-1], [(r["step"], r["val/rotation_ce"]) for r in rows]

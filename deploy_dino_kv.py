@@ -20,13 +20,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image
 
+import camera
 import flags
 import smith300
 from checkpoint import load_policy, stats_path
+from demos import FARTHEST, SEEN
 from rot_utils import RotationBasis, load_stats, matrix_to_euler
-from runtime import UserError, choose_device, run_script
+from runtime import UserError, choose_device, fits, one_line, run_script
+
+LINE_FORM = {"image?": str, "image_base64?": str, "eef_pos": [float] * 3, "gripper_width": float,  # of standard input
+             "intrinsics?": [[float] * 3] * 3, "extrinsics?": [[float] * 4] * 4}
 
 
 def load(args):
@@ -49,51 +53,103 @@ def load(args):
 
 def recorded(source, state, size):
     """Observations of a smith300 episode folder, or of a video with its episode.npz."""
-    folder = source if source.is_dir() else source.parent
-    state = state or folder / "episode.npz"
+    if not source.exists():
+        raise UserError(f"{source}: no such episode folder or video; give a folder of a smith300 dataset, a video, or - for standard input")
+    if source.is_dir() and not state:
+        smith300.read_episode(source, size)  # all that training asks of an episode
+    state = state or (source if source.is_dir() else source.parent) / "episode.npz"
     arrays = smith300.load_arrays(state)
     frames = smith300.frame_files(source) if source.is_dir() else source
     count, sizes = smith300.frame_sizes(frames)
     if count != len(arrays["eef_pos_t"]):
         raise UserError(f"{source}: {count} frames, but {state} has {len(arrays['eef_pos_t'])} rows; they do not belong together")
+    if len(sizes) > 1:
+        raise UserError(f"{source}: frames of different sizes; {smith300.AGAIN}")
+    shape = sizes.pop()
+    smith300.check_camera(arrays["intrinsics"], arrays["extrinsics"], state, shape)
+    check_in_view(arrays["eef_pos_t"], arrays["intrinsics"], arrays["extrinsics"], shape, state)
     width = arrays.get("gripper_width_t", np.where(arrays["gripper_t"] > 0.5, 0.0, smith300.OPEN_GRIPPER))
-    K = smith300.square_intrinsics(arrays["intrinsics"], *sizes.pop(), size)
+    K = smith300.square_intrinsics(arrays["intrinsics"], *shape, size)
     for i, image in enumerate(smith300.iterate_frames(frames, size)):
         yield SimpleNamespace(image=image, eef_pos=arrays["eef_pos_t"][i], gripper_width=width[i], K=K, E=arrays["extrinsics"])
 
 
+def check_in_view(positions, K, E, shape, where):
+    """Raise UserError where an episode's camera sees its EEF in fewer than half of the frames."""
+    seen = camera.in_view(positions, K, E, shape).mean()
+    if seen < SEEN:
+        raise UserError(f"{where}: the EEF is inside the image in {100 * seen:.0f}% of the frames by this camera; are positions and "
+                        "extrinsics in metres, camera-to-world with OpenCV axes, and the intrinsics of this image size?")
+
+
+def stored_camera(path):
+    """{"intrinsics", "extrinsics"} of an npz, those of the two that it has. Raises UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {k: file[k] for k in smith300.CAMERA if k in file}
+    except Exception as error:  # zipfile, zlib, NumPy and the system each have their own for a damaged file
+        raise UserError(f"--state {path}: missing, truncated or not an npz file ({one_line(error)}); give an npz with intrinsics and extrinsics")
+    for key, value in found.items():
+        if value.shape != smith300.CAMERA[key] or value.dtype.kind not in "fiu":
+            raise UserError(f"--state {path}: {key} has shape {value.shape} and dtype {value.dtype}, numbers of shape "
+                            f"{smith300.CAMERA[key]} are expected")
+    return {k: v.astype(float) for k, v in found.items()}
+
+
 def live(stream, state, size):
-    """Observations of JSON lines, see the module's docstring."""
-    camera = {}
-    if state:
-        with np.load(state) as file:
-            camera = {k: file[k].astype(float) for k in smith300.CAMERA if k in file}
+    """Observations of JSON lines, see the module's docstring. Raises UserError for a line that holds anything else."""
+    camera_now = stored_camera(state) if state else {}
     for number, line in enumerate(stream, 1):
+        where = f"standard input, line {number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            camera.update({k: np.array(row[k], dtype=float).reshape(s) for k, s in smith300.CAMERA.items() if k in row})
-            image = Image.open(io.BytesIO(base64.b64decode(row["image_base64"])) if "image_base64" in row else row["image"])
-            eef = np.array(row["eef_pos"], dtype=float).reshape(3)
-            width = float(row["gripper_width"])
-            squared = smith300.square_image(image, size)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"standard input, line {number}: {type(error).__name__}: {error}; see --help for what a line holds")
-        missing = [k for k in smith300.CAMERA if k not in camera]
-        if missing:
-            raise UserError(f"standard input, line {number}: {' and '.join(missing)} unknown; give them in the line, or once with --state")
-        smith300.check_camera(camera["intrinsics"], camera["extrinsics"], f"standard input, line {number}", image.size)
-        if not np.isfinite([*eef, width]).all():
-            raise UserError(f"standard input, line {number}: eef_pos or gripper_width is NaN or Inf; nothing is sent to the robot")
-        yield SimpleNamespace(image=squared, eef_pos=eef, gripper_width=width, E=camera["extrinsics"],
-                              K=smith300.square_intrinsics(camera["intrinsics"], *image.size, size))
+            row = json.loads(line.decode() if isinstance(line, bytes) else line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: is no JSON in UTF-8 ({one_line(error)}); see --help for what a line holds")
+        if fault := fits(row, {}) or one_image(row) or fits(row, LINE_FORM):
+            raise UserError(f"{where}: {fault}; see --help for what a line holds, nothing is sent to the robot")
+        squared, shape = decoded(row, where, size)
+        camera_now.update({k: np.array(row[k], dtype=float) for k in smith300.CAMERA if k in row})
+        if missing := [k for k in smith300.CAMERA if k not in camera_now]:
+            raise UserError(f"{where}: {' and '.join(missing)} unknown; give them in the line, or once with --state")
+        smith300.check_camera(camera_now["intrinsics"], camera_now["extrinsics"], where, shape)
+        eef = np.array(row["eef_pos"], dtype=float)
+        if np.abs(eef).max() > FARTHEST:
+            raise UserError(f"{where}: eef_pos reaches {np.abs(eef).max():.4g}, metres are expected; nothing is sent to the robot")
+        yield SimpleNamespace(image=squared, eef_pos=eef, gripper_width=float(row["gripper_width"]), E=camera_now["extrinsics"],
+                              K=smith300.square_intrinsics(camera_now["intrinsics"], *shape, size))
+
+
+def one_image(row):
+    return "" if ("image" in row) != ("image_base64" in row) else "one of image and image_base64 is expected"
+
+
+def decoded(row, where, size):
+    """The image of a line -> (its central square (size,size,3) uint8, its own (width, height))."""
+    try:
+        file = io.BytesIO(base64.b64decode(row["image_base64"], validate=True)) if "image_base64" in row else row["image"]
+    except ValueError as error:
+        raise UserError(f"{where}: image_base64 is no base64 ({one_line(error)}); encode the bytes of a PNG or JPG file")
+    name = where if "image_base64" in row else f"{where}: {row['image']}"
+    with smith300.open_image(file, name, "send it again") as image:
+        return smith300.square_image(image, size), image.size
+
+
+def checked(answer, frame):
+    """The answer as a JSON line's object. Raises UserError where a number is NaN or Inf: nothing is sent to the robot then."""
+    euler = matrix_to_euler(answer.rotations)
+    if not all(np.isfinite(v).all() for v in (answer.trajectory, euler, answer.grippers)):
+        raise UserError(f"frame {frame}: the policy's answer has NaN or Inf; nothing is sent to the robot, check the checkpoint and the camera")
+    return {"frame": frame, "xyz": answer.trajectory.round(6).tolist(), "euler": euler.round(6).tolist(),
+            "gripper": answer.grippers.astype(int).tolist()}
 
 
 def deploy(args):
     policy = load(args)
     size, latencies = policy.config.image_size, []
-    observations = live(sys.stdin, args.state, size) if str(args.source) == "-" else recorded(args.source, args.state, size)
+    lines = getattr(sys.stdin, "buffer", sys.stdin)  # bytes: each line is decoded, and refused, by itself
+    observations = live(lines, args.state, size) if str(args.source) == "-" else recorded(args.source, args.state, size)
     policy.reset()
     for frame, observation in enumerate(observations):
         if args.limit is not None and frame >= args.limit:
@@ -102,8 +158,7 @@ def deploy(args):
         start = time.perf_counter()
         answer = policy.act(observation)
         latencies.append(1000 * (time.perf_counter() - start))
-        print(json.dumps({"frame": frame, "xyz": answer.trajectory.round(6).tolist(), "euler": matrix_to_euler(answer.rotations).round(6).tolist(),
-                          "gripper": answer.grippers.astype(int).tolist(), "latency_ms": round(latencies[-1], 2)}), flush=True)
+        print(json.dumps({**checked(answer, frame), "latency_ms": round(latencies[-1], 2)}, allow_nan=False), flush=True)
         parts = ", ".join(f"{k} {1000 * v:.1f}" for k, v in policy.seconds.items())
         print(f"frame {frame}: {latencies[-1]:.1f} ms ({parts})", file=sys.stderr, flush=True)
     if latencies:

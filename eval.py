@@ -30,8 +30,9 @@ from expert import EXPERTS
 from libero_env import Scene, find_task, init_states, simulator, simulator_versions
 from metrics import EARLY, ERROR, OUTCOMES, wilson, within
 from protocol import check_protocol
+from records import check_stamp, read_episodes
 from rollout import BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
-from runtime import UserError, append_jsonl, choose_device, command_line, git_commit, read_jsonl, run_script, write_json
+from runtime import UserError, append_jsonl, choose_device, command_line, git_commit, run_script, write_json
 from variants import LIFT_OUTCOMES, VARIANTS, new_expert
 from workers import TIMEOUT, run_jobs
 
@@ -262,7 +263,7 @@ def prepare(args):
             if args.split != trained_on["split"]:
                 raise UserError(f"--split {args.split}: {args.ckpt} was trained on split {trained_on['split']}, so that training "
                                 "conditions could be among those tested; leave the flag out, or train on that split")
-        print(f"{args.ckpt}: {info['model_type']}, step {info['step']}, backbone {info['backbone_identity']}")
+        print(f"{args.ckpt}: {info['model_type']}, step {info.get('step')}, backbone {info['backbone_identity']}")
     args.task_suite, args.task_id, args.grasp = args.task_suite or "libero_spatial", args.task_id or 0, args.grasp or "side"
     args.variant = args.variant or "task"
     if args.policy in ("blind", "oracle") and args.variant != "task":  # the oracle has no memory, and would let go where it grasped
@@ -303,10 +304,9 @@ def evaluate(args):
     asked["trained"] = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')} {info.get('minutes')}"
     asked["mujoco"] = simulator_versions()["mujoco"]
     stamp, episodes = args.out / "settings.json", args.out / "episodes.jsonl"
-    if stamp.exists() and json.loads(stamp.read_text()) != asked:
-        raise UserError(f"{args.out}: holds results of other settings; give another --out, or remove the folder")
+    check_stamp(args.out, asked)
     write_json(stamp, asked)
-    done = {r["episode"]: r for r in read_jsonl(episodes) if "crash" not in r and r["episode"] < args.n_episodes}
+    done = {r["episode"]: r for r in read_episodes(args.out, args.layout) if "crash" not in r and r["episode"] < args.n_episodes}
     jobs = [i for i in range(args.n_episodes) if i not in done]
     bar = tqdm(total=args.n_episodes, initial=len(done), desc=f"{args.policy} {args.layout}", unit="episode")
     rows, protocol = dict(done), None

@@ -1,7 +1,7 @@
-"""Command lines: types of values with their ranges, and a parser that refuses what lies outside in one sentence.
+"""Command lines: types of values with their ranges, and a parser that refuses the rest in one sentence.
 
-A range is declared where the flag is, `add_argument("--lr", type=flags.positive)`, or with a policy's config field,
-`policy.flag(0.7, "...", high=1)`. The same declaration checks the fields of a checkpoint's config.
+A range is declared where the flag is, `add_argument("--lr", type=flags.positive)`, or with a policy's
+config field, `policy.flag(0.7, "...", high=1)`. The same declaration checks a checkpoint's config.
 """
 import argparse
 import dataclasses
@@ -15,10 +15,11 @@ LARGEST = 10**9  # of counts and seeds: what NumPy, torch and a day have room fo
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: one sentence, and not the names of 70 flags before it."""
+    """An ArgumentParser whose errors are UserErrors: one sentence, not the names of 70 flags first."""
 
     def __init__(self, description, **options):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, **options)
 
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
@@ -26,7 +27,10 @@ class Parser(argparse.ArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A finite number of a range, as the type of a flag. low, high: inclusive bounds; above, below: exclusive ones."""
+    """A finite number of a range, as the type of a flag.
+
+    low, high: inclusive bounds; above, below: exclusive ones.
+    """
     kind: type
     low: float = None
     high: float = None
@@ -48,13 +52,16 @@ class Number:
         kinds = (int,) if self.kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
             return False
-        return ((self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-                and (self.above is None or value > self.above) and (self.below is None or value < self.below))
+        return ((self.low is None or value >= self.low)
+                and (self.high is None or value <= self.high)
+                and (self.above is None or value > self.above)
+                and (self.below is None or value < self.below))
 
     def __str__(self):
-        bounds = [f"{word} {bound:g}" for word, bound in (("of at least", self.low), ("above", self.above), ("below", self.below),
-                                                          ("of at most", self.high)) if bound not in (None, LARGEST)]
-        return f"a {'whole ' if self.kind is int else 'finite '}number {' and '.join(bounds)}".strip()
+        named = (("of at least", self.low), ("above", self.above), ("below", self.below),
+                 ("of at most", self.high))
+        bounds = [f"{word} {bound:g}" for word, bound in named if bound not in (None, LARGEST)]
+        return f"a {'whole' if self.kind is int else 'finite'} number {' and '.join(bounds)}".strip()
 
 
 def at_least(low, high=LARGEST):
@@ -84,7 +91,8 @@ class IntList:
 
     def holds(self, text):
         try:
-            return isinstance(text, str) and all(self.each.holds(int(word)) for word in text.split(","))
+            words = text.split(",") if isinstance(text, str) else ["no text"]
+            return all(self.each.holds(int(word)) for word in words)
         except ValueError:
             return False
 
@@ -95,19 +103,24 @@ class IntList:
 int_list = IntList(at_least(1, 512))
 
 
-def new_file(text):
-    """The path of a file to write, as the type of a flag. Raises ArgumentTypeError where no file can be written."""
-    path = Path(text)
-    if not path.name or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text or '(nothing)'} is a folder, the name of a file is expected")
-    return _writable(path)
+def new_file(*suffixes):
+    """The type of a flag: a file to write, of one of these suffixes: no file of another kind is replaced."""
+    def parse(text):
+        path = Path(text)
+        if not path.name or path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text or '(nothing)'} is a folder, a file is expected")
+        if path.suffix.lower() not in suffixes:
+            wanted = " or ".join(suffixes)
+            raise argparse.ArgumentTypeError(f"{text} is no name that ends in {wanted}")
+        return _writable(path)
+    return parse
 
 
 def new_folder(text):
-    """The path of a folder to write into, made where it is not there. Raises ArgumentTypeError where none can be."""
+    """The type of a flag: a folder to write into, made where it is not there."""
     path = Path(text)
     if not path.name or path.name == "..":
-        raise argparse.ArgumentTypeError(f"{text or '(nothing)'} has no name; give a folder of its own")
+        raise argparse.ArgumentTypeError(f"{text or '(nothing)'} has no name; give a folder")
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a file, a folder is expected")
     return _writable(path)
@@ -126,11 +139,11 @@ def _writable(path):
     return path
 
 
-# -- config fields of policies --------------------------------------------------------------------------------------------
+# -- config fields of policies ------------------------------------------------------------------
 
 
 def field_type(kind, low, high, above, below):
-    """The type of a config field: whole numbers start at 1 and other numbers at 0, unless a bound says otherwise."""
+    """The type of a config field: whole numbers start at 1, others at 0, unless a bound says else."""
     if kind not in (int, float):
         return kind
     if low is None and above is None:
@@ -143,9 +156,11 @@ def field_type(kind, low, high, above, below):
 def check_fields(config):
     """Raise UserError unless every field of a config dataclass holds what its declaration allows."""
     for field in dataclasses.fields(config):
-        value, kind, choices = getattr(config, field.name), field.metadata["type"], field.metadata["choices"]
+        value = getattr(config, field.name)
+        kind, choices = field.metadata["type"], field.metadata["choices"]
         ranged = hasattr(kind, "holds")
         good = kind.holds(value) if ranged else isinstance(value, kind)
         if not good or choices and value not in choices:
-            wanted = f"one of {', '.join(choices)}" if choices else str(kind) if ranged else f"a {kind.__name__}"
+            wanted = str(kind) if ranged else f"a {kind.__name__}"
+            wanted = f"one of {', '.join(choices)}" if choices else wanted
             raise UserError(f"--{field.name} {value!r}: is not {wanted}")

@@ -11,7 +11,8 @@ import numpy as np
 
 import plots
 from metrics import EARLY, ERROR, OUTCOMES, holm, mcnemar, seeds_interval, within
-from pages import STYLE, embed, figure, html_table, markdown_table, percent, read_json
+from pages import STYLE, embed, figure, html_table, markdown_table, percent
+from records import read_episodes, read_tabled
 from runtime import UserError, atomic_path, read_jsonl, write_json
 
 FILES = ("table.json", "table.md", "table.png", "report.html")
@@ -79,8 +80,8 @@ def read_cells(folder, rows, layouts, recipe):
         row, layout, seed = (*path.parent.name.split("-"), "")[:3]
         if row not in rows or layout not in layouts:
             raise UserError(f"{path.parent}: its name is no ROW-LAYOUT-sSEED of the table; move it elsewhere")
-        episodes = {r["episode"]: r for r in read_jsonl(path.with_name("episodes.jsonl")) if "crash" not in r}
-        summary = read_json(path, "finished evaluation")
+        episodes = {r["episode"]: r for r in read_episodes(path.parent) if "crash" not in r}
+        summary = read_tabled(path.parent)
         if not episodes:
             continue
         why = made_otherwise(path.parent, summary, recipe(row, layout, seed))
@@ -167,7 +168,7 @@ def adjust(table):
 def time_spent(folder):
     """Minutes by kind of step, of all commands that ran, failures included: {"collect": ..., "train": ...}."""
     spent = collections.Counter()
-    for row in read_jsonl(Path(folder, "nodes.jsonl")):
+    for row in read_jsonl(Path(folder, "nodes.jsonl"), form={"node": str, "seconds": float}):
         spent[row["node"].split("-")[0]] += row["seconds"] / 60
     return {kind: round(minutes, 2) for kind, minutes in spent.items()}
 

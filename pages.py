@@ -1,10 +1,7 @@
 """Pieces of reports: tables as Markdown and HTML, and what self-contained pages are made of."""
 import base64
 import html
-import json
 from pathlib import Path
-
-from runtime import UserError
 
 STYLE = """
 :root { --ink: #1c2530; --soft: #5b6875; --line: #d9dfe5; --good: #0a7d55; --page: #fbfcfd; }
@@ -24,16 +21,6 @@ pre { background: #eef2f5; padding: .7rem; overflow-x: auto; font-size: .82rem; 
 def embed(path, kind):
     """A file as a data: URL."""
     return f"data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}"
-
-
-def read_json(path, what):
-    """A JSON file. Raises UserError if it is absent or damaged."""
-    try:
-        return json.loads(Path(path).read_text())
-    except OSError:
-        raise UserError(f"{path}: missing, so {Path(path).parent} is no {what}; finish it first")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); run the command that made it again")
 
 
 def percent(value, interval):

@@ -164,16 +164,28 @@ def write_strip(images, path):
     write_png(Image.fromarray(np.concatenate(images, axis=1)), path)
 
 
+def readable_image(path):
+    """An image file as an array, or None where there is none that can be read: a picture is no reason to lose an evaluation."""
+    if not path.exists():
+        return None
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # PIL has one for each format
+        print(f"{path}: left out of the contact sheet, it cannot be read ({error})")
+        return None
+
+
 def sheet_from_strips(folder, rows, most=14):
     """Contact sheet of an evaluation, sheet.jpg: a row of frames per episode, failures first; from strips/*.png."""
     rows = sorted((r for r in rows if "crash" not in r), key=lambda r: (r["released"], r["episode"]))
     found = [(r, folder / "strips" / f"{r['episode']:03d}.png") for r in rows]
-    found = [(r, p) for r, p in found if p.exists()][:most]
+    found = [(r, image) for r, p in found if (image := readable_image(p)) is not None][:most]
     if not found:
         return
     figure, axes = plt.subplots(len(found), 1, figsize=(13, 1.55 * len(found)), squeeze=False)
-    for axis, (row, path) in zip(axes[:, 0], found):
-        axis.imshow(np.asarray(Image.open(path)))
+    for axis, (row, image) in zip(axes[:, 0], found):
+        axis.imshow(image)
         axis.axis("off")
         axis.set_title(f"episode {row['episode']}: {row['outcome']}, {row['steps']} steps", loc="left", fontsize=8)
     _save(figure, folder / "sheet.jpg")

@@ -15,9 +15,9 @@ import numpy as np
 import flags
 import plots_rotation
 from demos import split_demos
-from rot_utils import (EV_GATE, NEAR_SINGULAR, SPACES, basis_path, fingerprint, fit_basis, matrix_to_euler,
+from rot_utils import (EV_GATE, NEAR_SINGULAR, SPACES, basis_path, fingerprint, fit_basis, load_basis, matrix_to_euler,
                        reconstruction_error, rotvec_to_matrix, save_basis)
-from runtime import command_line, git_commit, run_script
+from runtime import UserError, command_line, git_commit, run_script
 from smith300 import read_dataset
 
 GATE_EXIT = 3
@@ -40,8 +40,22 @@ def table(bases, rotations, chosen):
     return "\n".join(lines)
 
 
+def check_replaceable(path):
+    """Raise UserError unless basis and picture may be written to `path`: nothing is there, or another basis."""
+    by_hand = "it is left alone; give another --out, or remove it by hand"
+    if path.exists():
+        try:
+            load_basis(path)
+        except UserError as error:
+            raise UserError(f"--out {path}: is there and is no rotation basis ({error}); {by_hand}")
+    elif path.with_suffix(".png").exists():
+        raise UserError(f"--out {path}: its picture would replace {path.with_suffix('.png')}, which is no basis's; {by_hand}")
+
+
 def precompute(args):
     """Fit both spaces, print the table, pass the gate, write basis and picture -> exit code."""
+    path = Path(args.out) if args.out else basis_path(args.dataset)
+    check_replaceable(path)
     all_demos, _ = read_dataset(args.dataset, limit=args.n_demos)
     demos, held_out = split_demos(all_demos, args.val_fraction)  # as train.py splits them: validation must stay unseen
     rotations, unseen = (rotvec_to_matrix(np.concatenate([d.ee_ori for d in part])) for part in (demos, held_out))
@@ -72,7 +86,6 @@ def precompute(args):
         return GATE_EXIT
     if ev < EV_GATE:
         print(f"warning: {ev:.3f} is below the gate of {EV_GATE}; written all the same (--allow_low_ev), and recorded so", file=sys.stderr)
-    path = Path(args.out) if args.out else basis_path(args.dataset)
     save_basis(path, chosen)
     lengths = np.cumsum([len(d) for d in demos])[:-1]
     plots_rotation.rotation_histogram({s: np.degrees(b.value(rotations)) for s, b in bases.items()}, {s: b.ev_ratio for s, b in bases.items()},
@@ -89,7 +102,7 @@ def build_parser():
     parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations")
     parser.add_argument("--val_fraction", type=flags.fraction, default=0.15,
                         help="share of demonstrations that train.py will hold out: the basis is fitted without them")
-    parser.add_argument("--out", type=flags.new_file, help="write the basis here instead")
+    parser.add_argument("--out", type=flags.new_file(".npz"), help="write the basis here instead")
     return parser
 
 

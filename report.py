@@ -4,13 +4,15 @@
     python report.py --evals results/* --markdown        # the README's table
 """
 import html
+import re
 import tempfile
 from pathlib import Path
 
 import flags
 import plots
-from pages import STYLE, embed, figure, html_table, markdown_table, percent, rate, read_json
-from runtime import atomic_path, read_jsonl, run_script
+from pages import STYLE, embed, figure, html_table, markdown_table, percent, rate
+from records import read_config, read_metrics, read_summary
+from runtime import atomic_path, run_script
 
 
 def success_table(summaries):
@@ -32,7 +34,7 @@ def markdown(summaries):
     """The success table as Markdown: a row per evaluation."""
     rows = []
     for s in summaries:
-        cover = " / ".join("-" if s[f"coverage_{e}px"] is None else f"{s[f'coverage_{e}px']:.2f}" for e in (4, 8, 16))
+        cover = " / ".join("-" if s.get(f"coverage_{e}px") is None else f"{s[f'coverage_{e}px']:.2f}" for e in (4, 8, 16))
         if s["n"]:
             rows.append([s["model_type"], f"{s['setting']}, n = {s['n']}", percent(s["released_rate"], s["released_interval"]),
                          percent(s["success_rate"], s["interval"]), f"{s['mean_steps']:.0f}", f"{s['jerk_mm']:.2f}", cover])
@@ -41,8 +43,8 @@ def markdown(summaries):
 
 def build(run, evals):
     """The page's HTML."""
-    config = read_json(run / "config.json", "finished run") if run else {}
-    summaries = [read_json(e / "summary.json", "finished evaluation") for e in evals]
+    config = read_config(run) if run else {}
+    summaries = [read_summary(e) for e in evals]
     page = ["<!doctype html><meta charset=utf-8><title>PARA on LIBERO: report</title>", f"<style>{STYLE}</style>",
             "<h1>PARA on LIBERO: closed-loop report</h1>"]
     if config:
@@ -58,7 +60,7 @@ def build(run, evals):
         page.append("<h2>Training</h2>")
         with tempfile.TemporaryDirectory() as scratch:
             curve = run / "loss.png"
-            if not curve.exists() and (rows := read_jsonl(run / "metrics.jsonl")):
+            if not curve.exists() and (rows := read_metrics(run)):
                 curve = Path(scratch) / "loss.png"
                 plots.loss_curve(rows, curve)
             if curve.exists():
@@ -68,8 +70,8 @@ def build(run, evals):
     for folder, s in zip(evals, summaries):
         page.append(f"<h2>{html.escape(s['model_type'])}, {html.escape(s['setting'])}</h2>")
         for video in sorted((folder / "videos").glob("*.mp4")):
-            episode, outcome = video.stem.split("_", 1)
-            page.append(figure(video, f"episode {int(episode)}: {outcome}"))
+            if named := re.fullmatch("([0-9]+)_(.+)", video.stem):
+                page.append(figure(video, f"episode {int(named[1])}: {named[2]}"))
         if (folder / "sheet.jpg").exists():
             page.append(f'<img alt="contact sheet" src="{embed(folder / "sheet.jpg", "image/jpeg")}">')
     page.append("<h2>Commands</h2><pre>")
@@ -83,7 +85,7 @@ def build_parser():
     parser = flags.Parser(__doc__)
     parser.add_argument("--run", type=Path, help="training run folder")
     parser.add_argument("--evals", type=Path, nargs="+", required=True, help="evaluation folders")
-    parser.add_argument("--out", type=flags.new_file, default=Path("report.html"))
+    parser.add_argument("--out", type=flags.new_file(".html", ".htm"), default=Path("report.html"))
     parser.add_argument("--markdown", action="store_true", help="only print the success table as Markdown")
     return parser
 
@@ -91,7 +93,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.markdown:
-        print(markdown([read_json(e / "summary.json", "finished evaluation") for e in args.evals]))
+        print(markdown([read_summary(e) for e in args.evals]))
         return
     page, summaries = build(args.run, args.evals)
     with atomic_path(args.out) as scratch:

@@ -84,13 +84,21 @@ def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant=
     key = hashlib.blake2b(start.tobytes() + expert_version().encode(), digest_size=12)
     kind = "_".join([scene.task.key, *["clean"] * scene.clean, *[n for n in (grasp, variant) if n not in ("side", "task")]])
     path = Path(cache) / kind / f"{key.hexdigest()}.npz"
-    if path.exists():
-        with np.load(path) as stored:
-            return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]), stored.get("rotations"))
+    if stored := stored_path(path):
+        return stored
     found = expert_episode(scene, state, grasp, variant)
     with atomic_path(path) as scratch, open(scratch, "wb") as file:
         np.savez(file, **{k: v for k, v in vars(found).items() if v is not None})
     return found
+
+
+def stored_path(path):
+    """An ExpertPath of the cache, or None where it is not there or cut short."""
+    try:
+        with np.load(path) as stored:
+            return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]), stored.get("rotations"))
+    except Exception:  # zipfile, zlib, NumPy and the system each have their own
+        return None
 
 
 def key_poses(pick, place, surface):

@@ -4,18 +4,22 @@ The second half is the 1D rotation basis: demonstrations that turn their gripper
 """
 import hashlib
 import json
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from runtime import UserError, atomic_path
+from runtime import UserError, atomic_path, fits, one_line, read_json
 
 BASIS_FILE = "rotation_pca_basis.npz"
 SPACES = ("euler", "so3")
 EV_GATE = 0.85  # share of the variance that one axis must explain
 NEAR_SINGULAR = np.radians(75)  # pitch beyond which roll and yaw begin to trade places
+BASIS_KEYS = {"space": ("U", [()]), "mean": ("f", [(3,), (3, 3)]), "principal_axis": ("f", [(3,)]), "pca_min": ("f", [()]),
+              "pca_max": ("f", [()]), "ev_ratio": ("f", [(3,)]), "provenance": ("U", [()])}  # of the npz: dtype kind and shapes
+PROVENANCE_FORM = {"fingerprints?": [str], "dataset?": str}
+STATS_FORM = {"model_type?": str, "backbone_identity?": str, "height_range": [float, float], "n_window": int, "image_size": int,
+              "rotation": ({"kind": str, "n_bins": int, "basis": dict}, {"kind": str, "n_bins": int, "euler_range": [[float, float]]})}
 PRECOMPUTE = "compute it with `python precompute_rotation_pca.py --dataset PATH`"
 
 
@@ -235,12 +239,21 @@ def load_basis(path, fingerprints=None):
         raise UserError(f"{path}: no rotation basis there; {PRECOMPUTE}")
     try:
         with np.load(path, allow_pickle=False) as f:
-            basis = RotationBasis(str(f["space"]), f["mean"].astype(float), f["principal_axis"].astype(float), float(f["pca_min"]),
-                                  float(f["pca_max"]), f["ev_ratio"].astype(float), json.loads(str(f["provenance"])))
+            arrays = {key: f[key] for key in BASIS_KEYS}
     except KeyError as error:
-        raise UserError(f"{path}: key {error.args[0]} is missing, so this is no rotation basis; {PRECOMPUTE}")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: truncated or not an npz of a rotation basis ({error}); {PRECOMPUTE}")
+        raise UserError(f"{path}: key {one_line(error)} is missing, so this is no rotation basis; {PRECOMPUTE}")
+    except Exception as error:  # zipfile, zlib, NumPy and the system each have their own for a damaged file
+        raise UserError(f"{path}: truncated or not an npz of a rotation basis ({one_line(error)}); {PRECOMPUTE}")
+    for key, (kind, shapes) in BASIS_KEYS.items():
+        value = arrays[key]
+        if value.dtype.kind != kind or value.shape not in shapes:
+            raise UserError(f"{path}: {key} has shape {value.shape} and dtype {value.dtype}, which no rotation basis has; {PRECOMPUTE}")
+    try:
+        provenance = json.loads(str(arrays["provenance"]))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: provenance is no JSON ({one_line(error)}); {PRECOMPUTE}")
+    basis = RotationBasis(str(arrays["space"]), *(arrays[k].astype(float) for k in ("mean", "principal_axis")), float(arrays["pca_min"]),
+                          float(arrays["pca_max"]), arrays["ev_ratio"].astype(float), provenance)
     check_basis(basis, path)
     known = {*basis.provenance.get("fingerprints", ()), *basis.provenance.get("held_out", ())}
     if fingerprints is not None and not set(fingerprints) <= known:
@@ -257,18 +270,17 @@ def load_stats(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such statistics; train.py writes them beside the checkpoint, copy both")
+    remedy = "copy it again from beside the checkpoint"
+    stats = read_json(path, "folder of a checkpoint", remedy, STATS_FORM)
+    rotation = stats["rotation"]
     try:
-        stats = json.loads(path.read_text())
-        rotation = stats["rotation"]
         if rotation["kind"] == "pca":
             rotation["basis"] = RotationBasis.from_dict(rotation["basis"])
             check_basis(rotation["basis"], path)
         elif np.shape(rotation["euler_range"]) != (3, 2):
             raise ValueError("euler_range is not (3, 2)")
-        rotation["n_bins"], stats["height_range"], stats["n_window"], stats["image_size"]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: truncated or no checkpoint statistics ({type(error).__name__}: {error}); copy it again from beside "
-                        "the checkpoint")
+        raise UserError(f"{path}: truncated or no checkpoint statistics ({type(error).__name__}: {one_line(error)}); {remedy}")
     return stats
 
 
@@ -279,11 +291,16 @@ def check_basis(basis, where):
             (basis.space not in SPACES, "space", f"is '{basis.space}', one of {', '.join(SPACES)} is expected"),
             (basis.mean.shape != shape, "mean", f"has shape {basis.mean.shape}, {shape} is expected"),
             (basis.axis.shape != (3,), "principal_axis", f"has shape {basis.axis.shape}, (3,) is expected"),
+            (basis.ev_ratio.shape != (3,), "ev_ratio", f"has shape {basis.ev_ratio.shape}, (3,) is expected"),
+            (fits(basis.provenance, PROVENANCE_FORM) != "", "provenance", f"is damaged: {fits(basis.provenance, PROVENANCE_FORM)}"),
             (not all(np.isfinite(v).all() for v in (basis.mean, basis.axis, basis.low, basis.high, basis.ev_ratio)), "mean",
              "or another number is NaN or Inf"),
             (basis.axis.shape == (3,) and abs(np.linalg.norm(basis.axis) - 1) > 1e-6, "principal_axis", "is no unit vector"),
             (basis.space == "so3" and basis.mean.shape == shape and np.abs(basis.mean @ basis.mean.T - np.eye(3)).max() > 1e-6,
              "mean", "is no rotation matrix"),
-            (not basis.low < basis.high, "pca_min", "is not below pca_max")):
+            (not basis.low < basis.high, "pca_min", "is not below pca_max"),
+            (basis.high - basis.low > 4 * np.pi, "pca_max", "is more than two turns above pca_min"),
+            (basis.ev_ratio.shape == (3,) and not (abs(basis.ev_ratio.sum() - 1) < 1e-6 and (np.diff(basis.ev_ratio) <= 0).all()
+                                                   and basis.ev_ratio.min() >= 0), "ev_ratio", "is no list of shares, largest first")):
         if wrong:
             raise UserError(f"{where}: {key} {what}; {PRECOMPUTE}")

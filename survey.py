@@ -42,6 +42,8 @@ def survey(suite, n_tasks, n_states, workers, timeout):
 
     timeout: seconds that a task may take.
     """
+    for i in range(n_tasks):
+        find_task(suite, i)  # an unknown suite, or one with fewer tasks, is said before a simulator starts
     jobs = [(suite, i) for i in range(n_tasks)]
     rows = {}
     for outcome in tqdm(run_jobs(jobs, SurveyWorker, (n_states,), workers, recycle=1, timeout=timeout), total=len(jobs), desc="survey"):

@@ -10,7 +10,6 @@ import os
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: huge pages take a third off a CPU step
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -29,9 +28,10 @@ import plots
 import settings
 from backbone import Backbone, resolve_backbone
 from policy import add_config_flags
+from records import RESUME, read_metrics
 from registry import REGISTRY, look_up
 from runtime import (RunLogger, StopSignal, UserError, append_jsonl, choose_device, command_line, git_commit, init_distributed,
-                     read_jsonl, run_script, seed_everything, versions, write_json)
+                     read_json, run_script, seed_everything, versions, write_json)
 from trainer import Trainer
 from validation import free_run, predict_newest, rollout_line, rollout_summary, to_device, to_pixels
 
@@ -96,7 +96,7 @@ def parse_args(argv=None):
         stored = first.resume / "config.json"
         if not stored.is_file():
             raise UserError(f"--resume {first.resume}: no {stored}, so this is no run folder")
-        values = json.loads(stored.read_text())
+        values = read_json(stored, "run of train.py", "train again with another --out", RESUME)
         if any(word.startswith("--max_minutes") for word in values["argv"]):
             raise UserError(f"--resume {first.resume}: was started with --max_minutes, and {BUDGETS_ARE_STEPS}; "
                             "its checkpoint.safetensors still loads, train anew to go further")
@@ -254,7 +254,7 @@ def finish(trainer):
     if trainer.step % trainer.args.val_every or trainer.metrics is None:
         trainer.validate()
     trainer.save()
-    plots.loss_curve(read_jsonl(folder / "metrics.jsonl"), folder / "loss.png")
+    plots.loss_curve(read_metrics(folder), folder / "loss.png")
     overlays(policy, val_set, trainer.dist.device, folder)
     trainer.logger.log(trainer.step, free_runs(policy, val_set, folder))
     print(f"{folder}/checkpoint.safetensors: {trainer.step} steps, {trainer.minutes:.1f} minutes of training and "

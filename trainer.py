@@ -17,7 +17,8 @@ import finetune
 from checkpoint import load_tensors, save_policy, save_tensors
 from data import shifted_sideways
 from policy import Shard
-from runtime import UserError, autocast, read_jsonl
+from records import read_metrics
+from runtime import UserError, autocast
 from validation import to_device, validate
 
 LOOK_EVERY = 10  # steps between two looks at a GPU's numbers, for which the CPU has to wait
@@ -251,7 +252,7 @@ class Trainer:
         self.metrics = validate(self.policy, self.val_set, self.dist.device, limit=limit)
         self.validation_minutes += (time.perf_counter() - started) / 60
         self.logger.log(self.step, {**self.metrics, **self.measured_minutes()})
-        rows = read_jsonl(self.folder / "metrics.jsonl") if self.freeze_steps else []
+        rows = read_metrics(self.folder) if self.freeze_steps else []
         creep = finetune.volume_creep(rows, self.freeze_steps)
         if creep:
             tqdm.write(("warning: " if creep[1] else "") + creep[0])

@@ -370,7 +370,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(saved, para, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
     monkeypatch.setattr(checkpoint, "save_file", half)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=f"{saved.name}: cannot be written .No space left"):
         checkpoint.save_policy(saved, para.policy(1), "para", {})
     assert saved.read_bytes() == before
     assert sorted(p.name for p in saved.parent.iterdir()) == ["policy.json", "policy.safetensors"]

@@ -10,10 +10,10 @@ from conftest import ROOT
 
 LAYERS = [
     {"rot_utils", "camera", "layers", "layers_voxel", "layers_voxel_triton", "metrics", "runtime", "flags", "timing", "workers", "settings", "plots",
-     "plots_rotation", "plots_settings", "graph", "pages", "fusion", "renderer"},
+     "plots_rotation", "plots_settings", "graph", "pages", "fusion", "renderer", "hdf5", "records"},
     {"backbone", "demos", "smith300", "policy", "volume", "history", "matrix_table"},
     {"libero_env", "expert", "variants", "rollout"},  # and every model* and data*
-    {"registry", "checkpoint", "finetune", "validation", "bench_attention", "survey", "trainer", "protocol"},
+    {"registry", "checkpoint", "finetune", "validation", "bench_attention", "survey", "trainer", "protocol", "parts"},
     {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
      "check_setup", "premise", "openloop", "diagnose"},
 ]
