@@ -63,11 +63,11 @@ def main(argv=None):
     table = {"command": command_line(), "commit": git_commit(), "dataset": str(args.dataset), "task_suite": str(attributes.get("task_suite")),
              "task_id": int(attributes.get("task_id", 0)), "rows": rows}
     write_json(args.out / "openloop.json", table)
-    print(f"\n{'model':<24}{'fed':<11}{'coverage 4 / 8 / 16 px':<26}{'of points in view':<26}{'jerk mm (true)':<16}{'jitter mm':<11}px median / 90%")
+    print(f"\n{'model':<24}{'fed':<11}{'coverage 4 / 8 / 16 px':<26}{'of points in view':<26}{'2nd diff. mm (true)':<20}{'jitter mm':<11}px median / 90%")
     for r in rows:
         cover, seen = (" / ".join(f"{r[f'coverage_{e}px{kind}']:.3f}" for e in EPS) for kind in ("", "_in_view"))
         print(f"{r['model_type']:<24}{r['fed']:<11}{cover:<26}{seen:<26}"
-              f"{r['jerk_mm']:6.1f} ({r['true_jerk_mm']:.1f}){'':<3}{r['jitter_mm']:6.1f}{'':<5}{r['px_median']:.1f} / {r['px_p90']:.1f}")
+              f"{r['jerk_mm']:6.1f} ({r['true_jerk_mm']:.1f}){'':<7}{r['jitter_mm']:6.1f}{'':<5}{r['px_median']:.1f} / {r['px_p90']:.1f}")
     print(f"{args.out}/openloop.json, rollout_*.png")
 
 

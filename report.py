@@ -10,21 +10,42 @@ from pathlib import Path
 
 import flags
 import plots
+from metrics import EARLY, within
 from pages import STYLE, embed, figure, html_table, markdown_table, percent, rate
-from records import read_config, read_metrics, read_summary
+from records import read_config, read_episodes, read_metrics, read_summary
 from runtime import atomic_path, run_script
+
+
+def with_early_rates(folder):
+    """The summary of an evaluation, with rates within EARLY steps from its episodes where it is older than these."""
+    summary = read_summary(folder)
+    if f"success_{EARLY}_rate" not in summary and summary["n"]:
+        rows = [r for r in read_episodes(folder) if "crash" not in r]
+        if len(rows) == summary["n"]:
+            summary.update({f"{name}_{EARLY}_rate": sum(within(r, name, EARLY) for r in rows) / len(rows)
+                            for name in ("success", "released")})
+    return summary
+
+
+def early(summary, name):
+    """The rate within EARLY steps as text before that at the end; nothing where it is not known."""
+    found = summary.get(f"{name}_{EARLY}_rate")
+    return "" if found is None else f"{100 * found:.0f} / "
 
 
 def success_table(summaries):
     """HTML table: a row per evaluation."""
-    head = ["policy", "layout", "n", "placed and released", "LIBERO success", "outcomes", "steps",
-            "jerk mm/step<sup>2</sup>", "coverage 4 / 8 / 16 px", "s / episode"]
+    head = ["policy", "layout", "n", f"placed and released, {EARLY} steps / end", f"LIBERO success, {EARLY} steps / end", "outcomes",
+            "steps", "jerk (2nd difference) mm/step<sup>2</sup>", "3rd difference mm/step<sup>3</sup>", "coverage 4 / 8 / 16 px",
+            "on path 4 / 8 / 16 px", "path length", "s / episode"]
     rows = []
     for s in summaries:
         number = lambda key, form: "-" if s.get(key) is None else format(s[key], form)
-        cells = [html.escape(s["model_type"]), html.escape(s["setting"]), str(s["n"]), rate(s["released_rate"], s["released_interval"]),
-                 rate(s["success_rate"], s["interval"]), ", ".join(f"{k} {v}" for k, v in s["outcomes"].items() if v),
-                 number("mean_steps", ".0f"), number("jerk_mm", ".3f"), " / ".join(number(f"coverage_{e}px", ".2f") for e in (4, 8, 16)),
+        cells = [html.escape(s["model_type"]), html.escape(s["setting"]), str(s["n"]), early(s, "released") + rate(s["released_rate"], s["released_interval"]),
+                 early(s, "success") + rate(s["success_rate"], s["interval"]), ", ".join(f"{k} {v}" for k, v in s["outcomes"].items() if v),
+                 number("mean_steps", ".0f"), number("jerk_mm", ".3f"), number("third_difference_mm", ".3f"),
+                 *(" / ".join(number(f"{name}_{e}px", ".2f") for e in (4, 8, 16)) for name in ("coverage", "on_path")),
+                 number("path_length_ratio", ".2f"),
                  f"{s['seconds_per_episode']['total']:.1f}" if s["seconds_per_episode"] else "-"]
         rows.append(cells)
     return html_table(head, rows, strong=(3,))
@@ -36,15 +57,17 @@ def markdown(summaries):
     for s in summaries:
         cover = " / ".join("-" if s.get(f"coverage_{e}px") is None else f"{s[f'coverage_{e}px']:.2f}" for e in (4, 8, 16))
         if s["n"]:
-            rows.append([s["model_type"], f"{s['setting']}, n = {s['n']}", percent(s["released_rate"], s["released_interval"]),
-                         percent(s["success_rate"], s["interval"]), f"{s['mean_steps']:.0f}", f"{s['jerk_mm']:.2f}", cover])
-    return markdown_table(["policy", "layout", "placed and released", "LIBERO success", "steps", "jerk", "coverage 4 / 8 / 16 px"], rows)
+            rows.append([s["model_type"], f"{s['setting']}, n = {s['n']}",
+                         early(s, "released") + percent(s["released_rate"], s["released_interval"]),
+                         early(s, "success") + percent(s["success_rate"], s["interval"]), f"{s['mean_steps']:.0f}", f"{s['jerk_mm']:.2f}", cover])
+    return markdown_table(["policy", "layout", f"placed and released, {EARLY} steps / end", f"LIBERO success, {EARLY} steps / end",
+                           "steps", "jerk (2nd difference, mm/step²)", "coverage 4 / 8 / 16 px"], rows)
 
 
 def build(run, evals):
     """The page's HTML."""
     config = read_config(run) if run else {}
-    summaries = [read_summary(e) for e in evals]
+    summaries = [with_early_rates(e) for e in evals]
     page = ["<!doctype html><meta charset=utf-8><title>PARA on LIBERO: report</title>", f"<style>{STYLE}</style>",
             "<h1>PARA on LIBERO: closed-loop report</h1>"]
     if config:
@@ -93,7 +116,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     if args.markdown:
-        print(markdown([read_summary(e) for e in args.evals]))
+        print(markdown([with_early_rates(e) for e in args.evals]))
         return
     page, summaries = build(args.run, args.evals)
     with atomic_path(args.out) as scratch:
