@@ -134,11 +134,11 @@ def file_attributes_of(path, file):
     if ours and found["format"] != FORMAT:
         raise UserError(f"{path}: data, attribute 'format' is {found['format']!r}, this version reads {FORMAT}; update the repository")
     orientation = found.get("image_orientation", None if ours else "flipped")  # official files do not say it
-    if orientation not in ORIENTATIONS:
+    if not isinstance(orientation, str) or orientation not in ORIENTATIONS:
         raise UserError(f"{path}: data, attribute 'image_orientation' is {orientation!r}, one of {', '.join(ORIENTATIONS)} is "
                         f"expected; {RECOLLECT}")
     part = found.get("part", "train")
-    if part not in ("train", "val"):
+    if not isinstance(part, str) or part not in ("train", "val"):
         raise UserError(f"{path}: data, attribute 'part' is {part!r}, train or val is expected; {RECOLLECT}")
     return {**found, "image_orientation": orientation} if "image_orientation" in found else found
 
@@ -264,8 +264,9 @@ def read_demos(path, image_size=None, limit=None):
         if not names:
             raise UserError(f"{path}: data holds no demo_0, demo_1, ...: zero demonstrations; {RECOLLECT}")
         attributes = file_attributes_of(path, file)
-        if attributes.get("num_demos", len(names)) != len(names):
-            raise UserError(f"{path}: data, attribute 'num_demos' is {attributes['num_demos']}, {len(names)} demonstrations are there; set "
+        stated = attributes.get("num_demos", len(names))
+        if not isinstance(stated, int) or stated != len(names):
+            raise UserError(f"{path}: data, attribute 'num_demos' is {stated}, {len(names)} demonstrations are there; set "
                             f"it to {len(names)} if you dropped some, or {RECOLLECT}")
         ours = "format" in attributes
         found = [read_demo(path, file, name, image_size, ours) for name in names[:limit]]

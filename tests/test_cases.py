@@ -78,6 +78,10 @@ H5 = {
     "angles in degrees": (replaced("obs/ee_ori", lambda g, k, v: g.__setitem__(k, np.degrees(v))), "obs/ee_ori", "degrees"),
     "an orientation that nobody knows": (lambda f: f["data"].attrs.__setitem__("image_orientation", "sideways"), "image_orientation",
                                          "upright, flipped"),
+    "an orientation that is a list": (lambda f: f["data"].attrs.__setitem__("image_orientation", [1, 2]), "image_orientation"),
+    "a part that is a list": (lambda f: f["data"].attrs.__setitem__("part", [1, 2]), "part"),
+    "a number of demonstrations that is a list": (lambda f: f["data"].attrs.__setitem__("num_demos", [1, 2]), "num_demos"),
+    "more demonstrations than there are": (lambda f: f["data"].attrs.__setitem__("num_demos", 2), "num_demos", "1 demonstrations"),
     "an orientation that is a number": (lambda f: f["data"].attrs.__setitem__("image_orientation", 3), "image_orientation"),
 }
 
