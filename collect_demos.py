@@ -34,7 +34,6 @@ from libero_env import JOINT_JITTER, OPEN, OPEN_WIDTH, Scene, env_metadata, find
 from parts import check_replaceable, gather, merge, part_path, readable
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, fits, read_json, run_script, write_json
-from survey import survey
 from variants import STAY_STEPS, VARIANTS, new_account, new_expert
 from workers import TIMEOUT, run_jobs
 
@@ -342,6 +341,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.survey:
+        from survey import survey  # it imports torch, which no worker of a collection needs
         args.n_demos = args.n_demos or 50
         return survey(args.survey, args.n_tasks, args.n_demos, args.workers, args.timeout)
     drawn = [f"--{name}" for name in ("format", "grasp", "variant", "setting", "part", "split", "start_jitter", "start_spread", "turn_spread", "push_rate",

@@ -1,6 +1,12 @@
-"""How the tests run the scripts: as subprocesses, in a folder of their own."""
+"""How the tests run the scripts: as processes of their own, in a folder of their own."""
+import atexit
+import functools
+import json
+import os
+import select
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -8,21 +14,79 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = "112"
 
 
-def command(*arguments):
-    return [sys.executable, *map(str, arguments)]
+def environment():
+    """What a script would find in its environment, but for pytest's own."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+
+
+class Forked:
+    """A script that warm.py forked for; as much of subprocess.Popen as is needed here."""
+
+    def __init__(self, server, arguments, cwd, files):
+        self.server, self.args, self.returncode = server, arguments, None
+        request = {"arguments": [str(a) for a in arguments], "cwd": str(Path(cwd).resolve()), "files": [str(f) for f in files]}
+        server.stdin.write(json.dumps(request).encode() + b"\n")
+        self.pid = int(server.stdout.readline())
+
+    def poll(self):
+        if self.returncode is None and select.select([self.server.stdout], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            if not select.select([self.server.stdout], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = int(self.server.stdout.readline())
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        os.kill(self.pid, 9)
+
+
+@functools.cache
+def warm():
+    """(warm.py, running; the environment that it has)."""
+    server = subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                              cwd=ROOT, env=environment())
+    atexit.register(server.communicate)  # it leaves when stdin ends
+    return server, environment()
+
+
+def start(arguments, cwd, files):
+    """Start a script of the repository in `cwd`, its output and its errors into `files` -> a process.
+
+    Where the environment was changed, which libraries read when they are imported, it is a fresh interpreter.
+    """
+    script, *rest = arguments
+    if hasattr(os, "fork") and sys.platform == "linux" and environment() == warm()[1]:
+        return Forked(warm()[0], [ROOT / script, *rest], cwd, files)
+    with open(files[0], "wb") as out, open(files[1], "wb") as err:
+        return subprocess.Popen([sys.executable, ROOT / script, *map(str, rest)], cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
 
 
 def run(*arguments, cwd, ok=True, timeout=400):
     """Run a script of the repository in `cwd` -> CompletedProcess; its output is shown when it fails."""
-    done = subprocess.run(command(ROOT / arguments[0], *arguments[1:]), cwd=cwd, capture_output=True, text=True, timeout=timeout)
-    assert not ok or done.returncode == 0, done.stdout + done.stderr
-    return done
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("out", "err")]
+        process = start(arguments, cwd, files)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        out, err = (file.read_text() for file in files)
+    assert not ok or process.returncode == 0, out + err
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def interrupt(arguments, cwd, when, number, timeout=300):
     """Start a script, send it a signal as soon as `when()` holds, wait for its end -> exit code."""
-    process = subprocess.Popen(command(ROOT / arguments[0], *arguments[1:]), cwd=cwd, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = start(arguments, cwd, [os.devnull, os.devnull])
     deadline = time.time() + timeout
     while not when() and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)

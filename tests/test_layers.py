@@ -93,7 +93,7 @@ def test_one_file_knows_the_simulator():
 @pytest.mark.parametrize("names, absent", [
     (["rot_utils", "camera"], ["torch", "h5py"]),
     (["libero_env"], ["robosuite", "libero", "mujoco", "torch"]),
-    (["workers", "demos", "smith300"], ["torch", "timm"]),
+    (["workers", "demos", "smith300", "collect_demos"], ["torch", "timm"]),
     (["registry", "checkpoint"], ["robosuite", "libero", "mujoco"]),
 ])
 def test_light_imports_stay_light(names, absent):

@@ -195,7 +195,7 @@ def test_expert_succeeds_through_eval_and_eval_resumes(tmp_path):
 def test_checkpoint_runs_in_closed_loop(trained, tmp_path):
     """A trained checkpoint acts in the simulator, on the shifted layout too, and leaves rows, video and sheet."""
     done = run("eval.py", "--ckpt", trained[0] / "checkpoint.safetensors", "--teleport", "--zero_rotation", "--max_steps", 25, "--layout",
-               "shifted", "--n_episodes", 2, "--n_videos", 1, "--out", "cell", cwd=tmp_path)
+               "shifted", "--n_episodes", 2, "--n_videos", 1, "--workers", 1, "--out", "cell", cwd=tmp_path)
     cell = summary(tmp_path / "cell")
     assert cell["n"] == 2 and cell["model_type"] == "para" and "training_frame_difference" in done.stdout + done.stderr
     assert cell["demos_mujoco"] == cell["versions"]["mujoco"] and "warning" not in done.stdout
@@ -208,8 +208,8 @@ def test_checkpoint_runs_in_closed_loop(trained, tmp_path):
 
 def test_rotation_and_plain_actions_run(trained, tmp_path):
     """Without --teleport and --zero_rotation the same checkpoint sends delta actions and rotations."""
-    run("eval.py", "--ckpt", trained[0] / "checkpoint.safetensors", "--max_steps", 20, "--n_episodes", 1, "--n_videos", 0, "--out", "cell",
-        cwd=tmp_path)
+    run("eval.py", "--ckpt", trained[0] / "checkpoint.safetensors", "--max_steps", 20, "--n_episodes", 1, "--n_videos", 0,
+        "--workers", 1, "--out", "cell", cwd=tmp_path)
     assert summary(tmp_path / "cell")["mean_steps"] == 20
 
 

@@ -52,8 +52,14 @@ def evaluated(trained, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Features and expert's paths, computed by the first command that asks, as in a user's folder."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("line", PYTHON)
-def test_readme_command_runs(line, collected, trained, synthetic_episodes, tmp_path, request):
+def test_readme_command_runs(line, collected, trained, synthetic_episodes, cache, tmp_path, request):
     """A README command as a subprocess: the same flags, then fewer steps and smaller images (the last of two flags wins)."""
     words = shlex.split(line)[1:]
     script = words[0]
@@ -71,6 +77,7 @@ def test_readme_command_runs(line, collected, trained, synthetic_episodes, tmp_p
     for name in ("NAME", "OTHER"):
         (tmp_path / "runs" / name).symlink_to(trained[0])
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    (tmp_path / "cache").symlink_to(cache)
     if "--replay" in words:
         (tmp_path / "OFFICIAL.hdf5").symlink_to(collected[0])
         small = ["--n_demos", "1", "--image_size", SIZE]

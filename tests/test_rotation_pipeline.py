@@ -10,7 +10,7 @@ from helpers import SIZE, interrupt, run
 from rot_utils import BASIS_FILE, load_basis, load_stats
 from smith300 import read_episodes
 
-COLLECT = ("collect_demos.py", "--grasp", "rim", "--layout_spread", 0.05, "--push_rate", 0, "--clean_scene", "--image_size", SIZE, "--n_demos", 3)
+COLLECT = ("collect_demos.py", "--grasp", "rim", "--layout_spread", 0.05, "--push_rate", 0, "--clean_scene", "--image_size", SIZE, "--n_demos", 3, "--workers", 1)
 
 
 def train_flags(dataset, out, *flags):
