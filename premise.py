@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from libero_env import WAIT_STEPS, Scene, find_task, init_states, installed_suites
-from pages import markdown_table, read_json
-from runtime import UserError, append_jsonl, command_line, git_commit, read_jsonl, run_script, versions, write_json
+from pages import markdown_table
+from runtime import UserError, append_jsonl, command_line, git_commit, read_json, read_jsonl, run_script, versions, write_json
 from workers import run_jobs
 
 SUBSTEPS = 25  # physics steps of 2 ms in a control step of 50 ms
