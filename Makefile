@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: setup demo test bench docs clean-demo
+.PHONY: setup demo test gpu bench docs clean-demo
 
 setup: $(STAMP)
 	@$(PY) check_setup.py
@@ -23,7 +23,13 @@ demo: setup
 	@PY=$(PY) ./demo.sh $(DEMO)
 
 test: setup
-	@$(PY) -m pytest tests -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	@$(PY) -m pytest tests -q -m 'not gpu' -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+# no setup: make gpu PY=python3 needs torch, timm, h5py, pytest and the backbone's package, no LIBERO
+gpu:
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "error: make gpu needs a GPU and torch sees none here; make test checks the rest" >&2; exit 2; }
+	@timeout 540 sh -c '$(PY) -m pytest tests/gpu -q -m gpu && $(PY) bench_gpu.py'
 
 bench: setup
 	@$(PY) bench.py

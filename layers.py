@@ -3,9 +3,16 @@
 A frame is a group of N tokens. Inside a group attention is bidirectional; across groups it is causal and sees the last
 `context` frames. Since no token's inputs change later, keys and values of past frames can be kept (`FrameBlock`'s `past`).
 """
+import functools
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+FLEX_HEAD = 16  # the smallest width of a head that compiled FlexAttention supports
+SHAPES = 64  # that it is compiled for at most
 
 
 def fourier(x, n_frequencies, base=torch.pi):
@@ -14,13 +21,15 @@ def fourier(x, n_frequencies, base=torch.pi):
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
+@dataclass(frozen=True)
 class Resolutions:
     """Which tokens of a group later frames see. A group is [high-resolution patches, EEF, query, low-resolution patches]:
     for `recent` frames, its own included, the first `n_young` tokens; after that, those from `old_start` on. recent 0: all, always.
     """
 
-    def __init__(self, recent=0, n_young=0, old_start=0):
-        self.recent, self.n_young, self.old_start = recent, n_young, old_start
+    recent: int = 0
+    n_young: int = 0
+    old_start: int = 0
 
     def gather(self, x, first, t):
         """Tokens of x (B,T,N,h,e) that frame t sees of frames first..t -> (B,h,M,e)."""
@@ -39,13 +48,14 @@ class Resolutions:
         return seen & torch.where(age < self.recent, key_token < self.n_young, key_token >= self.old_start)
 
 
-def frame_attention(q, k, v, context, resolutions=Resolutions()):
-    """Block-causal attention, exact, by one unmasked call a frame over the prefix that it sees.
+def frame_attention(q, k, v, context, resolutions=Resolutions(), way="auto"):
+    """Block-causal attention, exact: q (B,Tq,Nq,h,e) of the last Tq frames of k, v (B,Tk,N,h,e) -> (B,Tq,Nq,h,e).
 
-    q (B,Tq,Nq,h,e) belongs to the last Tq frames of k, v (B,Tk,N,h,e) -> (B,Tq,Nq,h,e). No score is computed in vain,
-    which is twice as fast as a mask on a CPU, and none is stored.
+    sdpa: one unmasked call a frame over the prefix that it sees. No score is computed in vain, which is twice as fast as a mask on a
+    CPU, and none is stored. flex: one compiled FlexAttention call. auto: flex on a GPU for whole frames of heads that it supports.
     """
-    if q.is_cuda and q.shape[1] > 1:
+    many = q.shape[1] > 1 and q.shape[2] > 1  # a single query a frame, as in the last layer, is no work for it
+    if way == "flex" or way == "auto" and q.is_cuda and many and q.shape[-1] >= FLEX_HEAD:
         return flex_frame_attention(q, k, v, context, resolutions)
     out, offset = [], k.shape[1] - q.shape[1]
     for i in range(q.shape[1]):
@@ -63,32 +73,43 @@ def dense_mask(n_query_frames, n_query, n_frames, n_tokens, context, resolutions
     return resolutions.visible(q[:, None], index // n_tokens, index % n_tokens, context)
 
 
-_compiled = {}
+@functools.lru_cache(maxsize=64)
+def block_mask(Tq, Nq, Tk, N, context, resolutions, device):
+    """The rule as FlexAttention's mask of blocks, of queries (Tq*Nq) over keys (Tk*N)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def mask(_, __, i, j):
+        return resolutions.visible(i // Nq + Tk - Tq, j // N, j % N, context)
+    return create_block_mask(mask, None, None, Tq * Nq, Tk * N, device=device)
 
 
-def flex_frame_attention(q, k, v, context, resolutions=Resolutions()):
-    """`frame_attention` as one FlexAttention call, whose empty blocks are skipped (compiled on a GPU)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+@functools.cache
+def compiled_flex():
+    """FlexAttention, compiled anew for every shape: without fusion all scores would be stored."""
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_frame_attention(q, k, v, context, resolutions=Resolutions(), compile=None):
+    """`frame_attention` as one FlexAttention call, whose empty blocks are skipped. compile: None for on a GPU.
+
+    A shape beyond the SHAPES-th raises, where torch would silently go on with dense scores."""
+    from torch.nn.attention.flex_attention import flex_attention
     (B, Tq, Nq, h, e), (Tk, N) = q.shape, k.shape[1:3]
-    key = (Tq, Nq, Tk, N, context, resolutions.recent, resolutions.n_young, resolutions.old_start, q.device)
-    if key not in _compiled:
-        def mask(_, __, i, j):
-            return resolutions.visible(i // Nq + Tk - Tq, j // N, j % N, context)
-        _compiled[key] = create_block_mask(mask, None, None, Tq * Nq, Tk * N, device=q.device)
-    if "call" not in _compiled:
-        _compiled["call"] = torch.compile(flex_attention, dynamic=False)
-    call = _compiled["call"] if q.is_cuda else flex_attention
     flat = lambda x: x.flatten(1, 2).transpose(1, 2)  # (B,T,N,h,e) -> (B,h,T*N,e)
-    out = call(flat(q), flat(k), flat(v), block_mask=_compiled[key])
+    mask = block_mask(Tq, Nq, Tk, N, context, resolutions, q.device)
+    with torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=4 * SHAPES, fail_on_recompile_limit_hit=True):
+        call = compiled_flex() if q.is_cuda or compile else flex_attention
+        out = call(flat(q), flat(k), flat(v), block_mask=mask)
     return out.transpose(1, 2).unflatten(1, (Tq, Nq))
 
 
 class FrameBlock(nn.Module):
     """Pre-norm transformer block over groups of tokens (B,T,N,d)."""
 
-    def __init__(self, dim, n_heads, mlp_ratio=4):
+    def __init__(self, dim, n_heads, mlp_ratio=4, attention="auto"):
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.attention = n_heads, attention  # see frame_attention
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
@@ -105,7 +126,7 @@ class FrameBlock(nn.Module):
         if rows is not None:
             x, y = x[:, :, rows], y[:, :, rows]
         q = self.q(y).unflatten(-1, (self.n_heads, -1))
-        x = x + self.out(frame_attention(q, k, v, context, resolutions).flatten(-2))
+        x = x + self.out(frame_attention(q, k, v, context, resolutions, self.attention).flatten(-2))
         return x + self.mlp(self.norm2(x)), (k, v)
 
     def weights(self, x, row, n_tokens):

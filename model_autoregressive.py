@@ -21,8 +21,9 @@ from torch import nn
 
 import flags
 from history import FingerLinear, HistoryConfig, HistoryPolicy
-from layers import FrameBlock, Resolutions, fourier
+from layers import FLEX_HEAD, FrameBlock, Resolutions, fourier
 from policy import check_heads, fingers_closed, flag
+from runtime import UserError
 from volume import dilated_convolutions, mark_cell, ray_layers
 
 TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
@@ -39,6 +40,7 @@ class AutoregressiveConfig(HistoryConfig):
     n_layers: int = flag(6, "layers")
     n_heads: int = flag(6, "attention heads")
     mlp_ratio: int = flag(4, "feed-forward width over d")
+    attention: str = flag("auto", "one FlexAttention call, or a call a frame; auto: the first on a GPU", ("auto", "sdpa", "flex"))
     patch_grid: int = flag(28, "patch tokens a side")
     recent_hires: int = flag(0, "the K newest frames at --patch_grid, older ones at half of it; 0: all alike", low=0)
     head: str = flag("pointer", "query . cell features, or an MLP over absolute cells", ("pointer", "mlp"))
@@ -70,6 +72,8 @@ class AutoregressivePolicy(HistoryPolicy):
         super().__init__(config, channels)
         c, d = config, config.dim
         check_heads(c)
+        if c.attention == "flex" and d // c.n_heads < FLEX_HEAD:
+            raise UserError(f"--attention flex: heads are {d // c.n_heads} wide (--dim / --n_heads) and it needs {FLEX_HEAD}; use sdpa")
         self.n_patches, n_old = c.patch_grid**2, (c.patch_grid // 2) ** 2 if c.recent_hires else 0
         self.resolutions = Resolutions(c.recent_hires, self.n_patches + 2, self.n_patches)
         self.project = nn.ModuleList([nn.Conv2d(n, d, 1) for n in channels])
@@ -84,7 +88,7 @@ class AutoregressivePolicy(HistoryPolicy):
             self.position = nn.ModuleList([linear(2 * SPACE_FREQUENCIES) for _ in "yx"])
         if n_old:
             self.coarse = nn.Parameter(torch.randn(d) * 0.5)  # tells pooled patches from patches
-        self.blocks = nn.ModuleList([FrameBlock(d, c.n_heads, c.mlp_ratio) for _ in range(c.n_layers)])
+        self.blocks = nn.ModuleList([FrameBlock(d, c.n_heads, c.mlp_ratio, c.attention) for _ in range(c.n_layers)])
         self.norm = nn.LayerNorm(d)
         states = 2 if c.finger_heads else 1
         if c.head == "pointer":

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import layers
 from conftest import SIZE
 from data_ar import NEAR, WindowDataset, following_frames, window_frames
 from data import held_frames, waypoint_labels
@@ -313,3 +314,43 @@ def test_bad_settings_are_named():
     with pytest.raises(UserError, match="--n_heads"):
         AutoregressivePolicy(config(dim=30, n_heads=4), [40, 112])
     assert dataclasses.asdict(config())["feedback"] == "measured"
+
+
+# -- the way to compute attention ----------------------------------------------------------------------------------------
+
+
+def test_attention_can_be_chosen(windows):
+    """--attention sdpa and flex are the same policy: FlexAttention can be switched off, and on where it is not the default."""
+    losses = []
+    for way in ("auto", "sdpa", "flex"):
+        torch.manual_seed(0)
+        policy = policy_of(windows, attention=way, dim=32, n_heads=2)
+        assert {block.attention for block in policy.blocks} == {way}
+        with torch.no_grad():  # without a compiler it has no backward pass on a CPU
+            losses.append(policy.loss(windows.batch([0, 5]))["loss"].item())
+    assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_flex_needs_wide_heads(windows):
+    """Heads that compiled FlexAttention does not support are refused where it is asked for, in one sentence, and are no error else."""
+    with pytest.raises(UserError, match="--attention flex: heads are 4 wide .* needs 16; use sdpa"):
+        policy_of(windows, attention="flex", dim=16, n_heads=4)
+    policy_of(windows, attention="auto", dim=16, n_heads=4)
+
+
+def test_more_shapes_than_torch_allows(monkeypatch):
+    """Last batches and growing windows have other shapes: from the ninth on torch would silently compute dense scores."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(1)
+        return graph.forward
+    from torch.nn.attention.flex_attention import flex_attention
+    monkeypatch.setattr(layers, "compiled_flex", lambda: torch.compile(flex_attention, backend=backend, dynamic=False))
+    torch._dynamo.reset()
+    call = layers.compiled_flex()
+    monkeypatch.setattr(layers, "compiled_flex", lambda: call)
+    for n in range(1, 11):
+        q, k, v = (torch.randn(n, 2, 3, 1, 16) for _ in "qkv")
+        layers.flex_frame_attention(q, k, v, 2, compile=True)
+    assert len(compiled) == 10

@@ -1,10 +1,15 @@
 """--device: what it means, and one sentence at once where it cannot be had."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import deploy_dino_kv
 import eval as evaluation
 import train
+from conftest import ROOT
 from runtime import UserError, choose_device
 
 
@@ -69,3 +74,21 @@ def test_scripts_refuse_a_device_at_once(device, gpus, tmp_path):
 def test_evaluation_takes_the_gpu_by_default():
     """As training does."""
     assert evaluation.build_parser().parse_args([]).device == "auto"
+
+
+def test_the_gpu_tests_own_code_runs(tmp_path):
+    """`make gpu` is for machines that are rarely at hand: what it runs is tried on the CPU, at small sizes."""
+    environment = {**os.environ, "PARA_GPU_TEST_DEVICE": "cpu"}
+    for command in (["-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "-k", "not training and not two_ranks"],
+                    ["bench_gpu.py", "--device", "cpu", "--quick", "--rounds", "1", "--out", str(tmp_path / "cpu.json")]):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "cpu.json").is_file()
+
+
+def test_make_gpu_without_a_gpu_says_so():
+    """One sentence and a failure, not a page of skipped tests that looks like success."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(["make", "gpu", f"PY={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "error: make gpu needs a GPU" in done.stderr

@@ -14,7 +14,7 @@ LAYERS = [
     {"backbone", "demos", "smith300", "policy", "volume", "history", "matrix_table"},
     {"libero_env", "expert", "variants", "rollout"},  # and every model* and data*
     {"registry", "checkpoint", "finetune", "validation", "bench_attention", "survey", "trainer", "protocol", "parts"},
-    {"collect_demos", "train", "eval", "report", "bench", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
+    {"collect_demos", "train", "eval", "report", "bench", "bench_gpu", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv", "compare_rotation",
      "check_setup", "premise", "openloop", "diagnose"},
 ]
 SCRIPTS = LAYERS[4]
