@@ -56,7 +56,8 @@ def test_readmes_success_rates_are_those_of_the_table():
              "D's volume head (v7)": "d", "PARA, cameras turned about the robot in training": "para_turned",
              "blind replay": "blind", "oracle": "oracle"}
     table = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())
-    rates = {(c["row"], c["layout"]): f"{100 * c['success']['rate']:.0f}%" for c in table["cells"]}
+    cells = sorted(table["cells"], key=lambda c: not c["otherwise"])  # what other commands made counts where nothing else is there
+    rates = {(c["row"], c["layout"]): f"{100 * c['success']['rate']:.0f}%" for c in cells}
     text = (ROOT / "README.md").read_text()
     block = re.search(r"(?m)^\| \| (benchmark.*)\|\n\|[-|]+\n((?:\|.*\n)+)", text)
     layouts = [c.strip() for c in block[1].split("|")]
