@@ -53,7 +53,7 @@ def test_demonstrations_can_start_beside_the_start(tmp_path):
 def test_demonstrations_can_be_seen_from_cameras_turned_about_the_robot(tmp_path):
     """--turn_spread: cameras of their own, as far from the robot's base as agentview, as high and as steep, whose images show the robot where
     they say."""
-    run("collect_demos.py", "--turn_spread", 40, "--clean_scene", "--n_demos", 2, "--image_size", SIZE, "--workers", 1, "--push_rate", 0, "--out", "turned.hdf5", cwd=tmp_path)
+    run("collect_demos.py", "--turn_spread", 40, "--n_demos", 2, "--image_size", SIZE, "--workers", 1, "--push_rate", 0, "--out", "turned.hdf5", cwd=tmp_path)
     path, base, (_, E) = tmp_path / "turned.hdf5", np.array([-0.66, 0.0]), settings.default_camera()
     cameras = np.stack([d.E for d in demo_files.read_demos(path, int(SIZE))[0]])
     away = cameras[:, :2, 3] - base
