@@ -179,10 +179,11 @@ def scene():
 
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory):
-    """Three demonstrations from the real simulator, of a seed that no committed checkpoint was trained on, collected through a
-    SIGKILL in the middle -> (file, {part: its time}, the second process)."""
+    """Three demonstrations from the real simulator, collected through a SIGKILL in the middle -> (file, {part: its time}, the second
+    process). Of the clean scene, whose images and steps cost a third."""
     def collect(folder):
-        arguments = ("collect_demos.py", "--n_demos", 3, "--seed", 7, "--image_size", helpers.SIZE, "--workers", 1, "--out", "demos.hdf5")
+        arguments = ("collect_demos.py", "--n_demos", 3, "--seed", 7, "--image_size", helpers.SIZE, "--clean_scene", "--workers", 1,
+                     "--out", "demos.hdf5")
         parts = folder / "demos.hdf5.parts"
         code = helpers.interrupt(arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL)
         assert code == -signal.SIGKILL and not (folder / "demos.hdf5").exists()

@@ -18,13 +18,12 @@ SHIFT_PX, BLANK_RATIO = 2.0, 3.0  # at most, at least
 
 
 @pytest.fixture(scope="module")
-def full_size(collected, tmp_path_factory):
-    """One of the collected demonstrations, which no committed checkpoint was trained on, rendered at the checkpoints' size."""
-    def replay(folder):
-        run("collect_demos.py", "--replay", collected[0], "--n_demos", 1, "--image_size", 448, "--workers", 1, "--out", folder / "demo.hdf5",
-            cwd=folder)
+def full_size(tmp_path_factory):
+    """A demonstration of the full scene at the checkpoints' size, of a seed that none of them was trained on."""
+    def collect(folder):
+        run("collect_demos.py", "--n_demos", 1, "--seed", 7, "--workers", 1, "--out", folder / "demo.hdf5", cwd=folder)
         return with_basis(folder / "demo.hdf5")  # D asks for one beside its data; its own travels in the checkpoint
-    return made_once(tmp_path_factory, "full_size", replay)
+    return made_once(tmp_path_factory, "full_size", collect)
 
 
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: p.stem)

@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 
 import demos as demo_files
 import settings
+from collect_demos import Recorder
 from helpers import SIZE, interrupt, run, train_flags
+from libero_env import Scene, env_metadata
+from parts import merge
 
 # -- collect_demos.py ------------------------------------------------------------------------------------------------------
 
@@ -41,7 +44,7 @@ def test_demonstrations_are_successful_pick_and_places(collected):
 def test_demonstrations_can_start_beside_the_start(tmp_path):
     """--start_spread: the first recorded frame finds the EEF up to that far to the side of where it otherwise starts, near its height, and the
     demonstration is whole from there on."""
-    run("collect_demos.py", "--start_spread", 0.3, "--n_demos", 2, "--image_size", SIZE, "--workers", 1, "--push_rate", 0, "--out", "wide.hdf5", cwd=tmp_path)
+    run("collect_demos.py", "--start_spread", 0.3, "--clean_scene", "--n_demos", 2, "--image_size", SIZE, "--workers", 1, "--push_rate", 0, "--out", "wide.hdf5", cwd=tmp_path)
     starts = np.stack([d.ee_pos[0] for d in demo_files.read_demos(tmp_path / "wide.hdf5", int(SIZE))[0]])
     moved = starts - [-0.2085, 0.0, 1.1733]  # libero_spatial's own
     assert (np.abs(moved[:, 1]) < 0.35).all() and np.abs(moved[:, 1]).max() > 0.05 and (np.abs(moved[:, 0]) < 0.15).all() and (np.abs(moved[:, 2]) < 0.05).all()
@@ -79,24 +82,40 @@ def test_images_show_the_eef_where_the_camera_says(collected):
     assert right > 1.5 * near(size - u, v) and right > 1.5 * change.mean()
 
 
-def test_replay_restores_official_files(collected, tmp_path):
+@pytest.fixture
+def full_scene(tmp_path):
+    """A file of twelve frames of the full scene, fixtures and distractors in it, in which the arm comes down."""
+    scene = Scene(image_size=int(SIZE))
+    scene.begin_episode(scene.init_states()[0])
+    recorder = Recorder(scene)
+    for _ in range(12):
+        action = np.array([0.2, 0.2, -1.0, 0, 0, 0, -1.0])
+        recorder.add(action, action, False)
+        scene.step(action)
+    recorder.write(tmp_path / "part.hdf5")
+    merge([tmp_path / "part.hdf5"], tmp_path / "full.hdf5", demo_files.file_attributes(scene.task, env_metadata(scene.task), 0, "", {}), {})
+    scene.close()
+    return tmp_path / "full.hdf5"
+
+
+def test_replay_restores_official_files(full_scene, tmp_path):
     """An official-style file (no cameras, other image size, images bottom first) is re-rendered from its states."""
     official = tmp_path / "official_demo.hdf5"
-    with h5py.File(collected[0]) as source, h5py.File(official, "w") as target:
+    with h5py.File(full_scene) as source, h5py.File(official, "w") as target:
         data = target.create_group("data")
         data.attrs["bddl_file_name"] = "/somebody/else/" + source["data"].attrs["bddl_file_name"]
         group = data.create_group("demo_0")
         group.attrs["fixtures"] = source["data/demo_0"].attrs["fixtures"]
         for key in ("actions", "states"):
-            group[key] = source["data/demo_0"][key][:12]
-    done = run("collect_demos.py", "--replay", official, "--image_size", SIZE, "--out", "replayed.hdf5", cwd=tmp_path)
+            group[key] = source["data/demo_0"][key][()]
+    done = run("collect_demos.py", "--replay", official, "--image_size", SIZE, "--workers", 1, "--out", "replayed.hdf5", cwd=tmp_path)
     new, attributes = demo_files.read_demos(tmp_path / "replayed.hdf5", int(SIZE))
     assert "MuJoCo of an unknown version" in done.stdout and demo_files.simulated_with(attributes) == {}
-    old, _ = demo_files.read_demos(collected[0])
+    old, _ = demo_files.read_demos(full_scene)
     # while it moves, MuJoCo's body poses are one physics step (2 ms) older than its state, in LIBERO's own files as well
-    np.testing.assert_allclose(new[0].ee_pos, old[0].ee_pos[:12], atol=1e-3)
+    np.testing.assert_allclose(new[0].ee_pos, old[0].ee_pos, atol=1e-3)
     np.testing.assert_allclose(new[0].E, old[0].E, atol=1e-9)
-    with demo_files.open_demos(tmp_path / "replayed.hdf5") as a, demo_files.open_demos(collected[0]) as b:
+    with demo_files.open_demos(tmp_path / "replayed.hdf5") as a, demo_files.open_demos(full_scene) as b:
         ours = demo_files.read_images("", a, "demo_0", [0, 11]).astype(int)
         theirs = demo_files.read_images("", b, "demo_0", [0, 11]).astype(int)
     assert np.abs(ours - theirs).mean() < 1.0

@@ -82,7 +82,7 @@ def test_readme_command_runs(line, collected, trained, synthetic_episodes, cache
         (tmp_path / "OFFICIAL.hdf5").symlink_to(collected[0])
         small = ["--n_demos", "1", "--image_size", SIZE]
     elif script == "collect_demos.py" and "--survey" not in words:
-        small = [*small, "--out", "fresh.hdf5"]
+        small = [*small, "--out", "fresh.hdf5", *["--clean_scene"] * ("--grasp" in words or "--variant" in words)]
     if "dino_volume_kv_full" in words or script == "compare_rotation.py":
         run("precompute_rotation_pca.py", "--dataset", "data/rim.hdf5", "--allow_low_ev", cwd=tmp_path)
     if script == "report.py":
