@@ -56,7 +56,7 @@ def recorded(source, state, size):
     if not source.exists():
         raise UserError(f"{source}: no such episode folder or video; give a folder of a smith300 dataset, a video, or - for standard input")
     if source.is_dir() and not state:
-        smith300.read_episode(source, size)  # all that training asks of an episode
+        smith300.read_episode(source)  # all that training asks of an episode, but for the size of its frames
     state = state or (source if source.is_dir() else source.parent) / "episode.npz"
     arrays = smith300.load_arrays(state)
     frames = smith300.frame_files(source) if source.is_dir() else source

@@ -234,7 +234,6 @@ def test_rotation_and_plain_actions_run(trained, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (("--ckpt", "absent.safetensors"), ("absent.safetensors", "no such checkpoint")),
-    ((), ("no checkpoint", "train.py")),
     (("--policy", "expert", "--n_episodes", "51"), ("--n_episodes", "50")),
     (("--policy", "expert", "--task_suite", "libero_nothing"), ("libero_nothing", "libero_spatial")),
     (("--policy", "expert", "--task_id", "10"), ("--task_id", "0 to 9")),
