@@ -16,7 +16,7 @@ $(STAMP): requirements.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 		{ echo "error: no venv module; install it: sudo apt-get install -y python3.11-venv" >&2; exit 2; }
 	@echo "installing the pinned requirements (about 3 minutes, 8 GB)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement requirements.txt
 	@touch $(STAMP)
 
 demo: setup

@@ -23,7 +23,10 @@ from camera import intrinsics, look_at, project
 from rot_utils import (basis_path, euler_to_matrix, fingerprint, fit_basis, matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix,
                        save_basis)
 
-FIRST = ("test_readme.py", "test_pipeline.py", "test_rotation_pipeline.py", "test_contract.py", "test_settings.py", "test_variants.py", "test_matrix.py", "test_checkpoints.py")  # the longest files: two processes share the suite evenly if these start first
+# The longest files start first, so that two processes share the suite evenly. The second begins with one that
+# does not wait for the demonstrations that the first collects.
+FIRST = ("test_readme.py", "test_settings.py", "test_rotation_pipeline.py", "test_pipeline.py", "test_contract.py",
+         "test_variants.py", "test_matrix.py", "test_checkpoints.py")
 
 
 def pytest_collection_modifyitems(items):

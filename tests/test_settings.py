@@ -250,7 +250,7 @@ def test_libero_pro_suites_differ_as_they_say(scene):
 def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
     """From `collect_demos.py --setting viewpoint` to `eval.py --layout viewpoint`: each demo its own recorded view and camera, the
     clean scene and the orbited camera of the training frame are followed without a flag; and a replay keeps views."""
-    run("collect_demos.py", "--setting", "viewpoint", "--n_demos", 2, "--image_size", SIZE, "--push_rate", 0, "--out", "views.hdf5", cwd=tmp_path)
+    run("collect_demos.py", "--setting", "viewpoint", "--n_demos", 2, "--image_size", SIZE, "--push_rate", 0, "--workers", 1, "--out", "views.hdf5", cwd=tmp_path)
     found, attributes = demos.read_demos(tmp_path / "views.hdf5")
     assert attributes["setting"] == "viewpoint" and attributes["clean_scene"] and attributes["split"] == "outer"
     for demo, condition in zip(found, settings.conditions("viewpoint", "train")):
