@@ -8,7 +8,7 @@ DEMO ?= demo
 .PHONY: setup demo test gpu bench docs clean-demo
 
 setup: $(STAMP)
-	@$(PY) check_setup.py
+	@$(PY) -m sim.check_setup
 
 $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
@@ -29,10 +29,10 @@ test: setup
 gpu:
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "error: make gpu needs a GPU and torch sees none here; make test checks the rest" >&2; exit 2; }
-	@timeout 540 sh -c '$(PY) -m pytest tests/gpu -q -m gpu && $(PY) bench_gpu.py'
+	@timeout 540 sh -c '$(PY) -m pytest tests/gpu -q -m gpu && $(PY) -m study.bench_gpu'
 
 bench: setup
-	@$(PY) bench.py
+	@$(PY) -m study.bench
 
 docs: .venv-docs/.installed
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet && echo "site/index.html"

@@ -2,7 +2,7 @@
 
     python collect_demos.py --n_demos 48                             # scripted expert, libero_spatial task 0
     python collect_demos.py --task_suite libero_goal --task_id 4     # a long free-space movement
-    python collect_demos.py --setting viewpoint                      # training views of settings.py; position: training positions
+    python collect_demos.py --setting viewpoint                      # training views of sim/settings.py; position: training positions
     python collect_demos.py --setting viewpoint --show views.png     # only a picture of all its conditions
     python collect_demos.py --grasp rim --layout_spread 0.05         # grasps around the rim: yaw varies with the objects
     python collect_demos.py --grasp rim --format smith300            # the same as a folder of real-robot episodes
@@ -22,20 +22,18 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-import demos
 import flags
-import hdf5
-import plots_settings
-import settings
-import smith300
 from camera import project
-from expert import EXPERTS, servo_action
-from libero_env import JOINT_JITTER, OPEN, OPEN_WIDTH, Scene, env_metadata, find_task, simulator_versions, task_of_bddl
-from parts import check_replaceable, gather, merge, part_path, readable
+from figures import plots_settings
+from formats import demos, hdf5, smith300
+from formats.parts import check_replaceable, gather, merge, part_path, readable
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, fits, read_json, run_script, write_json
-from variants import STAY_STEPS, VARIANTS, new_account, new_expert
-from workers import TIMEOUT, run_jobs
+from sim import settings
+from sim.expert import EXPERTS, servo_action
+from sim.libero_env import JOINT_JITTER, OPEN, OPEN_WIDTH, Scene, env_metadata, find_task, simulator_versions, task_of_bddl
+from sim.variants import STAY_STEPS, VARIANTS, new_account, new_expert
+from sim.workers import TIMEOUT, run_jobs
 
 MAX_STEPS = 250
 DISPLACE_STEPS = 60
@@ -309,9 +307,9 @@ def build_parser():
     parser.add_argument("--n_demos", type=flags.count, help="demonstrations (48, or the next multiple of a setting's conditions), "
                         "replayed demos (all), or surveyed states")
     parser.add_argument("--setting", default="in_dist", choices=list(settings.SPLITS),
-                        help="what the training conditions vary, see settings.py")
+                        help="what the training conditions vary, see sim/settings.py")
     parser.add_argument("--part", default="train", choices=("train", "val"), help="conditions to train on, or validation conditions, on "
-                        "which diagnose.py looks at errors and nothing is trained")
+                        "which study/diagnose.py looks at errors and nothing is trained")
     parser.add_argument("--split", help="viewpoint: outer or hemisphere; position: left_right or near_far")
     parser.add_argument("--show", type=flags.new_file(".png"), metavar="FILE", help="only draw every condition of --setting into this PNG")
     parser.add_argument("--out", help="HDF5 file to write (data/SUITE_TASK.hdf5)")
@@ -327,7 +325,7 @@ def build_parser():
     parser.add_argument("--push_rate", type=flags.not_negative, default=0.15, help="pushes per 10 control steps of free motion")
     parser.add_argument("--layout_spread", type=flags.not_negative, default=0.0, help="further uniform shift of each task object, +- m")
     parser.add_argument("--grasp", default="side", choices=list(EXPERTS), help="side: always the bowl's -y rim; rim: around it, see expert.rim_angle")
-    parser.add_argument("--variant", default="task", choices=VARIANTS, help="the task, or lift_once, see variants.py")
+    parser.add_argument("--variant", default="task", choices=VARIANTS, help="the task, or lift_once, see sim/variants.py")
     parser.add_argument("--format", default="libero", choices=("libero", "smith300"), help="HDF5 file, or folder of real-robot episodes")
     parser.add_argument("--video", action="store_true", help="smith300: an MP4 per episode instead of PNG frames")
     parser.add_argument("--workers", type=flags.count, default=2)
@@ -341,7 +339,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.survey:
-        from survey import survey  # it imports torch, which no worker of a collection needs
+        from study.survey import survey  # it imports torch, which no worker of a collection needs
         args.n_demos = args.n_demos or 50
         return survey(args.survey, args.n_tasks, args.n_demos, args.workers, args.timeout)
     drawn = [f"--{name}" for name in ("format", "grasp", "variant", "setting", "part", "split", "start_jitter", "start_spread", "turn_spread", "push_rate",

@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import Dataset
 
 import camera
-import demos as demo_files
-import smith300
-from backbone import feature_cache
-from demos import GRIPPER_STEPS
+from formats import demos as demo_files
+from formats import smith300
+from formats.demos import GRIPPER_STEPS
+from nets.backbone import feature_cache
 from rot_utils import circular_mean, matrix_to_euler, rotvec_to_matrix, wrap_angle
 from runtime import UserError
 

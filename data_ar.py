@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data import STILL, WaypointDataset, gripper_segments, held_frames, waypoint_labels
-from demos import GRIPPER_STEPS
+from formats.demos import GRIPPER_STEPS
 from runtime import UserError
 
 NEAR = 3  # control steps by which a decision may have missed the frame that follows it

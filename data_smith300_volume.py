@@ -1,4 +1,4 @@
-"""Waypoints with a 1D rotation basis, from smith300 folders (the format: smith300.py) and from LIBERO-format HDF5 files."""
+"""Waypoints with a 1D rotation basis, from smith300 folders (the format: formats/smith300.py) and from LIBERO-format HDF5 files."""
 from data import WaypointDataset
 from rot_utils import PRECOMPUTE, basis_path, fingerprint, load_basis
 from runtime import UserError

@@ -19,5 +19,5 @@ for layout in benchmark shifted; do
   "$py" eval.py --ckpt "$out/run/checkpoint.safetensors" $flags --layout $layout --n_episodes "${DEMO_EPISODES:-8}" --out "$out/para_$layout"
   "$py" eval.py --policy blind $flags --layout $layout --n_episodes "${DEMO_EPISODES:-8}" --out "$out/blind_$layout"
 done
-"$py" report.py --run "$out/run" --evals "$out"/para_benchmark "$out"/para_shifted "$out"/blind_benchmark "$out"/blind_shifted \
+"$py" -m figures.report --run "$out/run" --evals "$out"/para_benchmark "$out"/para_shifted "$out"/blind_benchmark "$out"/blind_shifted \
   --out "$out/report.html"

@@ -3,10 +3,10 @@
     python eval.py --teleport --zero_rotation --max_steps 600             # newest run's checkpoint, else the committed one
     python eval.py --ckpt runs/NAME/checkpoint.safetensors --teleport --zero_rotation --layout shifted --n_episodes 50
     python eval.py --policy oracle --teleport --zero_rotation             # expert, oracle or blind through the same path
-    python eval.py --policy expert --variant lift_once                    # a task that asks for memory, see variants.py
+    python eval.py --policy expert --variant lift_once                    # a task that asks for memory, see sim/variants.py
 
 Layouts: `benchmark` is LIBERO's own init states; `shifted` moves the task's objects 4-5 cm, each by itself; `viewpoint` and
-`viewpoint_shifted` are these two seen from the test views of settings.py, a view an episode in turn; `position` takes the
+`viewpoint_shifted` are these two seen from the test views of sim/settings.py, a view an episode in turn; `position` takes the
 test positions in turn, with the same few random layouts at each. `val`, `val_shifted` and so on are random layouts, views and
 positions apart from all of these, for tuning. An interrupted run goes on with the same command.
 
@@ -23,18 +23,18 @@ import numpy as np
 from tqdm import tqdm
 
 import flags
-import plots
-import settings
-from checkpoint import demos_mujoco, load_policy, newest_checkpoint, run_name
-from expert import EXPERTS
-from libero_env import Scene, find_task, init_states, simulator, simulator_versions
-from metrics import EARLY, ERROR, OUTCOMES, wilson, within
-from protocol import check_protocol
-from records import check_stamp, read_episodes
-from rollout import BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
+from figures import plots
+from harness.checkpoint import demos_mujoco, load_policy, newest_checkpoint, run_name
+from harness.metrics import EARLY, ERROR, OUTCOMES, wilson, within
+from harness.records import check_stamp, read_episodes
 from runtime import UserError, append_jsonl, choose_device, command_line, git_commit, run_script, write_json
-from variants import LIFT_OUTCOMES, VARIANTS, new_expert
-from workers import TIMEOUT, run_jobs
+from sim import settings
+from sim.expert import EXPERTS
+from sim.libero_env import Scene, find_task, init_states, simulator, simulator_versions
+from sim.protocol import check_protocol
+from sim.rollout import BlindAgent, OracleAgent, PolicyAgent, expert_path, run_episode, run_expert
+from sim.variants import LIFT_OUTCOMES, VARIANTS, new_expert
+from sim.workers import TIMEOUT, run_jobs
 
 SHIFT_SEED, VAL_SHIFT_SEED = 3_000, 90_000_000  # of shifts, a stream of its own: the shifted test layouts stay as published
 HOPELESS = 6  # crashed episodes without one that ran, or errors of the policy alone, after which an evaluation gives up
@@ -64,7 +64,7 @@ def episode_state(scene, layout, index, split=None):
 
 
 def first_valid(scene, purpose, index, offsets):
-    """The first good random layout (S,) of a purpose's index, see settings.py: the same for every --seed. Raises RuntimeError
+    """The first good random layout (S,) of a purpose's index, see sim/settings.py: the same for every --seed. Raises RuntimeError
     after 60 bad ones."""
     for attempt in range(60):
         state = scene.random_layout(settings.random_seed(purpose, 0, index, attempt), offsets=offsets)
@@ -218,7 +218,7 @@ def build_parser():
     parser.add_argument("--temperature", type=flags.positive, help="of --sample")
     parser.add_argument("--layout", default="benchmark", choices=list(LAYOUTS))
     parser.add_argument("--split", choices=sorted({s for names in settings.SPLITS.values() for s in names if s}),
-                        help="how a setting's conditions are split, see settings.py (as the checkpoint's data)")
+                        help="how a setting's conditions are split, see sim/settings.py (as the checkpoint's data)")
     parser.add_argument("--n_episodes", type=flags.count, help="episodes (50; position: 5 at each)")
     parser.add_argument("--task_suite", help="the checkpoint's own task, else libero_spatial")
     parser.add_argument("--task_id", type=flags.whole)

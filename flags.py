@@ -7,9 +7,10 @@ import argparse
 import dataclasses
 import math
 import os
+import shlex
 from pathlib import Path
 
-from runtime import UserError
+from runtime import UserError, started_as
 
 LARGEST = 10**9  # of counts and seeds: what NumPy, torch and a day have room for
 
@@ -19,6 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        if len(started_as()) == 2:
+            options.setdefault("prog", shlex.join(["python", *started_as()]))
         super().__init__(description=description, **options)
 
     def error(self, message):

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import flags
 import camera
+import flags
+from nets.volume import VolumeConfig, VolumeGeometry, dilated_convolutions, flat_index, mark_cell, ray_layers
 from policy import fingers_closed, flag
-from volume import VolumeConfig, VolumeGeometry, dilated_convolutions, flat_index, mark_cell, ray_layers
 
 
 @dataclass

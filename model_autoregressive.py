@@ -1,7 +1,7 @@
 """A, the autoregressive policy: one waypoint a step from a window of past frames and EEF positions.
 
 A frame's group of tokens is {its patches, the last known EEF, a learned query}; attention is bidirectional inside a group
-and causal across groups (layers.py). The query of frame t knows the EEF that image t shows and everything before, never its
+and causal across groups (nets/layers.py). The query of frame t knows the EEF that image t shows and everything before, never its
 own target, so that every frame of a window is supervised in one pass. Heads on the query:
 
     pointer  its output makes the weights of a 1x1 convolution over per-cell features (a small convolutional trunk on the image
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import flags
-from history import FingerLinear, HistoryConfig, HistoryPolicy
-from layers import FLEX_HEAD, FrameBlock, Resolutions, fourier
+from nets.history import FingerLinear, HistoryConfig, HistoryPolicy
+from nets.layers import FLEX_HEAD, FrameBlock, Resolutions, fourier
+from nets.volume import dilated_convolutions, mark_cell, ray_layers
 from policy import check_heads, fingers_closed, flag
 from runtime import UserError
-from volume import dilated_convolutions, mark_cell, ray_layers
 
 TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
 SPACE_FREQUENCIES = 6  # over image widths: the finest wave is 1/16 image, 28 px

@@ -1,7 +1,7 @@
 """B, the voxel-token policy: the action space is the token space.
 
 The image-aligned volume of a frame is its set of tokens, one a voxel: Wg PE(world xyz) + the feature of its pixel, unprojected
-through that frame's own camera. They are keys and values only, and never built (layers_voxel.py). A learned query a step
+through that frame's own camera. They are keys and values only, and never built (nets/layers_voxel.py). A learned query a step
 reads the EEF tokens up to that step, which are points in the same space, and all voxels of its frame, in one softmax, several
 times over; then it is compared with every voxel token, and that product is the distribution over the next waypoint.
 
@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import flags
 import camera
-import layers_voxel as lv
-from history import FingerLinear, HistoryConfig, HistoryPolicy
+import flags
+from nets import layers_voxel as lv
+from nets.history import FingerLinear, HistoryConfig, HistoryPolicy
+from nets.volume import dilated_convolutions, mark_cell
 from policy import check_heads, fingers_closed, flag
-from volume import dilated_convolutions, mark_cell
 
 
 MAX_TABLES = 64  # of cameras, 13 MB each at 56 x 56 x 32

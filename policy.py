@@ -109,7 +109,7 @@ class Policy(nn.Module):
         return self._backbone[0]
 
     def attach(self, backbone):
-        """Give the policy its frozen features (see backbone.py), which are not saved with it. Returns self."""
+        """Give the policy its frozen features (see nets/backbone.py), which are not saved with it. Returns self."""
         self._backbone = [backbone]
         return self
 

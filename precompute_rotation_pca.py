@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 import flags
-import plots_rotation
-from demos import split_demos
+from figures import plots_rotation
+from formats.demos import split_demos
+from formats.smith300 import read_dataset
 from rot_utils import (EV_GATE, NEAR_SINGULAR, SPACES, basis_path, fingerprint, fit_basis, load_basis, matrix_to_euler,
                        reconstruction_error, rotvec_to_matrix, save_basis)
 from runtime import UserError, command_line, git_commit, run_script
-from smith300 import read_dataset
 
 GATE_EXIT = 3
 

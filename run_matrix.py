@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import flags
-import hdf5
-import matrix_table
-from graph import Local, Node, Ray, pending, run_graph
+from formats import hdf5
 from registry import look_up
 from runtime import UserError, command_line, git_commit, read_json, run_script, versions
+from study import matrix_table
+from study.graph import Local, Node, Ray, pending, run_graph
 
 ROOT = Path(__file__).resolve().parent
 STEPS = {"small": 2500, "full": 10_000}  # of training, the same for every row whatever its machine
@@ -317,7 +317,7 @@ def parse_args(argv=None):
         if not Path(path).is_file():
             raise UserError(f"--dataset {setting}={path}: there is no such file")
     if args.backbone == "auto" and not args.table:
-        from backbone import resolve_backbone  # once: on the machines of a cluster it might be found differently
+        from nets.backbone import resolve_backbone  # once: on the machines of a cluster it might be found differently
         args.backbone = resolve_backbone("auto", args.backbone_weights)
     return args
 

@@ -239,9 +239,15 @@ def versions():
     return found
 
 
+def started_as():
+    """What follows `python` where this script is started: train.py, or -m study.bench for one in a package."""
+    path = Path(sys.argv[0])
+    return ["-m", f"{path.parent.name}.{path.stem}"] if path.with_name("__init__.py").is_file() else [path.name]
+
+
 def command_line():
     """The command as the user would type it again."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["python", *started_as(), *sys.argv[1:]])
 
 
 def seed_everything(seed):

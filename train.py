@@ -21,19 +21,19 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import demos as demo_files
-import finetune
 import flags
-import plots
-import settings
-from backbone import Backbone, resolve_backbone
+from figures import plots
+from formats import demos as demo_files
+from harness import finetune
+from harness.records import RESUME, read_metrics
+from harness.trainer import Trainer
+from harness.validation import free_run, predict_newest, rollout_line, rollout_summary, to_device, to_pixels
+from nets.backbone import Backbone, resolve_backbone
 from policy import add_config_flags
-from records import RESUME, read_metrics
 from registry import REGISTRY, look_up
 from runtime import (RunLogger, StopSignal, UserError, append_jsonl, choose_device, command_line, git_commit, init_distributed,
                      read_json, run_script, seed_everything, versions, write_json)
-from trainer import Trainer
-from validation import free_run, predict_newest, rollout_line, rollout_summary, to_device, to_pixels
+from sim import settings
 
 DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
 BUDGETS_ARE_STEPS = ("budgets are steps, so that a slower machine ends with the same policy; give --max_steps N. "

@@ -9,17 +9,16 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PARA_DEVICE", "cpu")  # what --device auto means: tests/gpu alone are about GPUs
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # flat layout: the modules lie in the repository's root
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]  # modules and packages lie in the repository's root
 
 import h5py
 import numpy as np
 import pytest
 from filelock import FileLock
 
-import demos
 import helpers
-import smith300
 from camera import intrinsics, look_at, project
+from formats import demos, smith300
 from rot_utils import (basis_path, euler_to_matrix, fingerprint, fit_basis, matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix,
                        save_basis)
 
@@ -143,7 +142,7 @@ def synthetic_episodes(tmp_path_factory):
 def backbone():
     """The shipped backbone at the synthetic images' size."""
     import torch
-    from backbone import Backbone
+    from nets.backbone import Backbone
     torch.set_num_threads(1)
     return Backbone("efficientnet_lite0", SIZE)
 
@@ -174,7 +173,7 @@ def made_once(tmp_path_factory, name, make):
 @pytest.fixture(scope="module")
 def scene():
     """The default task in the real simulator, clean, with small images."""
-    from libero_env import Scene
+    from sim.libero_env import Scene
     made = Scene(image_size=112, clean=True)
     yield made
     made.close()

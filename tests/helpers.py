@@ -56,6 +56,11 @@ def warm():
     return server, environment()
 
 
+def started(script):
+    """What Python is given to start a script in the root (train.py) or one in a package (study.bench)."""
+    return [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+
+
 def start(arguments, cwd, files):
     """Start a script of the repository in `cwd`, its output and its errors into `files` -> a process.
 
@@ -63,9 +68,10 @@ def start(arguments, cwd, files):
     """
     script, *rest = arguments
     if hasattr(os, "fork") and sys.platform == "linux" and environment() == warm()[1]:
-        return Forked(warm()[0], [ROOT / script, *rest], cwd, files)
+        return Forked(warm()[0], [*started(script), *rest], cwd, files)
     with open(files[0], "wb") as out, open(files[1], "wb") as err:
-        return subprocess.Popen([sys.executable, ROOT / script, *map(str, rest)], cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        return subprocess.Popen([sys.executable, *started(script), *map(str, rest)], cwd=cwd,
+                                env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
 
 
 def run(*arguments, cwd, ok=True, timeout=400):

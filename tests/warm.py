@@ -15,6 +15,8 @@ import timm  # noqa: F401
 import torch  # noqa: F401
 import torchvision  # noqa: F401
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
 
 def become(request):
     """Turn this process into what `python SCRIPT ARGUMENTS` would be in a folder."""
@@ -26,6 +28,10 @@ def become(request):
     sys.stdin = open(0, closefd=False)
     np.random.seed()  # a fork has its parent's state
     script, *rest = request["arguments"]
+    if script == "-m":  # `python -m study.bench`, from the repository's root
+        sys.argv, sys.path[0] = rest, ROOT
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        return
     sys.argv, sys.path[0] = [script, *rest], os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")
 

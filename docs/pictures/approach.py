@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 import camera
-from checkpoint import load_policy
-from libero_env import Scene
+from harness.checkpoint import load_policy
+from sim.libero_env import Scene
 
 CHECKPOINT = ROOT / "checkpoints" / "para_libero_spatial_0.safetensors"
 STATE, FRAMES_IN = 3, 12  # the benchmark's init state, and control steps until its objects rest

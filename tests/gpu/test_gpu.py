@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import layers
-import layers_voxel as lv
 from conftest import ROOT, SIZE
+from harness.validation import to_device
+from nets import layers
+from nets import layers_voxel as lv
 from registry import REGISTRY
 from test_backbone import pictures
 from test_contract import Case
-from validation import to_device
 
 DEVICE = os.environ.get("PARA_GPU_TEST_DEVICE", "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")]
@@ -105,7 +105,7 @@ def test_compiled_attention(recent, n, device):
 def test_voxel_attention(way, device):
     """Whole volumes of scores and the Triton kernels against the CPU's chunks, forward and backward."""
     if way == "fused" and device == "cpu":
-        pytest.skip("tests/test_layers_voxel.py runs the kernels in Triton's interpreter")
+        pytest.skip("tests/unit/test_layers_voxel.py runs the kernels in Triton's interpreter")
     torch.manual_seed(0)
     table = lv.VoxelTable(torch.rand(1, 77, 2), torch.rand(1, 77, 2), torch.linspace(0.9, 1.3, 3), lv.wavelengths())
     code, scores = torch.randn(21, 48), torch.randn(21, 77)

@@ -1,0 +1,1 @@
+"""Everything drawn: pictures, films, Markdown tables and HTML pages."""

@@ -1,0 +1,86 @@
+"""Finished demonstrations: where they wait, how they become a dataset, what that may replace."""
+import os
+import shutil
+
+import h5py
+
+from formats import demos, hdf5, smith300
+from runtime import UserError, atomic_path
+
+# what a smith300 folder holds beside its episodes
+WRITTEN = ("dataset.json", "rotation_pca_basis.npz", "rotation_pca_basis.png")
+
+
+def merge(parts, out, attrs, counts):
+    """Join the finished parts into one file, atomically, then drop them."""
+    with atomic_path(out) as scratch, h5py.File(scratch, "w") as file:
+        data = file.create_group("data")
+        total = 0
+        for i, part in enumerate(parts):
+            with h5py.File(part, "r") as source:
+                source.copy("demo", data, f"demo_{i}")
+            total += data[f"demo_{i}"].attrs["num_samples"]
+        for key, value in {**attrs, "num_demos": len(parts), "total": total, **counts}.items():
+            data.attrs[key] = value
+
+
+def part_path(folder, index, form="libero"):
+    """Where a finished demonstration waits for the others: a file, or a smith300 folder."""
+    return folder / (f"episode_{index:05d}" if form == "smith300" else f"demo_{index:05d}.hdf5")
+
+
+def check_replaceable(out, overwrite, form):
+    """Raise UserError unless a dataset may be written to `out`.
+
+    It may where nothing is, and with --overwrite where a dataset of this program is.
+    """
+    if not out.name:
+        raise UserError(f"--out {out}: has no name; give a file, or a folder of its own")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{out}: exists already and is left alone; "
+                        "give --overwrite, or another --out")
+    by_hand = "it is left alone; give another --out, or remove it by hand"
+    if out.is_dir() != (form == "smith300"):
+        kind = "folder" if out.is_dir() else "file"
+        raise UserError(f"--overwrite --out {out}: is a {kind}, and --format {form} writes the other; "
+                        f"{by_hand}")
+    if out.is_dir():
+        stamp = out / "dataset.json"
+        ours = stamp.is_file() and smith300.read_stamp(stamp).get("format") == smith300.FORMAT
+        known = lambda p: p.name in WRITTEN or p.is_dir() and p.name.startswith("episode_")
+        foreign = [p.name for p in out.iterdir() if not known(p)]
+        if not ours or foreign:
+            found = ", ".join(sorted(foreign)[:3]) or "no dataset.json"
+            raise UserError(f"--overwrite --out {out}: holds {found}, so it is not a folder that this "
+                            f"program wrote; {by_hand}")
+        return
+    try:
+        demos.open_demos(out).close()
+    except UserError:
+        raise UserError(f"--overwrite --out {out}: is no file of demonstrations; {by_hand}")
+
+
+def gather(folder, parts, out, attrs):
+    """Make the folder of finished episodes the dataset: settings out, provenance in, one rename."""
+    for other in folder.iterdir():
+        if other not in parts:
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
+    smith300.write_dataset_stamp(folder, attrs)
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(folder, out)
+
+
+def readable(part):
+    """True if a part left by an earlier run is whole."""
+    if not part.suffix:
+        return part.is_dir()  # renamed into place once it was
+    try:
+        with hdf5.open_file(part, demos.RECOLLECT) as file:
+            demo = hdf5.group(part, file, "demo", demos.RECOLLECT)
+            hdf5.dataset(part, demo, demos.IMAGE, demos.RECOLLECT)
+            return True
+    except UserError:
+        return False

@@ -1,0 +1,307 @@
+"""The loop that trains a policy: what a step is, how processes share it, and what a continuation needs.
+
+A step follows from the weights and from (seed, step): its samples, its noise, its learning rate. The
+wall clock decides nothing, and neither does the number of processes: two of them end with the weights
+of one, up to the order in which floats are summed.
+"""
+import copy
+import math
+import resource
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import shifted_sideways
+from harness import finetune
+from harness.checkpoint import load_tensors, save_policy, save_tensors
+from harness.records import read_metrics
+from harness.validation import to_device, validate
+from policy import Shard
+from runtime import UserError, autocast
+
+LOOK_EVERY = 10  # steps between two looks at a GPU's numbers, for which the CPU has to wait
+
+
+class Batches:
+    """Which samples a step is about, over all processes: a pure function of (seed, step), so that a
+    resumed run sees the same."""
+
+    def __init__(self, seed, n, batch_size):
+        self.seed, self.n, self.batch_size = seed, n, min(batch_size, n)
+        self.epoch, self.order = None, None
+
+    def __getitem__(self, step):
+        """Indices (batch_size,) of a step's samples; an epoch leaves out what fills no batch."""
+        epoch, i = divmod(step, self.n // self.batch_size)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        return self.order[i * self.batch_size:(i + 1) * self.batch_size]
+
+
+def seed_of(*numbers):
+    """One seed from several numbers, none of which may be exchanged for another."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def learning_rate(args, step):
+    """Linear warm-up, then a cosine to zero at --max_steps."""
+    warm = min(1.0, (step + 1) / max(1, args.warmup))
+    return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.max_steps))
+
+
+# -- how long it will take -----------------------------------------------------------------------
+
+
+def profile_steps(policy, dataset, device, precision, batch_size):
+    """Step time and peak memory of a copy of the policy at batch 2, 4 and the run's own -> rows, printed."""
+    rows, on_gpu = [], device.startswith("cuda")
+    for size in sorted({2, 4, batch_size}):
+        twin = copy.deepcopy(policy)
+        optimizer = torch.optim.AdamW(twin.parameters())
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            batch = to_device(dataset.batch(np.arange(size) % len(dataset)), device)
+            with autocast(device, precision):
+                loss = twin(batch)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        if on_gpu:
+            memory, kind = torch.cuda.max_memory_allocated() / 1e6, "allocated on the GPU"
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+            kind = "peak RSS of the process"
+        milliseconds, memory = round(1000 * float(np.median(times[1:])), 1), round(memory, 1)
+        rows.append({"batch": size, "step_ms": milliseconds, "memory_mb": memory, "memory_kind": kind})
+        print(f"batch {size}: {milliseconds} ms a step, {memory} MB {kind}")
+    return rows
+
+
+def expected_minutes(rows, batch_size, steps):
+    """Minutes that so many steps will take on this machine, from the rows of `profile_steps`."""
+    return steps * next(r["step_ms"] for r in rows if r["batch"] == batch_size) / 60_000
+
+
+# -- the state that a continuation needs ---------------------------------------------------------
+
+
+def save_state(path, policy, optimizer, info):
+    """All that a continuation needs, in one atomic file; on a CPU it is bit-identical.
+
+    No generator is among it: noise follows from (seed, step). The optimizer's tensors go by their
+    parameter's name.
+    """
+    tensors = {f"model.{k}": v for k, v in policy.state_dict().items()}
+    for name, parameter in policy.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    save_tensors(path, tensors, info)
+
+
+def load_state(path, policy, optimizer):
+    """Restore `save_state` -> its info: step, minutes, validation_minutes.
+
+    Raises UserError for a state that is not this policy's.
+    """
+    tensors, info = load_tensors(path)
+    advice = "it is another policy's, an earlier version's or damaged; train anew with another --out"
+    reached = {key: info[key] for key in ("step", "minutes", "validation_minutes") if key in info}
+    if type(reached.get("step")) is not int or not all(type(v) in (int, float) for v in reached.values()):
+        raise UserError(f"{path}: its header names no step of a training; {advice}")
+    stored = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+    expected = policy.state_dict()
+    for name in sorted(stored.keys() ^ expected.keys()):
+        what = "unknown to this policy" if name in stored else "missing"
+        raise UserError(f"{path}: tensor '{name}' is {what}; {advice}")
+    for name, tensor in expected.items():
+        if stored[name].shape != tensor.shape:
+            raise UserError(f"{path}: tensor '{name}' has shape {tuple(stored[name].shape)}, "
+                            f"{tuple(tensor.shape)} is expected; {advice}")
+    load_moments(path, tensors, policy, optimizer, advice)
+    policy.load_state_dict(stored)
+    return reached
+
+
+def load_moments(path, tensors, policy, optimizer, advice):
+    """Restore the optimizer's part of `save_state`."""
+    moments = {}
+    for key in (k for k in tensors if k.startswith("optimizer.")):
+        name, _, kind = key[10:].rpartition(".")
+        moments.setdefault(name, {})[kind] = tensors[key]
+    parameters = dict(policy.named_parameters())
+    for name in sorted(moments.keys() | parameters.keys()):
+        shape = parameters[name].shape if name in parameters else None
+        found = moments.get(name, {})
+        # a parameter that was held still from the first step on has no moments yet
+        if shape is None or found and found.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise UserError(f"{path}: the optimizer's tensors of '{name}' are not this policy's; {advice}")
+        if any(value.shape != shape for kind, value in found.items() if kind != "step"):
+            raise UserError(f"{path}: the optimizer's tensors of '{name}' are not of shape "
+                            f"{tuple(shape)}; {advice}")
+    names = {id(p): name for name, p in parameters.items()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    optimizer.load_state_dict({"state": {i: moments[n] for i, n in enumerate(order) if n in moments},
+                               "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# -- the loop ------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A policy, its optimizer and its data, in one process of a training.
+
+    args: train.py's flags; dist: this process's place; logger: RunLogger; save_info: provenance of the
+    checkpoint; reference: its further tensors. `step` steps are done, in `minutes` of training and
+    `validation_minutes`.
+    """
+
+    def __init__(self, policy, train_set, val_set, args, dist, folder, logger, save_info, reference):
+        self.policy, self.train_set, self.val_set = policy, train_set, val_set
+        self.args, self.dist, self.folder, self.logger = args, dist, folder, logger
+        self.save_info, self.reference = save_info, reference
+        self.state_path = folder / "state.safetensors"
+        self.optimizer = torch.optim.AdamW(policy.param_groups(args.weight_decay), lr=args.lr)
+        for part in (train_set, val_set):
+            part.hold(dist.device)
+        self.batches = Batches(args.seed, len(train_set), args.batch_size)
+        self.freeze_steps = args.freeze_steps if args.init_from else 0
+        self.step, self.minutes, self.validation_minutes, self.metrics = 0, 0.0, 0.0, None
+        if self.batches.batch_size < dist.world:
+            raise UserError(f"--batch_size {args.batch_size}: {self.batches.batch_size} samples a step for "
+                            f"{dist.world} processes; start fewer, or give a larger batch and more demonstrations")
+
+    def resume(self):
+        """Go on from the run folder's saved state, if there is one."""
+        if self.state_path.exists():
+            vars(self).update(load_state(self.state_path, self.policy, self.optimizer))
+
+    def measured_minutes(self):
+        return {k: round(getattr(self, k), 4) for k in ("minutes", "validation_minutes")}
+
+    def estimate(self):
+        """Time a few steps -> rows of `profile_steps`; prints how long the training will take."""
+        share = -(-self.batches.batch_size // self.dist.world)
+        args, device = self.args, self.dist.device
+        rows = profile_steps(self.policy, self.train_set, device, args.precision, share)
+        minutes = expected_minutes(rows, share, args.max_steps)
+        print(f"{args.max_steps} steps of batch {self.batches.batch_size}: about {minutes:.1f} minutes of "
+              "training on this machine as it is now, validation and pictures besides")
+        return rows
+
+    def share_step(self):
+        """This process's samples of the next step, and what its noise is drawn from."""
+        seed, step, dist = self.args.seed, self.step, self.dist
+        indices = self.batches[step]
+        torch.manual_seed(seed_of(seed, step, 1 + dist.rank))  # for dropout, each process its own
+        same_everywhere = torch.Generator().manual_seed(seed_of(seed, step, 0))
+        self.policy.shard = Shard(dist.rank, dist.world, len(indices), same_everywhere)
+        batch = self.train_set.batch(indices[dist.rank::dist.world])
+        if self.args.shift_aug > 0:
+            draws = np.random.default_rng([seed, step]).random(len(indices))[dist.rank::dist.world]
+            size = self.policy.config.image_size
+            batch = shifted_sideways(batch, self.args.shift_aug, draws, size)
+        return to_device(batch, dist.device)
+
+    def train_step(self, module):
+        """One step -> ({"loss" and its parts}, gradient norm), which a GPU may still be computing."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.args, self.step)
+        batch = self.share_step()
+        with autocast(self.dist.device, self.args.precision):
+            parts = module(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts["loss"].backward()
+        if self.step < self.freeze_steps:
+            finetune.hold_volume(self.policy)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.args.clip)
+        self.optimizer.step()
+        return {k: v.detach() for k, v in parts.items()}, norm
+
+    def agree(self, stopping, broken):
+        """(stopping, broken) as any process says, in all of them: they must leave together."""
+        if self.dist.world == 1:
+            return bool(stopping), bool(broken)
+        flags = torch.tensor([float(stopping), float(broken)], device=self.dist.device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        return tuple(bool(f) for f in flags.tolist())
+
+    def log(self, parts, norm):
+        """Log a step's numbers, averaged over the processes -> the loss."""
+        values = torch.stack([v.float() for v in parts.values()])
+        if self.dist.world > 1:
+            torch.distributed.all_reduce(values)
+        found = dict(zip(parts, (values / self.dist.world).tolist()))
+        self.logger.log(self.step, {**{f"train/{k}": v for k, v in found.items()},
+                                    "lr": self.optimizer.param_groups[0]["lr"],
+                                    "grad_norm": float(norm), **self.measured_minutes()})
+        return found["loss"]
+
+    def validate(self):
+        """Metrics on held-out demonstrations, logged; the time that they take is no training."""
+        started = time.perf_counter()
+        limit = self.args.val_samples
+        self.metrics = validate(self.policy, self.val_set, self.dist.device, limit=limit)
+        self.validation_minutes += (time.perf_counter() - started) / 60
+        self.logger.log(self.step, {**self.metrics, **self.measured_minutes()})
+        rows = read_metrics(self.folder) if self.freeze_steps else []
+        creep = finetune.volume_creep(rows, self.freeze_steps)
+        if creep:
+            tqdm.write(("warning: " if creep[1] else "") + creep[0])
+
+    def save(self):
+        """State and checkpoint of the step that is reached."""
+        reached = {k: getattr(self, k) for k in ("step", "minutes", "validation_minutes")}
+        save_state(self.state_path, self.policy, self.optimizer, reached)
+        info = {**self.save_info, "step": self.step, **self.measured_minutes(), "metrics": self.metrics or {}}
+        save_policy(self.folder / "checkpoint.safetensors", self.policy, self.args.model_type, info,
+                    self.reference)
+
+    def fit(self, stop):
+        """Train to --max_steps -> True, or until a signal (runtime.StopSignal), saved -> False."""
+        args, dist, is_main = self.args, self.dist, self.dist.is_main
+        module = self.policy
+        if dist.world > 1:
+            module = torch.nn.parallel.DistributedDataParallel(module)
+        if args.compile:
+            module = torch.compile(module)
+        stopping, broken = False, torch.zeros((), dtype=torch.bool, device=dist.device)
+        bar = tqdm(total=args.max_steps, initial=self.step, desc="training", unit="step",
+                   disable=not is_main)
+        self.policy.train()
+        while self.step < args.max_steps and not stopping:
+            started = time.perf_counter()
+            parts, norm = self.train_step(module)
+            broken |= ~torch.isfinite(parts["loss"]) | ~torch.isfinite(norm)
+            self.step += 1
+            logs = self.step % LOOK_EVERY == 0 or self.step == 1
+            validates = self.step % args.val_every == 0 or self.step == self.freeze_steps
+            saves = self.step % args.save_every == 0 or self.step == args.max_steps
+            # a CPU's numbers are there at once; a GPU is waited for only where something is done with its
+            looks = dist.device == "cpu" or logs or validates or saves
+            if looks:
+                stopping, ruined = self.agree(stop.raised, broken)
+                if ruined:
+                    raise UserError(f"the loss or its gradient is not finite at step {self.step}; "
+                                    "the last saved state stays, lower --lr")
+            self.minutes += (time.perf_counter() - started) / 60
+            bar.update()
+            if logs:
+                bar.set_postfix(loss=f"{self.log(parts, norm):.2f}", refresh=False)
+            if validates and not stopping and is_main:
+                self.validate()
+                found = ", ".join(f"{k[4:]} {v:.3g}" for k, v in self.metrics.items())
+                tqdm.write(f"step {self.step}: {found}")
+            if (saves or stopping) and is_main:
+                self.save()
+        bar.close()
+        self.policy.shard = Shard()
+        return not stopping

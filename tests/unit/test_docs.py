@@ -1,0 +1,106 @@
+"""The README stays short, links lead to files, and figures in prose are those of results/."""
+import json
+import re
+import subprocess
+
+import numpy as np
+import pytest
+
+from helpers import ROOT
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+SHEET_LIMIT, PICTURE_LIMIT = 200_000, 300_000  # bytes
+
+
+def anchors(text):
+    """Anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S))
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def tracked(pattern):
+    """Files in git that match a pattern."""
+    found = subprocess.run(["git", "ls-files", "-z", pattern], cwd=ROOT, capture_output=True, text=True)
+    return [ROOT / name for name in found.stdout.split("\0") if name]
+
+
+def test_readme_fits_on_three_screens():
+    """What is longer belongs into docs/."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 230 and len(text.encode()) <= 14_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_to_files_and_headings(page):
+    """A moved file or a renamed heading leaves no dead link behind."""
+    for link in LINK.findall(page.read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {link}"
+
+
+def test_every_page_is_in_the_sites_menu():
+    """A page that nobody links to is not found."""
+    menu = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name in menu, page
+
+
+def test_readmes_success_rates_are_those_of_the_table():
+    """The README's small table says what results/matrix/table.json says, rounded to whole percents."""
+    names = {"PARA": "para", "ACT": "act", "A": "a_pointer", "A with an MLP head": "a_mlp", "B": "b", "C": "c",
+             "D's volume head (v7)": "d", "PARA, cameras turned about the robot in training": "para_turned",
+             "blind replay": "blind", "oracle": "oracle"}
+    table = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())
+    cells = sorted(table["cells"], key=lambda c: not c["otherwise"])  # what other commands made counts where nothing else is there
+    rates = {(c["row"], c["layout"]): f"{100 * c['success']['rate']:.0f}%" for c in cells}
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"(?m)^\| \| (benchmark.*)\|\n\|[-|]+\n((?:\|.*\n)+)", text)
+    layouts = [c.strip() for c in block[1].split("|")]
+    rows = [[c.strip() for c in line.strip("|\n ").split("|")] for line in block[2].splitlines()]
+    assert {row[0] for row in rows} == set(names)
+    for name, *cells in rows:
+        for layout, cell in zip(layouts, cells):
+            assert cell == rates.get((names[name], layout), ""), (name, layout)
+
+
+def test_policies_table_names_every_policy_and_its_file():
+    """Each --model_type stands in the README with a file that exists."""
+    from registry import REGISTRY
+    rows = dict(re.findall(r"(?m)^\| `(\w+)` \| \[(\w+\.py)\]", (ROOT / "README.md").read_text()))
+    assert set(rows) == set(REGISTRY)
+    for name, file in rows.items():
+        assert REGISTRY[name].policy.__module__ == file.removesuffix(".py")
+
+
+def test_results_stay_light():
+    """Pictures are small, and checkpoints lie in checkpoints/ alone: a clone is for reading too."""
+    for path in tracked("results/*"):
+        if path.suffix in (".png", ".jpg", ".webp"):
+            assert path.stat().st_size <= (SHEET_LIMIT if path.stem == "sheet" else PICTURE_LIMIT), path
+        assert path.suffix != ".safetensors", path
+
+
+def test_contact_sheet_of_noise_stays_small(tmp_path):
+    """Fourteen episodes of frames that hardly compress give a sheet that can be committed."""
+    from figures import plots
+    rng = np.random.default_rng(0)
+    (tmp_path / "strips").mkdir()
+    for i in range(14):
+        plots.write_strip(list(rng.integers(0, 256, (10, 96, 96, 3), dtype=np.uint8)), tmp_path / "strips" / f"{i:03d}.png")
+    plots.sheet_from_strips(tmp_path, [{"episode": i, "released": True, "outcome": "released", "steps": 9} for i in range(14)])
+    assert 20_000 < (tmp_path / "sheet.jpg").stat().st_size <= SHEET_LIMIT
+
+
+def test_every_root_file_is_in_the_readmes_map():
+    """A module that the map leaves out is not found by a newcomer."""
+    text = (ROOT / "README.md").read_text()
+    patterns = re.findall(r"`([\w*]+\.py)`", text)
+    for path in ROOT.glob("*.py"):
+        assert any(path.match(pattern) for pattern in patterns), path.name
+    for path in ROOT.glob("*/__init__.py"):
+        assert f"| `{path.parent.name}/` |" in text, path.parent.name

@@ -1,0 +1,69 @@
+"""PARA's own: what its cells are told about the camera."""
+import numpy as np
+import pytest
+import torch
+
+import camera
+from conftest import SIZE, agentview
+from formats.demos import read_demos
+from model import ParaConfig, TrajectoryHeatmapPredictor
+from registry import look_up
+from sim.settings import orbit
+
+
+@pytest.fixture(scope="module")
+def fitted(synthetic_demos, backbone, tmp_path_factory):
+    """PARA with --rays, not trained, and a batch; two of its cameras are moved."""
+    torch.manual_seed(0)
+    config = ParaConfig(backbone="efficientnet_lite0", image_size=SIZE, n_window=3, grid=16, n_height_bins=8, n_rot_bins=8, width=16, rays=True)
+    dataset = look_up("para").dataset(synthetic_demos, read_demos(synthetic_demos)[0], config, backbone, cache=tmp_path_factory.mktemp("cache"),
+                                      progress=False)
+    policy = TrajectoryHeatmapPredictor(config, backbone.channels).attach(backbone)
+    policy.fit_statistics(dataset.statistics())
+    batch = dataset.batch(np.linspace(0, len(dataset) - 1, 4).astype(int))
+    batch["E"][:2] = torch.from_numpy(np.stack([orbit(agentview()[1], 20, 90), orbit(agentview()[1], 10, 200)]))
+    return policy, batch
+
+
+def test_a_cell_knows_where_its_ray_passes_and_rises(fitted):
+    """Against points that the same cells decode to: at the EEF's height, and a height bin above."""
+    policy, batch = fitted
+    rays, grid = policy.cell_rays(batch), policy.config.grid
+    assert rays.shape == (4, 4, grid, grid) and rays.dtype == torch.float32
+    y, x = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
+    at = lambda z: policy.points(torch.stack([z.expand(grid, grid), y, x], -1), single)  # (H,W,3)
+    for i in range(4):
+        single = {k: batch[k][i] for k in "KE"}
+        height = camera.height_to_bin(batch["eef_pos"][i, 2], *policy.height_range, policy.config.n_height_bins)
+        low, high = at(height), at(height + 1)
+        rise = (high - low)[..., :2] / (high - low)[..., 2:]
+        table = low[..., :2].norm(dim=-1) < 0.4  # farther cells are clamped
+        torch.testing.assert_close(rays[i, 2:].permute(1, 2, 0)[table], rise[table].float(), atol=1e-4, rtol=1e-4)
+        from_eef = 10 * (low - batch["eef_pos"][i])[..., :2]
+        torch.testing.assert_close(rays[i, :2].permute(1, 2, 0)[table], from_eef[table].float(), atol=1e-4, rtol=1e-4)
+
+
+def test_rays_are_finite_above_the_horizon(fitted):
+    """A camera level with the table looks at rays that never descend: their numbers stay bounded."""
+    policy, batch = fitted
+    level = {**batch, "E": batch["E"].clone()}
+    level["E"][:, :3, :3] = level["E"].new_tensor([[0, 0, -1], [1, 0, 0], [0, -1, 0]])  # looks along -x, image rows downwards
+    assert policy.cell_rays(level).abs().max() <= 20
+
+
+def test_with_rays_a_moved_camera_changes_the_answer(fitted):
+    """Image, EEF cell and height being the same, PARA answers alike whatever the camera is; with --rays it does not, and it learns them."""
+    policy, batch = fitted
+    K, E = batch["K"], batch["E"].clone()
+    u, v, _ = camera.project(batch["eef_pos"], K, E)
+    E[:] = torch.from_numpy(orbit(agentview()[1], 25, 270))
+    moved = {**batch, "E": E, "eef_pos": camera.unproject(u, v, batch["eef_pos"][:, 2], K, E)}
+    volume = lambda p, b: p.eval().volume_logits(p.trunk_features(b))
+    with torch.no_grad():
+        assert (volume(policy, batch) - volume(policy, moved)).abs().max() > 1e-3
+    policy.train()(batch)["loss"].backward()
+    assert all(p.grad.abs().max() > 0 for p in policy.rays.parameters())
+    rays, policy.rays = policy.rays, None
+    with torch.no_grad():
+        torch.testing.assert_close(volume(policy, batch), volume(policy, moved))
+    policy.rays = rays

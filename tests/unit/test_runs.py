@@ -1,0 +1,47 @@
+"""runs/*.sh hold the commands behind the tables: each names a script that exists and flags that it takes."""
+import importlib
+import re
+import shlex
+import subprocess
+
+import pytest
+
+import train
+from conftest import ROOT
+from registry import look_up
+
+SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
+PLAIN = re.compile(r"\$\{?(layout|head|name)\}?")  # of a loop
+VALUES = {"layout": "shifted", "head": "new", "name": "a"}
+
+
+def commands(path):
+    """Python commands of a shell script, as words, its variables filled in."""
+    text = path.read_text().replace("\\\n", " ")
+    flags = re.search(r'(?m)^flags="(.*)"$', text)
+    text = text.replace("$flags", flags[1] if flags else "$flags")
+    text = PLAIN.sub(lambda match: VALUES[match[1]], text)
+    return [shlex.split(line)[1:] for line in map(str.strip, text.splitlines()) if line.startswith("python ")]
+
+
+def test_every_table_has_its_script():
+    """A page whose figures nobody can make again."""
+    assert {path.stem for path in SCRIPTS} >= {"matrix", "baselines", "rotation", "openloop", "memory_task", "speed", "premise"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_commands_are_taken(path):
+    """A renamed flag or a moved script is found here, not after an hour of training."""
+    assert subprocess.run(["bash", "-n", path]).returncode == 0 and path.stat().st_mode & 0o100
+    assert commands(path)
+    for words in commands(path):
+        script, *given = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
+        module = importlib.import_module(script)
+        if script == "train":
+            parser = train.build_parser(look_up(given[given.index("--model_type") + 1]).config)
+        elif script == "study.premise":
+            continue  # it starts at once
+        else:
+            parser = module.build_parser()
+        known, further = parser.parse_known_args(given)
+        assert not further or script == "study.compare_rotation", further  # which hands them to train.py
