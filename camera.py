@@ -1,22 +1,29 @@
-"""Pinhole cameras: project, unproject, grid cells and height bins. Works on NumPy arrays and torch tensors alike.
+"""Pinhole cameras: project, unproject, grid cells and height bins. Works on NumPy arrays and torch
+tensors alike.
 
-Conventions: OpenCV axes (x right, y down, z forward). `K` (...,3,3) intrinsics in pixels, `E` (...,4,4) camera-to-world
-extrinsics in metres. Pixel coordinates are continuous: the image spans [0, W] x [0, H], the centre of pixel i is i + 0.5.
-A point seen at pixel (u, v) is exactly affine in its world height, so (cell, height bin) names a 3D point.
+Conventions: OpenCV axes (x right, y down, z forward). `K` (...,3,3) intrinsics in pixels, `E`
+(...,4,4) camera-to-world extrinsics in metres. Pixel coordinates are continuous: the image spans
+[0, W] x [0, H], the centre of pixel i is i + 0.5. A point seen at pixel (u, v) is exactly affine in
+its world height, so (cell, height bin) names a 3D point.
 """
+
 import math
 
 import numpy as np
 
 
 def intrinsics(fovy_deg, size):
-    """K of a square image of `size` pixels with a vertical field of view in degrees. f = size / 2 / tan(fovy / 2)."""
+    """K of a square image of `size` pixels with a vertical field of view in degrees. f = size / 2 /
+    tan(fovy / 2).
+    """
     f = 0.5 * size / math.tan(math.radians(fovy_deg) / 2)
     return np.array([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1.0]])
 
 
 def extrinsics_from_mujoco(position, rotation):
-    """Camera-to-world (4,4) from MuJoCo's cam_xpos and cam_xmat, whose camera looks along -z with y up."""
+    """Camera-to-world (4,4) from MuJoCo's cam_xpos and cam_xmat, whose camera looks along -z with y
+    up.
+    """
     E = np.eye(4)
     E[:3, :3], E[:3, 3] = rotation, position
     return E @ np.diag([1.0, -1.0, -1.0, 1.0])
@@ -33,28 +40,42 @@ def look_at(position, target):
 
 
 def fault(K, E, size=None):
-    """(what is wrong, which of "K" and "E" it is) of a camera's arrays, or None: finite numbers, an intrinsic matrix, a rigid
-    camera-to-world transform. size: (width, height) in pixels of the image that has to hold the principal point."""
-    if K.shape != (3, 3) or not np.isfinite(K).all() or not np.allclose(K[2], [0, 0, 1]) or not np.allclose([K[0, 1], K[1, 0]], 0):
+    """(what is wrong, which of "K" and "E" it is) of a camera's arrays, or None: finite numbers, an
+    intrinsic matrix, a rigid camera-to-world transform. size: (width, height) in pixels of the
+    image that has to hold the principal point."""
+    if (
+        K.shape != (3, 3)
+        or not np.isfinite(K).all()
+        or not np.allclose(K[2], [0, 0, 1])
+        or not np.allclose([K[0, 1], K[1, 0]], 0)
+    ):
         return "is no (3,3) intrinsic matrix [[fx,0,cx],[0,fy,cy],[0,0,1]] of finite numbers", "K"
     if K[0, 0] <= 0 or K[1, 1] <= 0:
         return f"has focal lengths {K[0, 0]:g} and {K[1, 1]:g}, pixels above 0 are expected", "K"
     if size is not None:
-        ratios = 2 * K[0, 2] / size[0], 2 * K[1, 2] / size[1]  # 1 where the principal point is the middle, as nearly in any camera
+        # 1 where the principal point is the middle, as nearly in any camera
+        ratios = 2 * K[0, 2] / size[0], 2 * K[1, 2] / size[1]
         alike = abs(ratios[0] - ratios[1]) < 0.1 * abs(ratios[0]) and not 0.6 < ratios[0] < 1.6
         if alike or not all(0 < r < 2 for r in ratios):
-            return (f"has its principal point at ({K[0, 2]:g}, {K[1, 2]:g}), which does not fit {size[0]}x{size[1]} px: it looks like K of "
-                    "another image size"), "K"
+            return (
+                f"has its principal point at ({K[0, 2]:g}, {K[1, 2]:g}), which does not fit {size[0]}x{size[1]} px: it looks like K of "
+                "another image size"
+            ), "K"
     if E.shape != (4, 4) or not np.isfinite(E).all() or not np.allclose(E[3], [0, 0, 0, 1]):
         return "is no (4,4) camera-to-world transform [R t; 0 1] of finite numbers", "E"
     R = E[:3, :3]
     if not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0:
-        return "has a rotation that is not orthonormal with determinant 1, points would be unprojected wrongly", "E"
+        return (
+            "has a rotation that is not orthonormal with determinant 1, points would be unprojected wrongly",
+            "E",
+        )
     return None
 
 
 def in_view(points, K, E, size):
-    """True (...) where world points (...,3) are in front of the camera and inside its (width, height) image."""
+    """True (...) where world points (...,3) are in front of the camera and inside its (width,
+    height) image.
+    """
     with np.errstate(all="ignore"):
         u, v, depth = project(points, K, E)
     return (depth > 0) & (u >= 0) & (u <= size[0]) & (v >= 0) & (v <= size[1])
@@ -70,7 +91,9 @@ def _transpose(R):
 
 
 def project(points, K, E):
-    """World points (...,3) in metres -> pixels u (...), v (...) and depth (...) in metres. Depth <= 0 is behind."""
+    """World points (...,3) in metres -> pixels u (...), v (...) and depth (...) in metres. Depth <=
+    0 is behind.
+    """
     c = _rotate(_transpose(E[..., :3, :3]), points - E[..., :3, 3])
     u = K[..., 0, 0] * c[..., 0] / c[..., 2] + K[..., 0, 2]
     v = K[..., 1, 1] * c[..., 1] / c[..., 2] + K[..., 1, 2]
@@ -88,7 +111,8 @@ def ray(u, v, K, E):
 def unproject(u, v, height, K, E):
     """World point (...,3) on the ray of pixel (u, v) whose world z is `height` (metres).
 
-    The ray of a pixel level with the camera never reaches another height: the result is then infinite.
+    The ray of a pixel level with the camera never reaches another height: the result is then
+    infinite.
     """
     direction, t = ray(u, v, K, E), E[..., :3, 3]
     scale = (height - t[..., 2]) / direction[..., 2]
@@ -96,7 +120,9 @@ def unproject(u, v, height, K, E):
 
 
 def pixel_to_cell(pixel, grid, size):
-    """Continuous cell coordinate of a pixel coordinate: cell i is centred at i, so the image spans [-0.5, grid - 0.5]."""
+    """Continuous cell coordinate of a pixel coordinate: cell i is centred at i, so the image spans
+    [-0.5, grid - 0.5].
+    """
     return pixel * (grid / size) - 0.5
 
 
@@ -116,8 +142,21 @@ def bin_to_height(index, low, high, n_bins):
 
 
 def quantise(point, K, E, grid, size, low, high, n_bins):
-    """Nearest representable point (3,): centre of its image cell and height bin. What a perfect classifier would decode."""
+    """Nearest representable point (3,): centre of its image cell and height bin. What a perfect
+    classifier would decode.
+    """
     u, v, _ = project(point, K, E)
     centre = lambda x, n: np.clip(np.round(pixel_to_cell(x, n, size)), 0, n - 1)
-    z = bin_to_height(np.clip(np.round(height_to_bin(point[..., 2], low, high, n_bins)), 0, n_bins - 1), low, high, n_bins)
-    return unproject(cell_to_pixel(centre(u, grid), grid, size), cell_to_pixel(centre(v, grid), grid, size), z, K, E)
+    z = bin_to_height(
+        np.clip(np.round(height_to_bin(point[..., 2], low, high, n_bins)), 0, n_bins - 1),
+        low,
+        high,
+        n_bins,
+    )
+    return unproject(
+        cell_to_pixel(centre(u, grid), grid, size),
+        cell_to_pixel(centre(v, grid), grid, size),
+        z,
+        K,
+        E,
+    )

@@ -1,12 +1,17 @@
-"""Datasets: single-frame samples in metres, radians and pixels, from demonstrations and cached features.
+"""Datasets: single-frame samples in metres, radians and pixels, from demonstrations and cached
+features.
 
-The label of frame i is where the EEF is `waypoint_stride` control steps later on the recorded trajectory, or as much later as
-it takes to have moved by `min_travel`, clipped at the next gripper change, with that change as the gripper's label. Left out are frames inside a gripper's hold, frames whose way to
-the first waypoint was disturbed by a push, and frames that stand still with no change to come: after the last release they
-would teach a fixed point, and a policy that mistakes a hover for it never moves again. The retreat after the last release
-is left out too (`retreat`): without memory, rising from the placed bowl looks like the approach to it, played backwards.
-With `stay` both are trained on: where a demonstration ends by staying, a label is where it stays, `waypoint_stride` steps later.
+The label of frame i is where the EEF is `waypoint_stride` control steps later on the recorded
+trajectory, or as much later as it takes to have moved by `min_travel`, clipped at the next gripper
+change, with that change as the gripper's label. Left out are frames inside a gripper's hold, frames
+whose way to the first waypoint was disturbed by a push, and frames that stand still with no change
+to come: after the last release they would teach a fixed point, and a policy that mistakes a hover
+for it never moves again. The retreat after the last release is left out too (`retreat`): without
+memory, rising from the placed bowl looks like the approach to it, played backwards. With `stay`
+both are trained on: where a demonstration ends by staying, a label is where it stays,
+`waypoint_stride` steps later.
 """
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -23,19 +28,29 @@ STILL = 0.01  # metres
 
 
 def shifted_sideways(batch, limit, draws, image_size):
-    """A batch whose images are moved sideways, each by its own number of pixels, the camera's principal point with them.
+    """A batch whose images are moved sideways, each by its own number of pixels, the camera's
+    principal point with them.
 
-    Exact but for the columns that come into view, which repeat the edge's: a cell, a height and the rays through them mean what
-    they meant, and no place in the image is the table's own any more. Feature maps are moved by whole cells of the coarsest.
-    limit: at most so many pixels, fewer where the EEF or a waypoint would leave the image; draws (B,): random numbers in [0, 1).
+    Exact but for the columns that come into view, which repeat the edge's: a cell, a height and the
+    rays through them mean what they meant, and no place in the image is the table's own any more.
+    Feature maps are moved by whole cells of the coarsest. limit: at most so many pixels, fewer
+    where the EEF or a waypoint would leave the image; draws (B,): random numbers in [0, 1).
     """
     features, K, E = batch["features"], batch["K"], batch["E"]
     cell = image_size // min(maps.shape[-1] for maps in features)
-    points = torch.cat([batch[k].reshape(len(K), -1, 3).double() for k in ("eef_pos", "target_pos")], 1)
-    u, _, _ = camera.project(points, K.reshape(len(K), -1, 3, 3)[:, :1], E.reshape(len(E), -1, 4, 4)[:, :1])
+    points = torch.cat(
+        [batch[k].reshape(len(K), -1, 3).double() for k in ("eef_pos", "target_pos")], 1
+    )
+    u, _, _ = camera.project(
+        points, K.reshape(len(K), -1, 3, 3)[:, :1], E.reshape(len(E), -1, 4, 4)[:, :1]
+    )
     bounds = lambda x: (x / cell).clamp(-limit / cell, limit / cell)
-    least, most = bounds(-u.amin(1)).clamp(max=0).ceil(), bounds(image_size - u.amax(1)).clamp(min=0).floor()
-    columns = least + (torch.as_tensor(draws, device=u.device) * (most - least + 1)).floor()  # (B,) whole cells
+    least, most = (
+        bounds(-u.amin(1)).clamp(max=0).ceil(),
+        bounds(image_size - u.amax(1)).clamp(min=0).floor(),
+    )
+    # (B,) whole cells
+    columns = least + (torch.as_tensor(draws, device=u.device) * (most - least + 1)).floor()
     moved = []
     for maps in features:
         width = maps.shape[-1]
@@ -58,15 +73,15 @@ def held_frames(demo):
     """Frames (T,) bool inside a gripper's hold, at which no decision is ever taken."""
     held = np.zeros(len(demo), bool)
     for change in gripper_segments(demo.actions)[1]:
-        held[change + 1:change + GRIPPER_STEPS] = True
+        held[change + 1 : change + GRIPPER_STEPS] = True
     return held
 
 
 def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=False):
     """Labels of every frame of a Demo.
 
-    Returns target (N,T) the frame whose EEF pose is the waypoint, gripper (N,T) in {0, 1}, mask (N,T) bool (a waypoint
-    whose way is undisturbed), usable (N,) bool (frames to train on).
+    Returns target (N,T) the frame whose EEF pose is the waypoint, gripper (N,T) in {0, 1}, mask
+    (N,T) bool (a waypoint whose way is undisturbed), usable (N,) bool (frames to train on).
     """
     length = len(demo)
     closed, changes = gripper_segments(demo.actions)
@@ -75,78 +90,108 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
     end = np.append(changes, length - 1)[following]
     following_waypoint = demo_files.next_waypoint(demo.ee_pos, end, stride, min_travel)
     step = np.linalg.norm(demo.ee_pos[following_waypoint] - demo.ee_pos, axis=1)
-    staying = stay & (following == len(changes)) & (step < max(min_travel, STILL))  # no frame from here to the end is farther
+    # no frame from here to the end is farther
+    staying = stay & (following == len(changes)) & (step < max(min_travel, STILL))
     following_waypoint = np.where(staying, np.minimum(frames + stride, end), following_waypoint)
     target = [following_waypoint]
     while len(target) < n_window:
-        target.append(following_waypoint[target[-1]])  # a change is its own next waypoint: the trajectory ends there
+        # a change is its own next waypoint: the trajectory ends there
+        target.append(following_waypoint[target[-1]])
     target = np.stack(target, -1)
     pushes = np.concatenate([[0], np.cumsum(demo.perturbed)])
     mask = pushes[target] == pushes[frames][:, None]  # no pushed frame in [i, target)
     held = held_frames(demo)
     still = np.linalg.norm(demo.ee_pos[target[:, 0]] - demo.ee_pos, axis=1) < STILL
-    in_force = np.append(closed[:1], closed[:-1])  # at the change frame itself the old command still is
+    # at the change frame itself the old command still is
+    in_force = np.append(closed[:1], closed[:-1])
     usable = mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == in_force) & ~staying)
     if not (retreat or stay) and len(changes) and not closed[changes[-1]]:
-        usable[changes[-1] + 1:] = False
+        usable[changes[-1] + 1 :] = False
     return target, closed[target], mask, usable
 
 
 class WaypointDataset(Dataset):
     """Frames of demonstrations with their future waypoints.
 
-    demos: list of Demo from `path`, an HDF5 file or a smith300 folder; config: a PolicyConfig; frame_stride: use every k-th frame.
-    `batch(indices)` gives the dict of tensors described in policy.py.
+    demos: list of Demo from `path`, an HDF5 file or a smith300 folder; config: a PolicyConfig;
+    frame_stride: use every k-th frame. `batch(indices)` gives the dict of tensors described in
+    policy.py.
     """
 
-    def __init__(self, path, demos, config, backbone, frame_stride=1, cache="cache/features", progress=True):
+    def __init__(
+        self, path, demos, config, backbone, frame_stride=1, cache="cache/features", progress=True
+    ):
         self.path, self.demos, self.config, self.backbone = path, demos, config, backbone
         self.held = []  # features on a GPU, see `hold`
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
         needed = self.label(path, config, frame_stride)
-        groups = [(d, lambda demo=demo, frames=frames: self._images(demo.name, frames))
-                  for d, (demo, frames) in enumerate(zip(demos, needed)) if len(frames)]
+        groups = [
+            (d, lambda demo=demo, frames=frames: self._images(demo.name, frames))
+            for d, (demo, frames) in enumerate(zip(demos, needed))
+            if len(frames)
+        ]
         maps = feature_cache(backbone, groups, cache, progress)
         self.maps = [maps.get(d) for d in range(len(demos))]  # by place: every file has a demo_0
 
-    read = staticmethod(smith300.read_dataset)  # of either format: (path, image_size, limit) -> (list of Demo, dict of attributes)
+    # of either format: (path, image_size, limit) -> (list of Demo, dict of attributes)
+    read = staticmethod(smith300.read_dataset)
 
     @staticmethod
     def check_split(path, demos, config):
-        """Raise UserError where something beside the data was made from other demonstrations than those that are trained on."""
+        """Raise UserError where something beside the data was made from other demonstrations than
+        those that are trained on.
+        """
 
     def label(self, path, config, frame_stride):
         """Set the samples' labels; return for each demo the frames whose features are needed."""
         rows, needed = [], []
         for d, demo in enumerate(self.demos):
-            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, config.n_window, config.retreat,
-                                                           config.min_travel, config.stay)
+            target, gripper, mask, usable = waypoint_labels(
+                demo,
+                config.waypoint_stride,
+                config.n_window,
+                config.retreat,
+                config.min_travel,
+                config.stay,
+            )
             usable &= np.arange(len(demo)) % frame_stride == 0
             needed.append(np.flatnonzero(usable))
-            rows += [(d, slot, i, target[i], gripper[i], mask[i]) for slot, i in enumerate(needed[-1])]
+            rows += [
+                (d, slot, i, target[i], gripper[i], mask[i]) for slot, i in enumerate(needed[-1])
+            ]
         if not rows:
-            raise UserError(f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations")
+            raise UserError(
+                f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations"
+            )
         self.demo, self.slot, self.frame, target, gripper, mask = (np.array(c) for c in zip(*rows))
         self.fill(self.demo, self.frame, target, gripper, mask)
         return needed
 
     def fill(self, demo, frame, target, gripper, mask):
-        """Set the low-dimensional tensors of N rows: demo and frame (N,), target frames, commands and masks (N,T)."""
+        """Set the low-dimensional tensors of N rows: demo and frame (N,), target frames, commands
+        and masks (N,T).
+        """
         stack = lambda values: torch.from_numpy(np.stack(values))
         rotation = [rotvec_to_matrix(d.ee_ori) for d in self.demos]
         self.eef_pos = stack([self.demos[d].ee_pos[i] for d, i in zip(demo, frame)])
         self.target_pos = stack([self.demos[d].ee_pos[t] for d, t in zip(demo, target)])
         self.target_rot = stack([rotation[d][t] for d, t in zip(demo, target)])
-        self.gripper_width = stack([np.abs(self.demos[d].gripper_states[i]).sum() for d, i in zip(demo, frame)])
-        self.target_gripper, self.mask = torch.from_numpy(gripper), torch.from_numpy(mask.astype(np.float32))
+        self.gripper_width = stack(
+            [np.abs(self.demos[d].gripper_states[i]).sum() for d, i in zip(demo, frame)]
+        )
+        self.target_gripper, self.mask = (
+            torch.from_numpy(gripper),
+            torch.from_numpy(mask.astype(np.float32)),
+        )
 
     def _images(self, name, frames):
         return smith300.read_images(self.path, name, frames, self.config.image_size)
 
     def hold(self, device):
-        """Keep features and labels on a GPU from now on, features as one fp16 tensor a map, where half of its free memory has room
-        for them -> True if so. On a CPU they stay where they are: in files that the system keeps in memory."""
+        """Keep features and labels on a GPU from now on, features as one fp16 tensor a map, where
+        half of its free memory has room for them -> True if so. On a CPU they stay where they are:
+        in files that the system keeps in memory."""
         if torch.device(device).type != "cuda":
             return False
         kept = [maps for maps in self.maps if maps is not None]
@@ -159,7 +204,10 @@ class WaypointDataset(Dataset):
     def keep_on(self, device):
         """Keep features and labels in a device's memory; batches come from there."""
         kept = [maps for maps in self.maps if maps is not None]
-        self.held = [torch.from_numpy(np.concatenate([maps[i] for maps in kept])).to(device) for i in range(len(self.backbone.channels))]
+        self.held = [
+            torch.from_numpy(np.concatenate([maps[i] for maps in kept])).to(device)
+            for i in range(len(self.backbone.channels))
+        ]
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.to(device))
@@ -174,8 +222,10 @@ class WaypointDataset(Dataset):
         """Cached maps [(B,C,H,W) float16] of samples."""
         if self.held:
             return [maps[torch.as_tensor(indices, device=maps.device)] for maps in self.held]
-        return [torch.from_numpy(np.stack([self.maps[self.demo[i]][m][self.slot[i]] for i in indices]))
-                for m in range(len(self.backbone.channels))]
+        return [
+            torch.from_numpy(np.stack([self.maps[self.demo[i]][m][self.slot[i]] for i in indices]))
+            for m in range(len(self.backbone.channels))
+        ]
 
     def last_features(self, indices):
         """Maps [(B,C,H,W) float16] of the samples' newest frames."""
@@ -185,16 +235,24 @@ class WaypointDataset(Dataset):
         """Samples -> dict of tensors, see policy.py."""
         indices = np.asarray(indices)
         d = self.demo[indices]
-        return {"features": self.features(indices), "eef_pos": self.eef_pos[indices],
-                "gripper_width": self.gripper_width[indices], "K": self.K[d], "E": self.E[d],
-                "target_pos": self.target_pos[indices], "target_rot": self.target_rot[indices],
-                "target_gripper": self.target_gripper[indices], "mask": self.mask[indices]}
+        return {
+            "features": self.features(indices),
+            "eef_pos": self.eef_pos[indices],
+            "gripper_width": self.gripper_width[indices],
+            "K": self.K[d],
+            "E": self.E[d],
+            "target_pos": self.target_pos[indices],
+            "target_rot": self.target_rot[indices],
+            "target_gripper": self.target_gripper[indices],
+            "mask": self.mask[indices],
+        }
 
     def statistics(self, n=256):
-        """Ranges of heights and unwrapped Euler angles and the EEF's mean and deviation over all frames, and feature means and
-        deviations over n samples.
+        """Ranges of heights and unwrapped Euler angles and the EEF's mean and deviation over all
+        frames, and feature means and deviations over n samples.
 
-        {"height_range" (2,) m, "euler_range" (3,2) rad, "position" (mean (3,), std (3,)) m, "features" [(mean (C,), std (C,))]}
+        {"height_range" (2,) m, "euler_range" (3,2) rad, "position" (mean (3,), std (3,)) m,
+        "features" [(mean (C,), std (C,))]}
         """
         positions = np.concatenate([d.ee_pos for d in self.demos])
         heights = positions[:, 2]
@@ -204,6 +262,12 @@ class WaypointDataset(Dataset):
         features = []
         for maps in self.last_features(picked):
             maps = maps.float().cpu()
-            features.append((maps.mean((0, 2, 3)).numpy(), maps.std((0, 2, 3)).clamp(min=1e-4).numpy()))
-        return {"height_range": np.array([heights.min(), heights.max()]), "position": (positions.mean(0), positions.std(0).clip(min=1e-3)),
-                "euler_range": np.stack([euler.min(0), euler.max(0)], -1), "features": features}
+            features.append(
+                (maps.mean((0, 2, 3)).numpy(), maps.std((0, 2, 3)).clamp(min=1e-4).numpy())
+            )
+        return {
+            "height_range": np.array([heights.min(), heights.max()]),
+            "position": (positions.mean(0), positions.std(0).clip(min=1e-3)),
+            "euler_range": np.stack([euler.min(0), euler.max(0)], -1),
+            "features": features,
+        }

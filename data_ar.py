@@ -1,11 +1,13 @@
 """Datasets: windows of frames for policies with a history.
 
-A window ends at a usable frame and runs backwards along the decisions that would have led there: the frame before f is
-one whose next waypoint is f. So frame t's image shows the robot where the waypoint of t-1 was, and the last known EEF
-position of frame t is the one that its image shows; the next waypoint is never among the inputs. Labels are those of
-data.py, for every frame of the window. Windows that reach the episode's start are shorter; they are padded at their end, where
-causal attention cannot see the padding.
+A window ends at a usable frame and runs backwards along the decisions that would have led there:
+the frame before f is one whose next waypoint is f. So frame t's image shows the robot where the
+waypoint of t-1 was, and the last known EEF position of frame t is the one that its image shows; the
+next waypoint is never among the inputs. Labels are those of data.py, for every frame of the window.
+Windows that reach the episode's start are shorter; they are padded at their end, where causal
+attention cannot see the padding.
 """
+
 import numpy as np
 import torch
 
@@ -17,14 +19,18 @@ NEAR = 3  # control steps by which a decision may have missed the frame that fol
 
 
 def following_frames(demo, target):
-    """The frame (T,) at which the decision after each frame's is taken: its waypoint, or the end of the gripper's hold there."""
+    """The frame (T,) at which the decision after each frame's is taken: its waypoint, or the end of
+    the gripper's hold there.
+    """
     _, changes = gripper_segments(demo.actions)
     hold = np.where(np.isin(target, changes), GRIPPER_STEPS, 0)
     return np.minimum(target + hold, len(demo) - 1)
 
 
 def standing_since(positions):
-    """The first frame (T,) from which on the EEF stands, within STILL, where each frame shows it; positions (T,3) m."""
+    """The first frame (T,) from which on the EEF stands, within STILL, where each frame shows it;
+    positions (T,3) m.
+    """
     since = np.arange(len(positions))
     for frame, position in enumerate(positions):
         while since[frame] > 0 and np.linalg.norm(positions[since[frame] - 1] - position) < STILL:
@@ -35,12 +41,13 @@ def standing_since(positions):
 def window_frames(following, last, length, allowed, since=None):
     """Frames (at most `length`, ascending) of the window that ends at frame `last`.
 
-    following (T,) from `following_frames`; allowed (T,) bool, frames at which a decision can be taken; since (T,) from
-    `standing_since`, where demonstrations pause: the decision that led to a frame late in a pause led to the pause's beginning.
+    following (T,) from `following_frames`; allowed (T,) bool, frames at which a decision can be
+    taken; since (T,) from `standing_since`, where demonstrations pause: the decision that led to a
+    frame late in a pause led to the pause's beginning.
     """
     frames = [last]
     while len(frames) < length:
-        before = np.flatnonzero(allowed[:frames[0]])
+        before = np.flatnonzero(allowed[: frames[0]])
         before = before[following[before] > before]
         if not len(before):
             break
@@ -56,30 +63,46 @@ def window_frames(following, last, length, allowed, since=None):
 class WindowDataset(WaypointDataset):
     """Windows of `config.context` frames; index i is the window that ends at the i-th usable frame.
 
-    `batch(indices)` gives features [(B,T,C,H,W) float16], eef_pos (B,T,3), gripper_width (B,T), K (B,T,3,3), E (B,T,4,4),
-    valid (B,T) bool (False: padding), first_eef (B,3) the EEF at the episode's start, targets and mask of every frame as in
-    policy.py: target_pos (B,T,3), mask (B,T) ...
+    `batch(indices)` gives features [(B,T,C,H,W) float16], eef_pos (B,T,3), gripper_width (B,T), K
+    (B,T,3,3), E (B,T,4,4), valid (B,T) bool (False: padding), first_eef (B,3) the EEF at the
+    episode's start, targets and mask of every frame as in policy.py: target_pos (B,T,3), mask (B,T)
+    ...
     """
 
     def label(self, path, config, frame_stride):
         starts, rows = [], []
         self.windows = []
         for d, demo in enumerate(self.demos):
-            target, gripper, mask, usable = waypoint_labels(demo, config.waypoint_stride, 1, config.retreat,
-                                                           config.min_travel, config.stay)
+            target, gripper, mask, usable = waypoint_labels(
+                demo, config.waypoint_stride, 1, config.retreat, config.min_travel, config.stay
+            )
             following = following_frames(demo, target[:, 0])
-            kept = np.arange(len(demo)) % frame_stride == 0  # whose features are needed: every one costs a pass of the backbone
-            allowed, since = ~held_frames(demo) & kept, standing_since(demo.ee_pos) if config.stay else None
-            windows = [window_frames(following, last, config.context, allowed, since) for last in np.flatnonzero(usable & kept)]
+            # whose features are needed: every one costs a pass of the backbone
+            kept = np.arange(len(demo)) % frame_stride == 0
+            allowed, since = (
+                ~held_frames(demo) & kept,
+                standing_since(demo.ee_pos) if config.stay else None,
+            )
+            windows = [
+                window_frames(following, last, config.context, allowed, since)
+                for last in np.flatnonzero(usable & kept)
+            ]
             needed = sorted({f for w in windows for f in w})
             place = {f: i for i, f in enumerate(needed)}
             start = sum(len(s) for s in starts)
             starts.append(needed)
             self.windows += [np.array([start + place[f] for f in w]) for w in windows]
-            rows += [(d, i, f, target[f, 0], gripper[f, 0], float(usable[f])) for i, f in enumerate(needed)]
+            rows += [
+                (d, i, f, target[f, 0], gripper[f, 0], float(usable[f]))
+                for i, f in enumerate(needed)
+            ]
         if not self.windows:
-            raise UserError(f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations")
-        row_demo, self.row_slot, row_frame, target, gripper, usable = (np.array(c) for c in zip(*rows))
+            raise UserError(
+                f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations"
+            )
+        row_demo, self.row_slot, row_frame, target, gripper, usable = (
+            np.array(c) for c in zip(*rows)
+        )
         self.row_demo, self.row_frame = row_demo, row_frame
         self.fill(row_demo, row_frame, target[:, None], gripper[:, None], usable[:, None])
         ends = np.array([w[-1] for w in self.windows])
@@ -92,20 +115,29 @@ class WindowDataset(WaypointDataset):
 
     def last_features(self, indices):
         ends = [self.windows[i][-1] for i in indices]
-        return [torch.from_numpy(np.stack([self.maps[self.row_demo[r]][m][self.row_slot[r]] for r in ends]))
-                for m in range(len(self.backbone.channels))]
+        return [
+            torch.from_numpy(
+                np.stack([self.maps[self.row_demo[r]][m][self.row_slot[r]] for r in ends])
+            )
+            for m in range(len(self.backbone.channels))
+        ]
 
     def batch(self, indices):
         """Windows -> dict of tensors, see the class."""
         T = self.config.context
         windows = [self.windows[i] for i in np.asarray(indices)]
         valid = np.array([[t < len(w) for t in range(T)] for w in windows])
-        rows = np.array([[w[min(t, len(w) - 1)] for t in range(T)] for w in windows])  # padding repeats the last frame
+        # padding repeats the last frame
+        rows = np.array([[w[min(t, len(w) - 1)] for t in range(T)] for w in windows])
         features = []
         for maps in self.held:
             picked = maps[torch.from_numpy(rows).to(maps.device)]  # (B,T,C,H,W)
             known = torch.from_numpy(valid).to(maps.device)[..., None, None, None]
-            features.append(torch.where(known, picked, torch.zeros((), dtype=picked.dtype, device=picked.device)))
+            features.append(
+                torch.where(
+                    known, picked, torch.zeros((), dtype=picked.dtype, device=picked.device)
+                )
+            )
         for m in range(len(self.backbone.channels) if not self.held else 0):
             sample = self.maps[self.row_demo[rows[0, 0]]][m]
             out = np.zeros((*rows.shape, *sample.shape[1:]), np.float16)
@@ -115,8 +147,16 @@ class WindowDataset(WaypointDataset):
         pick = lambda x: x[rows]  # (N,...) -> (B,T,...)
         d = self.row_demo[rows]
         valid = torch.from_numpy(valid).to(self.mask.device)
-        return {"features": features, "valid": valid, "eef_pos": pick(self.eef_pos), "first_eef": self.first_eef[d[:, 0]],
-                "gripper_width": pick(self.gripper_width), "K": self.K[d], "E": self.E[d],
-                "target_pos": pick(self.target_pos)[..., 0, :], "target_rot": pick(self.target_rot)[:, :, 0],
-                "target_gripper": pick(self.target_gripper)[..., 0],
-                "mask": pick(self.mask)[..., 0] * valid}
+        return {
+            "features": features,
+            "valid": valid,
+            "eef_pos": pick(self.eef_pos),
+            "first_eef": self.first_eef[d[:, 0]],
+            "gripper_width": pick(self.gripper_width),
+            "K": self.K[d],
+            "E": self.E[d],
+            "target_pos": pick(self.target_pos)[..., 0, :],
+            "target_rot": pick(self.target_rot)[:, :, 0],
+            "target_gripper": pick(self.target_gripper)[..., 0],
+            "mask": pick(self.mask)[..., 0] * valid,
+        }

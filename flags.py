@@ -1,8 +1,11 @@
-"""Command lines: types of values with their ranges, and a parser that refuses the rest in one sentence.
+"""Command lines: types of values with their ranges, and a parser that refuses the rest in one
+sentence.
 
-A range is declared where the flag is, `add_argument("--lr", type=flags.positive)`, or with a policy's
-config field, `policy.flag(0.7, "...", high=1)`. The same declaration checks a checkpoint's config.
+A range is declared where the flag is, `add_argument("--lr", type=flags.positive)`, or with a
+policy's config field, `policy.flag(0.7, "...", high=1)`. The same declaration checks a checkpoint's
+config.
 """
+
 import argparse
 import dataclasses
 import math
@@ -34,6 +37,7 @@ class Number:
 
     low, high: inclusive bounds; above, below: exclusive ones.
     """
+
     kind: type
     low: float = None
     high: float = None
@@ -55,16 +59,24 @@ class Number:
         kinds = (int,) if self.kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
             return False
-        return ((self.low is None or value >= self.low)
-                and (self.high is None or value <= self.high)
-                and (self.above is None or value > self.above)
-                and (self.below is None or value < self.below))
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
 
     def __str__(self):
-        named = (("of at least", self.low), ("above", self.above), ("below", self.below),
-                 ("of at most", self.high))
+        named = (
+            ("of at least", self.low),
+            ("above", self.above),
+            ("below", self.below),
+            ("of at most", self.high),
+        )
         bounds = [f"{word} {bound:g}" for word, bound in named if bound not in (None, LARGEST)]
-        return f"a {'whole' if self.kind is int else 'finite'} number {' and '.join(bounds)}".strip()
+        return (
+            f"a {'whole' if self.kind is int else 'finite'} number {' and '.join(bounds)}".strip()
+        )
 
 
 def at_least(low, high=LARGEST):
@@ -85,6 +97,7 @@ fraction = Number(float, above=0, below=1)
 @dataclasses.dataclass(frozen=True)
 class IntList:
     """Whole numbers of a range with commas between them, kept as text: a config holds them so."""
+
     each: Number
 
     def __call__(self, text):
@@ -107,15 +120,21 @@ int_list = IntList(at_least(1, 512))
 
 
 def new_file(*suffixes):
-    """The type of a flag: a file to write, of one of these suffixes: no file of another kind is replaced."""
+    """The type of a flag: a file to write, of one of these suffixes: no file of another kind is
+    replaced.
+    """
+
     def parse(text):
         path = Path(text)
         if not path.name or path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text or '(nothing)'} is a folder, a file is expected")
+            raise argparse.ArgumentTypeError(
+                f"{text or '(nothing)'} is a folder, a file is expected"
+            )
         if path.suffix.lower() not in suffixes:
             wanted = " or ".join(suffixes)
             raise argparse.ArgumentTypeError(f"{text} is no name that ends in {wanted}")
         return _writable(path)
+
     return parse
 
 

@@ -1,11 +1,14 @@
-"""PARA, the single-frame baseline: localise the next waypoints in an image-aligned volume instead of regressing them.
+"""PARA, the single-frame baseline: localise the next waypoints in an image-aligned volume instead
+of regressing them.
 
-448 px image -> frozen patch features -> 1x1 projection, bilinear to the prediction grid -> a learned embedding at the
-current EEF's cell -> three 3x3 convolutions with GELU -> 1x1 convolution to volume logits (B, T, Z, H, W), one joint softmax
-per future waypoint. (cell, height bin) is unprojected through the known camera to a 3D point. Gripper and rotation come from
-the feature at the target's cell (the true one in training, the predicted one in use), or the gripper is one more axis of the
-joint softmax.
+448 px image -> frozen patch features -> 1x1 projection, bilinear to the prediction grid -> a
+learned embedding at the current EEF's cell -> three 3x3 convolutions with GELU -> 1x1 convolution
+to volume logits (B, T, Z, H, W), one joint softmax per future waypoint. (cell, height bin) is
+unprojected through the known camera to a 3D point. Gripper and rotation come from the feature at
+the target's cell (the true one in training, the predicted one in use), or the gripper is one more
+axis of the joint softmax.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -14,41 +17,75 @@ from torch import nn
 
 import camera
 import flags
-from nets.volume import VolumeConfig, VolumeGeometry, dilated_convolutions, flat_index, mark_cell, ray_layers
+from nets.volume import (
+    VolumeConfig,
+    VolumeGeometry,
+    dilated_convolutions,
+    flat_index,
+    mark_cell,
+    ray_layers,
+)
 from policy import fingers_closed, flag
 
 
 @dataclass
 class TrunkConfig(VolumeConfig):
     """Configuration of PixelTrunk."""
+
     n_window: int = flag(6, "future waypoints T")
     width: int = flag(64, "channels of the convolutional trunk")
-    dilations: str = flag("1,2,4", "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark", kind=flags.int_list)
-    eef_height: bool = flag(True, "the EEF's embedding depends on its height (interpolated between height bins)")
-    eef_gripper: bool = flag(True, "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed")
-    rays: bool = flag(False, "every cell knows where its ray passes the EEF's height and which way it rises, and so where the camera is")
+    dilations: str = flag(
+        "1,2,4",
+        "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark",
+        kind=flags.int_list,
+    )
+    eef_height: bool = flag(
+        True, "the EEF's embedding depends on its height (interpolated between height bins)"
+    )
+    eef_gripper: bool = flag(
+        True,
+        "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed",
+    )
+    rays: bool = flag(
+        False,
+        "every cell knows where its ray passes the EEF's height and which way it rises, and so where the camera is",
+    )
 
-    presets = {"full": dict(lr=1e-3, warmup=200, max_steps=10_000, val_every=1000, save_every=500),
-               "small": dict(grid=56, width=48, batch_size=8, lr=1e-3, max_steps=750, val_every=375)}
+    presets = {
+        "full": dict(lr=1e-3, warmup=200, max_steps=10_000, val_every=1000, save_every=500),
+        "small": dict(grid=56, width=48, batch_size=8, lr=1e-3, max_steps=750, val_every=375),
+    }
 
 
 @dataclass
 class ParaConfig(TrunkConfig):
     """Configuration of TrajectoryHeatmapPredictor."""
-    gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head of its own at the target's cell",
-                             ("joint", "separate"))
+
+    gripper_head: str = flag(
+        "joint",
+        "gripper as an axis of the joint softmax, or a head of its own at the target's cell",
+        ("joint", "separate"),
+    )
 
 
 class PixelTrunk(VolumeGeometry):
-    """From the backbone's maps to the features of the prediction grid, with the EEF's cell marked. `channels`: of the maps."""
+    """From the backbone's maps to the features of the prediction grid, with the EEF's cell marked.
+    `channels`: of the maps.
+    """
 
     def __init__(self, config, channels):
         super().__init__(config, channels)
         c, width = config, config.width
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
-        self.eef_embedding = nn.Parameter(torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width) * 0.5)
-        # a far cell does not see the EEF's mark: that nothing is held yet has to be known at the plate too
-        self.gripper_embedding = nn.Parameter(torch.randn(2, width) * 0.5) if c.eef_gripper else None
+        self.eef_embedding = nn.Parameter(
+            torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width)
+            * 0.5
+        )
+        # a far cell does not see the EEF's mark: that nothing is held yet has to be known at the
+        # plate too
+        self.gripper_embedding = (
+            nn.Parameter(torch.randn(2, width) * 0.5) if c.eef_gripper else None
+        )
         self.rays = ray_layers(width) if c.rays else None
         self.trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
 
@@ -56,7 +93,9 @@ class PixelTrunk(VolumeGeometry):
         """Features of the prediction grid (B,C,H,W), with the EEF's cell marked."""
         grid, x = self.config.grid, 0
         for maps, project in zip(self.normalised(batch["features"]), self.project):
-            x = x + F.interpolate(project(maps), size=(grid, grid), mode="bilinear", align_corners=False)
+            x = x + F.interpolate(
+                project(maps), size=(grid, grid), mode="bilinear", align_corners=False
+            )
         x = mark_cell(x, self.cells(batch["eef_pos"], batch), self.eef_vector(batch))
         if self.gripper_embedding is not None:
             x = x + self.gripper_embedding[fingers_closed(batch["gripper_width"])][..., None, None]
@@ -65,9 +104,13 @@ class PixelTrunk(VolumeGeometry):
         return self.trunk(x)
 
     def eef_vector(self, batch):
-        """The EEF's embedding (B,C), interpolated linearly between the embeddings of the nearest height bins."""
+        """The EEF's embedding (B,C), interpolated linearly between the embeddings of the nearest
+        height bins.
+        """
         table, last = self.eef_embedding, self.eef_embedding.shape[1] - 1  # (G,Z,C)
-        bins = camera.height_to_bin(batch["eef_pos"][:, 2], *self.height_range, last + 1).clamp(0, last)
+        bins = camera.height_to_bin(batch["eef_pos"][:, 2], *self.height_range, last + 1).clamp(
+            0, last
+        )
         low = bins.floor().long().clamp(max=max(0, last - 1))
         share = (bins - low).to(table.dtype)[:, None]
         closed = fingers_closed(batch["gripper_width"]) * (len(table) - 1)
@@ -76,7 +119,11 @@ class PixelTrunk(VolumeGeometry):
     def at_cells(self, features, cells):
         """Trunk features (B,C,H,W) at integer cells (B,T,2) yx -> (B,T,C)."""
         flat = flat_index(cells, (self.config.grid,) * 2)  # (B,T)
-        return features.flatten(2).gather(2, flat[:, None].expand(-1, features.shape[1], -1)).transpose(1, 2)
+        return (
+            features.flatten(2)
+            .gather(2, flat[:, None].expand(-1, features.shape[1], -1))
+            .transpose(1, 2)
+        )
 
 
 class TrajectoryHeatmapPredictor(PixelTrunk):
@@ -88,30 +135,48 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         self.n_gripper = 2 if c.gripper_head == "joint" else 1
         self.volume = nn.Conv2d(width, c.n_window * self.n_gripper * c.n_height_bins, 1)
         self.step_embedding = nn.Parameter(torch.randn(c.n_window, width) * 0.5)
-        self.rotation = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3 * c.n_rot_bins))
+        self.rotation = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3 * c.n_rot_bins)
+        )
         if c.gripper_head == "separate":
             self.gripper = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 2))
 
     def volume_logits(self, features):
-        """Trunk features (B,C,H,W) -> logits (B,T,G,Z,H,W), G = 2 gripper commands when they are joint, else 1."""
+        """Trunk features (B,C,H,W) -> logits (B,T,G,Z,H,W), G = 2 gripper commands when they are
+        joint, else 1.
+        """
         c = self.config
-        return self.volume(features).view(len(features), c.n_window, self.n_gripper, c.n_height_bins, c.grid, c.grid)
+        return self.volume(features).view(
+            len(features), c.n_window, self.n_gripper, c.n_height_bins, c.grid, c.grid
+        )
 
     def loss(self, batch):
-        """Cross-entropies of volume, rotation and (if separate) gripper, averaged over the unmasked waypoints, in nats."""
+        """Cross-entropies of volume, rotation and (if separate) gripper, averaged over the unmasked
+        waypoints, in nats.
+        """
         c, mask = self.config, batch["mask"].flatten()
         features = self.trunk_features(batch)
         coordinates = self.coordinates(batch["target_pos"], batch)
         gripper = batch["target_gripper"].flatten()
         logits = self.volume_logits(features).flatten(0, 1).flatten(1)  # (B*T, G*Z*H*W)
-        volume = self.volume_loss(logits, coordinates.flatten(0, 1), gripper if self.n_gripper == 2 else None)
+        volume = self.volume_loss(
+            logits, coordinates.flatten(0, 1), gripper if self.n_gripper == 2 else None
+        )
         parts = {"volume_ce": self.masked_mean(volume, mask)}
-        picked = self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1)) + self.step_embedding
-        rotation = self.rotation(picked).unflatten(-1, (3, c.n_rot_bins)).flatten(0, 1)  # (B*T,3,bins)
-        parts["rotation_ce"] = self.masked_mean(self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask)
+        picked = (
+            self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
+            + self.step_embedding
+        )
+        # (B*T,3,bins)
+        rotation = self.rotation(picked).unflatten(-1, (3, c.n_rot_bins)).flatten(0, 1)
+        parts["rotation_ce"] = self.masked_mean(
+            self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask
+        )
         if self.n_gripper == 1:
             logits = self.gripper(picked).flatten(0, 1).float()
-            parts["gripper_ce"] = self.masked_mean(F.cross_entropy(logits, gripper, reduction="none"), mask)
+            parts["gripper_ce"] = self.masked_mean(
+                F.cross_entropy(logits, gripper, reduction="none"), mask
+            )
         total = sum(parts.values()) + (c.rotation_weight - 1) * parts["rotation_ce"]
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 
@@ -121,7 +186,18 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         logits = self.volume_logits(features).float().flatten(0, 1)  # (B*T,G,Z,H,W)
         coordinates, picked_gripper = self.decode_volume(logits)
         coordinates = coordinates.view(-1, c.n_window, 3)
-        picked = self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1)) + self.step_embedding
-        gripper = picked_gripper.view(-1, c.n_window) if self.n_gripper == 2 else self.gripper(picked).argmax(-1)
+        picked = (
+            self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
+            + self.step_embedding
+        )
+        gripper = (
+            picked_gripper.view(-1, c.n_window)
+            if self.n_gripper == 2
+            else self.gripper(picked).argmax(-1)
+        )
         rotation = self.decode_rotation(self.rotation(picked).unflatten(-1, (3, c.n_rot_bins)))
-        return {"position": self.points(coordinates, batch), "gripper": gripper, "rotation": rotation}
+        return {
+            "position": self.points(coordinates, batch),
+            "gripper": gripper,
+            "rotation": rotation,
+        }

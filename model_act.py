@@ -1,15 +1,20 @@
-"""ACT, the baseline that regresses: the chunk of waypoints as numbers, instead of places in the image.
+"""ACT, the baseline that regresses: the chunk of waypoints as numbers, instead of places in the
+image.
 
-Pooled patches of the same frozen features, a token of proprioception and one of the camera -> transformer encoder -> decoder
-with one learned query a waypoint -> absolute world xyz (L1, normalised by the training data), gripper command, rotation in bins.
+Pooled patches of the same frozen features, a token of proprioception and one of the camera ->
+transformer encoder -> decoder with one learned query a waypoint -> absolute world xyz (L1,
+normalised by the training data), gripper command, rotation in bins.
 
-After Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware". What differs, so that the rows of
-a table differ in the head alone: labels, features and the closed loop are PARA's, hence T waypoints a chunk instead of T control
-steps, and a new chunk at each instead of temporal ensembling. There is no CVAE: it tells apart the ways in which people do the
-same thing, and a scripted expert has one. Two things are in its favour: the camera's pose is an input, since the other policies
-know the camera too (`--no-camera_token`: as published), and the EEF's position is noised in training as the history policies' is,
-since a regressor too would rather guess the next waypoint from where it is than look (`--eef_noise_m 0`).
+After Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware". What
+differs, so that the rows of a table differ in the head alone: labels, features and the closed loop
+are PARA's, hence T waypoints a chunk instead of T control steps, and a new chunk at each instead of
+temporal ensembling. There is no CVAE: it tells apart the ways in which people do the same thing,
+and a scripted expert has one. Two things are in its favour: the camera's pose is an input, since
+the other policies know the camera too (`--no-camera_token`: as published), and the EEF's position
+is noised in training as the history policies' is, since a regressor too would rather guess the next
+waypoint from where it is than look (`--eef_noise_m 0`).
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +23,14 @@ from torch import nn
 
 from policy import FittedConfig, FittedPolicy, check_heads, fingers_closed, flag
 
-POOLED = 2  # cells of the pooled maps a patch and side: a patch token still tells where inside it something is
+# cells of the pooled maps a patch and side: a patch token still tells where inside it something is
+POOLED = 2
 
 
 @dataclass
 class ActConfig(FittedConfig):
     """Configuration of ActPolicy."""
+
     n_window: int = flag(6, "future waypoints T, the chunk")
     dim: int = flag(512, "width d of the transformer")
     n_layers: int = flag(4, "encoder layers")
@@ -34,11 +41,24 @@ class ActConfig(FittedConfig):
     patch_grid: int = flag(14, "patch tokens a side")
     camera_token: bool = flag(True, "a token of the camera's pose")
     gripper_weight: float = flag(1.0, "weight of the gripper loss")
-    eef_noise_share: float = flag(0.7, "share of samples with a noised EEF position in training", high=1)
+    eef_noise_share: float = flag(
+        0.7, "share of samples with a noised EEF position in training", high=1
+    )
     eef_noise_m: float = flag(0.02, "its standard deviation along each axis, metres")
 
-    presets = {"full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
-               "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, dropout=0.0, lr=1e-3, max_steps=2500, val_every=500)}
+    presets = {
+        "full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
+        "small": dict(
+            dim=128,
+            n_layers=3,
+            n_heads=4,
+            mlp_ratio=2,
+            dropout=0.0,
+            lr=1e-3,
+            max_steps=2500,
+            val_every=500,
+        ),
+    }
 
 
 class ActPolicy(FittedPolicy):
@@ -51,14 +71,25 @@ class ActPolicy(FittedPolicy):
         self.register_buffer("position_mean", torch.zeros(3, dtype=torch.float64))  # metres
         self.register_buffer("position_std", torch.ones(3, dtype=torch.float64))
         self.project = nn.ModuleList([nn.Conv2d(n, d, POOLED, stride=POOLED) for n in channels])
-        self.place = nn.Parameter(torch.randn(2, c.patch_grid, d) * 0.5)  # y and x parts of the patches' position embedding
+        # y and x parts of the patches' position embedding
+        self.place = nn.Parameter(torch.randn(2, c.patch_grid, d) * 0.5)
         self.state = nn.Linear(3 + 1, d)  # EEF xyz, fingers
         if c.camera_token:
             self.camera = nn.Linear(12, d)
-        layer = dict(nhead=c.n_heads, dim_feedforward=c.mlp_ratio * d, dropout=c.dropout, activation="gelu", batch_first=True,
-                     norm_first=True)
-        self.encoder = nn.ModuleList([nn.TransformerEncoderLayer(d, **layer) for _ in range(c.n_layers)])
-        self.decoder = nn.ModuleList([nn.TransformerDecoderLayer(d, **layer) for _ in range(c.n_decoder_layers)])
+        layer = dict(
+            nhead=c.n_heads,
+            dim_feedforward=c.mlp_ratio * d,
+            dropout=c.dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.encoder = nn.ModuleList(
+            [nn.TransformerEncoderLayer(d, **layer) for _ in range(c.n_layers)]
+        )
+        self.decoder = nn.ModuleList(
+            [nn.TransformerDecoderLayer(d, **layer) for _ in range(c.n_decoder_layers)]
+        )
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.queries = nn.Parameter(torch.randn(c.n_window, d) * 0.5)
         self.position = nn.Linear(d, 3)
@@ -72,15 +103,24 @@ class ActPolicy(FittedPolicy):
             buffer.copy_(torch.as_tensor(value))
 
     def scaled(self, positions):
-        """World positions (...,3) in metres -> float32 with zero mean and unit deviation over the training data."""
+        """World positions (...,3) in metres -> float32 with zero mean and unit deviation over the
+        training data.
+        """
         return ((positions - self.position_mean) / self.position_std).float()
 
     def tokens(self, batch):
         """Tokens (B,N,d) of the patches, the state and the camera."""
         side, eef, x = self.config.patch_grid, batch["eef_pos"], 0
         if self.training and self.config.eef_noise_m > 0:
-            noised = self.shard.draw(torch.rand, (len(eef), 1), eef.device) < self.config.eef_noise_share
-            eef = eef + self.config.eef_noise_m * self.shard.draw(torch.randn, eef.shape, eef.device) * noised
+            noised = (
+                self.shard.draw(torch.rand, (len(eef), 1), eef.device) < self.config.eef_noise_share
+            )
+            eef = (
+                eef
+                + self.config.eef_noise_m
+                * self.shard.draw(torch.randn, eef.shape, eef.device)
+                * noised
+            )
         for maps, project in zip(self.normalised(batch["features"]), self.project):
             x = x + project(F.adaptive_avg_pool2d(maps, POOLED * side))  # (B,d,H,W)
         x = x.flatten(2).transpose(1, 2) + (self.place[0, :, None] + self.place[1]).flatten(0, 1)
@@ -99,21 +139,38 @@ class ActPolicy(FittedPolicy):
         for layer in self.decoder:
             x = layer(x, memory)
         x = self.decoder_norm(x)
-        return self.position(x).float(), self.gripper(x).float(), self.rotation(x).unflatten(-1, (3, self.config.n_rot_bins))
+        return (
+            self.position(x).float(),
+            self.gripper(x).float(),
+            self.rotation(x).unflatten(-1, (3, self.config.n_rot_bins)),
+        )
 
     def loss(self, batch):
-        """L1 of scaled positions (deviations of the data) and cross-entropies of gripper and rotation (nats), averaged over the
-        unmasked waypoints."""
+        """L1 of scaled positions (deviations of the data) and cross-entropies of gripper and
+        rotation (nats), averaged over the unmasked waypoints."""
         c, mask = self.config, batch["mask"].flatten()
         position, gripper, rotation = (x.flatten(0, 1) for x in self.run(batch))
         error = (position - self.scaled(batch["target_pos"]).flatten(0, 1)).abs().mean(-1)
-        parts = {"position_l1": self.masked_mean(error, mask),
-                 "gripper_ce": self.masked_mean(F.cross_entropy(gripper, batch["target_gripper"].flatten(), reduction="none"), mask),
-                 "rotation_ce": self.masked_mean(self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask)}
-        total = parts["position_l1"] + c.gripper_weight * parts["gripper_ce"] + c.rotation_weight * parts["rotation_ce"]
+        parts = {
+            "position_l1": self.masked_mean(error, mask),
+            "gripper_ce": self.masked_mean(
+                F.cross_entropy(gripper, batch["target_gripper"].flatten(), reduction="none"), mask
+            ),
+            "rotation_ce": self.masked_mean(
+                self.rotation_loss(rotation, batch["target_rot"].flatten(0, 1)), mask
+            ),
+        }
+        total = (
+            parts["position_l1"]
+            + c.gripper_weight * parts["gripper_ce"]
+            + c.rotation_weight * parts["rotation_ce"]
+        )
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 
     def predict(self, batch):
         position, gripper, rotation = self.run(batch)
-        return {"position": position.double() * self.position_std + self.position_mean, "gripper": gripper.argmax(-1),
-                "rotation": self.decode_rotation(rotation)}
+        return {
+            "position": position.double() * self.position_std + self.position_mean,
+            "gripper": gripper.argmax(-1),
+            "rotation": self.decode_rotation(rotation),
+        }

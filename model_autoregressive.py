@@ -1,18 +1,22 @@
 """A, the autoregressive policy: one waypoint a step from a window of past frames and EEF positions.
 
-A frame's group of tokens is {its patches, the last known EEF, a learned query}; attention is bidirectional inside a group
-and causal across groups (nets/layers.py). The query of frame t knows the EEF that image t shows and everything before, never its
-own target, so that every frame of a window is supervised in one pass. Heads on the query:
+A frame's group of tokens is {its patches, the last known EEF, a learned query}; attention is
+bidirectional inside a group and causal across groups (nets/layers.py). The query of frame t knows
+the EEF that image t shows and everything before, never its own target, so that every frame of a
+window is supervised in one pass. Heads on the query:
 
-    pointer  its output makes the weights of a 1x1 convolution over per-cell features (a small convolutional trunk on the image
-             features, with a mark at the EEF's cell): one joint softmax over gripper x height x cell. The transformer says what to
-             look for, and what lies around a cell says where; --key_patches adds its patch outputs, which have seen the whole table
+    pointer  its output makes the weights of a 1x1 convolution over per-cell features (a small
+             convolutional trunk on the image features, with a mark at the EEF's cell): one joint
+             softmax over gripper x height x cell. The transformer says what to look for, and what
+             lies around a cell says where; --key_patches adds its patch outputs, which have seen
+             the whole table
     mlp      an MLP over absolute cells and gripper, heights by a linear layer; as first specified
 
-The EEF's position is noised in training on its way into the transformer (with --noisy_mark at the mark too): demonstrations
-whose layouts hardly differ let a network predict the next waypoint from the current state without looking, and noise makes
-looking the better bet.
+The EEF's position is noised in training on its way into the transformer (with --noisy_mark at the
+mark too): demonstrations whose layouts hardly differ let a network predict the next waypoint from
+the current state without looking, and noise makes looking the better bet.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +30,8 @@ from nets.volume import dilated_convolutions, mark_cell, ray_layers
 from policy import check_heads, fingers_closed, flag
 from runtime import UserError
 
-TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)  # frames; the code is cyclic, so that an episode may be of any length
+# frames; the code is cyclic, so that an episode may be of any length
+TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)
 SPACE_FREQUENCIES = 6  # over image widths: the finest wave is 1/16 image, 28 px
 QUERY = 1  # its place among a group's own two tokens; the EEF comes first
 
@@ -34,35 +39,78 @@ QUERY = 1  # its place among a group's own two tokens; the EEF comes first
 @dataclass
 class AutoregressiveConfig(HistoryConfig):
     """Configuration of AutoregressivePolicy."""
+
     grid: int = flag(56, "prediction grid H = W", low=2)
     context: int = flag(8, "frames T that attention sees")
     dim: int = flag(384, "width d of the transformer")
     n_layers: int = flag(6, "layers")
     n_heads: int = flag(6, "attention heads")
     mlp_ratio: int = flag(4, "feed-forward width over d")
-    attention: str = flag("auto", "one FlexAttention call, or a call a frame; auto: the first on a GPU", ("auto", "sdpa", "flex"))
+    attention: str = flag(
+        "auto",
+        "one FlexAttention call, or a call a frame; auto: the first on a GPU",
+        ("auto", "sdpa", "flex"),
+    )
     patch_grid: int = flag(28, "patch tokens a side")
-    recent_hires: int = flag(0, "the K newest frames at --patch_grid, older ones at half of it; 0: all alike", low=0)
-    head: str = flag("pointer", "query . cell features, or an MLP over absolute cells", ("pointer", "mlp"))
+    recent_hires: int = flag(
+        0, "the K newest frames at --patch_grid, older ones at half of it; 0: all alike", low=0
+    )
+    head: str = flag(
+        "pointer", "query . cell features, or an MLP over absolute cells", ("pointer", "mlp")
+    )
     key_width: int = flag(64, "channels of the pointer's cell features")
-    dilations: str = flag("1,2,4", "dilations of the convolutions over the pointer's cell features", kind=flags.int_list)
-    key_patches: bool = flag(False, "the transformer's patch outputs are part of the pointer's keys")
-    rays: bool = flag(False, "the pointer's cells know where their rays pass the EEF's height and which way they rise, and so where the camera is")
-    eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the pointer's convolutions")
-    anchor: str = flag("frame", "positions relative to each frame's own EEF (exact cache), or to the newest frame's",
-                       ("frame", "current"))
+    dilations: str = flag(
+        "1,2,4",
+        "dilations of the convolutions over the pointer's cell features",
+        kind=flags.int_list,
+    )
+    key_patches: bool = flag(
+        False, "the transformer's patch outputs are part of the pointer's keys"
+    )
+    rays: bool = flag(
+        False,
+        "the pointer's cells know where their rays pass the EEF's height and which way they rise, and so where the camera is",
+    )
+    eef_mark: bool = flag(
+        True, "the query marks the last known EEF's cell before the pointer's convolutions"
+    )
+    anchor: str = flag(
+        "frame",
+        "positions relative to each frame's own EEF (exact cache), or to the newest frame's",
+        ("frame", "current"),
+    )
     temporal: bool = flag(True, "temporal embedding")
     patch_position: bool = flag(False, "absolute 2D position embedding of patches and EEF")
     relative: bool = flag(True, "embedding of positions relative to the last known EEF")
-    eef_noise_px: float = flag(14.0, "training noise of the EEF's pixel position, standard deviation")
+    eef_noise_px: float = flag(
+        14.0, "training noise of the EEF's pixel position, standard deviation"
+    )
     eef_noise_m: float = flag(0.017, "training noise of the EEF's height, metres")
-    coarse_to_fine: bool = flag(False, "the cell, then an offset inside it, instead of the soft-argmax about the cell")
-    smooth_weight: float = flag(0.0, "weight of the squared second difference (grid cells) of a free-running rollout")
+    coarse_to_fine: bool = flag(
+        False, "the cell, then an offset inside it, instead of the soft-argmax about the cell"
+    )
+    smooth_weight: float = flag(
+        0.0, "weight of the squared second difference (grid cells) of a free-running rollout"
+    )
 
-    # small: 7x7 patches and two trained frames of each of four windows make a step cost a third of 14x14 and all eight
-    presets = {"full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
-               "small": dict(dim=128, n_layers=3, n_heads=4, mlp_ratio=2, patch_grid=7, key_width=48, batch_size=4,
-                             trained_frames=2, lr=1e-3, max_steps=2500, val_every=1250)}
+    # small: 7x7 patches and two trained frames of each of four windows make a step cost a third of
+    # 14x14 and all eight
+    presets = {
+        "full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
+        "small": dict(
+            dim=128,
+            n_layers=3,
+            n_heads=4,
+            mlp_ratio=2,
+            patch_grid=7,
+            key_width=48,
+            batch_size=4,
+            trained_frames=2,
+            lr=1e-3,
+            max_steps=2500,
+            val_every=1250,
+        ),
+    }
 
 
 class AutoregressivePolicy(HistoryPolicy):
@@ -73,12 +121,15 @@ class AutoregressivePolicy(HistoryPolicy):
         c, d = config, config.dim
         check_heads(c)
         if c.attention == "flex" and d // c.n_heads < FLEX_HEAD:
-            raise UserError(f"--attention flex: heads are {d // c.n_heads} wide (--dim / --n_heads) and it needs {FLEX_HEAD}; use sdpa")
+            raise UserError(
+                f"--attention flex: heads are {d // c.n_heads} wide (--dim / --n_heads) and it needs {FLEX_HEAD}; use sdpa"
+            )
         self.n_patches, n_old = c.patch_grid**2, (c.patch_grid // 2) ** 2 if c.recent_hires else 0
         self.resolutions = Resolutions(c.recent_hires, self.n_patches + 2, self.n_patches)
         self.project = nn.ModuleList([nn.Conv2d(n, d, 1) for n in channels])
         self.token = nn.Parameter(torch.randn(2, d) * 0.5)  # EEF, query
-        self.state = nn.Linear(2 * SPACE_FREQUENCIES + 3 + 1, d)  # the EEF's height, its last move, fingers
+        # the EEF's height, its last move, fingers
+        self.state = nn.Linear(2 * SPACE_FREQUENCIES + 3 + 1, d)
         linear = lambda n: nn.Linear(n, d, bias=False)
         if c.temporal:
             self.temporal = linear(2 * len(TIME_FREQUENCIES))
@@ -88,7 +139,9 @@ class AutoregressivePolicy(HistoryPolicy):
             self.position = nn.ModuleList([linear(2 * SPACE_FREQUENCIES) for _ in "yx"])
         if n_old:
             self.coarse = nn.Parameter(torch.randn(d) * 0.5)  # tells pooled patches from patches
-        self.blocks = nn.ModuleList([FrameBlock(d, c.n_heads, c.mlp_ratio, c.attention) for _ in range(c.n_layers)])
+        self.blocks = nn.ModuleList(
+            [FrameBlock(d, c.n_heads, c.mlp_ratio, c.attention) for _ in range(c.n_layers)]
+        )
         self.norm = nn.LayerNorm(d)
         states = 2 if c.finger_heads else 1
         if c.head == "pointer":
@@ -108,20 +161,31 @@ class AutoregressivePolicy(HistoryPolicy):
             self.cell_head = FingerLinear(4 * d, 2 * c.grid**2, states)
             self.height_head = FingerLinear(d, 2 * c.n_height_bins, states)
         if c.coarse_to_fine:
-            self.offset_head = nn.Sequential(nn.Linear(d + (c.key_width if c.head == "pointer" else 0), d), nn.GELU(), nn.Linear(d, 3))
+            self.offset_head = nn.Sequential(
+                nn.Linear(d + (c.key_width if c.head == "pointer" else 0), d),
+                nn.GELU(),
+                nn.Linear(d, 3),
+            )
         self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
         self.check()
         self.reset()
 
-    # -- tokens ------------------------------------------------------------------------------------------------------
+    # -- tokens
+    # ------------------------------------------------------------------------------------------------------
 
     def eef_coordinates(self, batch):
-        """The last known EEF of every frame as volume coordinates zyx (B,T,3) float32, noised in training."""
+        """The last known EEF of every frame as volume coordinates zyx (B,T,3) float32, noised in
+        training.
+        """
         c, eef = self.config, self.coordinates(batch["eef_pos"], batch).float()
         if self.training and c.eef_noise_share > 0:
             low, high = self.height_range.float()
-            scale = torch.stack([c.eef_noise_m / (high - low) * c.n_height_bins,
-                                 *[torch.tensor(c.eef_noise_px * c.grid / c.image_size, device=eef.device)] * 2])
+            scale = torch.stack(
+                [
+                    c.eef_noise_m / (high - low) * c.n_height_bins,
+                    *[torch.tensor(c.eef_noise_px * c.grid / c.image_size, device=eef.device)] * 2,
+                ]
+            )
             eef = eef + scale * self.noise(eef)
         return eef
 
@@ -132,12 +196,16 @@ class AutoregressivePolicy(HistoryPolicy):
         return (coordinates + 0.5) / size - 0.5
 
     def place(self, tables, y, x):
-        """Embedding of positions by a y part plus an x part: y (...,H) and x (...,W) -> (...,H,W,d)."""
+        """Embedding of positions by a y part plus an x part: y (...,H) and x (...,W) ->
+        (...,H,W,d).
+        """
         parts = [table(fourier(p, SPACE_FREQUENCIES)) for table, p in zip(tables, (y, x))]
         return parts[0][..., :, None, :] + parts[1][..., None, :, :]
 
     def patches(self, features, side, anchor):
-        """Backbone maps of frames -> patch tokens (B,T,side^2,d) with their position embeddings. anchor (B,T,2) yx shares."""
+        """Backbone maps of frames -> patch tokens (B,T,side^2,d) with their position embeddings.
+        anchor (B,T,2) yx shares.
+        """
         B, T = anchor.shape[:2]
         tokens = 0
         for maps, project in zip(features, self.project):
@@ -150,22 +218,29 @@ class AutoregressivePolicy(HistoryPolicy):
         tokens = tokens.permute(0, 2, 3, 1).unflatten(0, (B, T))  # (B,T,H,W,d)
         line = (torch.arange(side, device=anchor.device) + 0.5) / side - 0.5
         if self.config.relative:
-            tokens = tokens + self.place(self.relative, line - anchor[..., :1], line - anchor[..., 1:])
+            tokens = tokens + self.place(
+                self.relative, line - anchor[..., :1], line - anchor[..., 1:]
+            )
         if self.config.patch_position:
             tokens = tokens + self.place(self.position, line, line)
         return tokens.flatten(2, 3)
 
     def tokens(self, features, eef, before, batch, start):
-        """Groups of tokens (B,T,N,d). eef (B,T,3) coordinates; before (B,1,3) those of the frame before the first, or of the
-        first; start (B,) the first frame's number in its episode, or any when training."""
+        """Groups of tokens (B,T,N,d). eef (B,T,3) coordinates; before (B,1,3) those of the frame
+        before the first, or of the first; start (B,) the first frame's number in its episode, or
+        any when training."""
         c = self.config
         eef = self.share(eef)
         anchor = eef[..., 1:] if c.anchor == "frame" else self.newest(eef[..., 1:], batch)
         moved = eef - torch.cat([self.share(before), eef[:, :-1]], 1)
         fingers = fingers_closed(batch["gripper_width"]).float()[..., None]
-        state = self.state(torch.cat([fourier(eef[..., 0], SPACE_FREQUENCIES), 10 * moved, fingers], -1))  # (B,T,d)
+        # (B,T,d)
+        state = self.state(
+            torch.cat([fourier(eef[..., 0], SPACE_FREQUENCIES), 10 * moved, fingers], -1)
+        )
         own = self.token + torch.stack([state, torch.zeros_like(state)], 2)  # (B,T,2,d): EEF, query
-        at = lambda tables, yx: self.place(tables, yx[..., :1], yx[..., 1:])[..., 0, :]  # (B,T,2) -> (B,T,1,d)
+        # (B,T,2) -> (B,T,1,d)
+        at = lambda tables, yx: self.place(tables, yx[..., :1], yx[..., 1:])[..., 0, :]
         if c.relative:
             own = own + at(self.relative, eef[..., 1:] - anchor)
         if c.patch_position:
@@ -176,49 +251,70 @@ class AutoregressivePolicy(HistoryPolicy):
         x = torch.cat(groups, 2)
         if c.temporal:
             number = start[:, None] + torch.arange(eef.shape[1], device=eef.device)
-            angle = 2 * torch.pi / TIME_PERIOD * number[..., None] * torch.tensor(TIME_FREQUENCIES, device=eef.device)
+            angle = (
+                2
+                * torch.pi
+                / TIME_PERIOD
+                * number[..., None]
+                * torch.tensor(TIME_FREQUENCIES, device=eef.device)
+            )
             x = x + self.temporal(torch.cat([angle.sin(), angle.cos()], -1))[:, :, None]
         return x
 
     def newest(self, eef, batch):
         """The last valid frame's entry of (B,T,2), for every frame."""
-        last = batch["valid"].sum(1) - 1 if "valid" in batch else torch.full((len(eef),), eef.shape[1] - 1, device=eef.device)
+        last = (
+            batch["valid"].sum(1) - 1
+            if "valid" in batch
+            else torch.full((len(eef),), eef.shape[1] - 1, device=eef.device)
+        )
         return eef[torch.arange(len(eef), device=eef.device), last][:, None].expand_as(eef)
 
-    # -- the network -------------------------------------------------------------------------------------------------
+    # -- the network
+    # -------------------------------------------------------------------------------------------------
 
     def encode(self, x, past=None):
-        """Tokens (B,T,N,d) -> query outputs (B,T,d), patch outputs (B,T,H*W,d) of the layer before the last, cache."""
+        """Tokens (B,T,N,d) -> query outputs (B,T,d), patch outputs (B,T,H*W,d) of the layer before
+        the last, cache.
+        """
         c, cache = self.config, []
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             if last:
-                patches = x[:, :, :self.n_patches]
-            rows = slice(self.n_patches + QUERY, self.n_patches + QUERY + 1) if last else None  # nobody reads the others
+                patches = x[:, :, : self.n_patches]
+            # nobody reads the others
+            rows = slice(self.n_patches + QUERY, self.n_patches + QUERY + 1) if last else None
             x, kept = block(x, c.context, self.resolutions, past[i] if past else None, rows)
             cache.append(kept)
         return self.norm(x[:, :, 0]), patches, cache
 
     def cell_features(self, features, patches, query, eef, cameras):
-        """Pointer's keys (N,C,H,W) of N frames: maps [(N,C,H,W)], patch outputs (N,H*W,d), query outputs (N,d), the last known EEF's
-        coordinates zyx (N,3), their cameras {"K", "E"}."""
+        """Pointer's keys (N,C,H,W) of N frames: maps [(N,C,H,W)], patch outputs (N,H*W,d), query
+        outputs (N,d), the last known EEF's coordinates zyx (N,3), their cameras {"K", "E"}."""
         c = self.config
         size = dict(size=(c.grid, c.grid), mode="bilinear", align_corners=False)
         added = self.key_query(query)
-        x = sum(F.interpolate(project(maps), **size) for maps, project in zip(features, self.key_project))
-        x = x + added[:, :c.key_width, None, None]
+        x = sum(
+            F.interpolate(project(maps), **size)
+            for maps, project in zip(features, self.key_project)
+        )
+        x = x + added[:, : c.key_width, None, None]
         if c.key_patches:
-            coarse = self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
+            coarse = (
+                self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
+            )
             x = x + F.interpolate(coarse, **size)
         if c.eef_mark:
-            x = mark_cell(x, eef[:, 1:], added[:, c.key_width:])
+            x = mark_cell(x, eef[:, 1:], added[:, c.key_width :])
         if c.rays:
-            x = x + self.key_rays(self.cell_rays({**cameras, "eef_pos": self.points(eef.double(), cameras)}))
+            x = x + self.key_rays(
+                self.cell_rays({**cameras, "eef_pos": self.points(eef.double(), cameras)})
+            )
         return self.key_trunk(x)
 
     def head(self, features, patches, query, eef, widths, cameras):
-        """N frames, eef (N,3) coordinates, widths (N,) between the fingers, cameras {"K" (N,3,3), "E" (N,4,4)} -> logits (N,2,Z,H,W),
-        cell features (N,C,H,W) or None."""
+        """N frames, eef (N,3) coordinates, widths (N,) between the fingers, cameras {"K" (N,3,3),
+        "E" (N,4,4)} -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None."""
         c, closed = self.config, fingers_closed(widths)
         if c.head == "mlp":
             cells = self.cell_head(self.cell_hidden(query), closed).view(-1, 2, 1, c.grid, c.grid)
@@ -231,36 +327,55 @@ class AutoregressivePolicy(HistoryPolicy):
         return logits.view(-1, 2, c.n_height_bins, c.grid, c.grid), keys
 
     def run(self, batch, eef, start, rows=None, fed=False):
-        """A window -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the flattened (B*T). fed: eef (B,T,3) are
-        no noised measurements but positions of their own."""
+        """A window -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the
+        flattened (B*T). fed: eef (B,T,3) are no noised measurements but positions of their own."""
         features = self.normalised(batch["features"])
         query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start))
         flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
         query = flat(query)
-        marked = eef if fed or self.config.noisy_mark else self.coordinates(batch["eef_pos"], batch).float()
-        logits, keys = self.head([flat(f) for f in features], flat(patches), query, flat(marked), flat(batch["gripper_width"]),
-                                 {k: flat(batch[k]) for k in "KE"})
+        marked = (
+            eef
+            if fed or self.config.noisy_mark
+            else self.coordinates(batch["eef_pos"], batch).float()
+        )
+        logits, keys = self.head(
+            [flat(f) for f in features],
+            flat(patches),
+            query,
+            flat(marked),
+            flat(batch["gripper_width"]),
+            {k: flat(batch[k]) for k in "KE"},
+        )
         return logits, keys, query
 
     def offset(self, keys, query, coordinates):
         """Offset zyx (N,3) in [-0.5, 0.5] inside the cell at integer coordinates (N,3)."""
         if keys is not None:
             flat = (coordinates[:, 1] * self.config.grid + coordinates[:, 2]).long()
-            query = torch.cat([query, keys.flatten(2)[torch.arange(len(keys), device=keys.device), :, flat]], -1)
+            query = torch.cat(
+                [query, keys.flatten(2)[torch.arange(len(keys), device=keys.device), :, flat]], -1
+            )
         return 0.5 * self.offset_head(query).float().tanh()
 
-    # -- the policy's interface ----------------------------------------------------------------------------------------
+    # -- the policy's interface
+    # ----------------------------------------------------------------------------------------
 
     def supervised(self, batch):
         """Which of the B*T frames are trained on: flat indices."""
         mask = batch["mask"]
-        if self.config.anchor == "current":  # older frames are seen from the newest one's EEF, which is their future
-            newest = torch.arange(mask.shape[1], device=mask.device) == batch["valid"].sum(1, keepdim=True) - 1
+        # older frames are seen from the newest one's EEF, which is their future
+        if self.config.anchor == "current":
+            newest = (
+                torch.arange(mask.shape[1], device=mask.device)
+                == batch["valid"].sum(1, keepdim=True) - 1
+            )
             mask = mask * newest
         return self.trained_rows(mask)
 
     def loss(self, batch):
-        """Cross-entropies of gripper x volume and of rotation over the supervised frames, in nats; see the config for more."""
+        """Cross-entropies of gripper x volume and of rotation over the supervised frames, in nats;
+        see the config for more.
+        """
         c, B, T = self.config, *batch["mask"].shape
         eef = self.eef_coordinates(batch)
         start = torch.zeros(B, dtype=torch.long, device=eef.device)
@@ -271,14 +386,32 @@ class AutoregressivePolicy(HistoryPolicy):
         mask = pick(batch["mask"])
         coordinates = self.coordinates(batch["target_pos"], batch)
         logits, keys, query = self.run(batch, eef, start, rows)
-        parts = {"volume_ce": self.masked_mean(self.volume_loss(logits.flatten(1), pick(coordinates), pick(batch["target_gripper"])), mask),
-                 "rotation_ce": self.masked_mean(self.rotation_loss(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)),
-                                                               pick(batch["target_rot"])), mask)}
+        parts = {
+            "volume_ce": self.masked_mean(
+                self.volume_loss(
+                    logits.flatten(1), pick(coordinates), pick(batch["target_gripper"])
+                ),
+                mask,
+            ),
+            "rotation_ce": self.masked_mean(
+                self.rotation_loss(
+                    self.rotation(query).unflatten(-1, (3, c.n_rot_bins)), pick(batch["target_rot"])
+                ),
+                mask,
+            ),
+        }
         total = parts["volume_ce"] + c.rotation_weight * parts["rotation_ce"]
         if c.coarse_to_fine:
             true = pick(coordinates).float()
-            cell = torch.minimum(true.round().clamp(min=0), torch.tensor(self.volume_shape, device=true.device) - 1)
-            error = F.smooth_l1_loss(self.offset(keys, query, cell), (true - cell).clamp(-0.5, 0.5), reduction="none", beta=0.1)
+            cell = torch.minimum(
+                true.round().clamp(min=0), torch.tensor(self.volume_shape, device=true.device) - 1
+            )
+            error = F.smooth_l1_loss(
+                self.offset(keys, query, cell),
+                (true - cell).clamp(-0.5, 0.5),
+                reduction="none",
+                beta=0.1,
+            )
             parts["offset_l1"] = self.masked_mean(error.mean(-1), mask)
             total = total + parts["offset_l1"]
         if c.smooth_weight > 0 and self.training:
@@ -287,25 +420,38 @@ class AutoregressivePolicy(HistoryPolicy):
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 
     def smoothness(self, batch, logits, start, rows):
-        """Mean squared second difference, in cells and bins, of the waypoints of frames `rows` and the two before each, when a frame
-        is fed the prediction of the frame before it, or the measured EEF where that frame was not drawn (--trained_frames): a
-        free-running rollout of one step from everywhere."""
+        """Mean squared second difference, in cells and bins, of the waypoints of frames `rows` and
+        the two before each, when a frame is fed the prediction of the frame before it, or the
+        measured EEF where that frame was not drawn (--trained_frames): a free-running rollout of
+        one step from everywhere."""
         B, T = batch["mask"].shape
         measured = self.coordinates(batch["eef_pos"], batch).float()
         with torch.no_grad():
-            reached = torch.cat([measured[:, 1:], measured[:, -1:]], 1).flatten(0, 1)  # where each frame's waypoint led
+            # where each frame's waypoint led
+            reached = torch.cat([measured[:, 1:], measured[:, -1:]], 1).flatten(0, 1)
             reached[rows] = self.decode_volume(logits.float())[0].to(reached.dtype)
         fed = torch.cat([measured[:, :1], reached.view(B, T, 3)[:, :-1]], 1)
         again, _, _ = self.run(batch, fed, start, rows, fed=True)
         volume = again.float().logsumexp(1).flatten(1).softmax(-1).view(-1, *self.volume_shape)
-        mean = torch.stack([(volume.sum([a for a in (1, 2, 3) if a != axis]) * torch.arange(n, device=volume.device)).sum(-1)
-                            for axis, n in zip((1, 2, 3), self.volume_shape)], -1)  # expectations along z, y and x
+        mean = torch.stack(
+            [
+                (
+                    volume.sum([a for a in (1, 2, 3) if a != axis])
+                    * torch.arange(n, device=volume.device)
+                ).sum(-1)
+                # expectations along z, y and x
+                for axis, n in zip((1, 2, 3), self.volume_shape)
+            ],
+            -1,
+        )
         before = torch.cat([fed[:, :1], fed[:, :-1]], 1).flatten(0, 1)[rows]
         known = batch["mask"].flatten()[rows] * (rows % T > 0)
         return self.masked_mean(((mean - 2 * fed.flatten(0, 1)[rows] + before) ** 2).sum(-1), known)
 
     def decide_rows(self, batch, logits, keys, query, shape):
-        """Head outputs of N = prod(shape) frames -> {"position" (*shape,3), "gripper" (*shape), "rotation" (*shape,3,3)}."""
+        """Head outputs of N = prod(shape) frames -> {"position" (*shape,3), "gripper" (*shape),
+        "rotation" (*shape,3,3)}.
+        """
         c, logits = self.config, self.drawn(logits.float())
         coordinates, gripper = self.decode_volume(logits)
         if c.coarse_to_fine:
@@ -313,28 +459,44 @@ class AutoregressivePolicy(HistoryPolicy):
             coordinates = best + self.offset(keys, query, best).double()
         position = self.points(coordinates.view(*shape, 3), batch)
         rotation = self.decode_rotation(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)))
-        return {"position": position, "gripper": gripper.view(shape), "rotation": rotation.view(*shape, 3, 3)}
+        return {
+            "position": position,
+            "gripper": gripper.view(shape),
+            "rotation": rotation.view(*shape, 3, 3),
+        }
 
     def peak(self, logits, gripper):
         """Integer coordinates zyx (N,3) of the highest logit under the chosen command."""
-        best = logits[torch.arange(len(logits), device=logits.device), gripper].flatten(1).argmax(-1)
+        best = (
+            logits[torch.arange(len(logits), device=logits.device), gripper].flatten(1).argmax(-1)
+        )
         _, H, W = self.volume_shape
         return torch.stack([best // (H * W), best // W % H, best % W], -1).double()
 
     def decided(self, batch, rows):
-        """Waypoints of frames `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper" (N,), "rotation" (N,3,3)}."""
+        """Waypoints of frames `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper"
+        (N,), "rotation" (N,3,3)}.
+        """
         eef = self.eef_coordinates(batch)
-        outputs = self.run(batch, eef, torch.zeros(len(eef), dtype=torch.long, device=eef.device), rows)
-        return self.decide_rows({k: batch[k].flatten(0, 1)[rows] for k in "KE"}, *outputs, (len(rows),))
+        outputs = self.run(
+            batch, eef, torch.zeros(len(eef), dtype=torch.long, device=eef.device), rows
+        )
+        return self.decide_rows(
+            {k: batch[k].flatten(0, 1)[rows] for k in "KE"}, *outputs, (len(rows),)
+        )
 
     def predict(self, batch):
-        """The next waypoint of every frame of windows: {"position" (B,T,3), "gripper" (B,T), "rotation" (B,T,3,3)}."""
+        """The next waypoint of every frame of windows: {"position" (B,T,3), "gripper" (B,T),
+        "rotation" (B,T,3,3)}.
+        """
         shape = batch["gripper_width"].shape
         rows = torch.arange(shape.numel(), device=batch["K"].device)
         return {k: v.unflatten(0, shape) for k, v in self.decided(batch, rows).items()}
 
     def attention(self, batch):
-        """Where each frame's query looks in its own frame in the last layer: (B,T,H,W) over patches, summing to one."""
+        """Where each frame's query looks in its own frame in the last layer: (B,T,H,W) over
+        patches, summing to one.
+        """
         eef, c = self.eef_coordinates(batch), self.config
         start = torch.zeros(len(eef), dtype=torch.long, device=eef.device)
         x = self.tokens(self.normalised(batch["features"]), eef, eef[:, :1], batch, start)
@@ -343,18 +505,24 @@ class AutoregressivePolicy(HistoryPolicy):
         weights = self.blocks[-1].weights(x, self.n_patches + QUERY, self.n_patches)
         return weights.unflatten(-1, (c.patch_grid, c.patch_grid))
 
-    # -- closed loop -------------------------------------------------------------------------------------------------
+    # -- closed loop
+    # -------------------------------------------------------------------------------------------------
 
     def reset(self, generator=None):
         super().reset(generator)
         self.number, self.past, self.before, self.fed, self.window = 0, None, None, None, []
 
     def decide(self, batch):
-        """One observation (B = 1) after those since `reset`, with keys and values of earlier frames from the cache.
+        """One observation (B = 1) after those since `reset`, with keys and values of earlier frames
+        from the cache.
 
-        With --anchor current every frame's tokens change with the newest EEF: the window is computed anew.
+        With --anchor current every frame's tokens change with the newest EEF: the window is
+        computed anew.
         """
-        frame = {k: [m[:, None] for m in v] if isinstance(v, list) else v[:, None] for k, v in batch.items()}
+        frame = {
+            k: [m[:, None] for m in v] if isinstance(v, list) else v[:, None]
+            for k, v in batch.items()
+        }
         frame["eef_pos"] = self.last_known(frame["eef_pos"])
         if self.config.anchor == "current":
             out = self.decide_window(frame)
@@ -362,25 +530,39 @@ class AutoregressivePolicy(HistoryPolicy):
             features, eef = self.normalised(frame["features"]), self.eef_coordinates(frame)
             before = eef if self.before is None else self.before
             start = torch.full((1,), self.number, device=eef.device)
-            query, patches, cache = self.encode(self.tokens(features, eef, before, frame, start), self.past)
+            query, patches, cache = self.encode(
+                self.tokens(features, eef, before, frame, start), self.past
+            )
             keep = self.config.context - 1
             self.past = [(k[:, -keep:], v[:, -keep:]) for k, v in cache] if keep else None
             self.before = eef
             now = self.now(frame)
-            logits, keys = self.head([f[:, 0] for f in features], patches[:, 0], query[:, 0], eef[:, 0], now["gripper_width"],
-                                     {k: now[k] for k in "KE"})
+            logits, keys = self.head(
+                [f[:, 0] for f in features],
+                patches[:, 0],
+                query[:, 0],
+                eef[:, 0],
+                now["gripper_width"],
+                {k: now[k] for k in "KE"},
+            )
             out = self.decide_rows(frame, self.elsewhere(logits, now), keys, query[:, 0], (1, 1))
         self.number, self.fed = self.number + 1, out["position"]
         return out
 
     def decide_window(self, frame):
         """The newest frame's waypoint, from the last `context` frames computed anew."""
-        self.window = (self.window + [frame])[-self.config.context:]
-        join = lambda parts: [torch.cat(m, 1) for m in zip(*parts)] if isinstance(parts[0], list) else torch.cat(parts, 1)
+        self.window = (self.window + [frame])[-self.config.context :]
+        join = lambda parts: (
+            [torch.cat(m, 1) for m in zip(*parts)]
+            if isinstance(parts[0], list)
+            else torch.cat(parts, 1)
+        )
         batch = {k: join([f[k] for f in self.window]) for k in frame}
         eef = self.eef_coordinates(batch)
         start = torch.full((1,), self.number - len(self.window) + 1, device=eef.device)
-        logits, keys, query = self.run(batch, eef, start, torch.tensor([eef.shape[1] - 1], device=eef.device))
+        logits, keys, query = self.run(
+            batch, eef, start, torch.tensor([eef.shape[1] - 1], device=eef.device)
+        )
         return self.decide_rows(frame, self.elsewhere(logits, self.now(frame)), keys, query, (1, 1))
 
     @staticmethod

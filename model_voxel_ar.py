@@ -1,12 +1,16 @@
 """B, the voxel-token policy: the action space is the token space.
 
-The image-aligned volume of a frame is its set of tokens, one a voxel: Wg PE(world xyz) + the feature of its pixel, unprojected
-through that frame's own camera. They are keys and values only, and never built (nets/layers_voxel.py). A learned query a step
-reads the EEF tokens up to that step, which are points in the same space, and all voxels of its frame, in one softmax, several
-times over; then it is compared with every voxel token, and that product is the distribution over the next waypoint.
+The image-aligned volume of a frame is its set of tokens, one a voxel: Wg PE(world xyz) + the
+feature of its pixel, unprojected through that frame's own camera. They are keys and values only,
+and never built (nets/layers_voxel.py). A learned query a step reads the EEF tokens up to that step,
+which are points in the same space, and all voxels of its frame, in one softmax, several times over;
+then it is compared with every voxel token, and that product is the distribution over the next
+waypoint.
 
-No step's query sees another step's image or a later EEF, so that every frame of a window is trained in one pass.
+No step's query sees another step's image or a later EEF, so that every frame of a window is trained
+in one pass.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -21,13 +25,13 @@ from nets.history import FingerLinear, HistoryConfig, HistoryPolicy
 from nets.volume import dilated_convolutions, mark_cell
 from policy import check_heads, fingers_closed, flag
 
-
 MAX_TABLES = 64  # of cameras, 13 MB each at 56 x 56 x 32
 
 
 @dataclass
 class VoxelConfig(HistoryConfig):
     """Configuration of VoxelPolicy."""
+
     grid: int = flag(56, "voxel columns H = W: 56 with 32 height bins, or 28 with 16", low=2)
     context: int = flag(20, "EEF positions that a query sees")
     dim: int = flag(384, "width d of queries and tokens")
@@ -35,35 +39,70 @@ class VoxelConfig(HistoryConfig):
     n_heads: int = flag(4, "attention heads")
     mlp_ratio: int = flag(4, "feed-forward width over d")
     key_width: int = flag(64, "channels of the image features, before their projection to d")
-    dilations: str = flag("1,2,4", "dilations of the convolutions over image features: the first before attention, the rest before readout", kind=flags.int_list)
+    dilations: str = flag(
+        "1,2,4",
+        "dilations of the convolutions over image features: the first before attention, the rest before readout",
+        kind=flags.int_list,
+    )
     n_waves: int = flag(8, "wavelengths of the positional encoding, P = 6 times as many")
     shortest_wave: float = flag(0.04, "metres", above=0)
     longest_wave: float = flag(3.0, "metres", above=0)
-    gripper_head: str = flag("joint", "gripper as an axis of the joint softmax, or a head on the query", ("joint", "separate"))
-    eef_mark: bool = flag(True, "the query marks the last known EEF's cell before the readout's convolutions")
-    eef_noise_m: float = flag(0.02, "training noise of EEF positions, standard deviation in metres along x and along y")
+    gripper_head: str = flag(
+        "joint",
+        "gripper as an axis of the joint softmax, or a head on the query",
+        ("joint", "separate"),
+    )
+    eef_mark: bool = flag(
+        True, "the query marks the last known EEF's cell before the readout's convolutions"
+    )
+    eef_noise_m: float = flag(
+        0.02, "training noise of EEF positions, standard deviation in metres along x and along y"
+    )
     eef_noise_height_m: float = flag(0.004, "the same along z")
 
-    # small: a step costs what its frames cost, and two frames of each of four windows differ more than four of each of two
-    presets = {"full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
-               "small": dict(context=8, dim=64, n_layers=2, mlp_ratio=2, key_width=48, batch_size=4, trained_frames=2,
-                             lr=1e-3, max_steps=2500, val_every=500)}
+    # small: a step costs what its frames cost, and two frames of each of four windows differ more
+    # than four of each of two
+    presets = {
+        "full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
+        "small": dict(
+            context=8,
+            dim=64,
+            n_layers=2,
+            mlp_ratio=2,
+            key_width=48,
+            batch_size=4,
+            trained_frames=2,
+            lr=1e-3,
+            max_steps=2500,
+            val_every=500,
+        ),
+    }
 
 
 class VoxelBlock(nn.Module):
-    """Pre-norm block: queries (N,1,d) read EEF tokens and voxels in one softmax, then a feed-forward network."""
+    """Pre-norm block: queries (N,1,d) read EEF tokens and voxels in one softmax, then a
+    feed-forward network.
+    """
 
     def __init__(self, dim, n_heads, mlp_ratio, n_voxels):
         super().__init__()
         self.n_heads = n_heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q, self.k, self.v, self.out = nn.Linear(dim, dim), *(nn.Linear(dim, dim, bias=False) for _ in "kv"), nn.Linear(dim, dim)
-        # a handful of EEF tokens would drown among 100,000 voxels: they start with half of the attention
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(dim, dim),
+            *(nn.Linear(dim, dim, bias=False) for _ in "kv"),
+            nn.Linear(dim, dim),
+        )
+        # a handful of EEF tokens would drown among 100,000 voxels: they start with half of the
+        # attention
         self.balance = nn.Parameter(torch.full((n_heads,), math.log(n_voxels)))
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim)
+        )
 
     def forward(self, x, eef, known, voxels):
-        """x (N,1,d), eef (N,S,d) tokens of which known (N,1,S) may be read, voxels: the other arguments of voxel_attention.
+        """x (N,1,d), eef (N,S,d) tokens of which known (N,1,S) may be read, voxels: the other
+        arguments of voxel_attention.
 
         Returns x (N,1,d) and the attention over pixels (N,1,h,HW).
         """
@@ -85,23 +124,32 @@ class VoxelPolicy(HistoryPolicy):
         super().__init__(config, channels)
         c, d, width = config, config.dim, config.key_width
         check_heads(c)
-        self.register_buffer("waves", lv.wavelengths(c.n_waves, c.shortest_wave, c.longest_wave), persistent=False)
+        self.register_buffer(
+            "waves", lv.wavelengths(c.n_waves, c.shortest_wave, c.longest_wave), persistent=False
+        )
         self.n_gripper = 2 if c.gripper_head == "joint" else 1
         first, *others = map(int, c.dilations.split(","))
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
         self.context = nn.Conv2d(width, width, 3, padding=first, dilation=first)
         self.trunk = dilated_convolutions(width, others)
-        self.positional = nn.Linear(6 * c.n_waves, d, bias=False)  # Wg, the same for voxels and EEF tokens
+        # Wg, the same for voxels and EEF tokens
+        self.positional = nn.Linear(6 * c.n_waves, d, bias=False)
         self.image = nn.Linear(width, d, bias=False)
         self.token = nn.Parameter(torch.randn(2, d) * 0.5)  # EEF, query
         self.age = nn.Parameter(torch.randn(c.context, d) * 0.1)  # how many steps ago
         self.state = nn.Linear(3 + 1, d)  # the EEF's last move, fingers
         self.start = nn.Linear(d, d)
-        self.blocks = nn.ModuleList([VoxelBlock(d, c.n_heads, c.mlp_ratio, math.prod(self.volume_shape)) for _ in range(c.n_layers)])
+        self.blocks = nn.ModuleList(
+            [
+                VoxelBlock(d, c.n_heads, c.mlp_ratio, math.prod(self.volume_shape))
+                for _ in range(c.n_layers)
+            ]
+        )
         self.norm = nn.LayerNorm(d)
         self.key_query = nn.Linear(d, 2 * width if c.eef_mark else width)
         states = 2 if c.finger_heads else 1
-        self.pointer = FingerLinear(d, self.n_gripper * (d + 2 * width), states)  # per command: against PE, and image features by height
+        # per command: against PE, and image features by height
+        self.pointer = FingerLinear(d, self.n_gripper * (d + 2 * width), states)
         self.prior = nn.Parameter(torch.randn(states, self.n_gripper, width) * width**-0.5)
         self.height = nn.Linear(2 * c.n_waves, width, bias=False)
         self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
@@ -111,10 +159,12 @@ class VoxelPolicy(HistoryPolicy):
         self.check()
         self.reset()
 
-    # -- where things are --------------------------------------------------------------------------------------------
+    # -- where things are
+    # --------------------------------------------------------------------------------------------
 
     def anchors(self, eef, first):
-        """The points that each step measures positions from (B,T,3) in metres, or None for the world's origin: B.
+        """The points that each step measures positions from (B,T,3) in metres, or None for the
+        world's origin: B.
 
         eef (B,T,3): known EEF positions; first (B,3): the episode's first.
         """
@@ -125,15 +175,18 @@ class VoxelPolicy(HistoryPolicy):
         return super()._apply(fn, recurse)
 
     def table(self, K, E):
-        """VoxelTable of N frames' cameras K (N,3,3), E (N,4,4). Each camera's is made once, and the MAX_TABLES used last are kept."""
+        """VoxelTable of N frames' cameras K (N,3,3), E (N,4,4). Each camera's is made once, and the
+        MAX_TABLES used last are kept.
+        """
         limits = self.height_range.expand(len(K), 2)
         cameras = torch.cat([K.flatten(1), E.flatten(1), limits], 1).cpu().numpy()
         keys = [row.tobytes() for row in cameras]
         order = list(dict.fromkeys(keys))
         for key in order:
             i = keys.index(key)
-            self._tables[key] = self._tables.pop(key, None) or self.new_table(K[i], E[i])  # the newest last
-        for key in list(self._tables)[:-max(MAX_TABLES, len(order))]:
+            # the newest last
+            self._tables[key] = self._tables.pop(key, None) or self.new_table(K[i], E[i])
+        for key in list(self._tables)[: -max(MAX_TABLES, len(order))]:
             del self._tables[key]
         which = torch.tensor([order.index(key) for key in keys])
         return lv.VoxelTable.joined([self._tables[key] for key in order]).select(which)
@@ -141,25 +194,35 @@ class VoxelPolicy(HistoryPolicy):
     def new_table(self, K, E):
         """VoxelTable of one camera K (3,3), E (4,4)."""
         c = self.config
-        pixel = camera.cell_to_pixel(torch.arange(c.grid, dtype=torch.float64, device=K.device), c.grid, c.image_size)
+        pixel = camera.cell_to_pixel(
+            torch.arange(c.grid, dtype=torch.float64, device=K.device), c.grid, c.image_size
+        )
         v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
-        low, high = (camera.unproject(u, v, h, K[None, None], E[None, None]) for h in self.height_range)
+        low, high = (
+            camera.unproject(u, v, h, K[None, None], E[None, None]) for h in self.height_range
+        )
         slope = (high - low)[..., :2] / (self.height_range[1] - self.height_range[0])
         bins = torch.arange(c.n_height_bins, dtype=torch.float64, device=K.device)
         heights = camera.bin_to_height(bins, *self.height_range, c.n_height_bins)
-        return lv.VoxelTable(low[..., :2] - slope * self.height_range[0], slope, heights, self.waves)
+        return lv.VoxelTable(
+            low[..., :2] - slope * self.height_range[0], slope, heights, self.waves
+        )
 
     def noised(self, eef):
         """EEF positions (B,T,3), in training with noise common to the window and of each frame."""
         c = self.config
         if not self.training or c.eef_noise_share <= 0:
             return eef
-        return eef + eef.new_tensor([c.eef_noise_m, c.eef_noise_m, c.eef_noise_height_m]) * self.noise(eef)
+        return eef + eef.new_tensor(
+            [c.eef_noise_m, c.eef_noise_m, c.eef_noise_height_m]
+        ) * self.noise(eef)
 
-    # -- the network -------------------------------------------------------------------------------------------------
+    # -- the network
+    # -------------------------------------------------------------------------------------------------
 
     def eef_tokens(self, eef, widths, anchor, rows):
-        """EEF tokens (N,S,d) that the steps `rows` (N,) of the flattened (B*T) read, S = T, and which are known to them (N,1,S).
+        """EEF tokens (N,S,d) that the steps `rows` (N,) of the flattened (B*T) read, S = T, and
+        which are known to them (N,1,S).
 
         eef (B,T,3), widths (B,T) between the fingers, anchor (N,3) or None: each step's own origin.
         """
@@ -170,127 +233,220 @@ class VoxelPolicy(HistoryPolicy):
             positions = positions - anchor[:, None]
         code = lv.encode_position(positions, self.waves).to(self.positional.weight.dtype)
         moved = (eef - torch.cat([eef[:, :1], eef[:, :-1]], 1)).float()
-        state = self.state(torch.cat([10 * moved, fingers_closed(widths).float()[..., None]], -1))[b]
+        state = self.state(torch.cat([10 * moved, fingers_closed(widths).float()[..., None]], -1))[
+            b
+        ]
         age = t[:, None] - torch.arange(T, device=rows.device)  # (N,S), negative in the future
-        tokens = self.token[0] + self.positional(code) + state + self.age[age.clamp(0, len(self.age) - 1)]
+        tokens = (
+            self.token[0]
+            + self.positional(code)
+            + state
+            + self.age[age.clamp(0, len(self.age) - 1)]
+        )
         return tokens, ((age >= 0) & (age < self.config.context))[:, None]
 
     def image_features(self, features):
-        """Backbone maps [(N,C_i,H_i,W_i)], normalised -> features (N,C,H,W) of the grid with a neighbourhood's context."""
+        """Backbone maps [(N,C_i,H_i,W_i)], normalised -> features (N,C,H,W) of the grid with a
+        neighbourhood's context.
+        """
         size = (self.config.grid,) * 2
-        resize = lambda x: x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        resize = lambda x: (
+            x
+            if x.shape[-2:] == size
+            else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        )
         x = sum(resize(project(maps)) for maps, project in zip(features, self.project))
         return F.gelu(self.context(x))
 
     def run(self, batch, eef, rows):
-        """Steps `rows` (N,) of the flattened (B*T) -> logits (N,G,Z,H,W), queries (N,d), attention maps [(N,h,H,W)] by layer."""
+        """Steps `rows` (N,) of the flattened (B*T) -> logits (N,G,Z,H,W), queries (N,d), attention
+        maps [(N,h,H,W)] by layer.
+        """
         B, T = batch["gripper_width"].shape
         flat = lambda x: x[rows // T, rows % T]
         anchor = self.anchors(eef, batch["first_eef"])
         anchor = None if anchor is None else flat(anchor)
         table = self.table(flat(batch["K"]), flat(batch["E"]))
-        image = self.image_features(self.normalised([flat(f) for f in batch["features"]]))  # (N,C,H,W)
+        # (N,C,H,W)
+        image = self.image_features(self.normalised([flat(f) for f in batch["features"]]))
         tokens, known = self.eef_tokens(eef, batch["gripper_width"], anchor, rows)
         own = tokens[torch.arange(len(rows), device=rows.device), rows % T]
         x = (self.token[1] + self.start(own))[:, None]  # (N,1,d)
-        voxels = {"table": table, "image": image.flatten(2), "positional": self.positional.weight, "projection": self.image.weight,
-                  "anchor": None if anchor is None else anchor[:, None]}
+        voxels = {
+            "table": table,
+            "image": image.flatten(2),
+            "positional": self.positional.weight,
+            "projection": self.image.weight,
+            "anchor": None if anchor is None else anchor[:, None],
+        }
         maps = []
         for block in self.blocks:
             x, pixels = block(x, tokens, known, voxels)
             maps.append(pixels[:, 0].unflatten(-1, image.shape[2:]))
         query = self.norm(x[:, 0])
-        cells = self.cells(flat(eef if self.config.noisy_mark else batch["eef_pos"]), {k: flat(batch[k]) for k in "KE"})
-        return self.readout(query, image, table, anchor, cells, fingers_closed(flat(batch["gripper_width"]))), query, maps
+        cells = self.cells(
+            flat(eef if self.config.noisy_mark else batch["eef_pos"]),
+            {k: flat(batch[k]) for k in "KE"},
+        )
+        return (
+            self.readout(
+                query, image, table, anchor, cells, fingers_closed(flat(batch["gripper_width"]))
+            ),
+            query,
+            maps,
+        )
 
     def readout(self, query, image, table, anchor, cells, closed):
-        """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W). cells (N,2) yx: where the last known EEF is seen;
-        closed (N,) in {0, 1}: whether the fingers are."""
+        """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W). cells (N,2) yx: where the
+        last known EEF is seen; closed (N,) in {0, 1}: whether the fingers are."""
         c, width = self.config, self.config.key_width
         added = self.key_query(query)
         x = image + added[:, :width, None, None]
         if c.eef_mark:
             x = mark_cell(x, cells, added[:, width:])
         x = self.trunk(x).flatten(2)  # (N,C,HW)
-        position, plain, by_height = self.pointer(query, closed).unflatten(-1, (self.n_gripper, -1)).split([c.dim, width, width], -1)
+        position, plain, by_height = (
+            self.pointer(query, closed)
+            .unflatten(-1, (self.n_gripper, -1))
+            .split([c.dim, width, width], -1)
+        )
         heights = table.heights.to(query.device)[None, :, None]  # (1,Z,1)
         if anchor is not None:
             heights = heights - anchor[:, None, 2:]
-        seen = self.height(lv.encode_position(heights, self.waves).to(self.height.weight.dtype))  # (N or 1,Z,C)
+        # (N or 1,Z,C)
+        seen = self.height(lv.encode_position(heights, self.waves).to(self.height.weight.dtype))
         prior = self.prior[closed * (len(self.prior) - 1)]
-        height_query = (plain + prior)[:, :, None] + by_height[:, :, None] * seen[:, None]  # (N,G,Z,C)
-        logits = lv.voxel_logits(position / math.sqrt(c.dim), table, x, self.positional.weight, height_query / math.sqrt(width),
-                                 None if anchor is None else anchor[:, None].expand(-1, self.n_gripper, -1))
+        # (N,G,Z,C)
+        height_query = (plain + prior)[:, :, None] + by_height[:, :, None] * seen[:, None]
+        logits = lv.voxel_logits(
+            position / math.sqrt(c.dim),
+            table,
+            x,
+            self.positional.weight,
+            height_query / math.sqrt(width),
+            None if anchor is None else anchor[:, None].expand(-1, self.n_gripper, -1),
+        )
         return logits.unflatten(-1, (c.grid, c.grid))
 
-    # -- the policy's interface ----------------------------------------------------------------------------------------
+    # -- the policy's interface
+    # ----------------------------------------------------------------------------------------
 
     def loss(self, batch):
-        """Cross-entropies of gripper x volume and of rotation over the unmasked frames of windows, in nats."""
+        """Cross-entropies of gripper x volume and of rotation over the unmasked frames of windows,
+        in nats.
+        """
         c, mask = self.config, batch["mask"]
         rows = self.trained_rows(mask)
         pick = lambda x: x.flatten(0, 1)[rows]
         logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
         mask, gripper = pick(mask), pick(batch["target_gripper"])
         coordinates = pick(self.coordinates(batch["target_pos"], batch))
-        volume = self.volume_loss(logits.flatten(1), coordinates, gripper if self.n_gripper == 2 else None)
-        rotation = self.rotation_loss(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)), pick(batch["target_rot"]))
-        parts = {"volume_ce": self.masked_mean(volume, mask), "rotation_ce": self.masked_mean(rotation, mask)}
+        volume = self.volume_loss(
+            logits.flatten(1), coordinates, gripper if self.n_gripper == 2 else None
+        )
+        rotation = self.rotation_loss(
+            self.rotation(query).unflatten(-1, (3, c.n_rot_bins)), pick(batch["target_rot"])
+        )
+        parts = {
+            "volume_ce": self.masked_mean(volume, mask),
+            "rotation_ce": self.masked_mean(rotation, mask),
+        }
         total = parts["volume_ce"] + c.rotation_weight * parts["rotation_ce"]
         if self.n_gripper == 1:
-            parts["gripper_ce"] = self.masked_mean(F.cross_entropy(self.gripper(query).float(), gripper, reduction="none"), mask)
+            parts["gripper_ce"] = self.masked_mean(
+                F.cross_entropy(self.gripper(query).float(), gripper, reduction="none"), mask
+            )
             total = total + parts["gripper_ce"]
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 
     def predict(self, batch):
-        """The next waypoint of every frame of windows: {"position" (B,T,3), "gripper" (B,T), "rotation" (B,T,3,3)}."""
+        """The next waypoint of every frame of windows: {"position" (B,T,3), "gripper" (B,T),
+        "rotation" (B,T,3,3)}.
+        """
         parts = [self.decided(batch, rows) for rows in self.window_rows(batch)]
         return {k: torch.stack([p[k] for p in parts]) for k in parts[0]}
 
     def window_rows(self, batch):
-        """Window by window, its steps as rows of the flattened (B*T): the volumes of a whole batch would fill the memory."""
+        """Window by window, its steps as rows of the flattened (B*T): the volumes of a whole batch
+        would fill the memory.
+        """
         B, T = batch["gripper_width"].shape
         return torch.arange(B * T, device=batch["K"].device).view(B, T)
 
     def decided(self, batch, rows, acting=False):
-        """Waypoints of steps `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper" (N,), "rotation" (N,3,3)}.
-        acting: none that lies where the EEF already is."""
+        """Waypoints of steps `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper" (N,),
+        "rotation" (N,3,3)}. acting: none that lies where the EEF already is."""
         c = self.config
         logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
         logits = logits.float()
         T = batch["gripper_width"].shape[1]
         if acting and self.n_gripper == 2:
-            logits = self.elsewhere(logits, {k: batch[k][rows // T, rows % T] for k in ("eef_pos", "gripper_width", "K", "E")})
+            logits = self.elsewhere(
+                logits,
+                {k: batch[k][rows // T, rows % T] for k in ("eef_pos", "gripper_width", "K", "E")},
+            )
         coordinates, gripper = self.decode_volume(self.drawn(logits))
         cameras = {k: batch[k][rows // T, rows % T] for k in "KE"}
         gripper = gripper if self.n_gripper == 2 else self.gripper(query).argmax(-1)
-        return {"position": self.points(coordinates, cameras), "gripper": gripper,
-                "rotation": self.decode_rotation(self.rotation(query).unflatten(-1, (3, c.n_rot_bins)))}
+        return {
+            "position": self.points(coordinates, cameras),
+            "gripper": gripper,
+            "rotation": self.decode_rotation(self.rotation(query).unflatten(-1, (3, c.n_rot_bins))),
+        }
 
     def attention(self, batch):
-        """Where each step's query looks in its own frame in the last layer: (B,T,H,W), the mean over heads, summing to one."""
-        return torch.stack([self.run(batch, batch["eef_pos"], rows)[2][-1].mean(1) for rows in self.window_rows(batch)])
+        """Where each step's query looks in its own frame in the last layer: (B,T,H,W), the mean
+        over heads, summing to one.
+        """
+        return torch.stack(
+            [
+                self.run(batch, batch["eef_pos"], rows)[2][-1].mean(1)
+                for rows in self.window_rows(batch)
+            ]
+        )
 
     def distribution(self, batch):
-        """Each step's probabilities of the next waypoint over voxels, both gripper commands together: (B,T,Z,H,W)."""
-        return torch.stack([self.run(batch, batch["eef_pos"], rows)[0].float().flatten(1).softmax(-1).view(
-            -1, self.n_gripper, *self.volume_shape).sum(1) for rows in self.window_rows(batch)])
+        """Each step's probabilities of the next waypoint over voxels, both gripper commands
+        together: (B,T,Z,H,W).
+        """
+        return torch.stack(
+            [
+                self.run(batch, batch["eef_pos"], rows)[0]
+                .float()
+                .flatten(1)
+                .softmax(-1)
+                .view(-1, self.n_gripper, *self.volume_shape)
+                .sum(1)
+                for rows in self.window_rows(batch)
+            ]
+        )
 
-    # -- closed loop -------------------------------------------------------------------------------------------------
+    # -- closed loop
+    # -------------------------------------------------------------------------------------------------
 
     def reset(self, generator=None):
         super().reset(generator)
         self.number, self.fed, self.first, self.past = 0, None, None, []
 
     def decide(self, batch):
-        """One observation (B = 1) after those since `reset`: of earlier frames only the EEF tokens are kept."""
+        """One observation (B = 1) after those since `reset`: of earlier frames only the EEF tokens
+        are kept.
+        """
         eef = self.last_known(batch["eef_pos"])
         self.first = eef if self.first is None else self.first
-        self.past = (self.past + [(eef, batch["gripper_width"])])[-self.config.context:]
+        self.past = (self.past + [(eef, batch["gripper_width"])])[-self.config.context :]
         positions, widths = (torch.stack(x, 1) for x in zip(*self.past))  # (1,S,3), (1,S)
-        frame = {k: [m[:, None].expand(-1, len(self.past), -1, -1, -1) for m in batch[k]] if k == "features" else
-                 batch[k][:, None].expand(-1, len(self.past), -1, -1) for k in ("features", "K", "E")}
+        frame = {
+            k: [m[:, None].expand(-1, len(self.past), -1, -1, -1) for m in batch[k]]
+            if k == "features"
+            else batch[k][:, None].expand(-1, len(self.past), -1, -1)
+            for k in ("features", "K", "E")
+        }
         last = torch.tensor([len(self.past) - 1], device=eef.device)
-        out = self.decided({**frame, "eef_pos": positions, "gripper_width": widths, "first_eef": self.first}, last, acting=True)
+        out = self.decided(
+            {**frame, "eef_pos": positions, "gripper_width": widths, "first_eef": self.first},
+            last,
+            acting=True,
+        )
         self.number, self.fed = self.number + 1, out["position"]
         return {k: v[None] for k, v in out.items()}

@@ -1,13 +1,17 @@
 """The interface that every policy has, and the pieces they share.
 
 Dimensions: B batch, T waypoints (or frames), N samples, C channels, H W of a backbone's map.
-Batches hold metres, radians, pixels and world coordinates; cells and bins exist only inside a policy:
+Batches hold metres, radians, pixels and world coordinates; cells and bins exist only inside a
+policy:
 
-    features [(B,C_i,H_i,W_i) float16], eef_pos (B,3), gripper_width (B,) between the fingers, K (B,3,3), E (B,4,4),
-    target_pos (B,T,3), target_rot (B,T,3,3), target_gripper (B,T) in {0 open, 1 close}, mask (B,T) in {0, 1}
+    features [(B,C_i,H_i,W_i) float16], eef_pos (B,3), gripper_width (B,) between the fingers, K
+    (B,3,3), E (B,4,4), target_pos (B,T,3), target_rot (B,T,3,3), target_gripper (B,T) in {0 open, 1
+    close}, mask (B,T) in {0, 1}
 
-Policies with a history take windows of T frames instead, one waypoint each: what is (B,...) above is (B,T,...), see data_ar.py.
+Policies with a history take windows of T frames instead, one waypoint each: what is (B,...) above
+is (B,T,...), see data_ar.py.
 """
+
 import argparse
 import time
 from dataclasses import dataclass, field, fields
@@ -23,28 +27,38 @@ from runtime import UserError
 
 HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
 ROTATION_MARGIN = 0.02  # radians beyond the training data's angles that the bins still cover
-DECAYING = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)  # layers whose weights weight decay is for
+# layers whose weights weight decay is for
+DECAYING = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 def flag(default, help, choices=None, kind=None, low=None, high=None, above=None, below=None):
-    """A config field that becomes a command-line flag. Bounds as in `flags.Number`: by default whole numbers start at 1, others
-    at 0. kind: another type from flags.py."""
+    """A config field that becomes a command-line flag. Bounds as in `flags.Number`: by default
+    whole numbers start at 1, others at 0. kind: another type from flags.py."""
     kind = kind or flags.field_type(type(default), low, high, above, below)
     return field(default=default, metadata={"help": help, "choices": choices, "type": kind})
 
 
 @dataclass
 class PolicyConfig:
-    """What every policy is configured by. It travels in the checkpoint. 
+    """What every policy is configured by. It travels in the checkpoint.
     `presets`: {name: other defaults}, of train.py's flags too; each names its own max_steps and lr.
     """
+
     presets = {}
-    backbone: str = flag("auto", "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model")
+    backbone: str = flag(
+        "auto",
+        "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model",
+    )
     image_size: int = flag(448, "image side, pixels", kind=flags.pixels)
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
-    min_travel: float = flag(0.02, "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF already is, for ever")
+    min_travel: float = flag(
+        0.02,
+        "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF already is, for ever",
+    )
     retreat: bool = flag(False, "train on frames after the last release too")
-    stay: bool = flag(False, "to stay is an answer, trained on (with the retreat) where a demonstration ends so")
+    stay: bool = flag(
+        False, "to stay is an answer, trained on (with the retreat) where a demonstration ends so"
+    )
 
 
 def add_config_flags(parser, config_class):
@@ -53,19 +67,31 @@ def add_config_flags(parser, config_class):
     for f in fields(config_class):
         kind = f.metadata["type"]
         if kind is bool:
-            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
+            group.add_argument(
+                f"--{f.name}",
+                action=argparse.BooleanOptionalAction,
+                default=f.default,
+                help=f.metadata["help"],
+            )
         else:
-            group.add_argument(f"--{f.name}", type=kind, default=f.default, choices=f.metadata["choices"],
-                               help=f"{f.metadata['help']} ({f.default})")
+            group.add_argument(
+                f"--{f.name}",
+                type=kind,
+                default=f.default,
+                choices=f.metadata["choices"],
+                help=f"{f.metadata['help']} ({f.default})",
+            )
 
 
 @dataclass
 class Waypoint:
-    """What a policy answers: the next EEF target in the world frame and the trajectory it belongs to.
+    """What a policy answers: the next EEF target in the world frame and the trajectory it belongs
+    to.
 
-    position (3,) m; rotation (3,3) or None; gripper -1 opens, +1 closes; trajectory (T,3) m; grippers (T,) in {-1, +1}; rotations
-    (T,3,3) or None.
+    position (3,) m; rotation (3,3) or None; gripper -1 opens, +1 closes; trajectory (T,3) m;
+    grippers (T,) in {-1, +1}; rotations (T,3,3) or None.
     """
+
     position: np.ndarray
     rotation: np.ndarray
     gripper: float
@@ -76,24 +102,31 @@ class Waypoint:
 
 @dataclass
 class Shard:
-    """Which of a step's samples a process holds: rank, rank + world, ... of `total` (None: of those that it has).
+    """Which of a step's samples a process holds: rank, rank + world, ... of `total` (None: of those
+    that it has).
 
-    Noise is drawn for all of them in every process, on the CPU, from a generator that is the same in each (None: torch's own). So
-    what a sample gets depends neither on the number of processes nor on the device.
+    Noise is drawn for all of them in every process, on the CPU, from a generator that is the same
+    in each (None: torch's own). So what a sample gets depends neither on the number of processes
+    nor on the device.
     """
+
     rank: int = 0
     world: int = 1
     total: int = None
     generator: torch.Generator = None
 
     def draw(self, kind, shape, device):
-        """Random numbers of `shape` (B,...), one row a sample held here; kind: torch.rand or torch.randn."""
+        """Random numbers of `shape` (B,...), one row a sample held here; kind: torch.rand or
+        torch.randn.
+        """
         whole = kind((self.total or shape[0], *shape[1:]), generator=self.generator, device="cpu")
-        return whole[self.rank::self.world].to(device)
+        return whole[self.rank :: self.world].to(device)
 
 
 class Policy(nn.Module):
-    """A policy: `loss` over a batch, `act` on an observation. `seconds` adds up where `act` spends its time."""
+    """A policy: `loss` over a batch, `act` on an observation. `seconds` adds up where `act` spends
+    its time.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -109,12 +142,16 @@ class Policy(nn.Module):
         return self._backbone[0]
 
     def attach(self, backbone):
-        """Give the policy its frozen features (see nets/backbone.py), which are not saved with it. Returns self."""
+        """Give the policy its frozen features (see nets/backbone.py), which are not saved with it.
+        Returns self.
+        """
         self._backbone = [backbone]
         return self
 
     def _apply(self, fn, recurse=True):
-        """`.to()` takes the frozen features along, and forgets the episode, whose tensors it would leave behind."""
+        """`.to()` takes the frozen features along, and forgets the episode, whose tensors it would
+        leave behind.
+        """
         super()._apply(fn, recurse)
         for backbone in self._backbone:
             if isinstance(backbone, nn.Module):
@@ -131,7 +168,9 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def predict(self, batch):
-        """Batch without targets -> {"position" (B,T,3), "gripper" (B,T) in {0, 1}, "rotation" (B,T,3,3)} as tensors."""
+        """Batch without targets -> {"position" (B,T,3), "gripper" (B,T) in {0, 1}, "rotation"
+        (B,T,3,3)} as tensors.
+        """
         raise NotImplementedError
 
     def forward(self, batch):
@@ -140,9 +179,9 @@ class Policy(nn.Module):
     def masked_mean(self, values, mask):
         """Mean of values (N,) where mask (N,) is one; 0 where it never is.
 
-        In training the mean over the samples of all processes: each returns its part of it, times their number, so that the average
-        of the processes' gradients is the gradient of that mean. Their own means would weigh a process with few unmasked samples
-        like one with many.
+        In training the mean over the samples of all processes: each returns its part of it, times
+        their number, so that the average of the processes' gradients is the gradient of that mean.
+        Their own means would weigh a process with few unmasked samples like one with many.
         """
         total, world = mask.sum(), self.shard.world if self.training else 1
         if world > 1:
@@ -153,28 +192,43 @@ class Policy(nn.Module):
         """Raise UserError for settings that contradict each other."""
 
     def reset(self, generator=None):
-        """Start of an episode: forget the history. generator: torch.Generator on the policy's device that all random draws of
-        the episode come from; without one from torch's own."""
+        """Start of an episode: forget the history. generator: torch.Generator on the policy's
+        device that all random draws of the episode come from; without one from torch's own."""
         self.generator = generator
 
     def volume_parameters(self):
-        """Parameters of the volume head and of all that it reads: what `--freeze_steps` holds still in a finetune."""
+        """Parameters of the volume head and of all that it reads: what `--freeze_steps` holds still
+        in a finetune.
+        """
         return []
 
     def deployment_stats(self):
-        """JSON-able numbers that a robot needs beside the checkpoint to read the policy's answers; none for most policies."""
+        """JSON-able numbers that a robot needs beside the checkpoint to read the policy's answers;
+        none for most policies.
+        """
         return None
 
     def param_groups(self, weight_decay):
-        """Optimiser groups: the weights of linear layers, convolutions and attention decay; nothing else does, so no bias, norm or
-        embedding, nor a parameter of the policy's own as tokens and positions are, whatever its shape."""
-        weights = {id(p) for m in self.modules() if isinstance(m, DECAYING) for p in m.parameters(recurse=False) if p.ndim >= 2}
+        """Optimiser groups: the weights of linear layers, convolutions and attention decay; nothing
+        else does, so no bias, norm or embedding, nor a parameter of the policy's own as tokens and
+        positions are, whatever its shape."""
+        weights = {
+            id(p)
+            for m in self.modules()
+            if isinstance(m, DECAYING)
+            for p in m.parameters(recurse=False)
+            if p.ndim >= 2
+        }
         trainable = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": [p for p in trainable if id(p) in weights], "weight_decay": weight_decay},
-                {"params": [p for p in trainable if id(p) not in weights], "weight_decay": 0.0}]
+        return [
+            {"params": [p for p in trainable if id(p) in weights], "weight_decay": weight_decay},
+            {"params": [p for p in trainable if id(p) not in weights], "weight_decay": 0.0},
+        ]
 
     def decide(self, batch):
-        """`predict` for one observation (B = 1), in the order in which an episode brings them; T is the trajectory's."""
+        """`predict` for one observation (B = 1), in the order in which an episode brings them; T is
+        the trajectory's.
+        """
         return self.predict(batch)
 
     @torch.inference_mode()
@@ -184,40 +238,58 @@ class Policy(nn.Module):
         start = time.perf_counter()
         maps = [m.to(device) for m in self.backbone(torch.from_numpy(observation.image[None]))]
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # or the features' time would be counted as the policy's, which waits for them
+            # or the features' time would be counted as the policy's, which waits for them
+            torch.cuda.synchronize(device)
         middle = time.perf_counter()
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
-        out = self.decide({"features": maps, "eef_pos": tensor(observation.eef_pos), "K": tensor(observation.K),
-                           "gripper_width": tensor(observation.gripper_width), "E": tensor(observation.E)})
+        out = self.decide(
+            {
+                "features": maps,
+                "eef_pos": tensor(observation.eef_pos),
+                "K": tensor(observation.K),
+                "gripper_width": tensor(observation.gripper_width),
+                "E": tensor(observation.E),
+            }
+        )
         position = out["position"][0].double().cpu().numpy()
         grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)
         rotations = out["rotation"][0].double().cpu().numpy()
         self.seconds["features"] += middle - start
         self.seconds["policy"] += time.perf_counter() - middle
-        return Waypoint(position[0], rotations[0], float(grippers[0]), position, grippers, rotations)
+        return Waypoint(
+            position[0], rotations[0], float(grippers[0]), position, grippers, rotations
+        )
 
 
 @dataclass
 class FittedConfig(PolicyConfig):
     """What policies with rotations in bins share."""
+
     n_rot_bins: int = flag(32, "bins per Euler axis", low=2)
     rotation_weight: float = flag(0.1, "weight of the rotation loss")
-    rotation_sigma: float = flag(2.0, "standard deviation of Gaussian rotation targets, bins; 0: one-hot")
+    rotation_sigma: float = flag(
+        2.0, "standard deviation of Gaussian rotation targets, bins; 0: one-hot"
+    )
 
 
 class FittedPolicy(Policy):
-    """A policy with statistics of its training data as buffers: normalised features, rotations in bins per Euler axis.
-    `channels`: of the backbone's maps."""
+    """A policy with statistics of its training data as buffers: normalised features, rotations in
+    bins per Euler axis. `channels`: of the backbone's maps."""
 
     def __init__(self, config, channels):
         super().__init__(config)
         for i, n in enumerate(channels):
             self.register_buffer(f"feature_mean_{i}", torch.zeros(n))
             self.register_buffer(f"feature_std_{i}", torch.ones(n))
-        self.register_buffer("euler_range", torch.tensor([[-np.pi, np.pi]] * 3, dtype=torch.float64))  # radians, unwrapped
+        # radians, unwrapped
+        self.register_buffer(
+            "euler_range", torch.tensor([[-np.pi, np.pi]] * 3, dtype=torch.float64)
+        )
 
     def fit_statistics(self, statistics):
-        """Euler ranges and feature normalisation from the training data; see `data.WaypointDataset.statistics`."""
+        """Euler ranges and feature normalisation from the training data; see
+        `data.WaypointDataset.statistics`.
+        """
         euler = torch.as_tensor(statistics["euler_range"])
         self.euler_range.copy_(euler + torch.tensor([-ROTATION_MARGIN, ROTATION_MARGIN]))
         for i, (mean, std) in enumerate(statistics["features"]):
@@ -225,12 +297,19 @@ class FittedPolicy(Policy):
             getattr(self, f"feature_std_{i}").copy_(torch.as_tensor(std))
 
     def normalised(self, features):
-        """Backbone maps [(...,C,H,W) float16] -> the same in float32 with zero mean and unit deviation a channel."""
-        return [(maps.float() - getattr(self, f"feature_mean_{i}").view(-1, 1, 1)) / getattr(self, f"feature_std_{i}").view(-1, 1, 1)
-                for i, maps in enumerate(features)]
+        """Backbone maps [(...,C,H,W) float16] -> the same in float32 with zero mean and unit
+        deviation a channel.
+        """
+        return [
+            (maps.float() - getattr(self, f"feature_mean_{i}").view(-1, 1, 1))
+            / getattr(self, f"feature_std_{i}").view(-1, 1, 1)
+            for i, maps in enumerate(features)
+        ]
 
     def euler_bins(self, rotation):
-        """Rotations (...,3,3) -> bins (...,3) per Euler axis; angles are unwrapped about the middle of their range."""
+        """Rotations (...,3,3) -> bins (...,3) per Euler axis; angles are unwrapped about the middle
+        of their range.
+        """
         low, high = self.euler_range.unbind(-1)
         euler = wrapped(euler_angles(rotation.double()), (low + high) / 2)
         return bins_of(euler, low, high, self.config.n_rot_bins)
@@ -246,12 +325,15 @@ class FittedPolicy(Policy):
         return torch.from_numpy(euler_to_matrix(euler.cpu().numpy())).to(bins.device)
 
     def rotation_bins(self, rotation):
-        """Rotations (...,3,3) -> bins (...,A) of the A angles by which a rotation is told: three, of Euler."""
+        """Rotations (...,3,3) -> bins (...,A) of the A angles by which a rotation is told: three,
+        of Euler.
+        """
         return self.euler_bins(rotation)
 
     def rotation_targets(self, rotation):
-        """Rotations (N,3,3) -> probabilities (N,A,bins). Episodes hold one rotation each: one-hot labels of a few dozen of them leave
-        the bins between without any, and what is memorised there is worse than a guess."""
+        """Rotations (N,3,3) -> probabilities (N,A,bins). Episodes hold one rotation each: one-hot
+        labels of a few dozen of them leave the bins between without any, and what is memorised
+        there is worse than a guess."""
         c, bins = self.config, self.rotation_bins(rotation)
         if c.rotation_sigma <= 0:
             return F.one_hot(bins, c.n_rot_bins).float()
@@ -259,19 +341,31 @@ class FittedPolicy(Policy):
         return (-0.5 * (apart / c.rotation_sigma) ** 2).softmax(-1)
 
     def rotation_loss(self, logits, rotation):
-        """Cross-entropy above the labels' own entropy (N,), in nats an angle, of logits (N,A,bins) at rotations (N,3,3)."""
-        return F.kl_div(logits.float().log_softmax(-1), self.rotation_targets(rotation), reduction="none").sum(-1).mean(-1)
+        """Cross-entropy above the labels' own entropy (N,), in nats an angle, of logits (N,A,bins)
+        at rotations (N,3,3).
+        """
+        return (
+            F.kl_div(
+                logits.float().log_softmax(-1), self.rotation_targets(rotation), reduction="none"
+            )
+            .sum(-1)
+            .mean(-1)
+        )
 
 
 def euler_angles(rotation):
-    """Rotations (...,3,3) -> roll, pitch, yaw (...,3) in radians: rot_utils.matrix_to_euler on any device."""
+    """Rotations (...,3,3) -> roll, pitch, yaw (...,3) in radians: rot_utils.matrix_to_euler on any
+    device.
+    """
     m = lambda i, j: rotation[..., i, j]
     pitch = torch.atan2(-m(2, 0), torch.hypot(m(2, 1), m(2, 2)))
     return torch.stack([torch.atan2(m(2, 1), m(2, 2)), pitch, torch.atan2(m(1, 0), m(0, 0))], -1)
 
 
 def wrapped(angle, centre):
-    """Angles in radians, wrapped into [centre - pi, centre + pi): rot_utils.wrap_angle on any device."""
+    """Angles in radians, wrapped into [centre - pi, centre + pi): rot_utils.wrap_angle on any
+    device.
+    """
     return centre + torch.remainder(angle - centre + torch.pi, 2 * torch.pi) - torch.pi
 
 
@@ -281,7 +375,9 @@ def bins_of(value, low, high, n_bins):
 
 
 def fingers_closed(widths):
-    """Widths between the fingers in m -> 1 where they are measured closed, else 0; long, of the same shape."""
+    """Widths between the fingers in m -> 1 where they are measured closed, else 0; long, of the
+    same shape.
+    """
     return (widths < HALF_OPEN).long()
 
 

@@ -1,4 +1,7 @@
-"""Policies by name: --model_type NAME -> (policy class, config class, dataset class). A new policy is one line here."""
+"""Policies by name: --model_type NAME -> (policy class, config class, dataset class). A new policy
+is one line here.
+"""
+
 from typing import NamedTuple
 
 from data import WaypointDataset

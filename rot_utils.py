@@ -1,7 +1,10 @@
-"""Rotations in NumPy alone, so that a robot's laptop can import it. Quaternions are (x, y, z, w); matrices act on columns.
+"""Rotations in NumPy alone, so that a robot's laptop can import it. Quaternions are (x, y, z, w);
+matrices act on columns.
 
-The second half is the 1D rotation basis: demonstrations that turn their gripper mostly about one axis need one number for it.
+The second half is the 1D rotation basis: demonstrations that turn their gripper mostly about one
+axis need one number for it.
 """
+
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -15,20 +18,39 @@ BASIS_FILE = "rotation_pca_basis.npz"
 SPACES = ("euler", "so3")
 EV_GATE = 0.85  # share of the variance that one axis must explain
 NEAR_SINGULAR = np.radians(75)  # pitch beyond which roll and yaw begin to trade places
-BASIS_KEYS = {"space": ("U", [()]), "mean": ("f", [(3,), (3, 3)]), "principal_axis": ("f", [(3,)]), "pca_min": ("f", [()]),
-              "pca_max": ("f", [()]), "ev_ratio": ("f", [(3,)]), "provenance": ("U", [()])}  # of the npz: dtype kind and shapes
+BASIS_KEYS = {
+    "space": ("U", [()]),
+    "mean": ("f", [(3,), (3, 3)]),
+    "principal_axis": ("f", [(3,)]),
+    "pca_min": ("f", [()]),
+    # of the npz: dtype kind and shapes
+    "pca_max": ("f", [()]),
+    "ev_ratio": ("f", [(3,)]),
+    "provenance": ("U", [()]),
+}
 PROVENANCE_FORM = {"fingerprints?": [str], "dataset?": str}
-STATS_FORM = {"model_type?": str, "backbone_identity?": str, "height_range": [float, float], "n_window": int, "image_size": int,
-              "rotation": ({"kind": str, "n_bins": int, "basis": dict}, {"kind": str, "n_bins": int, "euler_range": [[float, float]]})}
+STATS_FORM = {
+    "model_type?": str,
+    "backbone_identity?": str,
+    "height_range": [float, float],
+    "n_window": int,
+    "image_size": int,
+    "rotation": (
+        {"kind": str, "n_bins": int, "basis": dict},
+        {"kind": str, "n_bins": int, "euler_range": [[float, float]]},
+    ),
+}
 PRECOMPUTE = "compute it with `python precompute_rotation_pca.py --dataset PATH`"
 
 
 def quat_to_matrix(quat):
     """Unit quaternions (...,4) xyzw -> rotation matrices (...,3,3)."""
     x, y, z, w = np.moveaxis(np.asarray(quat, dtype=float), -1, 0)
-    rows = [[1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)]]
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
     return np.moveaxis(np.array(rows), (0, 1), (-2, -1))
 
 
@@ -45,14 +67,20 @@ def rotvec_to_matrix(rotvec):
 
 
 def matrix_to_quat(matrix):
-    """Rotation matrices (...,3,3) -> unit quaternions (...,4) xyzw with w >= 0, by the largest of the four components
-    (Shepperd): row i of the matrix below is 4 q_i times the quaternion."""
+    """Rotation matrices (...,3,3) -> unit quaternions (...,4) xyzw with w >= 0, by the largest of
+    the four components (Shepperd): row i of the matrix below is 4 q_i times the quaternion."""
     m = np.moveaxis(np.asarray(matrix, dtype=float), (-2, -1), (0, 1))
     xy, xz, yz = m[0, 1] + m[1, 0], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1]
     xw, yw, zw = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
     trace = m[0, 0] + m[1, 1] + m[2, 2]
-    products = np.array([[1 + 2 * m[0, 0] - trace, xy, xz, xw], [xy, 1 + 2 * m[1, 1] - trace, yz, yw],
-                         [xz, yz, 1 + 2 * m[2, 2] - trace, zw], [xw, yw, zw, 1 + trace]])
+    products = np.array(
+        [
+            [1 + 2 * m[0, 0] - trace, xy, xz, xw],
+            [xy, 1 + 2 * m[1, 1] - trace, yz, yw],
+            [xz, yz, 1 + 2 * m[2, 2] - trace, zw],
+            [xw, yw, zw, 1 + trace],
+        ]
+    )
     products = np.moveaxis(products, (0, 1), (-2, -1))
     best = np.diagonal(products, axis1=-2, axis2=-1).argmax(-1)
     q = np.take_along_axis(products, best[..., None, None], -2)[..., 0, :]
@@ -61,14 +89,20 @@ def matrix_to_quat(matrix):
 
 
 def matrix_to_rotvec(matrix):
-    """Rotation matrices (...,3,3) -> axis-angle vectors (...,3) in radians, angle in [0, pi]: the log map."""
+    """Rotation matrices (...,3,3) -> axis-angle vectors (...,3) in radians, angle in [0, pi]: the
+    log map.
+    """
     q = matrix_to_quat(matrix)
     norm = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
-    return q[..., :3] * np.where(norm < 1e-12, 2.0, 2 * np.arctan2(norm, q[..., 3:]) / np.maximum(norm, 1e-12))
+    return q[..., :3] * np.where(
+        norm < 1e-12, 2.0, 2 * np.arctan2(norm, q[..., 3:]) / np.maximum(norm, 1e-12)
+    )
 
 
 def matrix_to_euler(matrix):
-    """Rotation matrices (...,3,3) -> roll, pitch, yaw (...,3) in radians with R = Rz(yaw) Ry(pitch) Rx(roll)."""
+    """Rotation matrices (...,3,3) -> roll, pitch, yaw (...,3) in radians with R = Rz(yaw) Ry(pitch)
+    Rx(roll).
+    """
     m = np.asarray(matrix, dtype=float)
     roll = np.arctan2(m[..., 2, 1], m[..., 2, 2])
     pitch = np.arctan2(-m[..., 2, 0], np.hypot(m[..., 2, 1], m[..., 2, 2]))
@@ -76,7 +110,9 @@ def matrix_to_euler(matrix):
 
 
 def euler_to_matrix(euler):
-    """Roll, pitch, yaw (...,3) in radians -> rotation matrices (...,3,3), R = Rz(yaw) Ry(pitch) Rx(roll)."""
+    """Roll, pitch, yaw (...,3) in radians -> rotation matrices (...,3,3), R = Rz(yaw) Ry(pitch)
+    Rx(roll).
+    """
     basis = np.eye(3)
     turn = lambda axis, angle: rotvec_to_matrix(angle[..., None] * basis[axis])
     roll, pitch, yaw = np.moveaxis(np.asarray(euler, dtype=float), -1, 0)
@@ -84,8 +120,8 @@ def euler_to_matrix(euler):
 
 
 def wrap_angle(angle, centre=0.0):
-    """Angles in radians, wrapped into [centre - pi, centre + pi): a gripper that points down sits at roll = +-pi, and
-    binning must not cut there."""
+    """Angles in radians, wrapped into [centre - pi, centre + pi): a gripper that points down sits
+    at roll = +-pi, and binning must not cut there."""
     return centre + (np.asarray(angle) - centre + np.pi) % (2 * np.pi) - np.pi
 
 
@@ -100,12 +136,14 @@ def rotation_angle(a, b):
     return np.arccos(np.clip(cosine, -1, 1))
 
 
-# -- the 1D rotation basis -------------------------------------------------------------------------------------------
+# -- the 1D rotation basis
+# -------------------------------------------------------------------------------------------
 
 
 def frechet_mean(rotations, tolerance=1e-10, steps=100):
-    """Rotation (3,3) with the least mean squared angle to rotations (N,3,3): Karcher's iteration, mean <- mean . exp(mean log),
-    from the chordal mean (the rotation nearest to the matrices' average, by SVD)."""
+    """Rotation (3,3) with the least mean squared angle to rotations (N,3,3): Karcher's iteration,
+    mean <- mean . exp(mean log), from the chordal mean (the rotation nearest to the matrices'
+    average, by SVD)."""
     u, _, vt = np.linalg.svd(np.mean(rotations, axis=0))
     mean = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
     for _ in range(steps):
@@ -118,12 +156,15 @@ def frechet_mean(rotations, tolerance=1e-10, steps=100):
 
 @dataclass(frozen=True)
 class RotationBasis:
-    """One axis of rotation about a mean, and the range of values on it that the demonstrations cover.
+    """One axis of rotation about a mean, and the range of values on it that the demonstrations
+    cover.
 
-    space "so3": R = mean . exp(value . axis), mean (3,3), axis (3,) unit, in the mean's own frame, value in radians.
-    space "euler": (roll, pitch, yaw) = mean + value . axis, mean (3,) radians.
-    low, high: range of values; ev_ratio (3,): explained-variance ratios, largest first; provenance: where it comes from.
+    space "so3": R = mean . exp(value . axis), mean (3,3), axis (3,) unit, in the mean's own frame,
+    value in radians. space "euler": (roll, pitch, yaw) = mean + value . axis, mean (3,) radians.
+    low, high: range of values; ev_ratio (3,): explained-variance ratios, largest first; provenance:
+    where it comes from.
     """
+
     space: str
     mean: np.ndarray
     axis: np.ndarray
@@ -135,7 +176,8 @@ class RotationBasis:
     def value(self, rotation):
         """Rotations (...,3,3) -> values (...), radians, unwrapped about the middle of the range.
 
-        so3: the value whose rotation is nearest to the given one, that is its twist about the axis, which has the period 2 pi.
+        so3: the value whose rotation is nearest to the given one, that is its twist about the axis,
+        which has the period 2 pi.
         """
         if self.space == "euler":
             return euler_offsets(rotation, self.mean) @ self.axis
@@ -148,15 +190,23 @@ class RotationBasis:
     def rotation(self, value):
         """Values (...) -> rotations (...,3,3)."""
         offset = np.asarray(value, dtype=float)[..., None] * self.axis
-        return euler_to_matrix(self.mean + offset) if self.space == "euler" else self.mean @ rotvec_to_matrix(offset)
+        return (
+            euler_to_matrix(self.mean + offset)
+            if self.space == "euler"
+            else self.mean @ rotvec_to_matrix(offset)
+        )
 
     def to_bin(self, value, n_bins):
-        """Values (...) -> bins (...) int, min(floor(norm N), N - 1); a value outside the range goes to the bin at its end."""
+        """Values (...) -> bins (...) int, min(floor(norm N), N - 1); a value outside the range goes
+        to the bin at its end.
+        """
         norm = (np.asarray(value, dtype=float) - self.low) / (self.high - self.low)
         return np.clip(np.floor(norm * n_bins), 0, n_bins - 1).astype(np.int64)
 
     def from_bin(self, bins, n_bins):
-        """Bins (...), which may lie between two -> values (...): bin i is centred at (i + 0.5) / N of the range."""
+        """Bins (...), which may lie between two -> values (...): bin i is centred at (i + 0.5) / N
+        of the range.
+        """
         return self.low + (np.asarray(bins, dtype=float) + 0.5) / n_bins * (self.high - self.low)
 
     def encode(self, rotation, n_bins):
@@ -164,7 +214,9 @@ class RotationBasis:
         return self.to_bin(self.value(rotation), n_bins)
 
     def decode(self, bins, n_bins):
-        """Bins (...) -> rotations (...,3,3) at their centres: the inverse of `encode` to half a bin."""
+        """Bins (...) -> rotations (...,3,3) at their centres: the inverse of `encode` to half a
+        bin.
+        """
         return self.rotation(self.from_bin(bins, n_bins))
 
     def to_dict(self):
@@ -174,17 +226,28 @@ class RotationBasis:
 
     @classmethod
     def from_dict(cls, d):
-        return cls(d["space"], np.array(d["mean"]), np.array(d["axis"]), float(d["low"]), float(d["high"]),
-                   np.array(d["ev_ratio"]), d.get("provenance", {}))
+        return cls(
+            d["space"],
+            np.array(d["mean"]),
+            np.array(d["axis"]),
+            float(d["low"]),
+            float(d["high"]),
+            np.array(d["ev_ratio"]),
+            d.get("provenance", {}),
+        )
 
 
 def euler_offsets(rotation, mean):
-    """Rotations (...,3,3) -> roll, pitch, yaw relative to `mean` (3,), each in [-pi, pi): unwrapped about the mean."""
+    """Rotations (...,3,3) -> roll, pitch, yaw relative to `mean` (3,), each in [-pi, pi): unwrapped
+    about the mean.
+    """
     return wrap_angle(matrix_to_euler(rotation) - mean)
 
 
 def fit_basis(rotations, space="so3", provenance=None):
-    """Principal axis of rotations (N,3,3) -> RotationBasis. Raises UserError if they do not turn at all."""
+    """Principal axis of rotations (N,3,3) -> RotationBasis. Raises UserError if they do not turn at
+    all.
+    """
     rotations = np.asarray(rotations, dtype=float)
     if space == "euler":
         euler = matrix_to_euler(rotations)
@@ -197,15 +260,29 @@ def fit_basis(rotations, space="so3", provenance=None):
         offsets = matrix_to_rotvec(mean.T @ rotations)
     _, scale, axes = np.linalg.svd(offsets, full_matrices=False)
     if scale[0] < 1e-6 * np.sqrt(len(rotations)):
-        raise UserError("the rotations do not vary at all, so they have no principal axis; use demonstrations that turn the gripper")
+        raise UserError(
+            "the rotations do not vary at all, so they have no principal axis; use demonstrations that turn the gripper"
+        )
     axis = axes[0] * np.sign(axes[0][np.abs(axes[0]).argmax()])  # of the two signs, one for certain
-    basis = RotationBasis(space, mean, axis, -np.pi, np.pi, scale**2 / (scale**2).sum(), provenance or {})
+    basis = RotationBasis(
+        space, mean, axis, -np.pi, np.pi, scale**2 / (scale**2).sum(), provenance or {}
+    )
     values = basis.value(rotations)
-    return RotationBasis(space, mean, axis, float(values.min()), float(values.max()), basis.ev_ratio, basis.provenance)
+    return RotationBasis(
+        space,
+        mean,
+        axis,
+        float(values.min()),
+        float(values.max()),
+        basis.ev_ratio,
+        basis.provenance,
+    )
 
 
 def reconstruction_error(basis, rotations):
-    """Angles (N,) in radians between rotations (N,3,3) and the nearest that the one axis can say, before binning."""
+    """Angles (N,) in radians between rotations (N,3,3) and the nearest that the one axis can say,
+    before binning.
+    """
     return rotation_angle(basis.rotation(basis.value(rotations)), rotations)
 
 
@@ -216,23 +293,36 @@ def basis_path(dataset):
 
 
 def save_basis(path, basis):
-    """Write a basis as npz, atomically: mean, principal_axis, pca_min, pca_max, ev_ratio, space, provenance (JSON)."""
+    """Write a basis as npz, atomically: mean, principal_axis, pca_min, pca_max, ev_ratio, space,
+    provenance (JSON).
+    """
     with atomic_path(path) as scratch, open(scratch, "wb") as file:
-        np.savez(file, mean=basis.mean, principal_axis=basis.axis, pca_min=basis.low, pca_max=basis.high,
-                 ev_ratio=basis.ev_ratio, space=basis.space, provenance=json.dumps(basis.provenance))
+        np.savez(
+            file,
+            mean=basis.mean,
+            principal_axis=basis.axis,
+            pca_min=basis.low,
+            pca_max=basis.high,
+            ev_ratio=basis.ev_ratio,
+            space=basis.space,
+            provenance=json.dumps(basis.provenance),
+        )
 
 
 def fingerprint(rotvec):
-    """Digest (hex) of one demonstration's axis-angle vectors (T,3), by which a basis knows what it was computed from."""
+    """Digest (hex) of one demonstration's axis-angle vectors (T,3), by which a basis knows what it
+    was computed from.
+    """
     rounded = np.round(np.asarray(rotvec, dtype=float), 5) + 0.0  # + 0.0: no negative zeros
     return hashlib.blake2b(rounded.tobytes(), digest_size=8).hexdigest()
 
 
 def load_basis(path, fingerprints=None):
-    """Read `save_basis` -> RotationBasis. fingerprints: of demonstrations that it must know, as those that it was computed from or
-    those that were held out.
+    """Read `save_basis` -> RotationBasis. fingerprints: of demonstrations that it must know, as
+    those that it was computed from or those that were held out.
 
-    Raises UserError for a missing, damaged or impossible file, and for one that was computed from other demonstrations.
+    Raises UserError for a missing, damaged or impossible file, and for one that was computed from
+    other demonstrations.
     """
     path = Path(path)
     if not path.is_file():
@@ -241,35 +331,54 @@ def load_basis(path, fingerprints=None):
         with np.load(path, allow_pickle=False) as f:
             arrays = {key: f[key] for key in BASIS_KEYS}
     except KeyError as error:
-        raise UserError(f"{path}: key {one_line(error)} is missing, so this is no rotation basis; {PRECOMPUTE}")
-    except Exception as error:  # zipfile, zlib, NumPy and the system each have their own for a damaged file
-        raise UserError(f"{path}: truncated or not an npz of a rotation basis ({one_line(error)}); {PRECOMPUTE}")
+        raise UserError(
+            f"{path}: key {one_line(error)} is missing, so this is no rotation basis; {PRECOMPUTE}"
+        )
+    except (
+        Exception
+    ) as error:  # zipfile, zlib, NumPy and the system each have their own for a damaged file
+        raise UserError(
+            f"{path}: truncated or not an npz of a rotation basis ({one_line(error)}); {PRECOMPUTE}"
+        )
     for key, (kind, shapes) in BASIS_KEYS.items():
         value = arrays[key]
         if value.dtype.kind != kind or value.shape not in shapes:
-            raise UserError(f"{path}: {key} has shape {value.shape} and dtype {value.dtype}, which no rotation basis has; {PRECOMPUTE}")
+            raise UserError(
+                f"{path}: {key} has shape {value.shape} and dtype {value.dtype}, which no rotation basis has; {PRECOMPUTE}"
+            )
     try:
         provenance = json.loads(str(arrays["provenance"]))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: provenance is no JSON ({one_line(error)}); {PRECOMPUTE}")
-    basis = RotationBasis(str(arrays["space"]), *(arrays[k].astype(float) for k in ("mean", "principal_axis")), float(arrays["pca_min"]),
-                          float(arrays["pca_max"]), arrays["ev_ratio"].astype(float), provenance)
+    basis = RotationBasis(
+        str(arrays["space"]),
+        *(arrays[k].astype(float) for k in ("mean", "principal_axis")),
+        float(arrays["pca_min"]),
+        float(arrays["pca_max"]),
+        arrays["ev_ratio"].astype(float),
+        provenance,
+    )
     check_basis(basis, path)
     known = {*basis.provenance.get("fingerprints", ()), *basis.provenance.get("held_out", ())}
     if fingerprints is not None and not set(fingerprints) <= known:
-        raise UserError(f"{path}: a foreign basis, computed from {basis.provenance.get('dataset', 'another dataset')} and not from "
-                        f"these demonstrations; {PRECOMPUTE}")
+        raise UserError(
+            f"{path}: a foreign basis, computed from {basis.provenance.get('dataset', 'another dataset')} and not from "
+            f"these demonstrations; {PRECOMPUTE}"
+        )
     return basis
 
 
 def load_stats(path):
-    """Read a checkpoint's <ckpt>_stats.json with NumPy alone -> its dictionary, in which rotation["basis"] is a RotationBasis.
+    """Read a checkpoint's <ckpt>_stats.json with NumPy alone -> its dictionary, in which
+    rotation["basis"] is a RotationBasis.
 
     Raises UserError for a missing, damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such statistics; train.py writes them beside the checkpoint, copy both")
+        raise UserError(
+            f"{path}: no such statistics; train.py writes them beside the checkpoint, copy both"
+        )
     remedy = "copy it again from beside the checkpoint"
     stats = read_json(path, "folder of a checkpoint", remedy, STATS_FORM)
     rotation = stats["rotation"]
@@ -280,7 +389,9 @@ def load_stats(path):
         elif np.shape(rotation["euler_range"]) != (3, 2):
             raise ValueError("euler_range is not (3, 2)")
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: truncated or no checkpoint statistics ({type(error).__name__}: {one_line(error)}); {remedy}")
+        raise UserError(
+            f"{path}: truncated or no checkpoint statistics ({type(error).__name__}: {one_line(error)}); {remedy}"
+        )
     return stats
 
 
@@ -288,19 +399,59 @@ def check_basis(basis, where):
     """Raise UserError unless the basis can encode and decode rotations."""
     shape = (3, 3) if basis.space == "so3" else (3,)
     for wrong, key, what in (
-            (basis.space not in SPACES, "space", f"is '{basis.space}', one of {', '.join(SPACES)} is expected"),
-            (basis.mean.shape != shape, "mean", f"has shape {basis.mean.shape}, {shape} is expected"),
-            (basis.axis.shape != (3,), "principal_axis", f"has shape {basis.axis.shape}, (3,) is expected"),
-            (basis.ev_ratio.shape != (3,), "ev_ratio", f"has shape {basis.ev_ratio.shape}, (3,) is expected"),
-            (fits(basis.provenance, PROVENANCE_FORM) != "", "provenance", f"is damaged: {fits(basis.provenance, PROVENANCE_FORM)}"),
-            (not all(np.isfinite(v).all() for v in (basis.mean, basis.axis, basis.low, basis.high, basis.ev_ratio)), "mean",
-             "or another number is NaN or Inf"),
-            (basis.axis.shape == (3,) and abs(np.linalg.norm(basis.axis) - 1) > 1e-6, "principal_axis", "is no unit vector"),
-            (basis.space == "so3" and basis.mean.shape == shape and np.abs(basis.mean @ basis.mean.T - np.eye(3)).max() > 1e-6,
-             "mean", "is no rotation matrix"),
-            (not basis.low < basis.high, "pca_min", "is not below pca_max"),
-            (basis.high - basis.low > 4 * np.pi, "pca_max", "is more than two turns above pca_min"),
-            (basis.ev_ratio.shape == (3,) and not (abs(basis.ev_ratio.sum() - 1) < 1e-6 and (np.diff(basis.ev_ratio) <= 0).all()
-                                                   and basis.ev_ratio.min() >= 0), "ev_ratio", "is no list of shares, largest first")):
+        (
+            basis.space not in SPACES,
+            "space",
+            f"is '{basis.space}', one of {', '.join(SPACES)} is expected",
+        ),
+        (basis.mean.shape != shape, "mean", f"has shape {basis.mean.shape}, {shape} is expected"),
+        (
+            basis.axis.shape != (3,),
+            "principal_axis",
+            f"has shape {basis.axis.shape}, (3,) is expected",
+        ),
+        (
+            basis.ev_ratio.shape != (3,),
+            "ev_ratio",
+            f"has shape {basis.ev_ratio.shape}, (3,) is expected",
+        ),
+        (
+            fits(basis.provenance, PROVENANCE_FORM) != "",
+            "provenance",
+            f"is damaged: {fits(basis.provenance, PROVENANCE_FORM)}",
+        ),
+        (
+            not all(
+                np.isfinite(v).all()
+                for v in (basis.mean, basis.axis, basis.low, basis.high, basis.ev_ratio)
+            ),
+            "mean",
+            "or another number is NaN or Inf",
+        ),
+        (
+            basis.axis.shape == (3,) and abs(np.linalg.norm(basis.axis) - 1) > 1e-6,
+            "principal_axis",
+            "is no unit vector",
+        ),
+        (
+            basis.space == "so3"
+            and basis.mean.shape == shape
+            and np.abs(basis.mean @ basis.mean.T - np.eye(3)).max() > 1e-6,
+            "mean",
+            "is no rotation matrix",
+        ),
+        (not basis.low < basis.high, "pca_min", "is not below pca_max"),
+        (basis.high - basis.low > 4 * np.pi, "pca_max", "is more than two turns above pca_min"),
+        (
+            basis.ev_ratio.shape == (3,)
+            and not (
+                abs(basis.ev_ratio.sum() - 1) < 1e-6
+                and (np.diff(basis.ev_ratio) <= 0).all()
+                and basis.ev_ratio.min() >= 0
+            ),
+            "ev_ratio",
+            "is no list of shares, largest first",
+        ),
+    ):
         if wrong:
             raise UserError(f"{where}: {key} {what}; {PRECOMPUTE}")

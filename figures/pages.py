@@ -1,4 +1,5 @@
 """Pieces of reports: tables as Markdown and HTML, and what self-contained pages are made of."""
+
 import base64
 import html
 from pathlib import Path
@@ -43,11 +44,25 @@ def rate(value, interval):
 
 def html_table(head, rows, strong=()):
     """An HTML table of cells that are HTML already; columns `strong` stand out."""
-    line = lambda cells: "<tr>" + "".join(f'<td{" class=rate" if i in strong else ""}>{c}</td>' for i, c in enumerate(cells)) + "</tr>"
-    return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>" + "".join(map(line, rows)) + "</table>"
+    line = lambda cells: (
+        "<tr>"
+        + "".join(
+            f"<td{' class=rate' if i in strong else ''}>{c}</td>" for i, c in enumerate(cells)
+        )
+        + "</tr>"
+    )
+    return (
+        "<table><tr>"
+        + "".join(f"<th>{h}</th>" for h in head)
+        + "</tr>"
+        + "".join(map(line, rows))
+        + "</table>"
+    )
 
 
 def figure(video, caption):
     """A video file with its caption."""
-    return (f'<figure><video controls loop muted src="{embed(video, "video/mp4")}"></video>'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return (
+        f'<figure><video controls loop muted src="{embed(video, "video/mp4")}"></video>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )

@@ -1,4 +1,5 @@
 """Pictures: loss curves, trajectory overlays, contact sheets."""
+
 import io
 
 import matplotlib
@@ -16,7 +17,9 @@ TRUE, PREDICTED = "#00e5a0", "#ff3d6e"
 
 
 def write_png(image, path, colors=None):
-    """Write a PIL image. colors: of a palette; renders keep their looks with 256, and take a quarter of the space."""
+    """Write a PIL image. colors: of a palette; renders keep their looks with 256, and take a
+    quarter of the space.
+    """
     image = image.convert("RGB").quantize(colors, dither=Image.Dither.NONE) if colors else image
     with atomic_path(path) as scratch:
         image.save(scratch, format="PNG", optimize=True)
@@ -27,7 +30,9 @@ def write_small_jpeg(image, path, limit=SHEET_LIMIT):
     image, size, quality = image.convert("RGB"), image.size, 85
     while True:
         with io.BytesIO() as file:
-            image.resize(size, Image.LANCZOS).save(file, format="JPEG", quality=quality, optimize=True)
+            image.resize(size, Image.LANCZOS).save(
+                file, format="JPEG", quality=quality, optimize=True
+            )
             data = file.getvalue()
         if len(data) <= limit or min(size) < 64:
             break
@@ -55,29 +60,51 @@ def loss_curve(rows, path):
     for key, label in (("train/loss", "training"), ("val/loss", "validation")):
         points = [(r["step"], r[key]) for r in rows if key in r]
         if points:
-            left.plot(*zip(*points), label=label, marker="o" if "val" in key else None, markersize=3)
+            left.plot(
+                *zip(*points), label=label, marker="o" if "val" in key else None, markersize=3
+            )
     left.set(xlabel="step", ylabel="loss (nats)", title="loss")
     left.legend()
     for key, label in (("val/cm_median", "median"), ("val/cm_p90", "90th percentile")):
         points = [(r["step"], r[key]) for r in rows if key in r]
         if points:
             right.plot(*zip(*points), label=label, marker="o", markersize=3)
-    right.set(xlabel="step", ylabel="3D error of the first waypoint (cm)", title="validation", ylim=(0, None))
+    right.set(
+        xlabel="step",
+        ylabel="3D error of the first waypoint (cm)",
+        title="validation",
+        ylim=(0, None),
+    )
     right.legend()
     _save(figure, path)
 
 
 def trajectory_overlay(images, eef, true, predicted, frames, path):
-    """True (green) and predicted (red) future EEF positions on images (N,S,S,3). eef (N,2), true and predicted (N,T,2) px."""
+    """True (green) and predicted (red) future EEF positions on images (N,S,S,3). eef (N,2), true
+    and predicted (N,T,2) px.
+    """
     columns = 3
-    figure, axes = plt.subplots(-(-len(images) // columns), columns, figsize=(12, 4 * -(-len(images) // columns)), squeeze=False)
+    figure, axes = plt.subplots(
+        -(-len(images) // columns),
+        columns,
+        figsize=(12, 4 * -(-len(images) // columns)),
+        squeeze=False,
+    )
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, start, t, p, frame in zip(axes.flat, images, eef, true, predicted, frames):
         axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
         for points, colour, label in ((t, TRUE, "true"), (p, PREDICTED, "predicted")):
             line = np.concatenate([start[None], points])
-            axis.plot(line[:, 0], line[:, 1], color=colour, marker="o", markersize=4, linewidth=1.5, label=label)
+            axis.plot(
+                line[:, 0],
+                line[:, 1],
+                color=colour,
+                marker="o",
+                markersize=4,
+                linewidth=1.5,
+                label=label,
+            )
         axis.plot(*start, marker="x", color="white", markersize=8)
         axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=f"frame {frame}")
     axes.flat[0].legend(loc="lower left", fontsize=8)
@@ -97,16 +124,22 @@ def attention_overlay(images, maps, frames, path):
 
 
 def volume_projections(images, volumes, frames, path):
-    """Distributions over voxels (N,Z,H,W) in three projections, a column an image (N,S,S,3): over the image (summed along the
-    rays), height against image column, and height against image row; each scaled to its own highest value."""
-    figure, axes = plt.subplots(3, len(images), figsize=(3.2 * len(images), 6), squeeze=False, height_ratios=(3, 1, 1))
+    """Distributions over voxels (N,Z,H,W) in three projections, a column an image (N,S,S,3): over
+    the image (summed along the rays), height against image column, and height against image row;
+    each scaled to its own highest value."""
+    figure, axes = plt.subplots(
+        3, len(images), figsize=(3.2 * len(images), 6), squeeze=False, height_ratios=(3, 1, 1)
+    )
     for column, image, volume, frame in zip(axes.T, images, volumes, frames):
         size = (0, image.shape[1], image.shape[0], 0)
         column[0].imshow(image.mean(-1), cmap="gray", extent=size)
         column[0].imshow(volume.sum(0), cmap="inferno", alpha=0.55, extent=size)
         column[0].set_title(f"frame {frame}")
         column[0].axis("off")
-        for axis, side, label in ((column[1], volume.sum(1), "image column"), (column[2], volume.sum(2), "image row")):
+        for axis, side, label in (
+            (column[1], volume.sum(1), "image column"),
+            (column[2], volume.sum(2), "image row"),
+        ):
             axis.imshow(side, cmap="inferno", origin="lower", aspect="auto")
             axis.set(xlabel=label, ylabel="height bin")
     figure.tight_layout()
@@ -114,12 +147,22 @@ def volume_projections(images, volumes, frames, path):
 
 
 def paths_overlay(image, true, lines, path):
-    """A recorded path (M,2) px and predicted ones {name: (N,2) px}, waypoints as dots, on an image (S,S,3), a panel each."""
+    """A recorded path (M,2) px and predicted ones {name: (N,2) px}, waypoints as dots, on an image
+    (S,S,3), a panel each.
+    """
     figure, axes = plt.subplots(1, len(lines), figsize=(5.4 * len(lines), 5.4), squeeze=False)
     for axis, (name, line) in zip(axes[0], lines.items()):
         axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
         axis.plot(true[:, 0], true[:, 1], color=TRUE, linewidth=3, alpha=0.8, label="recorded path")
-        axis.plot(line[:, 0], line[:, 1], color=PREDICTED, marker="o", markersize=4, linewidth=1.2, label="predicted, fed back")
+        axis.plot(
+            line[:, 0],
+            line[:, 1],
+            color=PREDICTED,
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            label="predicted, fed back",
+        )
         axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=name)
         axis.axis("off")
     axes[0, 0].legend(loc="lower left", fontsize=8)
@@ -127,33 +170,53 @@ def paths_overlay(image, true, lines, path):
 
 
 def error_maps(image, found, phases, path):
-    """A row per policy {name: {"at", "offset" (N,2) px, "phase" (N,)}}: left, arrows from where each waypoint is to where it was
-    predicted, over an image (S,S,3); right, the offsets themselves, their mean as a cross. A colour a phase."""
+    """A row per policy {name: {"at", "offset" (N,2) px, "phase" (N,)}}: left, arrows from where
+    each waypoint is to where it was predicted, over an image (S,S,3); right, the offsets
+    themselves, their mean as a cross. A colour a phase."""
     figure, axes = plt.subplots(len(found), 2, figsize=(10, 4.8 * len(found)), squeeze=False)
     for (left, right), (name, errors) in zip(axes, found.items()):
         left.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
         for i, (phase, colour) in enumerate(zip(phases, (PREDICTED, "#4477aa"))):
             at, offset = (errors[k][errors["phase"] == i] for k in ("at", "offset"))
-            left.quiver(*at.T, *offset.T, angles="xy", scale_units="xy", scale=1, color=colour, width=0.003)
+            left.quiver(
+                *at.T, *offset.T, angles="xy", scale_units="xy", scale=1, color=colour, width=0.003
+            )
             right.scatter(*offset.T, s=6, alpha=0.5, color=colour, label=f"{phase}, n = {len(at)}")
             if len(at):
                 right.plot(*offset.mean(0), "+", color=colour, markersize=16, markeredgewidth=3)
-        left.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=f"{name}: true to predicted", xticks=[], yticks=[])
+        left.set(
+            xlim=(0, image.shape[1]),
+            ylim=(image.shape[0], 0),
+            title=f"{name}: true to predicted",
+            xticks=[],
+            yticks=[],
+        )
         right.axhline(0, color="grey", linewidth=0.6)
         right.axvline(0, color="grey", linewidth=0.6)
-        right.set(xlabel="px to the right", ylabel="px down", title="predicted minus true", xlim=(-60, 60), ylim=(60, -60))
+        right.set(
+            xlabel="px to the right",
+            ylabel="px down",
+            title="predicted minus true",
+            xlim=(-60, 60),
+            ylim=(60, -60),
+        )
         right.legend(fontsize=8)
     figure.tight_layout()
     _save(figure, path)
 
 
 def rate_map(rows, columns, rates, labels, path):
-    """Success rates (R,C) as a heat map, NaN where there is none; labels {(row, column): text}, indices."""
+    """Success rates (R,C) as a heat map, NaN where there is none; labels {(row, column): text},
+    indices.
+    """
     figure, axis = plt.subplots(figsize=(1.5 + 1.5 * len(columns), 0.9 + 0.62 * len(rows)))
-    axis.imshow(np.ma.masked_invalid(rates), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.75)
+    axis.imshow(
+        np.ma.masked_invalid(rates), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.75
+    )
     for (row, column), text in labels.items():
         axis.text(column, row, text, ha="center", va="center", fontsize=8)
-    axis.set_xticks(range(len(columns)), [name.replace("_", "\n") for name in columns])  # long names would run into each other
+    # long names would run into each other
+    axis.set_xticks(range(len(columns)), [name.replace("_", "\n") for name in columns])
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     _save(figure, path)
@@ -165,7 +228,9 @@ def write_strip(images, path):
 
 
 def readable_image(path):
-    """An image file as an array, or None where there is none that can be read: a picture is no reason to lose an evaluation."""
+    """An image file as an array, or None where there is none that can be read: a picture is no
+    reason to lose an evaluation.
+    """
     if not path.exists():
         return None
     try:
@@ -177,8 +242,12 @@ def readable_image(path):
 
 
 def sheet_from_strips(folder, rows, most=14):
-    """Contact sheet of an evaluation, sheet.jpg: a row of frames per episode, failures first; from strips/*.png."""
-    rows = sorted((r for r in rows if "crash" not in r), key=lambda r: (r["released"], r["episode"]))
+    """Contact sheet of an evaluation, sheet.jpg: a row of frames per episode, failures first; from
+    strips/*.png.
+    """
+    rows = sorted(
+        (r for r in rows if "crash" not in r), key=lambda r: (r["released"], r["episode"])
+    )
     found = [(r, folder / "strips" / f"{r['episode']:03d}.png") for r in rows]
     found = [(r, image) for r, p in found if (image := readable_image(p)) is not None][:most]
     if not found:
@@ -187,12 +256,18 @@ def sheet_from_strips(folder, rows, most=14):
     for axis, (row, image) in zip(axes[:, 0], found):
         axis.imshow(image)
         axis.axis("off")
-        axis.set_title(f"episode {row['episode']}: {row['outcome']}, {row['steps']} steps", loc="left", fontsize=8)
+        axis.set_title(
+            f"episode {row['episode']}: {row['outcome']}, {row['steps']} steps",
+            loc="left",
+            fontsize=8,
+        )
     _save(figure, folder / "sheet.jpg")
 
 
 def draw_plan(image, plan, K, E):
-    """A copy of the image (S,S,3) with the waypoint (and the trajectory behind it) drawn in: red open, blue close."""
+    """A copy of the image (S,S,3) with the waypoint (and the trajectory behind it) drawn in: red
+    open, blue close.
+    """
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     u, v, _ = project(plan.trajectory, K, E)
@@ -200,13 +275,20 @@ def draw_plan(image, plan, K, E):
     draw.line(points, fill=(255, 255, 255), width=1)
     for i, ((x, y), gripper) in reversed(list(enumerate(zip(points, plan.grippers)))):
         r = 5 if i == 0 else 3
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=(60, 120, 255) if gripper > 0 else (255, 61, 110), outline=(255, 255, 255))
+        draw.ellipse(
+            (x - r, y - r, x + r, y + r),
+            fill=(60, 120, 255) if gripper > 0 else (255, 61, 110),
+            outline=(255, 255, 255),
+        )
     return np.asarray(picture)
 
 
 def write_video(frames, K, E, path, fps):
     """MP4 (H.264) of frames [(image (S,S,3), plan or None)], plans drawn in."""
     import imageio.v2 as imageio
+
     images = [draw_plan(image, plan, K, E) if plan is not None else image for image, plan in frames]
     with atomic_path(path) as scratch:
-        imageio.mimwrite(scratch, images, format="mp4", fps=fps, codec="libx264", quality=6, macro_block_size=16)
+        imageio.mimwrite(
+            scratch, images, format="mp4", fps=fps, codec="libx264", quality=6, macro_block_size=16
+        )

@@ -1,4 +1,7 @@
-"""Pictures of the settings in sim/settings.py: every view rendered, every position marked. A scene (sim/libero_env.py) is given."""
+"""Pictures of the settings in sim/settings.py: every view rendered, every position marked. A scene
+(sim/libero_env.py) is given.
+"""
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -6,7 +9,13 @@ from camera import project
 from figures import plots
 from sim import settings
 
-COLOURS = {"train": (0, 170, 110), "val": (60, 120, 255), "test": (235, 60, 60), "excluded": (120,) * 3, "unused": (190,) * 3}
+COLOURS = {
+    "train": (0, 170, 110),
+    "val": (60, 120, 255),
+    "test": (235, 60, 60),
+    "excluded": (120,) * 3,
+    "unused": (190,) * 3,
+}
 TILE, CAPTION, EDGE = 128, 13, 3  # pixels
 
 
@@ -14,15 +23,21 @@ def tile(image, part, caption):
     """A render (S,S,3) as a small captioned tile, framed in its part's colour."""
     canvas = Image.new("RGB", (TILE, TILE + CAPTION), COLOURS[part])
     side = TILE - 2 * EDGE
-    canvas.paste(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS), (EDGE, EDGE))
+    canvas.paste(
+        Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS), (EDGE, EDGE)
+    )
     ImageDraw.Draw(canvas).text((EDGE, TILE - 1), caption, fill="white")
     return canvas
 
 
 def views(scene, split, path):
-    """Every view of the viewpoint setting. A row a theta, its phis ascending: green trains, red tests, grey is excluded; the last
-    row, blue, validates."""
-    found = [(c.theta, c.phi, c, part) for part in settings.PARTS for c in settings.conditions("viewpoint", part, split)]
+    """Every view of the viewpoint setting. A row a theta, its phis ascending: green trains, red
+    tests, grey is excluded; the last row, blue, validates."""
+    found = [
+        (c.theta, c.phi, c, part)
+        for part in settings.PARTS
+        for c in settings.conditions("viewpoint", part, split)
+    ]
     found += [(c.theta, c.phi, c, "excluded") for _, c, _ in settings.excluded(split)]
     on_grid = lambda c: c.phi in settings.PHIS
     rows, others = {theta: [] for theta in settings.THETAS}, []
@@ -31,7 +46,7 @@ def views(scene, split, path):
         image = tile(scene.render(), part, f"{part} {theta:.1f}, {phi:.1f} deg")
         (rows[theta] if on_grid(c) else others).append(image)
     columns = len(settings.PHIS)
-    rows = [*rows.values(), *(others[i:i + columns] for i in range(0, len(others), columns))]
+    rows = [*rows.values(), *(others[i : i + columns] for i in range(0, len(others), columns))]
     sheet = Image.new("RGB", (columns * TILE, len(rows) * (TILE + CAPTION)), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
@@ -40,12 +55,15 @@ def views(scene, split, path):
 
 
 def positions(scene, split, path):
-    """Where the bowl stands at each position of the position setting, marked in the default view: green trains, blue validates,
-    red tests, grey is unused. Beside it the four corners of the grid, rendered."""
+    """Where the bowl stands at each position of the position setting, marked in the default view:
+    green trains, blue validates, red tests, grey is unused. Beside it the four corners of the grid,
+    rendered."""
     base, K_E = scene.state(), scene.camera()
     picture = Image.fromarray(scene.render())
     draw, bowl = ImageDraw.Draw(picture), scene.position(scene.pick)
-    parts = {c: part for part in settings.PARTS for c in settings.conditions("position", part, split)}
+    parts = {
+        c: part for part in settings.PARTS for c in settings.conditions("position", part, split)
+    }
     for dx in settings.DX:
         for dy in settings.DY:
             u, v, _ = project(bowl + [dx, dy, 0], *K_E)
@@ -57,7 +75,9 @@ def positions(scene, split, path):
         for dy in settings.DY[[0, -1]]:
             c = settings.Condition(dx=dx, dy=dy)
             if scene.shift_objects(base, scene.common_shift(c)) is None:
-                raise RuntimeError(f"position {dx:.2f}, {dy:.2f} m: the shifted objects touch something")
+                raise RuntimeError(
+                    f"position {dx:.2f}, {dy:.2f} m: the shifted objects touch something"
+                )
             corners.append(tile(scene.render(), parts.get(c, "unused"), f"{dx:+.2f}, {dy:+.2f} m"))
     side = 4 * TILE
     whole = Image.new("RGB", (side + 2 * TILE, side), "white")
@@ -66,8 +86,14 @@ def positions(scene, split, path):
         whole.paste(corner, (side + i % 2 * TILE, i // 2 * (TILE + CAPTION)))
     legend = ImageDraw.Draw(whole)
     for i, part in enumerate((*settings.PARTS, "unused")):
-        n = sum(p == part for p in parts.values()) or len(settings.DX) * len(settings.DY) - len(parts)
-        legend.text((side + 8, 2 * (TILE + CAPTION) + 8 + 14 * i), f"{part}: {n} positions", fill=COLOURS[part])
+        n = sum(p == part for p in parts.values()) or len(settings.DX) * len(settings.DY) - len(
+            parts
+        )
+        legend.text(
+            (side + 8, 2 * (TILE + CAPTION) + 8 + 14 * i),
+            f"{part}: {n} positions",
+            fill=COLOURS[part],
+        )
     plots.write_png(whole, path)
 
 

@@ -3,6 +3,7 @@
 Each access gives a value or one sentence. Shapes, types and storage are looked at before anything
 is read, because a file of 14 kB can say that it holds 10^10 rows.
 """
+
 import contextlib
 import math
 from pathlib import Path
@@ -18,12 +19,16 @@ SMALL = 2**24  # bytes that are read whatever the file's size
 
 @contextlib.contextmanager
 def guarded(where, remedy):
-    """While inside, what h5py and NumPy raise about a damaged file is a UserError that names `where`."""
+    """While inside, what h5py and NumPy raise about a damaged file is a UserError that names
+    `where`.
+    """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # KeyError, OSError, RuntimeError, MemoryError: it depends on the byte
+    except (
+        Exception
+    ) as error:  # KeyError, OSError, RuntimeError, MemoryError: it depends on the byte
         reason = one_line(error)
         raise UserError(f"{where}: cannot be read, the file is damaged ({reason}); {remedy}")
 
@@ -44,8 +49,10 @@ def open_file(path, remedy):
     except Exception as error:
         text = one_line(error)
         if isinstance(error, BlockingIOError) or "unable to lock" in text or "already open" in text:
-            raise UserError(f"{path}: another program has it open for writing ({text}); wait until it "
-                            "has closed it, and leave the file alone meanwhile")
+            raise UserError(
+                f"{path}: another program has it open for writing ({text}); wait until it "
+                "has closed it, and leave the file alone meanwhile"
+            )
         raise UserError(f"{path}: truncated or not an HDF5 file ({text}); {remedy}")
 
 
@@ -72,7 +79,8 @@ def dataset(path, parent, key, remedy, tail=None, kinds="fiub"):
         if kinds == "f" and dtype.itemsize < 4:
             raise UserError(f"{where}: has dtype {dtype}, which rounds to millimetres; {remedy}")
         if tail is not None and not (
-                len(shape) == 1 + len(tail) and all(n in (None, m) for n, m in zip(tail, shape[1:]))):
+            len(shape) == 1 + len(tail) and all(n in (None, m) for n, m in zip(tail, shape[1:]))
+        ):
             wanted = ", ".join(["T", *("S" if n is None else str(n) for n in tail)])
             raise UserError(f"{where}: has shape {shape}, ({wanted}) is expected; {remedy}")
         _check_storage(found, where, remedy)
@@ -85,14 +93,18 @@ def _check_storage(found, where, remedy):
         return
     in_file = found.id.get_storage_size()
     if found.nbytes > max(SMALL, DEFLATE * in_file) or not in_file:
-        raise UserError(f"{where}: says that it holds {found.shape} values, {found.nbytes:.3g} bytes, "
-                        f"of which {in_file} are in the file; {remedy}")
+        raise UserError(
+            f"{where}: says that it holds {found.shape} values, {found.nbytes:.3g} bytes, "
+            f"of which {in_file} are in the file; {remedy}"
+        )
     if found.chunks:
         expected = math.prod(-(-n // c) for n, c in zip(found.shape, found.chunks))
         written = found.id.get_num_chunks()
         if written < expected:
-            raise UserError(f"{where}: {expected - written} of its {expected} parts were never written, "
-                            f"they would read as zeros; {remedy}")
+            raise UserError(
+                f"{where}: {expected - written} of its {expected} parts were never written, "
+                f"they would read as zeros; {remedy}"
+            )
 
 
 def array(path, parent, key, remedy, tail=None, kinds="fiub"):
@@ -103,8 +115,9 @@ def array(path, parent, key, remedy, tail=None, kinds="fiub"):
         value = found[()]
         if not np.isfinite(value).all():
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
-            raise UserError(f"{where}: has NaN or Inf, first at index {first}; "
-                            f"drop this demo or {remedy}")
+            raise UserError(
+                f"{where}: has NaN or Inf, first at index {first}; drop this demo or {remedy}"
+            )
     return value
 
 
@@ -115,7 +128,9 @@ def holds(path, parent, key, remedy):
 
 
 def attributes(path, node, remedy):
-    """All attributes of a node as plain values: text as str however stored, scalars as Python's own."""
+    """All attributes of a node as plain values: text as str however stored, scalars as Python's
+    own.
+    """
     where = f"{path}: {_name(node)}"
     with guarded(where, remedy):
         names = list(node.attrs)

@@ -1,4 +1,5 @@
 """Finished demonstrations: where they wait, how they become a dataset, what that may replace."""
+
 import os
 import shutil
 
@@ -39,13 +40,15 @@ def check_replaceable(out, overwrite, form):
     if not out.exists():
         return
     if not overwrite:
-        raise UserError(f"{out}: exists already and is left alone; "
-                        "give --overwrite, or another --out")
+        raise UserError(
+            f"{out}: exists already and is left alone; give --overwrite, or another --out"
+        )
     by_hand = "it is left alone; give another --out, or remove it by hand"
     if out.is_dir() != (form == "smith300"):
         kind = "folder" if out.is_dir() else "file"
-        raise UserError(f"--overwrite --out {out}: is a {kind}, and --format {form} writes the other; "
-                        f"{by_hand}")
+        raise UserError(
+            f"--overwrite --out {out}: is a {kind}, and --format {form} writes the other; {by_hand}"
+        )
     if out.is_dir():
         stamp = out / "dataset.json"
         ours = stamp.is_file() and smith300.read_stamp(stamp).get("format") == smith300.FORMAT
@@ -53,8 +56,10 @@ def check_replaceable(out, overwrite, form):
         foreign = [p.name for p in out.iterdir() if not known(p)]
         if not ours or foreign:
             found = ", ".join(sorted(foreign)[:3]) or "no dataset.json"
-            raise UserError(f"--overwrite --out {out}: holds {found}, so it is not a folder that this "
-                            f"program wrote; {by_hand}")
+            raise UserError(
+                f"--overwrite --out {out}: holds {found}, so it is not a folder that this "
+                f"program wrote; {by_hand}"
+            )
         return
     try:
         demos.open_demos(out).close()

@@ -1,25 +1,34 @@
 """The format of real-robot recordings ("smith300"): one folder per episode. Write, read, validate.
 
     DATASET/
-      dataset.json             optional: {"format": "smith300-1", and provenance: task_suite, task_id, grasp, command, seed, ...};
-                               a checkpoint takes from it which task eval.py runs
+      dataset.json             optional: {"format": "smith300-1", and provenance: task_suite,
+                               task_id, grasp, command, seed, ...}; a checkpoint takes from it which
+                               task eval.py runs
       rotation_pca_basis.npz   written by precompute_rotation_pca.py
       episode_00000/
-        frames/000000.png ...  RGB, PNG or JPG in alphabetical order, or instead of the folder one video.mp4
+        frames/000000.png ...  RGB, PNG or JPG in alphabetical order, or instead of the folder one
+                               video.mp4
         episode.npz            T rows each, row t recorded together with frame t:
-          eef_pos_t (T,3)        EEF position in metres, in the world (or robot base) frame of `extrinsics`
+          eef_pos_t (T,3)        EEF position in metres, in the world (or robot base) frame of
+                                 `extrinsics`
           eef_euler_t (T,3)      roll, pitch, yaw in radians, R = Rz(yaw) Ry(pitch) Rx(roll)
           gripper_t (T,)         gripper command, 0 open to 1 closed; above 0.5 counts as closed
-          intrinsics (3,3)       K in pixels of the frames as they are stored, lens distortion removed
+          intrinsics (3,3)       K in pixels of the frames as they are stored, lens distortion
+                                 removed
           extrinsics (4,4)       camera-to-world, OpenCV axes (x right, y down, z forward), rigid
-          gripper_width_t (T,)   optional: metres between the fingers as measured; else taken from the command
-          perturbed_t (T,)       optional: true while something else than the demonstrator moved the robot
-          states_t (T,S)         optional: the simulator's flattened states, where one made the recording; eval.py renders one to
-                                 check that it sees what was trained on
+          gripper_width_t (T,)   optional: metres between the fingers as measured; else taken from
+                                 the command
+          perturbed_t (T,)       optional: true while something else than the demonstrator moved the
+                                 robot
+          states_t (T,S)         optional: the simulator's flattened states, where one made the
+                                 recording; eval.py renders one to check that it sees what was
+                                 trained on
 
-Frames are upright. They may be oblong: reading cuts out the central square, scales it to the policy's image size, and
-changes K along with it. Episodes become demos.Demo objects, so that labels are made as for LIBERO's HDF5 files.
+Frames are upright. They may be oblong: reading cuts out the central square, scales it to the
+policy's image size, and changes K along with it. Episodes become demos.Demo objects, so that labels
+are made as for LIBERO's HDF5 files.
 """
+
 import contextlib
 import os
 import re
@@ -47,44 +56,70 @@ OPEN_GRIPPER = 0.08  # metres between open fingers, where the width was not reco
 AGAIN = "record this episode again, or move its folder out of the dataset"
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading
+# -----------------------------------------------------------------------------------------------------------
 
 
 def episode_folders(path):
-    """Episode folders of a dataset in alphabetical order. Raises UserError for no folder, a foreign one, or no episode."""
+    """Episode folders of a dataset in alphabetical order. Raises UserError for no folder, a foreign
+    one, or no episode.
+    """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; a smith300 dataset is a folder of episode folders, see formats/smith300.py")
+        raise UserError(
+            f"{path}: no such folder; a smith300 dataset is a folder of episode folders, see formats/smith300.py"
+        )
     stamp = path / "dataset.json"
     if stamp.exists() and read_stamp(stamp).get("format") != FORMAT:
-        raise UserError(f"{stamp}: format is {read_stamp(stamp).get('format')!r}, '{FORMAT}' is expected; convert the dataset")
+        raise UserError(
+            f"{stamp}: format is {read_stamp(stamp).get('format')!r}, '{FORMAT}' is expected; convert the dataset"
+        )
     found = in_order(p for p in path.iterdir() if p.is_dir() and p.name.startswith("episode"))
     if not found:
-        raise UserError(f"{path}: zero episodes, no folder episode_...; record some, or "
-                        f"`python collect_demos.py --format smith300 --out {path}`")
+        raise UserError(
+            f"{path}: zero episodes, no folder episode_...; record some, or "
+            f"`python collect_demos.py --format smith300 --out {path}`"
+        )
     return found
 
 
 def in_order(paths):
     """Paths by name, numbers in names by value: 2.png comes before 10.png."""
-    return sorted(paths, key=lambda p: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("([0-9]+)", p.name)])
+    return sorted(
+        paths,
+        key=lambda p: [
+            (int(part), "") if part.isdecimal() else (-1, part)
+            for part in re.split("([0-9]+)", p.name)
+        ],
+    )
 
 
 def read_stamp(path):
     """dataset.json as a dictionary. Raises UserError where it is none."""
-    return read_json(path, "smith300 dataset", "write it again or remove it", {"format?": str, "part?": str, "variant?": str})
+    return read_json(
+        path,
+        "smith300 dataset",
+        "write it again or remove it",
+        {"format?": str, "part?": str, "variant?": str},
+    )
 
 
 def load_arrays(path):
-    """All arrays of an episode.npz, checked one by one and against each other's lengths -> dict of float64."""
+    """All arrays of an episode.npz, checked one by one and against each other's lengths -> dict of
+    float64.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: file is missing; {AGAIN}")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # zipfile, zlib, NumPy and the system each have their own for a damaged file
-        raise UserError(f"{path}: truncated or not an npz file ({type(error).__name__}: {error}); {AGAIN}")
+    except (
+        Exception
+    ) as error:  # zipfile, zlib, NumPy and the system each have their own for a damaged file
+        raise UserError(
+            f"{path}: truncated or not an npz file ({type(error).__name__}: {error}); {AGAIN}"
+        )
     for key, shape in {**ROWS, **OPTIONAL_ROWS, **CAMERA}.items():
         if key not in arrays:
             if key in OPTIONAL_ROWS:
@@ -94,50 +129,81 @@ def load_arrays(path):
         if value.dtype.kind not in "fiub":
             raise UserError(f"{path}: {key} has dtype {value.dtype}, numbers are expected; {AGAIN}")
         of_row = value.shape if key in CAMERA else value.shape[1:] if value.ndim else None
-        if of_row is None or len(of_row) != len(shape) or any(n not in (None, m) for n, m in zip(shape, of_row)):
-            wanted = shape if key in CAMERA else f"({', '.join(['T', *(str(n or 'S') for n in shape)])})"
+        if (
+            of_row is None
+            or len(of_row) != len(shape)
+            or any(n not in (None, m) for n, m in zip(shape, of_row))
+        ):
+            wanted = (
+                shape if key in CAMERA else f"({', '.join(['T', *(str(n or 'S') for n in shape)])})"
+            )
             raise UserError(f"{path}: {key} has shape {value.shape}, {wanted} is expected; {AGAIN}")
         if not np.isfinite(value).all():
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
             raise UserError(f"{path}: {key} has NaN or Inf, first at index {first}; {AGAIN}")
         if key in REAL and value.dtype.kind != "f" or value.dtype == np.float16:
-            raise UserError(f"{path}: {key} has dtype {value.dtype}, which rounds metres and radians; {AGAIN}")
+            raise UserError(
+                f"{path}: {key} has dtype {value.dtype}, which rounds metres and radians; {AGAIN}"
+            )
         arrays[key] = value.astype(float)
     length = len(arrays["eef_pos_t"])
     for key in (*ROWS, *OPTIONAL_ROWS):
         if key in arrays and len(arrays[key]) != length:
-            raise UserError(f"{path}: {key} has {len(arrays[key])} rows, eef_pos_t has {length}; {AGAIN}")
+            raise UserError(
+                f"{path}: {key} has {len(arrays[key])} rows, eef_pos_t has {length}; {AGAIN}"
+            )
     if np.abs(arrays["eef_euler_t"]).max(initial=0) > 2 * np.pi + 1e-6:
-        raise UserError(f"{path}: eef_euler_t has an angle of {np.abs(arrays['eef_euler_t']).max():.4g}, radians are expected; convert "
-                        "degrees with numpy.radians")
+        raise UserError(
+            f"{path}: eef_euler_t has an angle of {np.abs(arrays['eef_euler_t']).max():.4g}, radians are expected; convert "
+            "degrees with numpy.radians"
+        )
     gripper = arrays["gripper_t"]
     if gripper.size and (gripper.min() < 0 or gripper.max() > 1):
-        raise UserError(f"{path}: gripper_t spans {gripper.min():g} to {gripper.max():g}, 0 (open) to 1 (closed) is expected; "
-                        "rescale it, or " + AGAIN)
+        raise UserError(
+            f"{path}: gripper_t spans {gripper.min():g} to {gripper.max():g}, 0 (open) to 1 (closed) is expected; "
+            "rescale it, or " + AGAIN
+        )
     return arrays
 
 
 def frame_files(folder):
-    """The frames' image files in order, or the one video. Raises UserError where there is neither, or both."""
+    """The frames' image files in order, or the one video. Raises UserError where there is neither,
+    or both.
+    """
     video, frames = folder / "video.mp4", folder / "frames"
     if video.is_file() and frames.is_dir():
-        raise UserError(f"{folder}: has both frames/ and video.mp4, and they may differ; remove one")
+        raise UserError(
+            f"{folder}: has both frames/ and video.mp4, and they may differ; remove one"
+        )
     if video.is_file():
         return video
-    shown = (p for p in frames.iterdir() if p.suffix.lower() in FRAME_SUFFIXES and not p.name.startswith(".")) if frames.is_dir() else ()
+    shown = (
+        (
+            p
+            for p in frames.iterdir()
+            if p.suffix.lower() in FRAME_SUFFIXES and not p.name.startswith(".")
+        )
+        if frames.is_dir()
+        else ()
+    )
     files = in_order(shown)  # macOS leaves a ._NAME.png beside every NAME.png
     if not files:
-        raise UserError(f"{folder}: frames are missing, neither frames/*.png or *.jpg nor video.mp4; {AGAIN}")
+        raise UserError(
+            f"{folder}: frames are missing, neither frames/*.png or *.jpg nor video.mp4; {AGAIN}"
+        )
     numbers = [re.sub("0*([0-9]+)", r"\1", p.stem) for p in files]
     for first, second, a, b in zip(files, files[1:], numbers, numbers[1:]):
         if a == b:
-            raise UserError(f"{folder}: {first.name} and {second.name} are two frames of one number; remove one")
+            raise UserError(
+                f"{folder}: {first.name} and {second.name} are two frames of one number; remove one"
+            )
     return files
 
 
 def video_reader(path):
     """imageio's reader of a video. Raises UserError where it cannot be read."""
     import imageio.v2 as imageio
+
     try:
         return imageio.get_reader(path, format="FFMPEG")
     except Exception as error:  # imageio wraps ffmpeg's failures in several types
@@ -163,19 +229,24 @@ def frame_sizes(source):
 
 @contextlib.contextmanager
 def open_image(file, where, remedy):
-    """A PIL image of 8 bits a channel that is stored as it is shown. file: its path, or an open file; where: its name in a message.
+    """A PIL image of 8 bits a channel that is stored as it is shown. file: its path, or an open
+    file; where: its name in a message.
 
     Raises UserError for another one, and for what cannot be decoded while it is in use.
     """
     try:
         with Image.open(file) as image:
             if image.mode not in MODES:
-                raise UserError(f"{where}: has pixels of mode {image.mode}, 8-bit RGB is expected (16 bits would be cut off at 255); "
-                                "convert it")
+                raise UserError(
+                    f"{where}: has pixels of mode {image.mode}, 8-bit RGB is expected (16 bits would be cut off at 255); "
+                    "convert it"
+                )
             turned = image.getexif().get(ORIENTATION_TAG, 1)
             if turned != 1:
-                raise UserError(f"{where}: its EXIF orientation is {turned}, so it is stored turned and K could mean either; store it "
-                                "upright, without that mark")
+                raise UserError(
+                    f"{where}: its EXIF orientation is {turned}, so it is stored turned and K could mean either; store it "
+                    "upright, without that mark"
+                )
             yield image
     except UserError:
         raise
@@ -191,7 +262,9 @@ def square_intrinsics(K, width, height, size):
 
 
 def square_image(image, size):
-    """The central square of a PIL image or array -> (size,size,3) uint8, as `square_intrinsics` has it."""
+    """The central square of a PIL image or array -> (size,size,3) uint8, as `square_intrinsics` has
+    it.
+    """
     image = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
     side, (width, height) = min(image.size), image.size
     if (width, height) != (size, size):
@@ -201,10 +274,11 @@ def square_image(image, size):
 
 
 def read_episode(folder, image_size=None):
-    """Validate one episode folder and return its `demos.Demo`; frames stay on disk (see `read_frames`).
+    """Validate one episode folder and return its `demos.Demo`; frames stay on disk (see
+    `read_frames`).
 
-    image_size: side that frames are scaled to; None leaves their shorter side. Raises UserError with file, key and remedy for
-    everything that the module's docstring promises and does not hold.
+    image_size: side that frames are scaled to; None leaves their shorter side. Raises UserError
+    with file, key and remedy for everything that the module's docstring promises and does not hold.
     """
     folder = Path(folder)
     where, source = folder / "episode.npz", frame_files(folder)
@@ -212,16 +286,22 @@ def read_episode(folder, image_size=None):
     length = len(arrays["eef_pos_t"])
     n_frames, sizes = frame_sizes(source)
     if n_frames != length:
-        raise UserError(f"{folder}: {n_frames} frames, but eef_pos_t in episode.npz has {length} rows; {AGAIN}")
+        raise UserError(
+            f"{folder}: {n_frames} frames, but eef_pos_t in episode.npz has {length} rows; {AGAIN}"
+        )
     if length < 2:
         raise UserError(f"{folder}: has {length} steps, at least 2 are needed; {AGAIN}")
     if len(sizes) > 1:
-        raise UserError(f"{folder}: frames of different sizes, {', '.join(f'{w}x{h}' for w, h in sorted(sizes))}; {AGAIN}")
+        raise UserError(
+            f"{folder}: frames of different sizes, {', '.join(f'{w}x{h}' for w, h in sorted(sizes))}; {AGAIN}"
+        )
     width, height = sizes.pop()
     size = image_size or min(width, height)
     if min(width, height) < size:
-        raise UserError(f"{folder}: frames are {width}x{height}, {size} px are asked for; give --image_size {min(width, height)} "
-                        "or less, or record larger frames")
+        raise UserError(
+            f"{folder}: frames are {width}x{height}, {size} px are asked for; give --image_size {min(width, height)} "
+            "or less, or record larger frames"
+        )
     gripper = arrays["gripper_t"]
     K, E = arrays["intrinsics"], arrays["extrinsics"]
     check_camera(K, E, where, (width, height))
@@ -230,23 +310,39 @@ def read_episode(folder, image_size=None):
     actions = np.zeros((length, 7))
     actions[:, 6] = np.where(closed, 1.0, -1.0)
     rotvec = matrix_to_rotvec(euler_to_matrix(arrays["eef_euler_t"]))
-    demo = Demo(folder.name, actions, arrays["eef_pos_t"], rotvec, np.stack([opening / 2, -opening / 2], -1),
-                arrays.get("states_t", np.zeros((length, 0))), arrays.get("perturbed_t", np.zeros(length)) > 0.5,
-                square_intrinsics(K, width, height, size), E, size, {"source": str(source if isinstance(source, Path) else folder)})
+    demo = Demo(
+        folder.name,
+        actions,
+        arrays["eef_pos_t"],
+        rotvec,
+        np.stack([opening / 2, -opening / 2], -1),
+        arrays.get("states_t", np.zeros((length, 0))),
+        arrays.get("perturbed_t", np.zeros(length)) > 0.5,
+        square_intrinsics(K, width, height, size),
+        E,
+        size,
+        {"source": str(source if isinstance(source, Path) else folder)},
+    )
     check_values(demo, f"{where}: eef_pos_t", f"{where}: eef_euler_t")
     return demo
 
 
 def check_camera(K, E, where, size):
-    """Raise UserError unless K is an intrinsic matrix with its centre inside the (width, height) frame and E a rigid transform."""
+    """Raise UserError unless K is an intrinsic matrix with its centre inside the (width, height)
+    frame and E a rigid transform.
+    """
     found = camera.fault(K, E, size)
     if found:
         key = "intrinsics" if found[1] == "K" else "extrinsics"
-        raise UserError(f"{where}: {key}: {found[0]}; calibrate the camera at this size, and store K and [R t; 0 1] with OpenCV axes")
+        raise UserError(
+            f"{where}: {key}: {found[0]}; calibrate the camera at this size, and store K and [R t; 0 1] with OpenCV axes"
+        )
 
 
 def read_episodes(path, image_size=None, limit=None):
-    """Validate a smith300 dataset -> (list of Demo, dict of its dataset.json). Raises UserError as `read_episode`."""
+    """Validate a smith300 dataset -> (list of Demo, dict of its dataset.json). Raises UserError as
+    `read_episode`.
+    """
     folders = episode_folders(path)[:limit]
     stamp = Path(path) / "dataset.json"
     attributes = {"num_demos": len(folders), **(read_stamp(stamp) if stamp.exists() else {})}
@@ -256,17 +352,21 @@ def read_episodes(path, image_size=None, limit=None):
 
 
 def read_dataset(path, image_size=None, limit=None):
-    """Validate a dataset of either format, by what the path is -> (list of Demo, dict of attributes)."""
+    """Validate a dataset of either format, by what the path is -> (list of Demo, dict of
+    attributes).
+    """
     path = Path(path)
     is_file = path.is_file() or path.suffix and not path.is_dir()
     return (read_demos if is_file else read_episodes)(path, image_size, limit)
 
 
 def read_images(path, name, indices, size):
-    """Images (N,size,size,3) uint8, upright, of a demonstration's frames in a dataset of either format, of a mirrored one turned
-    left to right. Raises UserError."""
+    """Images (N,size,size,3) uint8, upright, of a demonstration's frames in a dataset of either
+    format, of a mirrored one turned left to right. Raises UserError."""
     if name.endswith(MIRRORED):
-        return np.ascontiguousarray(read_images(path, name.removesuffix(MIRRORED), indices, size)[:, :, ::-1])
+        return np.ascontiguousarray(
+            read_images(path, name.removesuffix(MIRRORED), indices, size)[:, :, ::-1]
+        )
     if Path(path).is_dir():
         return read_frames(Path(path) / name, indices, size)
     with open_demos(path) as file:
@@ -274,7 +374,9 @@ def read_images(path, name, indices, size):
 
 
 def iterate_frames(source, size):
-    """Central squares (size,size,3) uint8 of all frames of `frame_files`, in order. Raises UserError where one cannot be decoded."""
+    """Central squares (size,size,3) uint8 of all frames of `frame_files`, in order. Raises
+    UserError where one cannot be decoded.
+    """
     if not isinstance(source, Path):
         for path in source:
             yield decode_image(path, size)
@@ -296,7 +398,9 @@ def decode_image(path, size):
 
 
 def read_frames(folder, indices, size):
-    """Frames (N,size,size,3) uint8 of an episode, central squares. Raises UserError where one cannot be decoded."""
+    """Frames (N,size,size,3) uint8 of an episode, central squares. Raises UserError where one
+    cannot be decoded.
+    """
     source, indices = frame_files(Path(folder)), [int(i) for i in indices]
     if not isinstance(source, Path):
         return np.stack([decode_image(source[i], size) for i in indices])
@@ -309,13 +413,16 @@ def read_frames(folder, indices, size):
     raise UserError(f"{source}: ends before frame {max(wanted)}; {AGAIN}")
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
+# -- writing
+# -----------------------------------------------------------------------------------------------------------
 
 
 def write_episode(folder, arrays, images, video=False, fps=20):
-    """Write one episode folder, renamed into place when it is whole. arrays: as in the module's docstring; images (T,H,W,3).
+    """Write one episode folder, renamed into place when it is whole. arrays: as in the module's
+    docstring; images (T,H,W,3).
 
-    Frames become PNG files, which lose nothing, or with `video` an H.264 video.mp4, a tenth of the size.
+    Frames become PNG files, which lose nothing, or with `video` an H.264 video.mp4, a tenth of the
+    size.
     """
     folder = Path(folder)
     scratch = folder.with_name(f".tmp{os.getpid()}.{folder.name}")
@@ -323,7 +430,8 @@ def write_episode(folder, arrays, images, video=False, fps=20):
     try:
         with writing(folder):
             _fill_episode(scratch, arrays, images, video, fps)
-            if folder.exists():  # a worker that outlived its killed parent may have written the same episode meanwhile
+            # a worker that outlived its killed parent may have written the same episode meanwhile
+            if folder.exists():
                 shutil.rmtree(folder)
             os.replace(scratch, folder)
     finally:
@@ -335,8 +443,17 @@ def _fill_episode(scratch, arrays, images, video, fps):
     scratch.mkdir(parents=True)
     if video:
         import imageio.v2 as imageio
-        imageio.mimwrite(scratch / "video.mp4", list(images), format="FFMPEG", fps=fps, codec="libx264", quality=9,
-                         macro_block_size=1, output_params=["-pix_fmt", "yuv420p"])
+
+        imageio.mimwrite(
+            scratch / "video.mp4",
+            list(images),
+            format="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            quality=9,
+            macro_block_size=1,
+            output_params=["-pix_fmt", "yuv420p"],
+        )
     else:
         (scratch / "frames").mkdir()
         for i, image in enumerate(images):

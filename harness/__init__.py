@@ -1,1 +1,3 @@
-"""Checkpoints, the training loop, checks on held-out demonstrations, and the numbers that are reported."""
+"""Checkpoints, the training loop, checks on held-out demonstrations, and the numbers that are
+reported.
+"""

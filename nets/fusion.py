@@ -1,7 +1,9 @@
-"""Frozen convolutional networks made fast while they stay modules: they move with `.to()`, unlike a frozen trace.
+"""Frozen convolutional networks made fast while they stay modules: they move with `.to()`, unlike a
+frozen trace.
 
 Both functions are checked on an example input: a network that they would change is left as it was.
 """
+
 import copy
 
 import torch
@@ -14,23 +16,31 @@ TOLERANCE = 1e-4  # of a map's largest value: batch norms folded into kernels ro
 def agree(maps, others):
     """True if two lists of maps are the same up to rounding."""
     same = len(maps) == len(others) and all(a.shape == b.shape for a, b in zip(maps, others))
-    return same and all((a - b).abs().max() <= TOLERANCE * a.abs().max().clamp(min=1) for a, b in zip(maps, others))
+    return same and all(
+        (a - b).abs().max() <= TOLERANCE * a.abs().max().clamp(min=1) for a, b in zip(maps, others)
+    )
 
 
 @torch.inference_mode()
 def without_tail(model, example):
-    """A network that returns a list of maps -> the same without the modules that run after the last of them is made."""
+    """A network that returns a list of maps -> the same without the modules that run after the last
+    of them is made.
+    """
     started, made = [], {}
     hooks = []
     for module in list(model.modules())[1:]:
         hooks.append(module.register_forward_pre_hook(lambda m, _: started.append(m)))
-        hooks.append(module.register_forward_hook(lambda m, _, out: made.update({id(out): (len(started), out)})))
+        hooks.append(
+            module.register_forward_hook(
+                lambda m, _, out: made.update({id(out): (len(started), out)})
+            )
+        )
     maps = model(example)
     for hook in hooks:
         hook.remove()
     if not all(id(m) in made for m in maps):
         return model  # a map is no module's output: what it depends on cannot be told
-    needed = set(started[:max(made[id(m)][0] for m in maps)])
+    needed = set(started[: max(made[id(m)][0] for m in maps)])
     tail = set(started) - needed
     shorter = copy.deepcopy(model)
     for name, module in model.named_modules():
@@ -44,7 +54,8 @@ def without_tail(model, example):
 
 @torch.inference_mode()
 def with_fused_norms(model, example):
-    """A network in evaluation mode -> the same with each batch norm that directly follows a convolution folded into it.
+    """A network in evaluation mode -> the same with each batch norm that directly follows a
+    convolution folded into it.
 
     timm's BatchNormAct2d leaves its activation behind.
     """
@@ -59,6 +70,7 @@ def with_fused_norms(model, example):
         calls[module] = calls.get(module, 0) + 1
         if id(inputs[0]) in outputs:
             pairs[module] = outputs[id(inputs[0])][0]
+
     for module in fused.modules():
         if isinstance(module, nn.Conv2d):
             hooks.append(module.register_forward_hook(after_convolution))

@@ -1,4 +1,7 @@
-"""What policies with a history share: how the last known EEF comes about in use, noise on it in training, sampling."""
+"""What policies with a history share: how the last known EEF comes about in use, noise on it in
+training, sampling.
+"""
+
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +15,33 @@ from runtime import UserError
 @dataclass
 class HistoryConfig(VolumeConfig):
     """What policies over windows of frames are configured by."""
+
     eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise", high=1)
-    eef_noise_own: float = flag(0.5, "each frame's own noise over that of its window; at 0 the moves from frame to frame stay as they were")
+    eef_noise_own: float = flag(
+        0.5,
+        "each frame's own noise over that of its window; at 0 the moves from frame to frame stay as they were",
+    )
     noisy_mark: bool = flag(False, "that noise is on the mark at the EEF's cell too")
-    trained_frames: int = flag(0, "frames of each window that a training step is about, drawn anew at every step; 0: all of them", low=0)
-    finger_heads: bool = flag(True, "the heads have weights of their own for open and for closed fingers")
-    feedback: str = flag("measured", "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)")
+    trained_frames: int = flag(
+        0,
+        "frames of each window that a training step is about, drawn anew at every step; 0: all of them",
+        low=0,
+    )
+    finger_heads: bool = flag(
+        True, "the heads have weights of their own for open and for closed fingers"
+    )
+    feedback: str = flag(
+        "measured",
+        "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)",
+    )
     sample: bool = flag(False, "sample the waypoint instead of taking the peak")
     temperature: float = flag(1.0, "of --sample", above=0)
 
 
 def feedback_steps(feedback):
-    """--feedback -> decisions that use the measured position before predictions are fed back (inf: all)."""
+    """--feedback -> decisions that use the measured position before predictions are fed back (inf:
+    all).
+    """
     if feedback in ("measured", "predicted"):
         return float("inf") if feedback == "measured" else 1
     if feedback.startswith("hybrid:") and feedback[7:].isdigit() and int(feedback[7:]) > 0:
@@ -32,10 +50,12 @@ def feedback_steps(feedback):
 
 
 class FingerLinear(nn.Module):
-    """A linear layer with weights of its own for open and for closed fingers (n_states=2), or one for both (n_states=1).
+    """A linear layer with weights of its own for open and for closed fingers (n_states=2), or one
+    for both (n_states=1).
 
-    Open fingers over the bowl ask for a descent, closed ones for the way to the plate. As one input among thousands they lost
-    against an image that is like no training image; as a switch they have a say whatever the image is.
+    Open fingers over the bowl ask for a descent, closed ones for the way to the plate. As one input
+    among thousands they lost against an image that is like no training image; as a switch they have
+    a say whatever the image is.
     """
 
     def __init__(self, inputs, outputs, n_states):
@@ -49,23 +69,31 @@ class FingerLinear(nn.Module):
 
 
 class HistoryPolicy(VolumeGeometry):
-    """A policy over windows. A subclass counts the decisions since `reset` in `number` and keeps its last waypoint in `fed`."""
+    """A policy over windows. A subclass counts the decisions since `reset` in `number` and keeps
+    its last waypoint in `fed`.
+    """
 
     def check(self):
         feedback_steps(self.config.feedback)
 
     def noise(self, eef):
-        """Normal noise (B,T,3) for EEF positions (B,T,3) in training: common to a window, and some of each frame's own."""
+        """Normal noise (B,T,3) for EEF positions (B,T,3) in training: common to a window, and some
+        of each frame's own.
+        """
         draw = lambda kind, *shape: self.shard.draw(kind, shape, eef.device)
-        common, own = (draw(torch.randn, *s) * (draw(torch.rand, *s[:-1], 1) < self.config.eef_noise_share)
-                       for s in ((len(eef), 1, 3), eef.shape))
+        common, own = (
+            draw(torch.randn, *s) * (draw(torch.rand, *s[:-1], 1) < self.config.eef_noise_share)
+            for s in ((len(eef), 1, 3), eef.shape)
+        )
         return common + self.config.eef_noise_own * own
 
     def trained_rows(self, mask):
-        """Which of the B*T frames are trained on, flat indices, from mask (B,T). At least one, masked or not, for a finite loss.
+        """Which of the B*T frames are trained on, flat indices, from mask (B,T). At least one,
+        masked or not, for a finite loss.
 
-        In training at most `trained_frames` of each window, drawn at random: the loss stays the same in expectation, and a policy
-        whose steps share nothing but EEF tokens pays for the drawn ones alone.
+        In training at most `trained_frames` of each window, drawn at random: the loss stays the
+        same in expectation, and a policy whose steps share nothing but EEF tokens pays for the
+        drawn ones alone.
         """
         n = self.config.trained_frames
         if self.training and 0 < n < mask.shape[1]:
@@ -75,13 +103,23 @@ class HistoryPolicy(VolumeGeometry):
         return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)
 
     def last_known(self, eef):
-        """The EEF position that a decision knows: the measured `eef`, or the waypoint before, as --feedback says."""
-        return self.fed if self.fed is not None and self.number >= feedback_steps(self.config.feedback) else eef
+        """The EEF position that a decision knows: the measured `eef`, or the waypoint before, as
+        --feedback says.
+        """
+        return (
+            self.fed
+            if self.fed is not None and self.number >= feedback_steps(self.config.feedback)
+            else eef
+        )
 
     def drawn(self, logits):
-        """With --sample, logits (N,G,Z,H,W) of which one voxel is left, drawn at --temperature; else as they are."""
+        """With --sample, logits (N,G,Z,H,W) of which one voxel is left, drawn at --temperature;
+        else as they are.
+        """
         if not self.config.sample:
             return logits
         chances = (logits.flatten(1) / self.config.temperature).softmax(-1)
         voxel = torch.multinomial(chances, 1, generator=self.generator)
-        return torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, voxel, 0.0).view_as(logits)
+        return (
+            torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, voxel, 0.0).view_as(logits)
+        )

@@ -1,8 +1,11 @@
-"""Attention over windows of frames: block-causal, without scores of the whole window, with an exact cache.
+"""Attention over windows of frames: block-causal, without scores of the whole window, with an exact
+cache.
 
-A frame is a group of N tokens. Inside a group attention is bidirectional; across groups it is causal and sees the last
-`context` frames. Since no token's inputs change later, keys and values of past frames can be kept (`FrameBlock`'s `past`).
+A frame is a group of N tokens. Inside a group attention is bidirectional; across groups it is
+causal and sees the last `context` frames. Since no token's inputs change later, keys and values of
+past frames can be kept (`FrameBlock`'s `past`).
 """
+
 import functools
 from dataclasses import dataclass
 
@@ -10,21 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 FLEX_HEAD = 16  # the smallest width of a head that compiled FlexAttention supports
 SHAPES = 64  # that it is compiled for at most
 
 
 def fourier(x, n_frequencies, base=torch.pi):
     """Sines and cosines of x (...) at frequencies base * 2^k -> (..., 2 n_frequencies)."""
-    angles = x[..., None] * (base * 2.0 ** torch.arange(n_frequencies, device=x.device, dtype=x.dtype))
+    angles = x[..., None] * (
+        base * 2.0 ** torch.arange(n_frequencies, device=x.device, dtype=x.dtype)
+    )
     return torch.cat([angles.sin(), angles.cos()], -1)
 
 
 @dataclass(frozen=True)
 class Resolutions:
-    """Which tokens of a group later frames see. A group is [high-resolution patches, EEF, query, low-resolution patches]:
-    for `recent` frames, its own included, the first `n_young` tokens; after that, those from `old_start` on. recent 0: all, always.
+    """Which tokens of a group later frames see. A group is [high-resolution patches, EEF, query,
+    low-resolution patches]: for `recent` frames, its own included, the first `n_young` tokens;
+    after that, those from `old_start` on. recent 0: all, always.
     """
 
     recent: int = 0
@@ -34,9 +39,12 @@ class Resolutions:
     def gather(self, x, first, t):
         """Tokens of x (B,T,N,h,e) that frame t sees of frames first..t -> (B,h,M,e)."""
         if not self.recent:
-            return x[:, first:t + 1].flatten(1, 2).transpose(1, 2)
+            return x[:, first : t + 1].flatten(1, 2).transpose(1, 2)
         split = max(first, t - self.recent + 1)
-        parts = [x[:, first:split, self.old_start:].flatten(1, 2), x[:, split:t + 1, :self.n_young].flatten(1, 2)]
+        parts = [
+            x[:, first:split, self.old_start :].flatten(1, 2),
+            x[:, split : t + 1, : self.n_young].flatten(1, 2),
+        ]
         return torch.cat(parts, 1).transpose(1, 2)
 
     def visible(self, query_frame, key_frame, key_token, context):
@@ -45,16 +53,21 @@ class Resolutions:
         seen = (age >= 0) & (age < context)
         if not self.recent:
             return seen
-        return seen & torch.where(age < self.recent, key_token < self.n_young, key_token >= self.old_start)
+        return seen & torch.where(
+            age < self.recent, key_token < self.n_young, key_token >= self.old_start
+        )
 
 
 def frame_attention(q, k, v, context, resolutions=Resolutions(), way="auto"):
-    """Block-causal attention, exact: q (B,Tq,Nq,h,e) of the last Tq frames of k, v (B,Tk,N,h,e) -> (B,Tq,Nq,h,e).
+    """Block-causal attention, exact: q (B,Tq,Nq,h,e) of the last Tq frames of k, v (B,Tk,N,h,e) ->
+    (B,Tq,Nq,h,e).
 
-    sdpa: one unmasked call a frame over the prefix that it sees. No score is computed in vain, which is twice as fast as a mask on a
-    CPU, and none is stored. flex: one compiled FlexAttention call. auto: flex on a GPU for whole frames of heads that it supports.
+    sdpa: one unmasked call a frame over the prefix that it sees. No score is computed in vain,
+    which is twice as fast as a mask on a CPU, and none is stored. flex: one compiled FlexAttention
+    call. auto: flex on a GPU for whole frames of heads that it supports.
     """
-    many = q.shape[1] > 1 and q.shape[2] > 1  # a single query a frame, as in the last layer, is no work for it
+    # a single query a frame, as in the last layer, is no work for it
+    many = q.shape[1] > 1 and q.shape[2] > 1
     if way == "flex" or way == "auto" and q.is_cuda and many and q.shape[-1] >= FLEX_HEAD:
         return flex_frame_attention(q, k, v, context, resolutions)
     out, offset = [], k.shape[1] - q.shape[1]
@@ -66,9 +79,17 @@ def frame_attention(q, k, v, context, resolutions=Resolutions(), way="auto"):
     return torch.stack(out, 1)
 
 
-def dense_mask(n_query_frames, n_query, n_frames, n_tokens, context, resolutions=Resolutions(), device=None):
-    """The rule as a boolean mask (Tq*Nq, Tk*N), True where attended: what tests and the benchmark compare with."""
-    q = torch.arange(n_query_frames, device=device).repeat_interleave(n_query) + n_frames - n_query_frames
+def dense_mask(
+    n_query_frames, n_query, n_frames, n_tokens, context, resolutions=Resolutions(), device=None
+):
+    """The rule as a boolean mask (Tq*Nq, Tk*N), True where attended: what tests and the benchmark
+    compare with.
+    """
+    q = (
+        torch.arange(n_query_frames, device=device).repeat_interleave(n_query)
+        + n_frames
+        - n_query_frames
+    )
     index = torch.arange(n_frames * n_tokens, device=device)
     return resolutions.visible(q[:, None], index // n_tokens, index % n_tokens, context)
 
@@ -80,6 +101,7 @@ def block_mask(Tq, Nq, Tk, N, context, resolutions, device):
 
     def mask(_, __, i, j):
         return resolutions.visible(i // Nq + Tk - Tq, j // N, j % N, context)
+
     return create_block_mask(mask, None, None, Tq * Nq, Tk * N, device=device)
 
 
@@ -87,18 +109,25 @@ def block_mask(Tq, Nq, Tk, N, context, resolutions, device):
 def compiled_flex():
     """FlexAttention, compiled anew for every shape: without fusion all scores would be stored."""
     from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
 def flex_frame_attention(q, k, v, context, resolutions=Resolutions(), compile=None):
-    """`frame_attention` as one FlexAttention call, whose empty blocks are skipped. compile: None for on a GPU.
+    """`frame_attention` as one FlexAttention call, whose empty blocks are skipped. compile: None
+    for on a GPU.
 
     A shape beyond the SHAPES-th raises, where torch would silently go on with dense scores."""
     from torch.nn.attention.flex_attention import flex_attention
+
     (B, Tq, Nq, h, e), (Tk, N) = q.shape, k.shape[1:3]
     flat = lambda x: x.flatten(1, 2).transpose(1, 2)  # (B,T,N,h,e) -> (B,h,T*N,e)
     mask = block_mask(Tq, Nq, Tk, N, context, resolutions, q.device)
-    with torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=4 * SHAPES, fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(
+        recompile_limit=SHAPES,
+        accumulated_recompile_limit=4 * SHAPES,
+        fail_on_recompile_limit_hit=True,
+    ):
         call = compiled_flex() if q.is_cuda or compile else flex_attention
         out = call(flat(q), flat(k), flat(v), block_mask=mask)
     return out.transpose(1, 2).unflatten(1, (Tq, Nq))
@@ -111,11 +140,18 @@ class FrameBlock(nn.Module):
         super().__init__()
         self.n_heads, self.attention = n_heads, attention  # see frame_attention
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.q, self.kv, self.out = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim)
+        )
 
     def forward(self, x, context, resolutions=Resolutions(), past=None, rows=None):
-        """x (B,T,N,d), the newest T frames; past: (k, v) of frames before them. rows: compute these tokens only, a slice.
+        """x (B,T,N,d), the newest T frames; past: (k, v) of frames before them. rows: compute these
+        tokens only, a slice.
 
         Returns (rows of x (B,T,R,d), (k, v) of all frames, to be passed as `past` later).
         """
@@ -130,8 +166,8 @@ class FrameBlock(nn.Module):
         return x + self.mlp(self.norm2(x)), (k, v)
 
     def weights(self, x, row, n_tokens):
-        """How token `row` of each frame of x (B,T,N,d) weighs the first `n_tokens` of its own frame: (B,T,n_tokens), mean over
-        heads, summing to one over these tokens."""
+        """How token `row` of each frame of x (B,T,N,d) weighs the first `n_tokens` of its own
+        frame: (B,T,n_tokens), mean over heads, summing to one over these tokens."""
         y = self.norm1(x)
         k = self.kv(y[:, :, :n_tokens]).unflatten(-1, (2, self.n_heads, -1))[:, :, :, 0]
         q = self.q(y[:, :, row]).unflatten(-1, (self.n_heads, -1))

@@ -5,12 +5,15 @@ the query (q' = Wk^T q) its score is  (Wg^T q') . PE(xyz) + q' . image[n],  and 
 Wv (Wg sum p PE + sum_n (sum_z p) image[n]):  nothing of size V x d exists, for V = Z N voxels of width d. The softmax runs online over
 chunks of pixels and is recomputed in the backward pass, so the V probabilities are not stored either.
 
-PE holds sin/cos pairs, so PE(x - a) = R(a) PE(x): an anchor `a` per query turns the query and the output, never the tokens.
-A voxel's world z is its height bin, the same for all pixels, so only the x and y parts of PE need a table of V rows.
+PE holds sin/cos pairs, so PE(x - a) = R(a) PE(x): an anchor `a` per query turns the query and the
+output, never the tokens. A voxel's world z is its height bin, the same for all pixels, so only the
+x and y parts of PE need a table of V rows.
 
-Letters: B batch, Q queries, h heads, D width of a head, d = h D width of a token, C image channels, N pixels, Z height bins,
-F wavelengths, P = 6 F numbers of a PE, V = Z N voxels, M rows (queries x heads) that share a table.
+Letters: B batch, Q queries, h heads, D width of a head, d = h D width of a token, C image channels,
+N pixels, Z height bins, F wavelengths, P = 6 F numbers of a PE, V = Z N voxels, M rows (queries x
+heads) that share a table.
 """
+
 import copy
 import importlib.util
 import math
@@ -18,17 +21,20 @@ import math
 import torch
 
 CHUNK = 131072  # scores at a time: 512 KB of fp32 stay in a core's cache
-SLACK = 20.0  # a row's shift is renewed when a score exceeds it by this: e^20 times 1e5 voxels is far from fp32's end
+# a row's shift is renewed when a score exceeds it by this: e^20 times 1e5 voxels is far from fp32's
+# end
+SLACK = 20.0
 
 
 def wavelengths(n=8, shortest=0.04, longest=3.0):
-    """F geometric wavelengths in metres. The shortest still tells neighbouring voxels (1.5 cm) apart, 2 voxels being the
-    limit; the longest is unique over a workspace of a metre or more."""
+    """F geometric wavelengths in metres. The shortest still tells neighbouring voxels (1.5 cm)
+    apart, 2 voxels being the limit; the longest is unique over a workspace of a metre or more."""
     return torch.logspace(math.log10(shortest), math.log10(longest), n, dtype=torch.float64)
 
 
 def encode_position(x, waves):
-    """Positions x (...,A) in metres -> (..., A 2 F): per axis F sines, then F cosines of 2 pi x / wavelength.
+    """Positions x (...,A) in metres -> (..., A 2 F): per axis F sines, then F cosines of 2 pi x /
+    wavelength.
 
     Computed in float64, whatever autocast says; returned in float64.
     """
@@ -37,9 +43,11 @@ def encode_position(x, waves):
 
 
 def shift_encoding(code, offset, waves):
-    """R(offset) code: turns PE(x) into PE(x - offset), by the angle differences sin(x - a), cos(x - a).
+    """R(offset) code: turns PE(x) into PE(x - offset), by the angle differences sin(x - a), cos(x -
+    a).
 
-    code (..., A 2 F), offset (...,A) in metres, broadcast. R(-offset) is the transpose: score(q, R k) = score(R(-a) q, k).
+    code (..., A 2 F), offset (...,A) in metres, broadcast. R(-offset) is the transpose: score(q, R
+    k) = score(R(-a) q, k).
     """
     turn = encode_position(offset, waves).to(code.dtype).unflatten(-1, (-1, 2, len(waves)))
     sin, cos = turn.unbind(-2)
@@ -54,11 +62,13 @@ def turned(turns, dtype):
 
 
 class VoxelTable:
-    """PE of the voxels of G cameras; a constant without gradient, to be kept while the cameras stand still.
+    """PE of the voxels of G cameras; a constant without gradient, to be kept while the cameras
+    stand still.
 
-    origin, slope (G,N,2): x and y of the ray of pixel n in metres are origin + slope * height, exactly affine (see
-    `camera.unproject`); heights (Z,) m, evenly spaced; waves (F,) m. Rays that never reach the heights (level with the camera, infinite)
-    are put at 0. `xy` (G,Z,4F,N), `z` (Z,2F); `items`: for each camera the batch items that it took, at first item g camera g.
+    origin, slope (G,N,2): x and y of the ray of pixel n in metres are origin + slope * height,
+    exactly affine (see `camera.unproject`); heights (Z,) m, evenly spaced; waves (F,) m. Rays that
+    never reach the heights (level with the camera, infinite) are put at 0. `xy` (G,Z,4F,N), `z`
+    (Z,2F); `items`: for each camera the batch items that it took, at first item g camera g.
     """
 
     def __init__(self, origin, slope, heights, waves, dtype=torch.float32):
@@ -73,8 +83,10 @@ class VoxelTable:
         for out, o, s in zip(self.xy.view(len(rays), Z, 2, 2, F, -1), origin, slope):
             out[0, :, 0], out[0, :, 1] = turned((o + s * self.heights[0]) * scale, dtype)
             done = 1
-            while done < Z:  # the heights after `done` are those before it, turned by `done` steps: six sines instead of 32
-                old, new = out[:Z - done][:done], out[done:2 * done]
+            # the heights after `done` are those before it, turned by `done` steps: six sines
+            # instead of 32
+            while done < Z:
+                old, new = out[: Z - done][:done], out[done : 2 * done]
                 sin, cos = turned(s * (step * done) * scale, dtype)
                 torch.mul(old[:, :, 0], cos, out=new[:, :, 0]).addcmul_(old[:, :, 1], sin)
                 torch.mul(old[:, :, 1], cos, out=new[:, :, 1]).addcmul_(old[:, :, 0], sin, value=-1)
@@ -85,7 +97,9 @@ class VoxelTable:
         """The same tables for a batch whose item i was taken by camera which[i] (B,)."""
         chosen = copy.copy(self)
         places = lambda g: (which == g).nonzero()[:, 0].to(self.z.device)
-        chosen.items = [places(g) for g in range(len(self.xy))] if len(self.xy) > 1 else [slice(None)]
+        chosen.items = (
+            [places(g) for g in range(len(self.xy))] if len(self.xy) > 1 else [slice(None)]
+        )
         return chosen
 
     @staticmethod
@@ -103,16 +117,24 @@ class VoxelTable:
 
 
 class _Attend(torch.autograd.Function):
-    """Softmax over the voxels of scores code . PE + image_score -> (sum p PE (B,R,P), sum_z p (B,R,N), log-sum-exp (B,R))."""
+    """Softmax over the voxels of scores code . PE + image_score -> (sum p PE (B,R,P), sum_z p
+    (B,R,N), log-sum-exp (B,R)).
+    """
 
     @staticmethod
     def forward(ctx, code, image_score, table, chunk, way):
         B, R, P = code.shape
-        pooled, pixels, lse = code.new_empty(code.shape), torch.empty_like(image_score), code.new_empty(B, R)
+        pooled, pixels, lse = (
+            code.new_empty(code.shape),
+            torch.empty_like(image_score),
+            code.new_empty(B, R),
+        )
         ctx.forward_rows, ctx.backward_rows = rows_of(code, way)
         for xy, item in zip(table.xy, table.items):
             a, b = code[item], image_score[item]
-            u, w, l = ctx.forward_rows(a.reshape(-1, P), b.reshape(-1, b.shape[-1]), xy, table.z, chunk)
+            u, w, l = ctx.forward_rows(
+                a.reshape(-1, P), b.reshape(-1, b.shape[-1]), xy, table.z, chunk
+            )
             pooled[item], pixels[item], lse[item] = u.view_as(a), w.view_as(b), l.view(a.shape[:2])
         ctx.table, ctx.chunk = table, chunk
         ctx.save_for_backward(code, image_score, pooled, pixels, lse)
@@ -134,15 +156,20 @@ class _Attend(torch.autograd.Function):
 
 
 def rows_of(code, way="auto"):
-    """(forward, backward) over the rows of one table: `chunks` that fit a CPU's cache, `whole` volumes of scores at once, or
-    `fused` kernels; auto: chunks on a CPU, on a GPU fused for float32 where there is Triton, else whole."""
+    """(forward, backward) over the rows of one table: `chunks` that fit a CPU's cache, `whole`
+    volumes of scores at once, or `fused` kernels; auto: chunks on a CPU, on a GPU fused for float32
+    where there is Triton, else whole."""
     if way == "auto":
         triton = code.dtype == torch.float32 and importlib.util.find_spec("triton")
         way = "chunks" if not code.is_cuda else "fused" if triton else "whole"
     if way == "fused":
         from nets import layers_voxel_triton as fused
+
         return fused.forward_rows, fused.backward_rows
-    return {"chunks": (forward_rows, backward_rows), "whole": (whole_forward_rows, whole_backward_rows)}[way]
+    return {
+        "chunks": (forward_rows, backward_rows),
+        "whole": (whole_forward_rows, whole_backward_rows),
+    }[way]
 
 
 def chunks(M, N, chunk):
@@ -152,16 +179,22 @@ def chunks(M, N, chunk):
 
 
 def forward_rows(code, image_score, xy, z, chunk):
-    """Rows code (M,P), image_score (M,N) on one table xy (Z,4F,N), z (Z,2F) -> sum p PE (M,P), sum_z p (M,N), lse (M,)."""
+    """Rows code (M,P), image_score (M,N) on one table xy (Z,4F,N), z (Z,2F) -> sum p PE (M,P),
+    sum_z p (M,N), lse (M,).
+    """
     M, N, split = len(code), xy.shape[-1], xy.shape[1]
     a, height_score = code[:, :split].contiguous(), code[:, split:] @ z.T  # (M,Z)
     pooled, by_height = torch.zeros_like(a), torch.zeros_like(height_score)
     pixels = torch.zeros_like(image_score)
     shift = None
     for part in chunks(M, N, chunk):
-        score, b, w = code.new_empty(M, part.stop - part.start), image_score[:, part], pixels[:, part]
+        score, b, w = (
+            code.new_empty(M, part.stop - part.start),
+            image_score[:, part],
+            pixels[:, part],
+        )
         for k in range(len(xy)):
-            offset = height_score[:, k:k + 1]
+            offset = height_score[:, k : k + 1]
             torch.add(b, offset if shift is None else offset - shift, out=score)
             score.addmm_(a, xy[k, :, part])
             top = score.amax(1, keepdim=True)
@@ -193,14 +226,18 @@ def backward_rows(code, image_score, lse, d_pooled, d_pixels, shift, xy, z, chun
     a, g = code[:, :split].contiguous(), d_pooled[:, :split].contiguous()
     height_score = code[:, split:] @ z.T - lse[:, None]
     height_slope = d_pooled[:, split:] @ z.T + shift[:, None]
-    d_a, d_height, d_score = torch.zeros_like(a), torch.zeros_like(height_score), torch.zeros_like(image_score)
+    d_a, d_height, d_score = (
+        torch.zeros_like(a),
+        torch.zeros_like(height_score),
+        torch.zeros_like(image_score),
+    )
     for part in chunks(M, N, chunk):
         b, db, out = image_score[:, part], d_pixels[:, part], d_score[:, part]
         p, slope = code.new_empty(2, M, part.stop - part.start)
         for k in range(len(xy)):
-            torch.add(b, height_score[:, k:k + 1], out=p)
+            torch.add(b, height_score[:, k : k + 1], out=p)
             p.addmm_(a, xy[k, :, part]).exp_()
-            torch.add(db, height_slope[:, k:k + 1], out=slope)
+            torch.add(db, height_slope[:, k : k + 1], out=slope)
             slope.addmm_(g, xy[k, :, part]).mul_(p)
             out += slope
             d_height[:, k] += slope.sum(1)
@@ -230,16 +267,29 @@ def whole_backward_rows(code, image_score, lse, d_pooled, d_pixels, shift, xy, z
     return torch.cat([torch.bmm(slope, xy.mT).sum(0), slope.sum(2).T @ z], 1), slope.sum(0)
 
 
-def voxel_attention(query, table, image, positional, key, value, projection=None, anchor=None, chunk=None, way="auto"):
-    """Multi-head attention of queries to all voxels of their frame, exact, without building a token.
+def voxel_attention(
+    query,
+    table,
+    image,
+    positional,
+    key,
+    value,
+    projection=None,
+    anchor=None,
+    chunk=None,
+    way="auto",
+):
+    """Multi-head attention of queries to all voxels of their frame, exact, without building a
+    token.
 
-    query (B,Q,h,D); table: VoxelTable of the B items' cameras; image (B,C,N); positional Wg (d,P); key, value (h,D,d) act on
-    tokens; projection (d,C) takes image features to tokens, or None when C = d; anchor (B,Q,3) in metres: positions are
-    measured from it, per query; chunk: scores at a time; way: see `rows_of`.
+    query (B,Q,h,D); table: VoxelTable of the B items' cameras; image (B,C,N); positional Wg (d,P);
+    key, value (h,D,d) act on tokens; projection (d,C) takes image features to tokens, or None when
+    C = d; anchor (B,Q,3) in metres: positions are measured from it, per query; chunk: scores at a
+    time; way: see `rows_of`.
 
-    Returns out (B,Q,h,D), lse (B,Q,h) of the scaled scores, for `merge_attention`, and the attention over pixels (B,Q,h,N).
-    All have gradients into query, image, positional, key, value and projection. Geometry is fp32 under autocast, float64
-    when the table is.
+    Returns out (B,Q,h,D), lse (B,Q,h) of the scaled scores, for `merge_attention`, and the
+    attention over pixels (B,Q,h,N). All have gradients into query, image, positional, key, value
+    and projection. Geometry is fp32 under autocast, float64 when the table is.
     """
     B, Q, h, D = query.shape
     absorbed = torch.einsum("bqhd,hde->bqhe", query, key) / math.sqrt(D)  # (B,Q,h,d)
@@ -251,37 +301,52 @@ def voxel_attention(query, table, image, positional, key, value, projection=None
         code = absorbed.to(exact) @ positional  # (B,Q,h,P)
         if anchor is not None:
             code = shift_encoding(code, -anchor[:, :, None], table.waves)
-        pooled, pixels, lse = _Attend.apply(code.flatten(1, 2), image_score.to(exact), table, chunk, way)
+        pooled, pixels, lse = _Attend.apply(
+            code.flatten(1, 2), image_score.to(exact), table, chunk, way
+        )
         pooled = pooled.view(B, Q, h, -1)
         if anchor is not None:
             pooled = shift_encoding(pooled, anchor[:, :, None], table.waves)
         position = pooled @ positional.T
     seen = (pixels.to(image.dtype) @ image.mT).unflatten(1, (Q, h))  # (B,Q,h,C)
     tokens = position + (seen if projection is None else seen @ projection.T)
-    return torch.einsum("bqhe,hde->bqhd", tokens, value), lse.view(B, Q, h), pixels.view(B, Q, h, -1)
+    return (
+        torch.einsum("bqhe,hde->bqhd", tokens, value),
+        lse.view(B, Q, h),
+        pixels.view(B, Q, h, -1),
+    )
 
 
 def dense_attention(query, key, value, allowed=None):
     """Ordinary attention that also returns its log-sum-exp.
 
-    query (B,Q,h,D), key and value (B,S,h,D), allowed (B,Q,S) bool -> out (B,Q,h,D), lse (B,Q,h). A query that may read
-    nothing gets zeros and -inf, which `merge_attention` leaves out.
+    query (B,Q,h,D), key and value (B,S,h,D), allowed (B,Q,S) bool -> out (B,Q,h,D), lse (B,Q,h). A
+    query that may read nothing gets zeros and -inf, which `merge_attention` leaves out.
     """
-    score = torch.einsum("bqhd,bshd->bqhs", query, key).float() if query.dtype != torch.float64 else \
-        torch.einsum("bqhd,bshd->bqhs", query, key)
+    score = (
+        torch.einsum("bqhd,bshd->bqhs", query, key).float()
+        if query.dtype != torch.float64
+        else torch.einsum("bqhd,bshd->bqhs", query, key)
+    )
     score = score / math.sqrt(query.shape[-1])
     if allowed is None:
-        return torch.einsum("bqhs,bshd->bqhd", score.softmax(-1).to(value.dtype), value), score.logsumexp(-1)
+        return torch.einsum(
+            "bqhs,bshd->bqhd", score.softmax(-1).to(value.dtype), value
+        ), score.logsumexp(-1)
     nothing = ~allowed.any(-1)[:, :, None]  # (B,Q,1)
     score = score.masked_fill(~(allowed[:, :, None] | nothing[..., None]), -torch.inf)
     weight = score.softmax(-1).masked_fill(nothing[..., None], 0)
-    return torch.einsum("bqhs,bshd->bqhd", weight.to(value.dtype), value), score.logsumexp(-1).masked_fill(nothing, -torch.inf)
+    return torch.einsum("bqhs,bshd->bqhd", weight.to(value.dtype), value), score.logsumexp(
+        -1
+    ).masked_fill(nothing, -torch.inf)
 
 
 def merge_attention(out1, lse1, out2, lse2):
-    """Attention over two disjoint sets of keys from the attention over each: exactly one joint softmax.
+    """Attention over two disjoint sets of keys from the attention over each: exactly one joint
+    softmax.
 
-    out (...,D), lse (...) -> (out, lse). Gradients run through both log-sum-exps. One of the two sets may be empty (-inf).
+    out (...,D), lse (...) -> (out, lse). Gradients run through both log-sum-exps. One of the two
+    sets may be empty (-inf).
     """
     share = torch.sigmoid(lse1 - lse2)[..., None].to(out1.dtype)
     return share * out1 + (1 - share) * out2, torch.logaddexp(lse1, lse2)
@@ -312,16 +377,19 @@ class _PositionLogits(torch.autograd.Function):
         d_code = grad.new_zeros(*grad.shape[:2], split)
         for xy, item in zip(table.xy, table.items):
             rows = grad[item].flatten(0, 1)
-            d_code[item] = torch.bmm(rows.transpose(0, 1), xy.mT).sum(0).view(-1, grad.shape[1], split)
+            d_code[item] = (
+                torch.bmm(rows.transpose(0, 1), xy.mT).sum(0).view(-1, grad.shape[1], split)
+            )
         return torch.cat([d_code, grad.sum(-1) @ table.z], -1), None
 
 
 def voxel_logits(query, table, image, positional, height_query, anchor=None):
     """Logits of queries over all voxels: the token space read out, (B,Q,Z,N) in the table's dtype.
 
-    query (B,Q,d) . (Wg PE(xyz - anchor)) + height_query (B,Q,Z,C) . image (B,C,N), with positional Wg (d,P), anchor (B,Q,3).
-    A height_query that is the same for all heights gives the plain product with the token; its dependence on the height is
-    what lets p(height | pixel) depend on the image at that pixel (an additive score cannot).
+    query (B,Q,d) . (Wg PE(xyz - anchor)) + height_query (B,Q,Z,C) . image (B,C,N), with positional
+    Wg (d,P), anchor (B,Q,3). A height_query that is the same for all heights gives the plain
+    product with the token; its dependence on the height is what lets p(height | pixel) depend on
+    the image at that pixel (an additive score cannot).
     """
     B, Q, Z, C = height_query.shape
     exact = table.z.dtype

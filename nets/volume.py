@@ -1,8 +1,10 @@
-"""Waypoints as classes over image cells x height bins: the way between world and volume, targets, loss and decoding.
+"""Waypoints as classes over image cells x height bins: the way between world and volume, targets,
+loss and decoding.
 
-Dimensions: B batch, T waypoints (or frames), N samples, C channels, H W grid, Z height bins, K sparse targets, G gripper commands,
-V = G*Z*H*W classes.
+Dimensions: B batch, T waypoints (or frames), N samples, C channels, H W grid, Z height bins, K
+sparse targets, G gripper commands, V = G*Z*H*W classes.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +28,9 @@ def neighbours(radius, dims, device):
 def soft_targets(coordinates, shape, sigma, radius=2):
     """Sparse Gaussian targets about continuous coordinates.
 
-    coordinates (N,D) in bins, shape (D,) bins -> flat indices (N,K), weights (N,K) that sum to one over the bins inside.
-    sigma 0 gives the nearest bin alone (a hard target). Coordinates outside are clamped to the border.
+    coordinates (N,D) in bins, shape (D,) bins -> flat indices (N,K), weights (N,K) that sum to one
+    over the bins inside. sigma 0 gives the nearest bin alone (a hard target). Coordinates outside
+    are clamped to the border.
     """
     limit = torch.tensor(shape, device=coordinates.device, dtype=coordinates.dtype) - 1
     inside = torch.minimum(coordinates.clamp(min=0), limit)
@@ -53,12 +56,15 @@ def flat_index(bins, shape):
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
-    """The volume has 26 million logits a batch: one pass and one temporary in each direction, where autograd's logsumexp,
-    gather and scatter take six. On a CPU row by row, each of which fits its cache; on a GPU all at once."""
+    """The volume has 26 million logits a batch: one pass and one temporary in each direction, where
+    autograd's logsumexp, gather and scatter take six. On a CPU row by row, each of which fits its
+    cache; on a GPU all at once."""
 
     @staticmethod
     def forward(ctx, logits, index, weight):
-        normaliser = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(rows_at_once(logits))])
+        normaliser = torch.cat(
+            [rows.float().logsumexp(-1) for rows in logits.split(rows_at_once(logits))]
+        )
         ctx.save_for_backward(logits, index, weight, normaliser)
         return normaliser - (logits.gather(-1, index).float() * weight).sum(-1)
 
@@ -66,7 +72,10 @@ class _SparseCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         logits, index, weight, normaliser = ctx.saved_tensors
         slope = torch.empty_like(logits)
-        parts = (x.split(rows_at_once(logits)) for x in (logits, slope, normaliser[:, None], grad[:, None]))
+        parts = (
+            x.split(rows_at_once(logits))
+            for x in (logits, slope, normaliser[:, None], grad[:, None])
+        )
         for rows, out, z, g in zip(*parts):
             out.copy_((rows.float() - z).exp_().mul_(g))
         slope.scatter_add_(-1, index, (-weight * grad[:, None]).to(slope.dtype))
@@ -79,15 +88,18 @@ def rows_at_once(logits):
 
 
 def sparse_cross_entropy(logits, index, weight):
-    """Cross-entropy (N,) of logits (N,V) against sparse target distributions: index (N,K), weight (N,K) summing to one.
-    Computed in fp32 whatever the logits' type; differentiable in the logits alone."""
+    """Cross-entropy (N,) of logits (N,V) against sparse target distributions: index (N,K), weight
+    (N,K) summing to one. Computed in fp32 whatever the logits' type; differentiable in the logits
+    alone."""
     return _SparseCrossEntropy.apply(logits, index, weight.float())
 
 
 def local_soft_argmax(logits, shape, radius=2):
-    """Expected coordinate (N,D) under the softmax restricted to a cube about the argmax of logits (N,V), V = prod(shape).
+    """Expected coordinate (N,D) under the softmax restricted to a cube about the argmax of logits
+    (N,V), V = prod(shape).
 
-    radius 0 is the plain argmax. Sub-cell precision without the bias that a global soft-argmax has for several modes.
+    radius 0 is the plain argmax. Sub-cell precision without the bias that a global soft-argmax has
+    for several modes.
     """
     best = logits.argmax(-1)
     parts = []
@@ -108,6 +120,7 @@ def local_soft_argmax(logits, shape, radius=2):
 @dataclass
 class VolumeConfig(FittedConfig):
     """What policies that classify waypoints over image cells x height bins share."""
+
     grid: int = flag(64, "prediction grid H = W", low=2)
     n_height_bins: int = flag(32, "height bins Z", low=2)
     target: str = flag("soft", "one-hot or Gaussian cell and height targets", ("soft", "hard"))
@@ -118,12 +131,14 @@ class VolumeConfig(FittedConfig):
 class VolumeGeometry(FittedPolicy):
     """A policy whose waypoints are (cell, height bin): the way between world and volume.
 
-    Points have any leading dimensions (...,3); cameras of a batch have the first of them: K (B,3,3) serves points (B,T,3).
+    Points have any leading dimensions (...,3); cameras of a batch have the first of them: K (B,3,3)
+    serves points (B,T,3).
     """
 
     def __init__(self, config, channels):
         super().__init__(config, channels)
-        self.register_buffer("height_range", torch.tensor([0.9, 1.3], dtype=torch.float64))  # metres
+        # metres
+        self.register_buffer("height_range", torch.tensor([0.9, 1.3], dtype=torch.float64))
 
     def fit_statistics(self, statistics):
         """As of the parent, and the range of heights."""
@@ -135,7 +150,8 @@ class VolumeGeometry(FittedPolicy):
     def volume_shape(self):
         return self.config.n_height_bins, self.config.grid, self.config.grid
 
-    # -- between world and volume ------------------------------------------------------------------------------------
+    # -- between world and volume
+    # ------------------------------------------------------------------------------------
 
     def cameras(self, batch, ndim):
         """The batch's K and E with ones inserted, so that they serve points of `ndim` dimensions."""
@@ -163,47 +179,64 @@ class VolumeGeometry(FittedPolicy):
         return camera.unproject(u, v, height, *self.cameras(batch, coordinates.ndim))
 
     def cell_rays(self, batch):
-        """What tells a moved camera from the default one, cell by cell, of single frames (B,...) -> (B,4,H,W) float32.
+        """What tells a moved camera from the default one, cell by cell, of single frames (B,...) ->
+        (B,4,H,W) float32.
 
-        Where the cell's ray passes the EEF's height, x and y from the EEF in 10 cm (at most 1 m), and how far along x and y it gets
-        with a metre of height: which way "up" goes through cells and height bins depends on the camera. Rays that hardly descend,
-        above the horizon of anything on a table, are taken as descending by STEEP.
+        Where the cell's ray passes the EEF's height, x and y from the EEF in 10 cm (at most 1 m),
+        and how far along x and y it gets with a metre of height: which way "up" goes through cells
+        and height bins depends on the camera. Rays that hardly descend, above the horizon of
+        anything on a table, are taken as descending by STEEP.
         """
         c, (K, E), eef = self.config, self.cameras(batch, 4), batch["eef_pos"][:, None, None]
-        line = camera.cell_to_pixel(torch.arange(c.grid, device=K.device, dtype=K.dtype), c.grid, c.image_size)
+        line = camera.cell_to_pixel(
+            torch.arange(c.grid, device=K.device, dtype=K.dtype), c.grid, c.image_size
+        )
         v, u = torch.meshgrid(line, line, indexing="ij")
         direction = camera.ray(u, v, K, E)  # (B,H,W,3)
         slope = direction[..., :2] / direction[..., 2:].clamp(max=-STEEP)
         passed = E[..., :2, 3] + slope * (eef[..., 2:] - E[..., 2:3, 3]) - eef[..., :2]
         return torch.cat([10 * passed.clamp(-1, 1), slope], -1).permute(0, 3, 1, 2).float()
 
-    # -- losses and decoding -----------------------------------------------------------------------------------------
+    # -- losses and decoding
+    # -----------------------------------------------------------------------------------------
 
     def volume_loss(self, logits, coordinates, gripper=None):
-        """Cross-entropy (N,) of logits (N, G*Z*H*W) at coordinates zyx (N,3); gripper (N,) in {0, 1} where G = 2 is joint."""
+        """Cross-entropy (N,) of logits (N, G*Z*H*W) at coordinates zyx (N,3); gripper (N,) in {0,
+        1} where G = 2 is joint.
+        """
         c = self.config
-        index, weight = soft_targets(coordinates, self.volume_shape, c.sigma if c.target == "soft" else 0.0)
+        index, weight = soft_targets(
+            coordinates, self.volume_shape, c.sigma if c.target == "soft" else 0.0
+        )
         if gripper is not None:
             index = index + gripper[:, None] * int(np.prod(self.volume_shape))
         return sparse_cross_entropy(logits, index, weight.float())
 
     def decode_volume(self, logits):
-        """Logits (N,G,Z,H,W) -> coordinates zyx (N,3), gripper (N,) in {0..G-1}: the command of the highest peak."""
+        """Logits (N,G,Z,H,W) -> coordinates zyx (N,3), gripper (N,) in {0..G-1}: the command of the
+        highest peak.
+        """
         gripper = logits.flatten(2).amax(-1).argmax(-1)
         volume = logits[torch.arange(len(logits), device=logits.device), gripper].flatten(1)
-        return local_soft_argmax(volume, self.volume_shape, 2 if self.config.decode == "soft" else 0), gripper
+        return local_soft_argmax(
+            volume, self.volume_shape, 2 if self.config.decode == "soft" else 0
+        ), gripper
 
     def elsewhere(self, logits, batch):
-        """Logits (N,2,Z,H,W) without the voxels where the EEF already is, gripper unchanged: no label lies nearer than
-        `min_travel`, and a policy that answers "here" would answer so for ever. As they are where `stay` is an answer.
-        batch: eef_pos (N,3), gripper_width (N,), K, E."""
+        """Logits (N,2,Z,H,W) without the voxels where the EEF already is, gripper unchanged: no
+        label lies nearer than `min_travel`, and a policy that answers "here" would answer so for
+        ever. As they are where `stay` is an answer. batch: eef_pos (N,3), gripper_width (N,), K,
+        E."""
         if self.config.stay:
             return logits
         Z, H, W = self.volume_shape
         line = lambda n: torch.arange(n, device=logits.device, dtype=torch.float64)
         zyx = torch.stack(torch.meshgrid(line(Z), line(H), line(W), indexing="ij"), -1)
         points = self.points(zyx.expand(len(logits), -1, -1, -1, -1), batch)
-        here = (points - batch["eef_pos"].double()[:, None, None, None]).norm(dim=-1) < 0.75 * self.config.min_travel  # (N,Z,H,W)
+        # (N,Z,H,W)
+        here = (points - batch["eef_pos"].double()[:, None, None, None]).norm(
+            dim=-1
+        ) < 0.75 * self.config.min_travel
         command = fingers_closed(batch["gripper_width"])
         same = F.one_hot(command, logits.shape[1]).bool()[..., None, None, None]  # (N,2,1,1,1)
         return logits.masked_fill(here[:, None] & same, -torch.inf)
@@ -211,7 +244,13 @@ class VolumeGeometry(FittedPolicy):
 
 def dilated_convolutions(width, dilations):
     """A trunk of 3x3 convolutions with GELU, `width` channels throughout, one for each dilation."""
-    return nn.Sequential(*[layer for d in dilations for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())])
+    return nn.Sequential(
+        *[
+            layer
+            for d in dilations
+            for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())
+        ]
+    )
 
 
 def ray_layers(width):

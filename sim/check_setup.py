@@ -1,5 +1,6 @@
-"""Check the environment: Python, pinned packages, rendering. Prints what simulates and what renders, or one error with the command
-to run or the environment variable to change."""
+"""Check the environment: Python, pinned packages, rendering. Prints what simulates and what
+renders, or one error with the command to run or the environment variable to change."""
+
 import importlib.metadata
 import re
 import sys
@@ -12,15 +13,25 @@ from sim.renderer import kind_of
 
 def main():
     if sys.version_info[:2] != (3, 11):
-        raise UserError(f"Python {sys.version.split()[0]}: 3.11 is needed; make setup PYTHON=/path/to/python3.11")
-    pins = dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", (Path(__file__).resolve().parents[1] / "requirements.txt").read_text(), re.M))
+        raise UserError(
+            f"Python {sys.version.split()[0]}: 3.11 is needed; make setup PYTHON=/path/to/python3.11"
+        )
+    pins = dict(
+        re.findall(
+            r"^([A-Za-z0-9_.-]+)==([^\s;]+)",
+            (Path(__file__).resolve().parents[1] / "requirements.txt").read_text(),
+            re.M,
+        )
+    )
     for name, version in pins.items():
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             raise UserError(f"package {name} is not installed; run `make setup`")
         if found != version:
-            raise UserError(f"package {name} is {found}, {version} is pinned; run `rm .venv/.installed && make setup`")
+            raise UserError(
+                f"package {name} is {found}, {version} is pinned; run `rm .venv/.installed && make setup`"
+            )
     print(f"environment ok: {len(pins)} pinned packages; {simulator()}: {kind_of(rendered_by())}")
 
 

@@ -1,53 +1,73 @@
-"""The scripted expert: one state machine that picks a bowl by its rim and places it, from privileged object poses.
+"""The scripted expert: one state machine that picks a bowl by its rim and places it, from
+privileged object poses.
 
-Two grasps: `side`, always at the bowl's -y rim with the start's orientation; and `rim`, at a point of the rim that depends on where bowl
-and plate stand, with the gripper turned along.
+Two grasps: `side`, always at the bowl's -y rim with the start's orientation; and `rim`, at a point
+of the rim that depends on where bowl and plate stand, with the gripper turned along.
 """
+
 import numpy as np
 
 from formats.demos import GRIPPER_STEPS
 from rot_utils import euler_to_matrix, matrix_to_rotvec, rotvec_to_matrix
 from sim.libero_env import ACTION_SCALE, CLOSE, OPEN, ROTATION_SCALE
 
-GRASP = np.array([0.0, -0.048, 0.0366])  # EEF relative to the bowl when the fingers straddle its -y rim, metres
+# EEF relative to the bowl when the fingers straddle its -y rim, metres
+GRASP = np.array([0.0, -0.048, 0.0366])
 HOVER, LIFT, RETRACT = 0.10, 0.14, 0.10
 RELEASE = 0.012  # how far above the height of the grasp the bowl is let go
-PLATE_RISE = -0.004  # a bowl on the plate stands as if the plate's surface were 4 mm below the plate's own origin
+# a bowl on the plate stands as if the plate's surface were 4 mm below the plate's own origin
+PLATE_RISE = -0.004
 STRAY = 0.02  # metres off the line above which a descent is broken off and the hover repeated
-RIM_GAIN, RIM_LIMIT = 2.0, np.radians(60)  # see `rim_angle`; from -75 to 75 deg the arm reaches, and grasps, every rim point
+# see `rim_angle`; from -75 to 75 deg the arm reaches, and grasps, every rim point
+RIM_GAIN, RIM_LIMIT = 2.0, np.radians(60)
 TURNED = np.radians(5)  # rotation error above which the gripper still has to turn
 PHASES = ("rise", "hover", "descend", "close", "lift", "carry", "lower", "open", "retract", "done")
 
 
 def servo_action(eef_pos, target, gripper, gain=2.0, rotation=None, eef_rot=None):
-    """OSC_POSE action (7,) that moves the EEF to `target` (3,): clip(gain (target - eef) / 5 cm, -1, 1).
+    """OSC_POSE action (7,) that moves the EEF to `target` (3,): clip(gain (target - eef) / 5 cm,
+    -1, 1).
 
-    It does not turn it, or towards `rotation` (3,3) from `eef_rot` (3,3): clip(log(rotation . eef_rot^T) / 0.5 rad, -1, 1).
-    Raises ValueError for a target, rotation or gripper that is not finite: the controller would pass NaN on to the motors.
+    It does not turn it, or towards `rotation` (3,3) from `eef_rot` (3,3): clip(log(rotation .
+    eef_rot^T) / 0.5 rad, -1, 1). Raises ValueError for a target, rotation or gripper that is not
+    finite: the controller would pass NaN on to the motors.
     """
     for name, value in (("target", target), ("rotation", rotation), ("gripper", gripper)):
         if value is not None and not np.isfinite(value).all():
-            raise ValueError(f"servo_action: the {name} has NaN or Inf: {np.asarray(value).tolist()}")
-    turn = np.zeros(3) if rotation is None else np.clip(matrix_to_rotvec(rotation @ eef_rot.T) / ROTATION_SCALE, -1, 1)
-    return np.concatenate([np.clip(gain * (target - eef_pos) / ACTION_SCALE, -1, 1), turn, [gripper]])
+            raise ValueError(
+                f"servo_action: the {name} has NaN or Inf: {np.asarray(value).tolist()}"
+            )
+    turn = (
+        np.zeros(3)
+        if rotation is None
+        else np.clip(matrix_to_rotvec(rotation @ eef_rot.T) / ROTATION_SCALE, -1, 1)
+    )
+    return np.concatenate(
+        [np.clip(gain * (target - eef_pos) / ACTION_SCALE, -1, 1), turn, [gripper]]
+    )
 
 
 def rim_angle(pick, place):
-    """Angle in radians about the vertical by which the `rim` grasp is turned from the bowl's -y side: RIM_GAIN times the angle
-    between the direction from plate to bowl and -x, at most RIM_LIMIT.
+    """Angle in radians about the vertical by which the `rim` grasp is turned from the bowl's -y
+    side: RIM_GAIN times the angle between the direction from plate to bowl and -x, at most
+    RIM_LIMIT.
 
-    It can be seen: both objects are in the image, and a bowl straight beside its plate (task 0 as LIBERO has it) is grasped as by `side`.
-    The gain makes +-30 degrees, which objects shifted by a few centimetres take up, span the whole of what the arm reaches.
+    It can be seen: both objects are in the image, and a bowl straight beside its plate (task 0 as
+    LIBERO has it) is grasped as by `side`. The gain makes +-30 degrees, which objects shifted by a
+    few centimetres take up, span the whole of what the arm reaches.
     """
     x, y = np.asarray(place[:2]) - np.asarray(pick[:2])
     return float(np.clip(RIM_GAIN * np.arctan2(y, x), -RIM_LIMIT, RIM_LIMIT))
 
 
 class PickPlaceExpert:
-    """rise - hover - descend - close - lift - carry - lower - open - retract, by the task's (On object target) goal.
+    """rise - hover - descend - close - lift - carry - lower - open - retract, by the task's (On
+    object target) goal.
 
-    `plan(scene)` at an episode's start, then `act(scene, eef_pos)` at each control step -> (target (3,), gripper); `rotation` (3,3) is
-    what the gripper is to be turned to meanwhile, None for never. A push is answered by what the phase would do from there; a descent that strayed goes back to its hover.
+    `plan(scene)` at an episode's start, then `act(scene, eef_pos)` at each control step -> (target
+    (3,), gripper); `rotation` (3,3) is what the gripper is to be turned to meanwhile, None for
+    never. A push is answered by what the phase would do from there; a descent that strayed goes
+    back to its hover.
     """
 
     rotation, offset = None, GRASP
@@ -100,8 +120,11 @@ class PickPlaceExpert:
         goal = scene.position(self.place)
         if phase in ("carry", "lower"):
             if self.grip is None:
-                self.grip = (eef - scene.position(self.pick))[:2]  # where the rim sits in the fingers
-            release = np.array([*(goal[:2] + self.grip), goal[2] + self.surface + GRASP[2] + RELEASE])
+                # where the rim sits in the fingers
+                self.grip = (eef - scene.position(self.pick))[:2]
+            release = np.array(
+                [*(goal[:2] + self.grip), goal[2] + self.surface + GRASP[2] + RELEASE]
+            )
             over = np.array([release[0], release[1], max(self.top[2], release[2] + HOVER)])
             if phase == "carry":
                 return over, CLOSE, "lower" if near(over, 0.010) else None
@@ -121,7 +144,9 @@ class PickPlaceExpert:
 
 
 class RimExpert(PickPlaceExpert):
-    """Grasps at the rim point that `rim_angle` gives, the gripper's yaw turned along; it descends only once it is turned."""
+    """Grasps at the rim point that `rim_angle` gives, the gripper's yaw turned along; it descends
+    only once it is turned.
+    """
 
     def plan(self, scene):
         super().plan(scene)

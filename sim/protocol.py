@@ -1,4 +1,5 @@
 """What is checked before an evaluation: mistakes that let it run and make all its figures wrong."""
+
 import numpy as np
 
 from camera import project, unproject
@@ -7,11 +8,13 @@ from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
 
 
 def check_protocol(scene, reference, condition):
-    """Check what silently ruins evaluations; raise RuntimeError for the first that is wrong -> dict of what was measured.
+    """Check what silently ruins evaluations; raise RuntimeError for the first that is wrong -> dict
+    of what was measured.
 
-    Camera round trip and image orientation (the object's body is seen at its projected pixel) from the first episode's view, a
-    training frame's state rendered through this very path looks like the image that was trained on (in a LIBERO-PRO suite too, the
-    state puts its objects back), the gripper's sign by the fingers' motion, init states distinct.
+    Camera round trip and image orientation (the object's body is seen at its projected pixel) from
+    the first episode's view, a training frame's state rendered through this very path looks like
+    the image that was trained on (in a LIBERO-PRO suite too, the state puts its objects back), the
+    gripper's sign by the fingers' motion, init states distinct.
     """
     found = {}
     states = scene.init_states()
@@ -23,27 +26,50 @@ def check_protocol(scene, reference, condition):
     o = scene.observe()
     points = np.stack([o.eef_pos, *[scene.position(n) for n in scene.objects]])
     u, v, _ = project(points, o.K, o.E)
-    found["camera_round_trip_m"] = float(np.abs(unproject(u, v, points[:, 2], o.K, o.E) - points).max())
+    found["camera_round_trip_m"] = float(
+        np.abs(unproject(u, v, points[:, 2], o.K, o.E) - points).max()
+    )
     if found["camera_round_trip_m"] > 1e-9:
-        raise RuntimeError(f"protocol: camera round trip is off by {found['camera_round_trip_m']} m")
-    inside = [(n, a, b) for n, a, b in zip(scene.objects, u[1:], v[1:]) if 0 < a < scene.image_size and 0 < b < scene.image_size]
+        raise RuntimeError(
+            f"protocol: camera round trip is off by {found['camera_round_trip_m']} m"
+        )
+    inside = [
+        (n, a, b)
+        for n, a, b in zip(scene.objects, u[1:], v[1:])
+        if 0 < a < scene.image_size and 0 < b < scene.image_size
+    ]
     seen = {n: str(scene.visible_body(a, b)) for n, a, b in inside}
-    found["objects_seen_at_their_pixels"] = sorted(n for n, body in seen.items() if body.startswith(n))
+    found["objects_seen_at_their_pixels"] = sorted(
+        n for n, body in seen.items() if body.startswith(n)
+    )
     if not found["objects_seen_at_their_pixels"]:
-        raise RuntimeError(f"protocol: image orientation, at the objects' projected pixels stand {seen}")
+        raise RuntimeError(
+            f"protocol: image orientation, at the objects' projected pixels stand {seen}"
+        )
     if "protocol_state" in reference and len(reference["protocol_state"]) == len(scene.state()):
         scene.set_state(reference["protocol_state"].numpy())
-        scene.set_camera(reference["protocol_extrinsics"].numpy() if "protocol_extrinsics" in reference else None)
+        scene.set_camera(
+            reference["protocol_extrinsics"].numpy() if "protocol_extrinsics" in reference else None
+        )
         stored = reference["protocol_image"].numpy().astype(float)
         side, image = len(stored), scene.render().astype(float)
         k = len(image) // side
-        small = image[:side * k, :side * k].reshape(side, k, side, k, 3).mean((1, 3))
-        errors = {name: float(np.abs(view - stored).mean()) for name, view in (
-            ("as it is", small), ("upside down", small[::-1]), ("mirrored", small[:, ::-1]), ("turned by 180 deg", small[::-1, ::-1]))}
+        small = image[: side * k, : side * k].reshape(side, k, side, k, 3).mean((1, 3))
+        errors = {
+            name: float(np.abs(view - stored).mean())
+            for name, view in (
+                ("as it is", small),
+                ("upside down", small[::-1]),
+                ("mirrored", small[:, ::-1]),
+                ("turned by 180 deg", small[::-1, ::-1]),
+            )
+        }
         best = min(errors, key=errors.get)
         found["training_frame_difference"] = errors["as it is"]
         if best != "as it is" or errors[best] > 12:
-            raise RuntimeError(f"protocol: a training frame renders differently here, it fits best {best}: {errors}")
+            raise RuntimeError(
+                f"protocol: a training frame renders differently here, it fits best {best}: {errors}"
+            )
     scene.begin_episode(states[0])
     widths = []
     for command in (OPEN, CLOSE, OPEN):
@@ -52,5 +78,7 @@ def check_protocol(scene, reference, condition):
         widths.append(round(scene.observe(image=False).gripper_width, 4))
     found["finger_widths_open_close_open_m"] = widths
     if not (widths[0] > OPEN_WIDTH and widths[1] < 0.02 and widths[2] > OPEN_WIDTH):
-        raise RuntimeError(f"protocol: the gripper's sign is wrong, widths after open, close, open are {widths} m")
+        raise RuntimeError(
+            f"protocol: the gripper's sign is wrong, widths after open, close, open are {widths} m"
+        )
     return found

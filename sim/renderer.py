@@ -1,8 +1,11 @@
-"""How images are rendered: the environment's variables checked before anything starts, and the renderer's name.
+"""How images are rendered: the environment's variables checked before anything starts, and the
+renderer's name.
 
-robosuite renders through EGL. It reads MUJOCO_GL, MUJOCO_EGL_DEVICE_ID and CUDA_VISIBLE_DEVICES, and answers a value that
-it cannot use with a traceback of forty lines, or an assertion, in the first worker after half a minute.
+robosuite renders through EGL. It reads MUJOCO_GL, MUJOCO_EGL_DEVICE_ID and CUDA_VISIBLE_DEVICES,
+and answers a value that it cannot use with a traceback of forty lines, or an assertion, in the
+first worker after half a minute.
 """
+
 import contextlib
 import ctypes.util
 import os
@@ -19,32 +22,42 @@ def check_platform(environ):
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
         value = environ.get(name, "").strip()
         if value and value.lower() != "egl":
-            raise UserError(f"{name}={value}: images are rendered through EGL only, which needs no screen; "
-                            f"unset {name}, or set it to egl")
+            raise UserError(
+                f"{name}={value}: images are rendered through EGL only, which needs no screen; "
+                f"unset {name}, or set it to egl"
+            )
 
 
 def choose_device(environ, devices):
     """The EGL device to render on, an index.
 
-    environ: the environment; devices: for each EGL device, whether it can be initialised. Where MUJOCO_EGL_DEVICE_ID is
-    not set it is the first of CUDA_VISIBLE_DEVICES, as robosuite has it, if that is a device that works, else the first
-    that does. Raises UserError naming the variable.
+    environ: the environment; devices: for each EGL device, whether it can be initialised. Where
+    MUJOCO_EGL_DEVICE_ID is not set it is the first of CUDA_VISIBLE_DEVICES, as robosuite has it, if
+    that is a device that works, else the first that does. Raises UserError naming the variable.
     """
     working = [i for i, works in enumerate(devices) if works]
     if not working:
-        raise UserError(f"EGL has {len(devices)} devices here and none can be used, so nothing can be rendered. "
-                        f"Install a driver: {APT}")
+        raise UserError(
+            f"EGL has {len(devices)} devices here and none can be used, so nothing can be rendered. "
+            f"Install a driver: {APT}"
+        )
     asked = environ.get(DEVICE, "").strip()
     if asked:
         if not (asked.isascii() and asked.isdigit() and int(asked) < len(devices)):
             here = "device 0 only" if len(devices) == 1 else f"devices 0 to {len(devices) - 1}"
-            raise UserError(f"{DEVICE}={asked}: EGL has {here} here; unset {DEVICE}, or set it to one that there is")
+            raise UserError(
+                f"{DEVICE}={asked}: EGL has {here} here; unset {DEVICE}, or set it to one that there is"
+            )
         if int(asked) not in working:
-            raise UserError(f"{DEVICE}={asked}: this EGL device cannot be initialised (no permission, or no driver); "
-                            f"unset {DEVICE}, or set it to {' or '.join(map(str, working))}")
+            raise UserError(
+                f"{DEVICE}={asked}: this EGL device cannot be initialised (no permission, or no driver); "
+                f"unset {DEVICE}, or set it to {' or '.join(map(str, working))}"
+            )
         return int(asked)
     first = environ.get(VISIBLE, "").split(",")[0].strip()
-    return int(first) if first.isascii() and first.isdigit() and int(first) in working else working[0]
+    return (
+        int(first) if first.isascii() and first.isdigit() and int(first) in working else working[0]
+    )
 
 
 def egl_devices():
@@ -55,13 +68,19 @@ def egl_devices():
     def works(device):
         display = EGL.eglGetPlatformDisplayEXT(EGL.EGL_PLATFORM_DEVICE_EXT, device, None)
         with contextlib.suppress(GLError):
-            return display != EGL.EGL_NO_DISPLAY and EGL.eglInitialize(display, None, None) == EGL.EGL_TRUE
+            return (
+                display != EGL.EGL_NO_DISPLAY
+                and EGL.eglInitialize(display, None, None) == EGL.EGL_TRUE
+            )
         return False
+
     return [bool(works(device)) for device in EGL.eglQueryDevicesEXT()]
 
 
 def prepare():
-    """Check the renderer's variables and set those that robosuite needs, for this process and its workers. Raises UserError."""
+    """Check the renderer's variables and set those that robosuite needs, for this process and its
+    workers. Raises UserError.
+    """
     check_platform(os.environ)  # first: a wrong MUJOCO_GL breaks the import of mujoco
     if not ctypes.util.find_library("EGL"):
         raise UserError(f"libEGL.so is missing, so nothing can be rendered. Install it: {APT}")
@@ -70,7 +89,9 @@ def prepare():
     try:
         devices = egl_devices()
     except Exception as error:
-        raise UserError(f"EGL cannot be used here ({type(error).__name__}: {error}). Install it: {APT}")
+        raise UserError(
+            f"EGL cannot be used here ({type(error).__name__}: {error}). Install it: {APT}"
+        )
     os.environ[DEVICE] = str(choose_device(os.environ, devices))
 
 
@@ -78,7 +99,8 @@ def prepare():
 def all_devices_visible():
     """Hide CUDA_VISIBLE_DEVICES while robosuite is imported.
 
-    It asserts that the EGL device's number occurs in that text, which holds CUDA's numbers, or UUIDs, or nothing.
+    It asserts that the EGL device's number occurs in that text, which holds CUDA's numbers, or
+    UUIDs, or nothing.
     """
     visible = os.environ.pop(VISIBLE, None)
     try:

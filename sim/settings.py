@@ -1,16 +1,21 @@
-"""The settings that policies are compared in: which conditions train, tune and test them. NumPy only.
+"""The settings that policies are compared in: which conditions train, tune and test them. NumPy
+only.
 
     in_dist    the task as LIBERO has it
-    viewpoint  agentview orbited about the workspace, 8 thetas in 0..25 deg x 8 phis. Split `outer`: trained on the inner half of
-               theta, tested on the outer half. `hemisphere`: tested on cameras to the right, trained on the others
-    position   bowl and plate shifted together on a 16 x 16 grid. Split `left_right`: trained on the image's left half, 128
-               positions, tested on 20 of the right half. `near_far`: on the half near the robot, tested on the far half
+    viewpoint  agentview orbited about the workspace, 8 thetas in 0..25 deg x 8 phis. Split `outer`:
+               trained on the inner half of theta, tested on the outer half. `hemisphere`: tested on
+               cameras to the right, trained on the others
+    position   bowl and plate shifted together on a 16 x 16 grid. Split `left_right`: trained on the
+               image's left half, 128 positions, tested on 20 of the right half. `near_far`: on the
+               half near the robot, tested on the far half
 
-A condition's place in its list is fixed: demonstration or episode i has condition i mod n. Validation conditions lie on the test
-side, so that they can tune what is to extrapolate, and apart from every test condition: views half-way between the grid's,
-positions at least two grid steps off. Views in which a perfect classifier would decode points of the expert's path more than
-3 cm off, or that lose sight of bowl, plate or path, are excluded from every part, see `excluded`.
+A condition's place in its list is fixed: demonstration or episode i has condition i mod n.
+Validation conditions lie on the test side, so that they can tune what is to extrapolate, and apart
+from every test condition: views half-way between the grid's, positions at least two grid steps off.
+Views in which a perfect classifier would decode points of the expert's path more than 3 cm off, or
+that lose sight of bowl, plate or path, are excluded from every part, see `excluded`.
 """
+
 import functools
 import math
 from dataclasses import dataclass
@@ -22,40 +27,75 @@ from rot_utils import quat_to_matrix
 from runtime import UserError
 
 THETAS, PHIS = np.linspace(0, 25, 8), 45.0 * np.arange(8)  # degrees
-DX, DY = np.linspace(-0.25, 0.02, 16), np.linspace(-0.40, 0.06, 16)  # metres; x away from the robot, y to the image's right
-SPLITS = {"in_dist": (None,), "viewpoint": ("outer", "hemisphere"), "position": ("left_right", "near_far")}  # the default first
+# metres; x away from the robot, y to the image's right
+DX, DY = np.linspace(-0.25, 0.02, 16), np.linspace(-0.40, 0.06, 16)
+# the default first
+SPLITS = {
+    "in_dist": (None,),
+    "viewpoint": ("outer", "hemisphere"),
+    "position": ("left_right", "near_far"),
+}
 PARTS = ("train", "val", "test")
-PURPOSES = ("train", "val", "test_position", "val_position", "val_layout", "sample")  # of random numbers; append, never reorder
+# of random numbers; append, never reorder
+PURPOSES = ("train", "val", "test_position", "val_position", "val_layout", "sample")
 
 # LIBERO's tabletop scenes: agentview, and the expert's path on libero_spatial task 0 (metres)
 FOVY, CAMERA_POSITION = 45.0, np.array([0.6586131746834771, 0.0, 1.6103500240372423])
-CAMERA_QUAT = np.array([0.3048497438430786, 0.30484986305236816, 0.6380177736282349, 0.6380177736282349])  # xyzw
-PIVOT_HEIGHT = 0.92  # the camera orbits about the point of its axis at this height, just above the table
-BOWL, PLATE, START = np.array([-0.05, 0.20, 0.8984]), np.array([0.075, 0.20, 0.9025]), np.array([-0.2085, 0.0, 1.1733])
-KEY_POINTS = np.array([[-0.05, 0.152, 1.035], [-0.05, 0.152, 0.935], [-0.05, 0.152, 1.075], [0.075, 0.152, 1.075],
-                       [0.075, 0.152, 0.9471], [0.075, 0.152, 1.0471]])
+# xyzw
+CAMERA_QUAT = np.array(
+    [0.3048497438430786, 0.30484986305236816, 0.6380177736282349, 0.6380177736282349]
+)
+# the camera orbits about the point of its axis at this height, just above the table
+PIVOT_HEIGHT = 0.92
+BOWL, PLATE, START = (
+    np.array([-0.05, 0.20, 0.8984]),
+    np.array([0.075, 0.20, 0.9025]),
+    np.array([-0.2085, 0.0, 1.1733]),
+)
+KEY_POINTS = np.array(
+    [
+        [-0.05, 0.152, 1.035],
+        [-0.05, 0.152, 0.935],
+        [-0.05, 0.152, 1.075],
+        [0.075, 0.152, 1.075],
+        [0.075, 0.152, 0.9471],
+        [0.075, 0.152, 1.0471],
+    ]
+)
 BOWL_RADIUS, PLATE_RADIUS = 0.06, 0.09
-SIZE, GRID, N_HEIGHT_BINS, MARGIN = 448, 56, 32, 0.02  # what is decoded: pixels, cells, bins, metres beyond the path's heights
+# what is decoded: pixels, cells, bins, metres beyond the path's heights
+SIZE, GRID, N_HEIGHT_BINS, MARGIN = 448, 56, 32, 0.02
 DECODE_LIMIT = 0.03  # metres
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What differs from the task as LIBERO has it: the camera's orbit in degrees, the objects' common shift in metres."""
+    """What differs from the task as LIBERO has it: the camera's orbit in degrees, the objects'
+    common shift in metres.
+    """
+
     theta: float = 0.0
     phi: float = 0.0
     dx: float = 0.0
     dy: float = 0.0
 
     def described(self, setting):
-        """The numbers that the setting varies, {name: value}: what demonstrations and episodes record."""
-        return {k: getattr(self, k) for k in {"viewpoint": ("theta", "phi"), "position": ("dx", "dy")}.get(setting, ())}
+        """The numbers that the setting varies, {name: value}: what demonstrations and episodes
+        record.
+        """
+        return {
+            k: getattr(self, k)
+            for k in {"viewpoint": ("theta", "phi"), "position": ("dx", "dy")}.get(setting, ())
+        }
 
 
 def random_seed(purpose, seed, index, attempt=0):
-    """128 bits as a list of four uint32, for one of PURPOSES. No two (purpose, seed, index, attempt) share them, whatever
-    --seed is: sums of multiples, as seeds were made before, met each other."""
-    words = np.random.SeedSequence([PURPOSES.index(purpose), seed, index, attempt]).generate_state(4)
+    """128 bits as a list of four uint32, for one of PURPOSES. No two (purpose, seed, index,
+    attempt) share them, whatever --seed is: sums of multiples, as seeds were made before, met each
+    other."""
+    words = np.random.SeedSequence([PURPOSES.index(purpose), seed, index, attempt]).generate_state(
+        4
+    )
     return [int(word) for word in words]
 
 
@@ -66,25 +106,30 @@ def default_camera():
 
 
 def orbit(E, theta, phi):
-    """Camera-to-world E (4,4) orbited about the point of its axis at PIVOT_HEIGHT, which it goes on looking at, upright.
+    """Camera-to-world E (4,4) orbited about the point of its axis at PIVOT_HEIGHT, which it goes on
+    looking at, upright.
 
-    theta: degrees between its place and the old one, seen from there; phi: degrees of the direction in which it went, 0 down,
-    90 to the image's right, 180 up.
+    theta: degrees between its place and the old one, seen from there; phi: degrees of the direction
+    in which it went, 0 down, 90 to the image's right, 180 up.
     """
     R, position, (theta, phi) = E[:3, :3], E[:3, 3], np.radians([theta, phi])
     pivot = position + R[:, 2] * (PIVOT_HEIGHT - position[2]) / R[2, 2]
     sideways = np.cos(phi) * R[:, 1] + np.sin(phi) * R[:, 0]
     moved = np.eye(4)
-    moved[:3, 3] = pivot + np.linalg.norm(position - pivot) * (np.sin(theta) * sideways - np.cos(theta) * R[:, 2])
-    moved[:3, :3] = look_at(moved[:3, 3], pivot)[:3, :3] @ look_at(position, pivot)[:3, :3].T @ R  # E's own roll is kept
+    moved[:3, 3] = pivot + np.linalg.norm(position - pivot) * (
+        np.sin(theta) * sideways - np.cos(theta) * R[:, 2]
+    )
+    # E's own roll is kept
+    moved[:3, :3] = look_at(moved[:3, 3], pivot)[:3, :3] @ look_at(position, pivot)[:3, :3].T @ R
     return moved
 
 
 def turned(E, degrees, axis):
-    """Camera-to-world E (4,4) turned by `degrees` about the vertical line through axis (2,) m, counterclockwise seen from above.
+    """Camera-to-world E (4,4) turned by `degrees` about the vertical line through axis (2,) m,
+    counterclockwise seen from above.
 
-    About a robot's base it is as if the world, robot and all, were turned the other way: how an arm looks no longer tells on which
-    side of the robot it is.
+    About a robot's base it is as if the world, robot and all, were turned the other way: how an arm
+    looks no longer tells on which side of the robot it is.
     """
     (c, s), turn = (np.cos(np.radians(degrees)), np.sin(np.radians(degrees))), np.eye(4)
     turn[:2, :2] = [[c, -s], [s, c]]
@@ -95,22 +140,35 @@ def turned(E, degrees, axis):
 def expert_line(step=0.005):
     """Points (N,3) every `step` metres along the expert's path from START through KEY_POINTS."""
     corners = np.concatenate([START[None], KEY_POINTS])
-    legs = [np.linspace(a, b, 1 + math.ceil(np.linalg.norm(b - a) / step)) for a, b in zip(corners, corners[1:])]
+    legs = [
+        np.linspace(a, b, 1 + math.ceil(np.linalg.norm(b - a) / step))
+        for a, b in zip(corners, corners[1:])
+    ]
     return np.concatenate(legs)
 
 
 def decode_error(E):
-    """Metres by which the best cell and height bin misses the points of the expert's path, at most, seen from E."""
+    """Metres by which the best cell and height bin misses the points of the expert's path, at most,
+    seen from E.
+    """
     line, (K, _) = expert_line(), default_camera()
     low, high = line[:, 2].min() - MARGIN, line[:, 2].max() + MARGIN
-    return float(np.linalg.norm(quantise(line, K, E, GRID, SIZE, low, high, N_HEIGHT_BINS) - line, axis=1).max())
+    return float(
+        np.linalg.norm(
+            quantise(line, K, E, GRID, SIZE, low, high, N_HEIGHT_BINS) - line, axis=1
+        ).max()
+    )
 
 
 def in_image(E, shift=(0.0, 0.0)):
-    """True if bowl, plate and the expert's path, bowl and plate shifted by (dx, dy) m, lie inside the image seen from E."""
+    """True if bowl, plate and the expert's path, bowl and plate shifted by (dx, dy) m, lie inside
+    the image seen from E.
+    """
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     ring = np.stack([np.cos(angle), np.sin(angle), 0 * angle], -1)
-    points = np.concatenate([BOWL + BOWL_RADIUS * ring, PLATE + PLATE_RADIUS * ring, KEY_POINTS]) + [*shift, 0.0]
+    points = np.concatenate(
+        [BOWL + BOWL_RADIUS * ring, PLATE + PLATE_RADIUS * ring, KEY_POINTS]
+    ) + [*shift, 0.0]
     u, v, depth = project(np.concatenate([START[None], points]), default_camera()[0], E)
     return bool((depth > 0).all() and min(u.min(), v.min()) >= 0 and max(u.max(), v.max()) <= SIZE)
 
@@ -126,7 +184,9 @@ def why_excluded(condition):
 
 
 def _spread(items):
-    """The items in an order in which any first few are spread over all: steps of about the golden section."""
+    """The items in an order in which any first few are spread over all: steps of about the golden
+    section.
+    """
     n = len(items)
     step = next((k for k in range(round(0.618 * n), n) if math.gcd(k, n) == 1), 1)
     return [items[i * step % n] for i in range(n)]
@@ -139,31 +199,53 @@ def _views(part, split):
         thetas, phis = (THETAS[1:] + THETAS[:-1]) / 2, PHIS + 22.5
         if split == "outer":
             return [Condition(thetas[4 + i % 3], phi) for i, phi in enumerate(phis)]
-        return [Condition(theta, phi) for i, theta in enumerate(thetas[1:]) for phi in phis[1:3][i % 2::2]]
-    grid = [Condition(theta, phi) for theta in THETAS for phi in PHIS if theta > 0 or phi == 0]  # at 0 all phis are one view
-    tests = (lambda c: c.theta >= THETAS[4]) if split == "outer" else (lambda c: c.theta > 0 and right(c.phi))
+        return [
+            Condition(theta, phi)
+            for i, theta in enumerate(thetas[1:])
+            for phi in phis[1:3][i % 2 :: 2]
+        ]
+    # at 0 all phis are one view
+    grid = [Condition(theta, phi) for theta in THETAS for phi in PHIS if theta > 0 or phi == 0]
+    tests = (
+        (lambda c: c.theta >= THETAS[4])
+        if split == "outer"
+        else (lambda c: c.theta > 0 and right(c.phi))
+    )
     return [c for c in grid if tests(c) == (part == "test")]
 
 
 def _positions(part, split):
-    """All positions of a part. Of the half that is tested every fourth row is taken, and the rows between them validate."""
+    """All positions of a part. Of the half that is tested every fourth row is taken, and the rows
+    between them validate.
+    """
     grid = np.array([[Condition(dx=dx, dy=dy) for dy in DY] for dx in DX])
-    grid = grid if split == "left_right" else grid.T  # rows across, columns from the trained half to the tested one
-    rows, columns = {"train": (range(16), range(8)), "test": ((1, 5, 9, 13), (8, 10, 12, 13, 15)),
-                     "val": ((3, 7, 11, 15), (9, 14))}[part]
+    # rows across, columns from the trained half to the tested one
+    grid = grid if split == "left_right" else grid.T
+    rows, columns = {
+        "train": (range(16), range(8)),
+        "test": ((1, 5, 9, 13), (8, 10, 12, 13, 15)),
+        "val": ((3, 7, 11, 15), (9, 14)),
+    }[part]
     return [grid[r, c] for r in rows for c in columns]
 
 
 def resolve_split(setting, split=None):
-    """The split asked for, or the setting's default. Raises UserError for one that the setting does not have."""
+    """The split asked for, or the setting's default. Raises UserError for one that the setting does
+    not have.
+    """
     if split is None or split in SPLITS[setting]:
         return split or SPLITS[setting][0]
     known = " or ".join(map(str, SPLITS[setting]))
-    raise UserError(f"--split {split}: setting {setting} has " + ("no splits" if known == "None" else f"{known}"))
+    raise UserError(
+        f"--split {split}: setting {setting} has "
+        + ("no splits" if known == "None" else f"{known}")
+    )
 
 
 def conditions(setting, part, split=None):
-    """The conditions of one of PARTS, in their fixed order -> list of Condition. Raises UserError for an unknown split."""
+    """The conditions of one of PARTS, in their fixed order -> list of Condition. Raises UserError
+    for an unknown split.
+    """
     split = resolve_split(setting, split)
     if setting == "in_dist":
         return [Condition()]
@@ -175,9 +257,13 @@ def conditions(setting, part, split=None):
 def excluded(split=None):
     """The viewpoint setting's views that no part uses -> [(part, Condition, why)]."""
     split = resolve_split("viewpoint", split)
-    return [(part, c, why_excluded(c)) for part in PARTS for c in _views(part, split) if why_excluded(c)]
+    return [
+        (part, c, why_excluded(c)) for part in PARTS for c in _views(part, split) if why_excluded(c)
+    ]
 
 
 def clean_by_default(setting):
-    """True where distractors and fixtures would stand in the way: of the shifted objects, or of a view that is only moved."""
+    """True where distractors and fixtures would stand in the way: of the shifted objects, or of a
+    view that is only moved.
+    """
     return setting != "in_dist"

@@ -1,11 +1,14 @@
 """Variants of a task: another expert on the same scenes, and what counts as done.
 
     task        LIBERO's own: pick and place
-    lift_once   lift the bowl once, put it back where it was, rise to where the grasp was approached from, and stay there
+    lift_once   lift the bowl once, put it back where it was, rise to where the grasp was approached
+                from, and stay there
 
-`lift_once` asks for memory: above the bowl, with open fingers, the image and the EEF's pose are the same before the lift (go
-down) and after it (stay). A policy of one frame answers both alike, so that it lifts again and again, or never.
+`lift_once` asks for memory: above the bowl, with open fingers, the image and the EEF's pose are the
+same before the lift (go down) and after it (stay). A policy of one frame answers both alike, so
+that it lifts again and again, or never.
 """
+
 import numpy as np
 
 from harness.metrics import rises
@@ -15,22 +18,26 @@ from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
 
 VARIANTS = ("task", "lift_once")
 STAY_STEPS = 60  # control steps that a demonstration stays after its release
-SHARE, SETTLED = 0.3, 0.003  # share of the servo's gain at which the hovers are approached; metres at which the pause ends
+# share of the servo's gain at which the hovers are approached; metres at which the pause ends
+SHARE, SETTLED = 0.3, 0.003
 DOWN, UP = 0.02, 0.05  # metres above rest: a lift begins below DOWN and counts from UP on
 NEAR_REST = 0.03  # metres beside its old place at which the bowl is back
 LOW, OUT = 0.03, 0.06  # metres of the EEF above its grasp's height: gone down again, out of the way
-OUT_STEPS = 100  # control steps that the arm has to stay out: more than twice what a window of 8 decisions remembers
+# control steps that the arm has to stay out: more than twice what a window of 8 decisions remembers
+OUT_STEPS = 100
 LIFT_OUTCOMES = ("miss", "kept", "again", "unfinished", "once")
 
 
 class LiftOnceExpert(PickPlaceExpert):
-    """rise - hover - pause - descend - close - lift - lower - open - retract - stay. Pause and stay are the same pose over the
-    bowl; `done` after STAY_STEPS of the latter, which it keeps commanding."""
+    """rise - hover - pause - descend - close - lift - lower - open - retract - stay. Pause and stay
+    are the same pose over the bowl; `done` after STAY_STEPS of the latter, which it keeps
+    commanding."""
 
     def _phase(self, scene, eef):
         phase, near = self.phase, lambda target, tol: np.linalg.norm(target - eef) < tol
         above = scene.position(self.pick) + self.offset + [0, 0, HOVER]
-        gently = eef + SHARE * (above - eef)  # at the full gain it overshoots by 1 cm, and no two hovers look alike
+        # at the full gain it overshoots by 1 cm, and no two hovers look alike
+        gently = eef + SHARE * (above - eef)
         if phase == "hover":
             return gently, OPEN, "pause" if near(above, 0.010) else None
         if phase == "pause":
@@ -53,12 +60,16 @@ def new_expert(grasp="side", variant="task"):
     if variant == "task":
         return EXPERTS[grasp]()
     if grasp != "side":
-        raise UserError(f"--grasp {grasp}: --variant {variant} has an expert for the grasp 'side' only")
+        raise UserError(
+            f"--grasp {grasp}: --variant {variant} has an expert for the grasp 'side' only"
+        )
     return LiftOnceExpert()
 
 
 class Task:
-    """Account of an episode of LIBERO's own task: the scene's predicate knows, nothing has to be booked."""
+    """Account of an episode of LIBERO's own task: the scene's predicate knows, nothing has to be
+    booked.
+    """
 
     def __init__(self, scene):
         self.scene = scene
@@ -71,23 +82,33 @@ class Task:
 
 
 def new_account(scene, variant):
-    """What tells whether an episode that starts in the scene's current state is done: `note` every control step, ask `done`."""
+    """What tells whether an episode that starts in the scene's current state is done: `note` every
+    control step, ask `done`.
+    """
     return LiftOnce(scene.position(scene.pick)) if variant == "lift_once" else Task(scene)
 
 
 class LiftOnce:
-    """Account of an episode of `lift_once`. rest (3,): where the bowl stands at its start, m. `note` books every control step."""
+    """Account of an episode of `lift_once`. rest (3,): where the bowl stands at its start, m.
+    `note` books every control step.
+    """
 
     def __init__(self, rest):
         self.rest, self.heights, self.arm = np.array(rest), [], []
-        self.back_at, self.out = None, 0  # the step of the first release; steps, up to now, that all was as it should end
+        # the step of the first release; steps, up to now, that all was as it should end
+        self.back_at, self.out = None, 0
 
     def note(self, bowl, eef, gripper, width):
         """Bowl and EEF (3,) m, gripper command, width between the fingers in m."""
         self.heights.append(bowl[2] - self.rest[2])
         self.arm.append(eef[2] - self.rest[2] - GRASP[2])
-        put_back = (self.lifts > 0 and gripper == OPEN and width > OPEN_WIDTH and self.heights[-1] < DOWN
-                    and np.linalg.norm((bowl - self.rest)[:2]) < NEAR_REST)
+        put_back = (
+            self.lifts > 0
+            and gripper == OPEN
+            and width > OPEN_WIDTH
+            and self.heights[-1] < DOWN
+            and np.linalg.norm((bowl - self.rest)[:2]) < NEAR_REST
+        )
         if put_back and self.back_at is None:
             self.back_at = len(self.arm) - 1
         self.out = self.out + 1 if put_back and self.arm[-1] > OUT else 0
@@ -100,14 +121,18 @@ class LiftOnce:
     @property
     def returns(self):
         """How often the arm, once out after the first release, went down again."""
-        return 0 if self.back_at is None else rises(-np.array(self.arm[self.back_at:]), -OUT, -LOW)
+        return 0 if self.back_at is None else rises(-np.array(self.arm[self.back_at :]), -OUT, -LOW)
 
     def done(self, out_steps=OUT_STEPS):
-        """True if the bowl was lifted exactly once, is back, and the arm has stayed out for so many steps, never down again."""
+        """True if the bowl was lifted exactly once, is back, and the arm has stayed out for so many
+        steps, never down again.
+        """
         return self.out >= out_steps and self.lifts == 1 and self.returns == 0
 
     def outcome(self):
-        """miss: never lifted; kept: not put back and let go; again: lifted or reached for again; once: done; else unfinished."""
+        """miss: never lifted; kept: not put back and let go; again: lifted or reached for again;
+        once: done; else unfinished.
+        """
         if not self.lifts:
             return "miss"
         if self.lifts > 1 or self.returns:

@@ -1,13 +1,16 @@
-"""A pool of spawned worker processes for simulator jobs: recycled, replaced after a crash or a hang, no job lost.
+"""A pool of spawned worker processes for simulator jobs: recycled, replaced after a crash or a
+hang, no job lost.
 
-EGL contexts do not survive a fork, so each worker is spawned, makes its own, and is replaced after `recycle` jobs. A worker
-that dies (segmentation fault, out of memory, kill) or gives no answer in time is replaced and its job is tried again. A worker
-whose parent dies leaves.
+EGL contexts do not survive a fork, so each worker is spawned, makes its own, and is replaced after
+`recycle` jobs. A worker that dies (segmentation fault, out of memory, kill) or gives no answer in
+time is replaced and its job is tried again. A worker whose parent dies leaves.
 
-pebble.ProcessPool (5.2.3, tried) recycles and times out too. It was not taken: the reason for which an initializer fails is
-logged and not handed to the caller, a worker's `close` is not called, a lost job is not tried again, and its workers outlive a
-parent that is killed. What would be left to add is most of this file.
+pebble.ProcessPool (5.2.3, tried) recycles and times out too. It was not taken: the reason for which
+an initializer fails is logged and not handed to the caller, a worker's `close` is not called, a
+lost job is not tried again, and its workers outlive a parent that is killed. What would be left to
+add is most of this file.
 """
+
 import collections
 import contextlib
 import dataclasses
@@ -20,9 +23,16 @@ from multiprocessing.connection import wait
 
 from runtime import UserError
 
-# One thread each: several workers with two threads each make features ten times slower on two cores.
-THREADS = {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-TIMEOUT = 1800.0  # seconds without an answer after which a worker counts as hung: the longest episodes take minutes
+# One thread each: several workers with two threads each make features ten times slower on two
+# cores.
+THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "LP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+# seconds without an answer after which a worker counts as hung: the longest episodes take minutes
+TIMEOUT = 1800.0
 STARTS = 3  # workers in a row that may die before their first job
 
 
@@ -32,6 +42,7 @@ class Outcome:
 
     died: the worker's process ended or hung, each time; False where the job itself raised.
     """
+
     job: object
     result: object = None
     error: str = None
@@ -39,10 +50,14 @@ class Outcome:
 
 
 def _leave_with_parent():
-    """End this process when its parent has ended, however that was: nobody would collect what it makes."""
+    """End this process when its parent has ended, however that was: nobody would collect what it
+    makes.
+    """
+
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -64,11 +79,15 @@ def _child(connection, factory, arguments):
 
 
 class _Slot:
-    """One worker process and the job it is on. It is to answer within `timeout` seconds, of its start as of each job."""
+    """One worker process and the job it is on. It is to answer within `timeout` seconds, of its
+    start as of each job.
+    """
 
     def __init__(self, context, factory, arguments, timeout):
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_child, args=(theirs, factory, arguments), daemon=True)
+        self.process = context.Process(
+            target=_child, args=(theirs, factory, arguments), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.job, self.done, self.ready = None, 0, False
@@ -76,7 +95,8 @@ class _Slot:
 
     def give(self, job):
         self.job, self.deadline = job, time.monotonic() + self.timeout
-        with contextlib.suppress(OSError):  # it died meanwhile: its pipe then reads as closed, and the job is tried again
+        # it died meanwhile: its pipe then reads as closed, and the job is tried again
+        with contextlib.suppress(OSError):
             self.connection.send(job)
 
     def answer(self):
@@ -103,12 +123,12 @@ class _Slot:
 
 
 def run_jobs(jobs, factory, arguments=(), n_workers=2, recycle=25, tries=2, timeout=TIMEOUT):
-    """Run `factory(*arguments).run(job)` for each job on `n_workers` spawned processes; yield an Outcome per job as it
-    finishes.
+    """Run `factory(*arguments).run(job)` for each job on `n_workers` spawned processes; yield an
+    Outcome per job as it finishes.
 
-    A job whose worker dies, or gives no answer for `timeout` seconds, is tried `tries` times in all; a job that raises is
-    reported at once. Raises UserError for numbers that are out of range, and RuntimeError with the worker's traceback if a
-    worker cannot be made at all.
+    A job whose worker dies, or gives no answer for `timeout` seconds, is tried `tries` times in
+    all; a job that raises is reported at once. Raises UserError for numbers that are out of range,
+    and RuntimeError with the worker's traceback if a worker cannot be made at all.
     """
     for name, value in (("workers", n_workers), ("recycle", recycle), ("tries", tries)):
         if value < 1:
@@ -116,7 +136,13 @@ def run_jobs(jobs, factory, arguments=(), n_workers=2, recycle=25, tries=2, time
     if not timeout > 0:
         raise UserError(f"--timeout {timeout:g}: seconds, more than 0")
     context = multiprocessing.get_context("spawn")
-    return _outcomes(collections.deque(jobs), lambda: _Slot(context, factory, arguments, timeout), n_workers, recycle, tries)
+    return _outcomes(
+        collections.deque(jobs),
+        lambda: _Slot(context, factory, arguments, timeout),
+        n_workers,
+        recycle,
+        tries,
+    )
 
 
 def _outcomes(queue, start, n_workers, recycle, tries):
@@ -142,10 +168,14 @@ def _outcomes(queue, start, n_workers, recycle, tries):
             soonest = min(slot.deadline for slot in slots)
             answered = wait([s.connection for s in slots], max(0.0, soonest - time.monotonic()))
             for slot in list(slots):
-                if slot.connection in answered:  # also where the caller came back late and the deadline has passed
+                # also where the caller came back late and the deadline has passed
+                if slot.connection in answered:
                     kind, value = slot.answer()
                 elif time.monotonic() >= slot.deadline:
-                    kind, value = "died", f"worker gave no answer for {slot.timeout:g} s and was killed"
+                    kind, value = (
+                        "died",
+                        f"worker gave no answer for {slot.timeout:g} s and was killed",
+                    )
                 else:
                     continue
                 if kind == "ready":
@@ -168,7 +198,12 @@ def _outcomes(queue, start, n_workers, recycle, tries):
                         slots.append(start())
                     if again or job is None:
                         continue
-                yield Outcome(job, value if kind == "done" else None, None if kind == "done" else value, kind == "died")
+                yield Outcome(
+                    job,
+                    value if kind == "done" else None,
+                    None if kind == "done" else value,
+                    kind == "died",
+                )
     finally:
         for slot in slots:
             if slot.job is None and slot.ready:

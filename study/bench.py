@@ -1,13 +1,14 @@
 """Speed, measured as ratios side by side in one run.
 
-    python -m study.bench features             # traced and frozen backbone against the plain one and a trainable one; a thread an image or a pixel row
-    python -m study.bench eval --ckpt X        # evaluation with 1 and with 2 workers, and where an episode's seconds go
-    python -m study.bench memory --ckpt X      # what one evaluation worker holds after each of 50 episodes, not recycled (Linux)
-    python -m study.bench train                # a training step by grid and precision
-    python -m study.bench attention            # A: block-causal against a dense mask, cached decision against recomputing, step sizes
-    python -m study.bench voxel [--quick]      # attention to voxel tokens: built, against absorbed; time, memory, equality
-    python -m study.bench voxel --train        # B and C: whole training steps of the preset small on the full volume, and their parts
+python -m study.bench features             # traced and frozen backbone against the plain one and a trainable one; a thread an image or a pixel row
+python -m study.bench eval --ckpt X        # evaluation with 1 and with 2 workers, and where an episode's seconds go
+python -m study.bench memory --ckpt X      # what one evaluation worker holds after each of 50 episodes, not recycled (Linux)
+python -m study.bench train                # a training step by grid and precision
+python -m study.bench attention            # A: block-causal against a dense mask, cached decision against recomputing, step sizes
+python -m study.bench voxel [--quick]      # attention to voxel tokens: built, against absorbed; time, memory, equality
+python -m study.bench voxel --train        # B and C: whole training steps of the preset small on the full volume, and their parts
 """
+
 import contextlib
 import os
 import subprocess
@@ -39,8 +40,11 @@ def bench_features(args):
     import torch
 
     from nets.backbone import Backbone, each_on_one_thread
+
     frozen = Backbone("efficientnet_lite0")
-    plain = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(2, 3)).eval()
+    plain = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(2, 3)
+    ).eval()
     images = torch.randint(0, 255, (8, 448, 448, 3), dtype=torch.uint8)
     x = ((images.permute(0, 3, 1, 2).float() - 127.5) / 127.5).contiguous()
     cores = os.cpu_count()
@@ -48,20 +52,31 @@ def bench_features(args):
     def one_by_one(call, items):
         with torch.inference_mode():
             for i in range(len(items)):
-                call(items[i:i + 1])
+                call(items[i : i + 1])
 
     def by_threads():
         with each_on_one_thread(), ThreadPoolExecutor(cores) as pool:
-            list(pool.map(lambda i: frozen(images[i:i + 1]), range(len(images))))
+            list(pool.map(lambda i: frozen(images[i : i + 1]), range(len(images))))
 
     def trainable():
         plain.zero_grad()
         sum(m.sum() for m in plain(x)).backward()
-    seconds = alternate({"plain timm model": lambda: one_by_one(plain, x), "the same, batch of 8, forward and backward": trainable,
-                         "channels_last, traced and frozen": lambda: one_by_one(frozen, images),
-                         "traced and frozen, batch of 8": lambda: frozen(images),
-                         f"traced and frozen, {cores} images at once, a thread each": by_threads}, args.rounds)
-    return report(f"efficientnet_lite0 features, 448 px, {cores} cores", {k: v / 8 for k, v in seconds.items()}, "an image")
+
+    seconds = alternate(
+        {
+            "plain timm model": lambda: one_by_one(plain, x),
+            "the same, batch of 8, forward and backward": trainable,
+            "channels_last, traced and frozen": lambda: one_by_one(frozen, images),
+            "traced and frozen, batch of 8": lambda: frozen(images),
+            f"traced and frozen, {cores} images at once, a thread each": by_threads,
+        },
+        args.rounds,
+    )
+    return report(
+        f"efficientnet_lite0 features, 448 px, {cores} cores",
+        {k: v / 8 for k, v in seconds.items()},
+        "an image",
+    )
 
 
 def bench_train(args):
@@ -69,17 +84,30 @@ def bench_train(args):
     import torch
 
     from model import ParaConfig, TrajectoryHeatmapPredictor
+
     rng = torch.Generator().manual_seed(0)
     steps, E = {}, torch.eye(4, dtype=torch.float64).repeat(16, 1, 1)
     E[:, :3, :3] = torch.diag(torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64))
     E[:, 2, 3] = 2.0
-    K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).repeat(16, 1, 1)
-    batch = {"features": [torch.randn(16, 40, 56, 56, generator=rng).half(), torch.randn(16, 112, 28, 28, generator=rng).half()],
-             "eef_pos": torch.rand(16, 3, dtype=torch.float64, generator=rng) * 0.3 + torch.tensor([0, 0, 0.9]),
-             "gripper_width": torch.full((16,), 0.08), "K": K, "E": E,
-             "target_pos": torch.rand(16, 6, 3, dtype=torch.float64, generator=rng) * 0.3 + torch.tensor([0, 0, 0.9]),
-             "target_rot": torch.eye(3, dtype=torch.float64).repeat(16, 6, 1, 1),
-             "target_gripper": torch.randint(0, 2, (16, 6), generator=rng), "mask": torch.ones(16, 6)}
+    K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).repeat(
+        16, 1, 1
+    )
+    batch = {
+        "features": [
+            torch.randn(16, 40, 56, 56, generator=rng).half(),
+            torch.randn(16, 112, 28, 28, generator=rng).half(),
+        ],
+        "eef_pos": torch.rand(16, 3, dtype=torch.float64, generator=rng) * 0.3
+        + torch.tensor([0, 0, 0.9]),
+        "gripper_width": torch.full((16,), 0.08),
+        "K": K,
+        "E": E,
+        "target_pos": torch.rand(16, 6, 3, dtype=torch.float64, generator=rng) * 0.3
+        + torch.tensor([0, 0, 0.9]),
+        "target_rot": torch.eye(3, dtype=torch.float64).repeat(16, 6, 1, 1),
+        "target_gripper": torch.randint(0, 2, (16, 6), generator=rng),
+        "mask": torch.ones(16, 6),
+    }
 
     def make(grid, precision):
         policy = TrajectoryHeatmapPredictor(ParaConfig(grid=grid), [40, 112])
@@ -91,10 +119,16 @@ def bench_train(args):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+
         return step
+
     for grid, precision in ((64, "fp32"), (64, "bf16"), (56, "fp32"), (56, "bf16")):
         steps[f"grid {grid}, {precision}"] = make(grid, precision)
-    return report(f"PARA training step, batch 16, {torch.get_num_threads()} threads", alternate(steps, args.rounds), "a step")
+    return report(
+        f"PARA training step, batch 16, {torch.get_num_threads()} threads",
+        alternate(steps, args.rounds),
+        "a step",
+    )
 
 
 def bench_eval(args):
@@ -106,20 +140,44 @@ def bench_eval(args):
         for workers in (1, 2):
             folder = Path(scratch) / str(workers)
             start = time.perf_counter()
-            subprocess.run([sys.executable, "eval.py", "--ckpt", args.ckpt, "--teleport", "--zero_rotation", "--n_episodes",
-                            str(episodes), "--n_videos", "0", "--workers", str(workers), "--out", folder], check=True)
+            subprocess.run(
+                [
+                    sys.executable,
+                    "eval.py",
+                    "--ckpt",
+                    args.ckpt,
+                    "--teleport",
+                    "--zero_rotation",
+                    "--n_episodes",
+                    str(episodes),
+                    "--n_videos",
+                    "0",
+                    "--workers",
+                    str(workers),
+                    "--out",
+                    folder,
+                ],
+                check=True,
+            )
             wall = time.perf_counter() - start
             spent = read_summary(folder)["seconds_per_episode"]
             rows[workers] = {"wall_per_episode": round(wall / episodes, 2), **spent}
     print(f"\nevaluation of {episodes} episodes: seconds per episode")
     for workers, row in rows.items():
-        print(f"  {workers} worker{'s' * (workers > 1)}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()))
-    print(f"  ratio of wall time, 1 to 2 workers: {rows[1]['wall_per_episode'] / rows[2]['wall_per_episode']:.2f}")
+        print(
+            f"  {workers} worker{'s' * (workers > 1)}: "
+            + ", ".join(f"{k} {v:.2f}" for k, v in row.items())
+        )
+    print(
+        f"  ratio of wall time, 1 to 2 workers: {rows[1]['wall_per_episode'] / rows[2]['wall_per_episode']:.2f}"
+    )
     return {"title": "evaluation", "seconds": rows}
 
 
 def largest_child(pid):
-    """Memory of the largest process that descends from `pid` -> {"rss", "anon", "peak"}, MB. A worker, where one evaluates."""
+    """Memory of the largest process that descends from `pid` -> {"rss", "anon", "peak"}, MB. A
+    worker, where one evaluates.
+    """
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -131,9 +189,16 @@ def largest_child(pid):
             above = parents.get(above, 0)
         with contextlib.suppress(OSError, KeyError):
             if above == pid:
-                lines = dict(line.split(":", 1) for line in Path(f"/proc/{child}/status").read_text().splitlines())
-                found.append({key: round(int(lines[name].split()[0]) / 1024, 1)
-                              for key, name in (("rss", "VmRSS"), ("anon", "RssAnon"), ("peak", "VmHWM"))})
+                lines = dict(
+                    line.split(":", 1)
+                    for line in Path(f"/proc/{child}/status").read_text().splitlines()
+                )
+                found.append(
+                    {
+                        key: round(int(lines[name].split()[0]) / 1024, 1)
+                        for key, name in (("rss", "VmRSS"), ("anon", "RssAnon"), ("peak", "VmHWM"))
+                    }
+                )
     return max(found, key=lambda memory: memory["rss"])
 
 
@@ -143,33 +208,73 @@ def bench_memory(args):
         raise UserError("study.bench memory needs --ckpt")
     n, held = args.episodes or 50, []
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen([sys.executable, "eval.py", "--ckpt", args.ckpt, "--teleport", "--zero_rotation", "--n_episodes", str(n),
-                                    "--workers", "1", "--recycle", str(n + 1), "--layout", args.layout, "--out", folder])
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "eval.py",
+                "--ckpt",
+                args.ckpt,
+                "--teleport",
+                "--zero_rotation",
+                "--n_episodes",
+                str(n),
+                "--workers",
+                "1",
+                "--recycle",
+                str(n + 1),
+                "--layout",
+                args.layout,
+                "--out",
+                folder,
+            ]
+        )
         while process.poll() is None:
-            for _ in read_jsonl(Path(folder) / "episodes.jsonl")[len(held):]:
+            for _ in read_jsonl(Path(folder) / "episodes.jsonl")[len(held) :]:
                 held.append(largest_child(process.pid))
             time.sleep(0.1)
     if process.returncode:
         raise UserError(f"the evaluation ended with exit code {process.returncode}, see above")
-    print(f"\nMB of one worker, {args.layout}: RSS " + ", ".join(
-        f"{held[i - 1]['rss']:.0f} after {i}" for i in (1, 10, 25, 50) if i <= len(held)) + f" episodes; peak {held[-1]['peak']:.0f}")
-    return {"title": "memory of one evaluation worker", "unit": "MB", "layout": args.layout,
-            **{key: [memory[key] for memory in held] for key in held[0]}}
+    print(
+        f"\nMB of one worker, {args.layout}: RSS "
+        + ", ".join(
+            f"{held[i - 1]['rss']:.0f} after {i}" for i in (1, 10, 25, 50) if i <= len(held)
+        )
+        + f" episodes; peak {held[-1]['peak']:.0f}"
+    )
+    return {
+        "title": "memory of one evaluation worker",
+        "unit": "MB",
+        "layout": args.layout,
+        **{key: [memory[key] for memory in held] for key in held[0]},
+    }
 
 
-BENCHES = {"features": bench_features, "train": bench_train, "eval": bench_eval, "memory": bench_memory, "voxel": bench_voxel, "attention": bench_attention}
+BENCHES = {
+    "features": bench_features,
+    "train": bench_train,
+    "eval": bench_eval,
+    "memory": bench_memory,
+    "voxel": bench_voxel,
+    "attention": bench_attention,
+}
 
 
 def build_parser():
     parser = flags.Parser(__doc__)
-    parser.add_argument("what", nargs="?", choices=list(BENCHES), help="default: features and train")
+    parser.add_argument(
+        "what", nargs="?", choices=list(BENCHES), help="default: features and train"
+    )
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("--episodes", type=flags.count, help="eval: 10, memory: 50")
     parser.add_argument("--layout", default="benchmark", help="memory: as of eval.py")
     parser.add_argument("--rounds", type=flags.count, default=7)
     parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")
-    parser.add_argument("--train", action="store_true", help="voxel: training steps a second instead")
-    parser.add_argument("--out", type=flags.new_file(".json"), help="also write the figures to this JSON file")
+    parser.add_argument(
+        "--train", action="store_true", help="voxel: training steps a second instead"
+    )
+    parser.add_argument(
+        "--out", type=flags.new_file(".json"), help="also write the figures to this JSON file"
+    )
     return parser
 
 
@@ -177,7 +282,15 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features", "train"])]
     if args.out:
-        write_json(args.out, {"command": command_line(), "commit": git_commit(), "cores": os.cpu_count(), "tables": tables})
+        write_json(
+            args.out,
+            {
+                "command": command_line(),
+                "commit": git_commit(),
+                "cores": os.cpu_count(),
+                "tables": tables,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What attention costs, for study/bench.py: A's block-causal one over frames, and B's and C's to voxel tokens that are never built."""
+"""What attention costs, for study/bench.py: A's block-causal one over frames, and B's and C's to
+voxel tokens that are never built.
+"""
+
 import tempfile
 import time
 from collections import defaultdict
@@ -7,29 +10,50 @@ import numpy as np
 
 from study.timing import alternate, in_fresh_process, peak_mb
 
-VOXEL_CASES = [(batch, side, bins, d, Q) for side, bins in ((28, 16), (56, 32)) for d in (128, 384) for batch in (1, 4)
-               for Q in (1, 8, 21)]
+VOXEL_CASES = [
+    (batch, side, bins, d, Q)
+    for side, bins in ((28, 16), (56, 32))
+    for d in (128, 384)
+    for batch in (1, 4)
+    for Q in (1, 8, 21)
+]
 VOXEL_QUICK = [(1, 28, 16, 128, 8)]
 VOXEL_HEADS = 4
 
 
 class VoxelCase:
-    """One size of attention to voxel tokens, forward and backward, on random features; each batch item has its own camera."""
+    """One size of attention to voxel tokens, forward and backward, on random features; each batch
+    item has its own camera.
+    """
 
     def __init__(self, batch, side, bins, d, Q, device):
         import torch
 
         import camera
         from nets import layers_voxel as lv
-        self.device, self.waves, self.name = device, lv.wavelengths(), f"batch {batch}, V {side * side * bins}, d {d}, Q {Q}"
+
+        self.device, self.waves, self.name = (
+            device,
+            lv.wavelengths(),
+            f"batch {batch}, V {side * side * bins}, d {d}, Q {Q}",
+        )
         torch.manual_seed(0)
         make = lambda *shape, scale=1.0: (scale * torch.randn(*shape)).to(device).requires_grad_()
         h, D, P = VOXEL_HEADS, d // VOXEL_HEADS, 6 * len(self.waves)
-        self.inputs = {"query": make(batch, Q, h, D), "image": make(batch, d, side * side), "positional": make(d, P, scale=P**-0.5),
-                       "key": make(h, D, d, scale=d**-0.5), "value": make(h, D, d, scale=d**-0.5)}
+        self.inputs = {
+            "query": make(batch, Q, h, D),
+            "image": make(batch, d, side * side),
+            "positional": make(d, P, scale=P**-0.5),
+            "key": make(h, D, d, scale=d**-0.5),
+            "value": make(h, D, d, scale=d**-0.5),
+        }
         self.weight = torch.randn(batch, Q, h, D).to(device)
-        E = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)).repeat(batch, 1, 1)
-        E[:, :3, 3] = torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64) + 0.1 * torch.arange(batch)[:, None]
+        E = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)).repeat(
+            batch, 1, 1
+        )
+        E[:, :3, 3] = (
+            torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64) + 0.1 * torch.arange(batch)[:, None]
+        )
         K = torch.from_numpy(camera.intrinsics(45, 448)).expand(batch, 3, 3)
         pixel = camera.cell_to_pixel(torch.arange(side, dtype=torch.float64), side, 448)
         v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
@@ -41,27 +65,39 @@ class VoxelCase:
 
     def make_table(self):
         from nets import layers_voxel as lv
+
         return lv.VoxelTable(self.origin[..., :2], self.slope[..., :2], self.heights, self.waves)
 
     def finish(self, out):
         import torch
+
         grads = torch.autograd.grad((out * self.weight).sum(), list(self.inputs.values()))
         if self.device != "cpu":
             torch.cuda.synchronize()
         return out.detach(), *grads
 
     def built(self, autocast=False):
-        """All tokens built and projected, then scaled_dot_product_attention (FlashAttention where there is one)."""
+        """All tokens built and projected, then scaled_dot_product_attention (FlashAttention where
+        there is one).
+        """
         import torch
         import torch.nn.functional as F
 
         from nets import layers_voxel as lv
+
         q, image, positional, key, value = self.inputs.values()
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=autocast):
-            xyz = self.origin[:, None] + self.slope[:, None] * self.heights[:, None, None]  # (B,Z,N,3)
-            token = lv.encode_position(xyz, self.waves).float() @ positional.T + image.mT[:, None]  # (B,Z,N,d)
-            k, v = ((token.flatten(1, 2) @ w.flatten(0, 1).T).unflatten(-1, w.shape[:2]).transpose(1, 2) for w in (key, value))
-            out = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v).transpose(1, 2)
+            # (B,Z,N,3)
+            xyz = self.origin[:, None] + self.slope[:, None] * self.heights[:, None, None]
+            # (B,Z,N,d)
+            token = lv.encode_position(xyz, self.waves).float() @ positional.T + image.mT[:, None]
+            k, v = (
+                (token.flatten(1, 2) @ w.flatten(0, 1).T).unflatten(-1, w.shape[:2]).transpose(1, 2)
+                for w in (key, value)
+            )
+            out = F.scaled_dot_product_attention(q.transpose(1, 2).to(k.dtype), k, v).transpose(
+                1, 2
+            )
         return self.finish(out.float())
 
     def built_bf16(self):
@@ -70,30 +106,42 @@ class VoxelCase:
     def absorbed(self):
         """The same without tokens, its table made anew for a camera never seen before."""
         from nets import layers_voxel as lv
+
         return self.finish(lv.voxel_attention(table=self.make_table(), **self.inputs)[0])
 
     def absorbed_again(self):
-        """The same with the table kept from an earlier step: a camera that stands still, or the next layer."""
+        """The same with the table kept from an earlier step: a camera that stands still, or the
+        next layer.
+        """
         from nets import layers_voxel as lv
+
         self.table = self.table or self.make_table()
         return self.finish(lv.voxel_attention(table=self.table, **self.inputs)[0])
 
     def peak_mb(self, way):
-        """Memory beyond the inputs at its peak, MB: on a GPU what is allocated, else the process's resident pages."""
+        """Memory beyond the inputs at its peak, MB: on a GPU what is allocated, else the process's
+        resident pages.
+        """
         import torch
+
         if self.device != "cpu":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             getattr(self, way)()
             return (torch.cuda.max_memory_allocated() - before) / 1e6
-        VoxelCase(1, 8, 2, 16, 1, "cpu").__getattribute__(way)()  # libraries load their code at the first call
+        # libraries load their code at the first call
+        VoxelCase(1, 8, 2, 16, 1, "cpu").__getattribute__(way)()
         return peak_mb(getattr(self, way))
 
 
 def voxel_peak_mb(case, way, device):
     """`VoxelCase.peak_mb`, on a CPU in a process of its own."""
-    return VoxelCase(*case, device).peak_mb(way) if device != "cpu" else in_fresh_process(_voxel_peak, case, way)
+    return (
+        VoxelCase(*case, device).peak_mb(way)
+        if device != "cpu"
+        else in_fresh_process(_voxel_peak, case, way)
+    )
 
 
 def _voxel_peak(case, way):
@@ -101,16 +149,24 @@ def _voxel_peak(case, way):
 
 
 class RandomBackbone:
-    """Features of the shipped backbone's shapes without its cost: what a training step reads from the cache."""
+    """Features of the shipped backbone's shapes without its cost: what a training step reads from
+    the cache.
+    """
+
     name, identity, channels = "random", "random", [40, 112]
 
     def __init__(self):
         import torch
+
         self.device = torch.device("cpu")
 
     def __call__(self, images):
         import torch
-        return [torch.randn(len(images), 40, 56, 56).half(), torch.randn(len(images), 112, 28, 28).half()]
+
+        return [
+            torch.randn(len(images), 40, 56, 56).half(),
+            torch.randn(len(images), 112, 28, 28).half(),
+        ]
 
 
 def random_windows(config, folder, n_demos=2, steps=60):
@@ -120,29 +176,52 @@ def random_windows(config, folder, n_demos=2, steps=60):
     from formats.demos import Demo
 
     class Windows(WindowDataset):
-        def _images(self, name, frames):  # of which only the bytes count: they are the key of the cache
-            return np.stack([np.full((1, 1, 3), 100 * int(name) + f, np.uint16).view(np.uint8) for f in frames])
+        # of which only the bytes count: they are the key of the cache
+        def _images(self, name, frames):
+            return np.stack(
+                [np.full((1, 1, 3), 100 * int(name) + f, np.uint16).view(np.uint8) for f in frames]
+            )
+
     E = np.diag([1.0, -1.0, -1.0, 1.0])
     E[:3, 3] = 0, 0, 2.0
     demos = []
     for d in range(n_demos):
         rng = np.random.default_rng(d)
-        path = np.array([0, 0, 1.1]) + np.linspace([0, 0, 0], rng.uniform([-0.3, -0.3, -0.1], [0.3, 0.3, 0.1]), steps)
+        path = np.array([0, 0, 1.1]) + np.linspace(
+            [0, 0, 0], rng.uniform([-0.3, -0.3, -0.1], [0.3, 0.3, 0.1]), steps
+        )
         actions = np.zeros((steps, 7))
         actions[:, 6] = np.where(np.arange(steps) < steps - 1, -1.0, 1.0)
         down, fingers = np.tile([np.pi, 0, 0], (steps, 1)), np.tile([0.04, -0.04], (steps, 1))
-        demos.append(Demo(str(d), actions, path, down, fingers, np.zeros((steps, 0)), np.zeros(steps, bool),
-                          camera.intrinsics(45, config.image_size), E, config.image_size, {}))
+        demos.append(
+            Demo(
+                str(d),
+                actions,
+                path,
+                down,
+                fingers,
+                np.zeros((steps, 0)),
+                np.zeros(steps, bool),
+                camera.intrinsics(45, config.image_size),
+                E,
+                config.image_size,
+                {},
+            )
+        )
     return Windows("random", demos, config, RandomBackbone(), cache=folder, progress=False)
 
 
 def training_steps(policy, dataset, batch, precision, n):
-    """Seconds of n training steps and of their parts, {"step", "read", ...: (n,)}, after one that warms up."""
+    """Seconds of n training steps and of their parts, {"step", "read", ...: (n,)}, after one that
+    warms up.
+    """
     import torch
 
     from runtime import autocast
+
     optimizer, spent = torch.optim.AdamW(policy.param_groups(0.01), lr=1e-3), defaultdict(list)
-    whole = [i for i, window in enumerate(dataset.windows) if len(window) == dataset.config.context]  # shorter ones would flatter
+    # shorter ones would flatter
+    whole = [i for i, window in enumerate(dataset.windows) if len(window) == dataset.config.context]
     for step in range(n + 1):
         clock = [time.perf_counter()]
         data = dataset.batch([whole[7 * (step * batch + i) % len(whole)] for i in range(batch)])
@@ -164,12 +243,16 @@ def training_steps(policy, dataset, batch, precision, n):
 
 
 def bench_voxel_train(args):
-    """Whole training steps of B's and C's preset `small` on the full volume, features read from the cache, and their parts."""
+    """Whole training steps of B's and C's preset `small` on the full volume, features read from the
+    cache, and their parts.
+    """
     import torch
 
     from registry import look_up
+
     rows, threads = [], torch.get_num_threads()
-    kinds = ["fp32"] + ["bf16"] * torch.cpu._is_avx512_bf16_supported()  # --precision auto takes the last
+    # --precision auto takes the last
+    kinds = ["fp32"] + ["bf16"] * torch.cpu._is_avx512_bf16_supported()
     print(f"\ntraining steps, preset small, {threads} threads; median ms")
     for name in ("voxel_ar", "voxel_ar_rel"):
         entry = look_up(name)
@@ -182,13 +265,36 @@ def bench_voxel_train(args):
             dataset = random_windows(config, folder)
             for kind in kinds:
                 torch.manual_seed(0)
-                spent = training_steps(entry.policy(config, RandomBackbone.channels).train(), dataset, batch, kind, args.rounds)
+                spent = training_steps(
+                    entry.policy(config, RandomBackbone.channels).train(),
+                    dataset,
+                    batch,
+                    kind,
+                    args.rounds,
+                )
                 rate = float(1 / np.mean(spent["step"]))
-                median = {part: round(1000 * float(np.median(seconds)), 1) for part, seconds in spent.items()}
-                print(f"  {name}, {volume}, {trained} frames of each of {batch} windows of {config.context}, {kind}: {rate:.2f} steps/s; "
-                      + ", ".join(f"{part} {ms:.0f}" for part, ms in median.items()), flush=True)
-                rows.append({"model_type": name, "voxels": volume, "batch": batch, "context": config.context, "trained_frames": trained,
-                             "precision": kind, "threads": threads, "steps_per_s": round(rate, 3), "ms": median})
+                median = {
+                    part: round(1000 * float(np.median(seconds)), 1)
+                    for part, seconds in spent.items()
+                }
+                print(
+                    f"  {name}, {volume}, {trained} frames of each of {batch} windows of {config.context}, {kind}: {rate:.2f} steps/s; "
+                    + ", ".join(f"{part} {ms:.0f}" for part, ms in median.items()),
+                    flush=True,
+                )
+                rows.append(
+                    {
+                        "model_type": name,
+                        "voxels": volume,
+                        "batch": batch,
+                        "context": config.context,
+                        "trained_frames": trained,
+                        "precision": kind,
+                        "threads": threads,
+                        "steps_per_s": round(rate, 3),
+                        "ms": median,
+                    }
+                )
             del dataset
     return {"title": "training steps of voxel-token policies", "rows": rows}
 
@@ -198,46 +304,83 @@ def bench_voxel(args):
     if args.train:
         return bench_voxel_train(args)
     import torch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ways = ["built", "absorbed", "absorbed_again"] + ["built_bf16"] * (device != "cpu")
     rows = []
-    print(f"\nattention to V voxel tokens, {VOXEL_HEADS} heads, forward and backward, {device}, {torch.get_num_threads()} threads; "
-          "difference: of outputs and gradients, relative to the largest entry of each")
-    print(f"  {'':<34}" + "".join(f"{w + ' ms':>18}" for w in ways) + f"{'times faster':>18}{'MB':>16}{'times less':>12}{'difference':>12}")
+    print(
+        f"\nattention to V voxel tokens, {VOXEL_HEADS} heads, forward and backward, {device}, {torch.get_num_threads()} threads; "
+        "difference: of outputs and gradients, relative to the largest entry of each"
+    )
+    print(
+        f"  {'':<34}"
+        + "".join(f"{w + ' ms':>18}" for w in ways)
+        + f"{'times faster':>18}{'MB':>16}{'times less':>12}{'difference':>12}"
+    )
     for sizes in VOXEL_QUICK if args.quick else VOXEL_CASES:
         case = VoxelCase(*sizes, device)
         found, expected = case.absorbed(), case.built()
-        difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected))
+        difference = max(
+            ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected)
+        )
         del found, expected
         seconds = alternate({w: getattr(case, w) for w in ways}, args.rounds)
         memory = {w: voxel_peak_mb(sizes, w, device) for w in ways}
         slow = seconds[ways[-1] if device != "cpu" else "built"]
         faster = [slow / seconds[w] for w in ("absorbed", "absorbed_again")]
         less = memory["built"] / memory["absorbed"]
-        print(f"  {case.name:<34}" + "".join(f"{1000 * seconds[w]:>18.1f}" for w in ways) + f"{faster[0]:>9.1f}{faster[1]:>9.1f}"
-              f"{memory['built']:>9.1f}{memory['absorbed']:>7.1f}{less:>12.1f}{difference:>12.1e}", flush=True)
-        rows.append({"batch": sizes[0], "voxels": sizes[1]**2 * sizes[2], "d": sizes[3], "queries": sizes[4],
-                     "ms": {w: round(1000 * seconds[w], 2) for w in ways}, "peak_mb": {w: round(m, 1) for w, m in memory.items()},
-                     "times_faster": [round(f, 2) for f in faster], "times_less_memory": round(less, 1), "difference": difference})
+        print(
+            f"  {case.name:<34}"
+            + "".join(f"{1000 * seconds[w]:>18.1f}" for w in ways)
+            + f"{faster[0]:>9.1f}{faster[1]:>9.1f}"
+            f"{memory['built']:>9.1f}{memory['absorbed']:>7.1f}{less:>12.1f}{difference:>12.1e}",
+            flush=True,
+        )
+        rows.append(
+            {
+                "batch": sizes[0],
+                "voxels": sizes[1] ** 2 * sizes[2],
+                "d": sizes[3],
+                "queries": sizes[4],
+                "ms": {w: round(1000 * seconds[w], 2) for w in ways},
+                "peak_mb": {w: round(m, 1) for w, m in memory.items()},
+                "times_faster": [round(f, 2) for f in faster],
+                "times_less_memory": round(less, 1),
+                "difference": difference,
+            }
+        )
     return {"title": "attention to voxel tokens", "device": device, "rows": rows}
 
 
 def attention_ways(frames, side, dim, heads):
-    """{way: callable}, forward and backward of one layer's attention over a window, and the difference of their results."""
+    """{way: callable}, forward and backward of one layer's attention over a window, and the
+    difference of their results.
+    """
     import torch
     import torch.nn.functional as F
 
     from nets.layers import dense_mask, frame_attention
+
     torch.manual_seed(0)
     N = side * side + 2
     q, k, v = (torch.randn(1, frames, N, heads, dim // heads, requires_grad=True) for _ in "qkv")
-    weight, mask = torch.randn(1, frames, N, heads, dim // heads), dense_mask(frames, N, frames, N, frames)
+    weight, mask = (
+        torch.randn(1, frames, N, heads, dim // heads),
+        dense_mask(frames, N, frames, N, frames),
+    )
     flat = lambda x: x.flatten(1, 2).transpose(1, 2)
     finish = lambda out: (out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v)))
-    ways = {"dense mask": lambda: finish(F.scaled_dot_product_attention(flat(q), flat(k), flat(v), attn_mask=mask)
-                                         .transpose(1, 2).unflatten(1, (frames, N))),
-            "block-causal": lambda: finish(frame_attention(q, k, v, frames))}
-    difference = max((a - b).abs().max().item() for a, b in zip(ways["dense mask"](), ways["block-causal"]()))
+    ways = {
+        "dense mask": lambda: finish(
+            F.scaled_dot_product_attention(flat(q), flat(k), flat(v), attn_mask=mask)
+            .transpose(1, 2)
+            .unflatten(1, (frames, N))
+        ),
+        "block-causal": lambda: finish(frame_attention(q, k, v, frames)),
+    }
+    difference = max(
+        (a - b).abs().max().item() for a, b in zip(ways["dense mask"](), ways["block-causal"]())
+    )
     return ways, difference
 
 
@@ -250,25 +393,48 @@ def window_of(config, frames, batch, train):
     import torch
 
     from model_autoregressive import AutoregressivePolicy
+
     torch.manual_seed(0)
     policy = AutoregressivePolicy(config, [40, 112]).train(train)
-    K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).expand(batch, frames, 3, 3)
-    E = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)).repeat(batch, frames, 1, 1)
+    K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).expand(
+        batch, frames, 3, 3
+    )
+    E = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)).repeat(
+        batch, frames, 1, 1
+    )
     E[..., 2, 3] = 2.0
-    place = lambda: torch.rand(batch, frames, 3, dtype=torch.float64) * 0.3 + torch.tensor([0, 0, 0.9])
-    return policy, {"features": [torch.randn(batch, frames, 40, 56, 56).half(), torch.randn(batch, frames, 112, 28, 28).half()],
-                    "eef_pos": place(), "target_pos": place(), "gripper_width": torch.full((batch, frames), 0.08), "K": K, "E": E,
-                    "valid": torch.ones(batch, frames, dtype=torch.bool), "mask": torch.ones(batch, frames),
-                    "target_rot": torch.eye(3, dtype=torch.float64).expand(batch, frames, 3, 3),
-                    "target_gripper": torch.zeros(batch, frames, dtype=torch.long)}
+    place = lambda: (
+        torch.rand(batch, frames, 3, dtype=torch.float64) * 0.3 + torch.tensor([0, 0, 0.9])
+    )
+    return policy, {
+        "features": [
+            torch.randn(batch, frames, 40, 56, 56).half(),
+            torch.randn(batch, frames, 112, 28, 28).half(),
+        ],
+        "eef_pos": place(),
+        "target_pos": place(),
+        "gripper_width": torch.full((batch, frames), 0.08),
+        "K": K,
+        "E": E,
+        "valid": torch.ones(batch, frames, dtype=torch.bool),
+        "mask": torch.ones(batch, frames),
+        "target_rot": torch.eye(3, dtype=torch.float64).expand(batch, frames, 3, 3),
+        "target_gripper": torch.zeros(batch, frames, dtype=torch.long),
+    }
 
 
 def decide_all(policy, windows, cached):
-    """The newest decision of an episode: callable that takes it with the cache, or by computing the whole window."""
+    """The newest decision of an episode: callable that takes it with the cache, or by computing the
+    whole window.
+    """
     import torch
+
     frames = windows["eef_pos"].shape[1]
-    at = lambda t: {k: [m[:, t] for m in v] if isinstance(v, list) else v[:, t] for k, v in windows.items()
-                    if k in ("features", "eef_pos", "gripper_width", "K", "E")}
+    at = lambda t: {
+        k: [m[:, t] for m in v] if isinstance(v, list) else v[:, t]
+        for k, v in windows.items()
+        if k in ("features", "eef_pos", "gripper_width", "K", "E")
+    }
     with torch.inference_mode():
         policy.eval().reset()
         for t in range(frames - 1):
@@ -283,6 +449,7 @@ def decide_all(policy, windows, cached):
     def window():
         with torch.inference_mode():
             return policy.predict(windows)["position"][0, -1]
+
     return once if cached else window
 
 
@@ -291,10 +458,17 @@ def bench_attention(args):
     import torch
 
     from model_autoregressive import AutoregressiveConfig
+
     small = dict(AutoregressiveConfig.presets["small"])
-    sizes = {"small": {k: small[k] for k in ("dim", "n_layers", "n_heads", "mlp_ratio", "patch_grid")}, "full": {}}
+    sizes = {
+        "small": {k: small[k] for k in ("dim", "n_layers", "n_heads", "mlp_ratio", "patch_grid")},
+        "full": {},
+    }
     if args.quick:
-        sizes, lengths = {"tiny": dict(dim=32, n_layers=2, n_heads=2, patch_grid=7, key_width=8, grid=28)}, (3,)
+        sizes, lengths = (
+            {"tiny": dict(dim=32, n_layers=2, n_heads=2, patch_grid=7, key_width=8, grid=28)},
+            (3,),
+        )
     else:
         lengths = (8, 20)
     rows = []
@@ -306,18 +480,32 @@ def bench_attention(args):
             seconds = alternate(ways, 1 if name == "full" else args.rounds)
             memory = {way: in_fresh_process(_attention_peak, case, way) for way in ways}
             dense, block = ways
-            print(f"\n{name}, {frames} frames of {config.patch_grid}x{config.patch_grid} patches, d {config.dim}: attention of a layer, "
-                  f"forward and backward\n  dense mask {1000 * seconds[dense]:.0f} ms, {memory[dense]:.0f} MB; block-causal "
-                  f"{1000 * seconds[block]:.0f} ms, {memory[block]:.0f} MB: x{seconds[dense] / seconds[block]:.2f} in time, "
-                  f"x{memory[dense] / max(memory[block], 1):.2f} in memory; largest difference {difference:.1e}", flush=True)
-            row = {"size": name, "frames": frames, "attention_ms": {k: round(1000 * v, 1) for k, v in seconds.items()},
-                   "attention_mb": {k: round(v, 1) for k, v in memory.items()}, "difference": difference}
+            print(
+                f"\n{name}, {frames} frames of {config.patch_grid}x{config.patch_grid} patches, d {config.dim}: attention of a layer, "
+                f"forward and backward\n  dense mask {1000 * seconds[dense]:.0f} ms, {memory[dense]:.0f} MB; block-causal "
+                f"{1000 * seconds[block]:.0f} ms, {memory[block]:.0f} MB: x{seconds[dense] / seconds[block]:.2f} in time, "
+                f"x{memory[dense] / max(memory[block], 1):.2f} in memory; largest difference {difference:.1e}",
+                flush=True,
+            )
+            row = {
+                "size": name,
+                "frames": frames,
+                "attention_ms": {k: round(1000 * v, 1) for k, v in seconds.items()},
+                "attention_mb": {k: round(v, 1) for k, v in memory.items()},
+                "difference": difference,
+            }
             policy, windows = window_of(config, frames, 1, False)
-            calls = {"window computed anew": decide_all(policy, windows, False), "with the cache": decide_all(policy, windows, True)}
+            calls = {
+                "window computed anew": decide_all(policy, windows, False),
+                "with the cache": decide_all(policy, windows, True),
+            }
             apart = (calls["window computed anew"]() - calls["with the cache"]()).abs().max().item()
             seconds = alternate(calls, 1 if name == "full" else args.rounds)
             anew, cached = seconds.values()
-            print(f"  newest decision: window {1000 * anew:.0f} ms, cache {1000 * cached:.0f} ms: x{anew / cached:.1f}; apart {apart:.1e} m", flush=True)
+            print(
+                f"  newest decision: window {1000 * anew:.0f} ms, cache {1000 * cached:.0f} ms: x{anew / cached:.1f}; apart {apart:.1e} m",
+                flush=True,
+            )
             row["decision_ms"] = {"window": round(1000 * anew, 1), "cache": round(1000 * cached, 1)}
             row["step"] = []
             for batch in (2, 4) if name != "full" else (2,):
@@ -328,12 +516,18 @@ def bench_attention(args):
                     optimizer.zero_grad()
                     policy(windows)["loss"].backward()
                     optimizer.step()
+
                 if name != "full":
                     step()  # warm-up
                 start = time.perf_counter()
                 peak = peak_mb(step)
                 took = time.perf_counter() - start
-                row["step"].append({"batch": batch, "ms": round(1000 * took, 1), "peak_mb": round(peak, 1)})
-                print(f"  training step, batch {batch}: {1000 * took:.0f} ms, {peak:.0f} MB beyond weights and data", flush=True)
+                row["step"].append(
+                    {"batch": batch, "ms": round(1000 * took, 1), "peak_mb": round(peak, 1)}
+                )
+                print(
+                    f"  training step, batch {batch}: {1000 * took:.0f} ms, {peak:.0f} MB beyond weights and data",
+                    flush=True,
+                )
             rows.append(row)
     return {"title": "autoregressive policy", "threads": torch.get_num_threads(), "rows": rows}

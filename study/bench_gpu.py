@@ -3,9 +3,10 @@
     python -m study.bench_gpu                   # results/gpu/<card>.json
     python -m study.bench_gpu --device cpu --quick --out x.json     # the same code without a GPU, at small sizes
 
-A's training step at full size against the rate of a plain matrix product measured beside it, attention to voxel tokens in each of its
-ways, the latency of a decision, features a second.
+A's training step at full size against the rate of a plain matrix product measured beside it,
+attention to voxel tokens in each of its ways, the latency of a decision, features a second.
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -47,13 +48,18 @@ def matmul_rate(device, n, rounds):
 
 
 def training_step(device, quick, rounds):
-    """A's training step, by way of attention: ms, and the share of the matrix product's rate that it reaches."""
+    """A's training step, by way of attention: ms, and the share of the matrix product's rate that
+    it reaches.
+    """
     from torch.utils.flop_counter import FlopCounterMode
+
     size = dict(dim=32, n_layers=2, n_heads=2, patch_grid=7, key_width=8, grid=28) if quick else {}
     frames, batch = (3, 1) if quick else (8, 16)
     rate, rows = matmul_rate(device, 256 if quick else 8192, rounds), []
     for way in ("sdpa", "flex") if device != "cpu" else ("sdpa",):
-        policy, windows = window_of(AutoregressiveConfig(context=frames, attention=way, **size), frames, batch, True)
+        policy, windows = window_of(
+            AutoregressiveConfig(context=frames, attention=way, **size), frames, batch, True
+        )
         policy, windows = policy.to(device), to_device(windows, device)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
 
@@ -63,7 +69,13 @@ def training_step(device, quick, rounds):
                 loss = policy(windows)["loss"]
             loss.backward()
             optimizer.step()
-        row = {"attention": way, "batch": batch, "frames": frames, "ms": milliseconds(step, device, rounds)}
+
+        row = {
+            "attention": way,
+            "batch": batch,
+            "frames": frames,
+            "ms": milliseconds(step, device, rounds),
+        }
         if way == "sdpa":
             with FlopCounterMode(display=False) as counter:
                 step()
@@ -74,16 +86,29 @@ def training_step(device, quick, rounds):
 
 
 def voxel_attention(device, quick, rounds):
-    """Forward and backward of a layer, tokens built (in fp32, and in bf16 where FlashAttention is) and absorbed in each way."""
+    """Forward and backward of a layer, tokens built (in fp32, and in bf16 where FlashAttention is)
+    and absorbed in each way.
+    """
     from nets import layers_voxel as lv
+
     rows = []
     ways = ("chunks", "whole", *(("fused",) if device != "cpu" else ()))
-    for size in [(1, 8, 4, 16, 1)] if quick else [(4, 28, 16, 128, 1), (4, 56, 32, 128, 1), (16, 56, 32, 384, 1)]:
+    for size in (
+        [(1, 8, 4, 16, 1)]
+        if quick
+        else [(4, 28, 16, 128, 1), (4, 56, 32, 128, 1), (16, 56, 32, 384, 1)]
+    ):
         case = VoxelCase(*size, device)
         table = case.make_table()
-        row = {"case": case.name, "built": milliseconds(case.built, device, rounds), "built_bf16": milliseconds(case.built_bf16, device, rounds)}
+        row = {
+            "case": case.name,
+            "built": milliseconds(case.built, device, rounds),
+            "built_bf16": milliseconds(case.built_bf16, device, rounds),
+        }
         for way in ways:
-            call = lambda way=way: case.finish(lv.voxel_attention(table=table, way=way, **case.inputs)[0])
+            call = lambda way=way: case.finish(
+                lv.voxel_attention(table=table, way=way, **case.inputs)[0]
+            )
             row[way] = milliseconds(call, device, rounds)
         rows.append(row)
     return {"title": "attention to voxel tokens, forward and backward, ms", "rows": rows}
@@ -110,7 +135,9 @@ def features(device, quick, rounds):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="small sizes")
@@ -123,7 +150,16 @@ def main(argv=None):
         tables.append(bench(device, args.quick, args.rounds))
         print(tables[-1], flush=True)
     out = args.out or Path("results/gpu") / f"{card.replace(' ', '_')}.json"
-    write_json(out, {"card": card, "command": command_line(), "commit": git_commit(), "versions": versions(), "tables": tables})
+    write_json(
+        out,
+        {
+            "card": card,
+            "command": command_line(),
+            "commit": git_commit(),
+            "versions": versions(),
+            "tables": tables,
+        },
+    )
     print(out)
 
 

@@ -1,13 +1,16 @@
-"""v7 against the new rotation head, and the new one with y/x embeddings: same data, same steps, several seeds, held-out episodes.
+"""v7 against the new rotation head, and the new one with y/x embeddings: same data, same steps,
+several seeds, held-out episodes.
 
     python -m study.compare_rotation --dataset data/rim.hdf5 --seeds 3 --max_steps 500 --out results/rotation
     python -m study.compare_rotation --run v7=runs/v7_0 --run v7=runs/v7_1 --run new=runs/new_0 --run new=runs/new_1
 
-The first trains what is not trained yet (further flags go to train.py as they are), in RUNS/NAME_SEED, and then compares; after
-a kill the same command goes on. The second compares finished runs: each --run is NAME=FOLDER, runs of one name are its seeds.
-Written are summary.json, the tables as table.md, and PNGs; rotations are drawn on the axis of the dataset's
+The first trains what is not trained yet (further flags go to train.py as they are), in
+RUNS/NAME_SEED, and then compares; after a kill the same command goes on. The second compares
+finished runs: each --run is NAME=FOLDER, runs of one name are its seeds. Written are summary.json,
+the tables as table.md, and PNGs; rotations are drawn on the axis of the dataset's
 rotation_pca_basis.npz.
 """
+
 import subprocess
 import sys
 from collections import defaultdict
@@ -28,29 +31,65 @@ from harness.validation import decision_frames, to_pixels
 from rot_utils import basis_path, load_basis, rotation_angle, rotvec_to_matrix
 from runtime import UserError, command_line, git_commit, read_json, run_script, versions, write_json
 
-CELLS = {"v7": ["--tf_layers", "2", "--token_enc", "learned", "--rotation", "euler", "--n_rot_bins", "32"], "new": [],
-         "new_yx": ["--yx_embedding"]}
-METRICS = {"val/rotation_ce": "rotation CE above the labels' entropy, nats an angle", "val/top1_pixel": "top-1 pixel", "val/top1_height": "height",
-           "val/top1_gripper": "gripper", "val/top1_rotation": "rotation", "val/top1_joint": "joint",
-           "val/rotation_deg_all_median": "rotation error, deg, median", "val/rotation_deg_all_p95": "95%",
-           "val/cm_median": "position error, cm, median"}
+CELLS = {
+    "v7": [
+        "--tf_layers",
+        "2",
+        "--token_enc",
+        "learned",
+        "--rotation",
+        "euler",
+        "--n_rot_bins",
+        "32",
+    ],
+    "new": [],
+    "new_yx": ["--yx_embedding"],
+}
+METRICS = {
+    "val/rotation_ce": "rotation CE above the labels' entropy, nats an angle",
+    "val/top1_pixel": "top-1 pixel",
+    "val/top1_height": "height",
+    "val/top1_gripper": "gripper",
+    "val/top1_rotation": "rotation",
+    "val/top1_joint": "joint",
+    "val/rotation_deg_all_median": "rotation error, deg, median",
+    "val/rotation_deg_all_p95": "95%",
+    "val/cm_median": "position error, cm, median",
+}
 AXIS_M = 0.05  # half of the drawn closing direction
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
+# -- training
+# ----------------------------------------------------------------------------------------------------------
 
 
 def script(name, *arguments):
     """Run another script of the repository. Raises UserError where it fails."""
-    code = subprocess.run([sys.executable, (Path(__file__).resolve().parents[1] / name), *map(str, arguments)]).returncode
+    code = subprocess.run(
+        [sys.executable, (Path(__file__).resolve().parents[1] / name), *map(str, arguments)]
+    ).returncode
     if code:
-        raise UserError(f"{name} ended with exit code {code}; what it wrote stays, the same command goes on")
+        raise UserError(
+            f"{name} ended with exit code {code}; what it wrote stays, the same command goes on"
+        )
 
 
 def train_flags(args, name, seed, further):
     """What train.py gets for one configuration and seed."""
-    return ["--model_type", "dino_volume_kv_full", "--dataset", str(args.dataset), "--seed", str(seed),
-            "--max_steps", str(args.max_steps), "--out", str(args.runs / f"{name}_{seed}"), *CELLS[name], *further]
+    return [
+        "--model_type",
+        "dino_volume_kv_full",
+        "--dataset",
+        str(args.dataset),
+        "--seed",
+        str(seed),
+        "--max_steps",
+        str(args.max_steps),
+        "--out",
+        str(args.runs / f"{name}_{seed}"),
+        *CELLS[name],
+        *further,
+    ]
 
 
 def train_cells(args, further):
@@ -64,9 +103,15 @@ def train_cells(args, further):
             runs.append(f"{name}={folder}")
             if not (folder / "config.json").exists():
                 script("train.py", *flags)
-            elif (other := read_json(folder / "config.json", "run of train.py", form={"argv": [str]})["argv"]) != flags:
-                raise UserError(f"{folder}: was trained with `{' '.join(other)}`, asked for is `{' '.join(flags)}`; "
-                                "give another --runs")
+            elif (
+                other := read_json(folder / "config.json", "run of train.py", form={"argv": [str]})[
+                    "argv"
+                ]
+            ) != flags:
+                raise UserError(
+                    f"{folder}: was trained with `{' '.join(other)}`, asked for is `{' '.join(flags)}`; "
+                    "give another --runs"
+                )
             elif not finished(folder):
                 script("train.py", "--resume", folder)
             if not finished(folder):
@@ -79,20 +124,28 @@ def finished(folder):
     return (folder / "loss.png").exists()
 
 
-# -- what is measured --------------------------------------------------------------------------------------------------
+# -- what is measured
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def episode_predictions(policy, maps, demo, batch_size=16):
-    """A policy's answers at every frame of an episode, from its features [(N,C,H,W)] -> {"position" (N,3), "gripper" (N,),
-    "rotation" (N,3,3)} of the first waypoint, and "logits" (N,T,A,bins)."""
+    """A policy's answers at every frame of an episode, from its features [(N,C,H,W)] -> {"position"
+    (N,3), "gripper" (N,), "rotation" (N,3,3)} of the first waypoint, and "logits" (N,T,A,bins)."""
     found = defaultdict(list)
     for start in range(0, len(demo), batch_size):
         part = slice(start, min(start + batch_size, len(demo)))
         same = lambda x: torch.from_numpy(x).expand(part.stop - start, *x.shape)
         width = np.abs(demo.gripper_states[part]).sum(-1)
-        out = policy.predict({"features": [m[part] for m in maps], "eef_pos": torch.from_numpy(demo.ee_pos[part]),
-                              "gripper_width": torch.from_numpy(width), "K": same(demo.K), "E": same(demo.E)})
+        out = policy.predict(
+            {
+                "features": [m[part] for m in maps],
+                "eef_pos": torch.from_numpy(demo.ee_pos[part]),
+                "gripper_width": torch.from_numpy(width),
+                "K": same(demo.K),
+                "E": same(demo.E),
+            }
+        )
         for key in ("position", "gripper", "rotation"):
             found[key].append(out[key][:, 0].numpy())
         found["logits"].append(out["rotation_logits"].numpy())
@@ -100,8 +153,9 @@ def episode_predictions(policy, maps, demo, batch_size=16):
 
 
 def executed(gripper, demo, config):
-    """Of commands (N,) answered at every frame, those that a robot would execute: it decides where the demonstration's waypoints are
-    reached, and holds what it decided until the next -> (commands of the decisions (M,), the same held over the frames (N,))."""
+    """Of commands (N,) answered at every frame, those that a robot would execute: it decides where
+    the demonstration's waypoints are reached, and holds what it decided until the next -> (commands
+    of the decisions (M,), the same held over the frames (N,))."""
     frames, _ = decision_frames(demo, config)
     decided = gripper[frames]
     return decided, np.repeat(decided, np.diff([*frames, len(gripper)]))
@@ -110,21 +164,29 @@ def executed(gripper, demo, config):
 def bin_widths(policy):
     """Degrees (A,) that a bin of each angle spans."""
     stats = policy.rotation_stats()
-    ranges = np.array([[stats["basis"]["low"], stats["basis"]["high"]]] if stats["kind"] == "pca" else stats["euler_range"])
+    ranges = np.array(
+        [[stats["basis"]["low"], stats["basis"]["high"]]]
+        if stats["kind"] == "pca"
+        else stats["euler_range"]
+    )
     return np.degrees(ranges[:, 1] - ranges[:, 0]) / stats["n_bins"]
 
 
 def rotation_nats(policy, logits, rotation):
-    """Logits (N,A,bins) at true rotations (N,3,3) -> two measures that do not depend on how many angles and bins there are, (N,) each.
+    """Logits (N,A,bins) at true rotations (N,3,3) -> two measures that do not depend on how many
+    angles and bins there are, (N,) each.
 
-    whole: cross-entropies above the labels' entropy, summed over the angles. density: -ln of the probability per degree at the
-    truth, of the angle that turns (with the widest range): what an angle of few degrees makes easy does not count.
+    whole: cross-entropies above the labels' entropy, summed over the angles. density: -ln of the
+    probability per degree at the truth, of the angle that turns (with the widest range): what an
+    angle of few degrees makes easy does not count.
     """
     log_share, widths = torch.from_numpy(logits).double().log_softmax(-1), bin_widths(policy)
     turning, rotation = int(widths.argmax()), torch.from_numpy(rotation)
     whole = policy.rotation_loss(torch.from_numpy(logits), rotation) * len(widths)
     bins = policy.rotation_bins(rotation)[:, turning]
-    return whole.numpy(), np.log(widths[turning]) - log_share[torch.arange(len(bins)), turning, bins].numpy()
+    return whole.numpy(), np.log(widths[turning]) - log_share[
+        torch.arange(len(bins)), turning, bins
+    ].numpy()
 
 
 def transitions(gripper):
@@ -139,22 +201,35 @@ def unsteadiness(rotation):
 
 
 def guess_nats(targets):
-    """What a guesser scores who knows how often each bin occurs, of labels (N,A,bins), in nats above their entropy, an angle."""
+    """What a guesser scores who knows how often each bin occurs, of labels (N,A,bins), in nats
+    above their entropy, an angle.
+    """
     targets = torch.as_tensor(targets).double()
     mean = targets.mean(0, keepdim=True).expand_as(targets)
-    return float(torch.nn.functional.kl_div(mean.log(), targets, reduction="none").nan_to_num(0.0).sum(-1).mean())
+    return float(
+        torch.nn.functional.kl_div(mean.log(), targets, reduction="none")
+        .nan_to_num(0.0)
+        .sum(-1)
+        .mean()
+    )
 
 
 def labels(demo, config):
-    """(target (N,T) frames, gripper (N,T), mask (N,T), usable (N,)) of a demonstration, the retreat left out as in training."""
-    return waypoint_labels(demo, config.waypoint_stride, config.n_window, config.retreat, config.min_travel)
+    """(target (N,T) frames, gripper (N,T), mask (N,T), usable (N,)) of a demonstration, the retreat
+    left out as in training.
+    """
+    return waypoint_labels(
+        demo, config.waypoint_stride, config.n_window, config.retreat, config.min_travel
+    )
 
 
 def training_record(folder):
     """The last validation row of a run, and its rotation cross-entropies [(step, nats)]."""
     rows = [r for r in read_metrics(folder) if "val/rotation_ce" in r]
     if not rows:
-        raise UserError(f"{folder}: metrics.jsonl has no validation of a volume policy; give a folder of a finished train.py run")
+        raise UserError(
+            f"{folder}: metrics.jsonl has no validation of a volume policy; give a folder of a finished train.py run"
+        )
     return rows[-1], [(r["step"], r["val/rotation_ce"]) for r in rows]
 
 
@@ -178,7 +253,9 @@ def measure(policy, demos, features):
             row[f"{kind}closes"].append(closes)
             row[f"{kind}opens"].append(opens)
         known = mask & usable[:, None]
-        whole, density = rotation_nats(policy, found[-1]["logits"][known], rotvec_to_matrix(demo.ee_ori)[target[known]])
+        whole, density = rotation_nats(
+            policy, found[-1]["logits"][known], rotvec_to_matrix(demo.ee_ori)[target[known]]
+        )
         row["whole"].extend(whole)
         row["density"].extend(density)
         row["unsteadiness_deg"].append(unsteadiness(found[-1]["rotation"][:last]))
@@ -187,7 +264,8 @@ def measure(policy, demos, features):
     return row, found
 
 
-# -- tables and pictures -----------------------------------------------------------------------------------------------
+# -- tables and pictures
+# -----------------------------------------------------------------------------------------------
 
 
 def spread(values, form=".3g"):
@@ -196,27 +274,56 @@ def spread(values, form=".3g"):
 
 
 def tables(summary):
-    """The comparison as Markdown: validation at the end of training, then whole episodes, a row a configuration."""
+    """The comparison as Markdown: validation at the end of training, then whole episodes, a row a
+    configuration.
+    """
     head, rows = ["", "seeds", *METRICS.values(), "CE, mean over training", "CE of a guesser"], []
     for name, s in summary.items():
         by_seed = [spread(s[k]) for k in [*(m[4:] for m in METRICS), "rotation_ce_mean"]]
         rows.append([name, s["seeds"], *by_seed, f"{s['guess_nats']:.3g}"])
     training = markdown_table(head, rows)
-    head, rows = ["", "episodes x seeds", "closes an episode, mean, most", "opens", "at most one each",
-            "as executed: at most one each", "rotation error, deg, median, 95%", "turn from frame to frame, deg (demonstrated)",
-            "whole rotation, nats, by seed", "-ln density of the turning angle, nats, by seed"], []
+    head, rows = (
+        [
+            "",
+            "episodes x seeds",
+            "closes an episode, mean, most",
+            "opens",
+            "at most one each",
+            "as executed: at most one each",
+            "rotation error, deg, median, 95%",
+            "turn from frame to frame, deg (demonstrated)",
+            "whole rotation, nats, by seed",
+            "-ln density of the turning angle, nats, by seed",
+        ],
+        [],
+    )
     count = lambda values: f"{np.mean(values):.2f}, {max(values)}"
     for name, s in summary.items():
-        once, acted = (np.mean([c <= 1 and o <= 1 for c, o in zip(s[f"{k}closes"], s[f"{k}opens"])]) for k in ("", "executed_"))
-        rows.append([name, len(s["closes"]), count(s["closes"]), count(s["opens"]), f"{100 * once:.0f}%", f"{100 * acted:.0f}%",
-                         f"{s['episode_deg_median']:.2f}, {s['episode_deg_p95']:.2f}",
-                         f"{np.mean(s['unsteadiness_deg']):.2f} ({np.mean(s['true_unsteadiness_deg']):.2f})",
-                         spread(s["whole_nats"]), spread(s["density_nats"])])
+        once, acted = (
+            np.mean([c <= 1 and o <= 1 for c, o in zip(s[f"{k}closes"], s[f"{k}opens"])])
+            for k in ("", "executed_")
+        )
+        rows.append(
+            [
+                name,
+                len(s["closes"]),
+                count(s["closes"]),
+                count(s["opens"]),
+                f"{100 * once:.0f}%",
+                f"{100 * acted:.0f}%",
+                f"{s['episode_deg_median']:.2f}, {s['episode_deg_p95']:.2f}",
+                f"{np.mean(s['unsteadiness_deg']):.2f} ({np.mean(s['true_unsteadiness_deg']):.2f})",
+                spread(s["whole_nats"]),
+                spread(s["density_nats"]),
+            ]
+        )
     return f"{training}\n\n{markdown_table(head, rows)}"
 
 
 def closing_directions(position, rotation, demo):
-    """Segments (N,2,2) px along the EEF's y axis, in which the fingers close, at positions (N,3) with rotations (N,3,3)."""
+    """Segments (N,2,2) px along the EEF's y axis, in which the fingers close, at positions (N,3)
+    with rotations (N,3,3).
+    """
     ends = np.stack([position - AXIS_M * rotation[..., 1], position + AXIS_M * rotation[..., 1]], 1)
     return to_pixels(ends, demo.K, demo.E)
 
@@ -230,22 +337,52 @@ def draw(predictions, policies, demos, path, basis, out):
         last, rotation = np.flatnonzero(usable)[-1] + 1, rotvec_to_matrix(demo.ee_ori)
         value = lambda r: np.degrees(basis.value(r))
         acted = lambda commands: executed(commands, demo, config)[1]
-        models = {n: {"gripper": p[i]["gripper"][:last], "executed": acted(p[i]["gripper"]), "value": value(p[i]["rotation"][:last])} for n, p in predictions.items()}
-        truth = {"gripper": gripper[:last, 0], "executed": acted(gripper[:, 0]), "value": value(rotation[target[:last, 0]])}
+        models = {
+            n: {
+                "gripper": p[i]["gripper"][:last],
+                "executed": acted(p[i]["gripper"]),
+                "value": value(p[i]["rotation"][:last]),
+            }
+            for n, p in predictions.items()
+        }
+        truth = {
+            "gripper": gripper[:last, 0],
+            "executed": acted(gripper[:, 0]),
+            "value": value(rotation[target[:last, 0]]),
+        }
         episodes.append((demo.name, models, truth))
         if i:
             continue
-        frame, shown = int(np.flatnonzero(usable)[usable.sum() // 4]), np.linspace(0, last - 1, 8).astype(int)
+        frame, shown = (
+            int(np.flatnonzero(usable)[usable.sum() // 4]),
+            np.linspace(0, last - 1, 8).astype(int),
+        )
         for name, p in predictions.items():
             shares = torch.from_numpy(p[i]["logits"][frame][:, -1]).double().softmax(-1).numpy()
-            bins = policies[name].rotation_bins(torch.from_numpy(rotation[target[frame]]))[:, -1].numpy()
-            plots_rotation.distribution_strip(shares, bins, f"{name}, frame {frame}", out / f"distribution_{name}.png")
-        segments = {"demonstration": closing_directions(demo.ee_pos[target[shown, 0]], rotation[target[shown, 0]], demo)}
+            bins = (
+                policies[name]
+                .rotation_bins(torch.from_numpy(rotation[target[frame]]))[:, -1]
+                .numpy()
+            )
+            plots_rotation.distribution_strip(
+                shares, bins, f"{name}, frame {frame}", out / f"distribution_{name}.png"
+            )
+        segments = {
+            "demonstration": closing_directions(
+                demo.ee_pos[target[shown, 0]], rotation[target[shown, 0]], demo
+            )
+        }
         for name, p in predictions.items():
-            segments[name] = closing_directions(p[i]["position"][shown], p[i]["rotation"][shown], demo)
+            segments[name] = closing_directions(
+                p[i]["position"][shown], p[i]["rotation"][shown], demo
+            )
         images = smith300.read_images(path, demo.name, shown, config.image_size)
         plots_rotation.rotation_overlay(images, segments, shown, out / "overlay.png")
-    for key, label, name in (("gripper", "close", "gripper"), ("executed", "close", "gripper_executed"), ("value", "rotation (deg)", "rotation")):
+    for key, label, name in (
+        ("gripper", "close", "gripper"),
+        ("executed", "close", "gripper_executed"),
+        ("value", "rotation (deg)", "rotation"),
+    ):
         plots_rotation.episode_strips(episodes, key, label, out / f"{name}.png")
 
 
@@ -262,15 +399,29 @@ def compare(args, runs):
     for name, some in folders.items():
         rows = []
         for folder in some:
-            policy, info, _ = load_policy(folder / "checkpoint.safetensors", weights=args.backbone_weights, backbone=backbone)
+            policy, info, _ = load_policy(
+                folder / "checkpoint.safetensors", weights=args.backbone_weights, backbone=backbone
+            )
             if path is None:
                 backbone, (path, val) = policy.backbone, held_out(info, policy)
-                demos, basis, dataset = val[:args.n_episodes], load_basis(basis_path(path)), info["args"]["dataset"]
-                images = (smith300.read_images(path, d.name, range(len(d)), policy.config.image_size) for d in demos)
-                features = [[torch.cat(m) for m in zip(*(backbone(torch.from_numpy(i[None])) for i in e))] for e in images]
+                demos, basis, dataset = (
+                    val[: args.n_episodes],
+                    load_basis(basis_path(path)),
+                    info["args"]["dataset"],
+                )
+                images = (
+                    smith300.read_images(path, d.name, range(len(d)), policy.config.image_size)
+                    for d in demos
+                )
+                features = [
+                    [torch.cat(m) for m in zip(*(backbone(torch.from_numpy(i[None])) for i in e))]
+                    for e in images
+                ]
             elif info["args"]["dataset"] != dataset:
-                raise UserError(f"{folder}: was trained on {info['args']['dataset']}, the runs before on {dataset}; "
-                                "compare runs on one dataset")
+                raise UserError(
+                    f"{folder}: was trained on {info['args']['dataset']}, the runs before on {dataset}; "
+                    "compare runs on one dataset"
+                )
             row, found = measure(policy, demos, features)
             rows.append(row)
             if name not in first:
@@ -285,32 +436,65 @@ def compare(args, runs):
         for kind in ("whole", "density"):
             joined.pop(kind)
             joined[f"{kind}_nats"] = [float(np.mean(row[kind])) for row in rows]
-        summary[name] = {"seeds": len(rows), **{k[4:]: [last[k] for last, _ in records[name]] for k in METRICS},
-                         "rotation_ce_mean": [float(np.mean([v for _, v in curve])) for _, curve in records[name]],
-                         "steps": [last["step"] for last, _ in records[name]],
-                         "guess_nats": guess_nats(torch.cat(targets)), **joined,
-                         "episode_deg_median": float(np.median(degrees)), "episode_deg_p95": float(np.percentile(degrees, 95))}
+        summary[name] = {
+            "seeds": len(rows),
+            **{k[4:]: [last[k] for last, _ in records[name]] for k in METRICS},
+            "rotation_ce_mean": [
+                float(np.mean([v for _, v in curve])) for _, curve in records[name]
+            ],
+            "steps": [last["step"] for last, _ in records[name]],
+            "guess_nats": guess_nats(torch.cat(targets)),
+            **joined,
+            "episode_deg_median": float(np.median(degrees)),
+            "episode_deg_p95": float(np.percentile(degrees, 95)),
+        }
     print(tables(summary))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.md").write_text(tables(summary) + "\n")
     curves = {n: [curve for _, curve in some] for n, some in records.items()}
-    plots_rotation.rotation_curves(curves, {n: len(bin_widths(p)) for n, p in policies.items()}, args.out / "rotation_ce.png")
+    plots_rotation.rotation_curves(
+        curves, {n: len(bin_widths(p)) for n, p in policies.items()}, args.out / "rotation_ce.png"
+    )
     draw(first, policies, demos, path, basis, args.out)
-    provenance = {"command": command_line(), "commit": git_commit(), "versions": versions(), "dataset": dataset}
+    provenance = {
+        "command": command_line(),
+        "commit": git_commit(),
+        "versions": versions(),
+        "dataset": dataset,
+    }
     names = {n: list(map(str, some)) for n, some in folders.items()}
     write_json(args.out / "summary.json", {**provenance, "runs": names, "cells": summary})
-    print(f"{args.out}: summary.json, table.md, rotation_ce.png, gripper.png, gripper_executed.png, rotation.png, overlay.png, distribution_*.png")
+    print(
+        f"{args.out}: summary.json, table.md, rotation_ce.png, gripper.png, gripper_executed.png, rotation.png, overlay.png, distribution_*.png"
+    )
 
 
 def build_parser():
-    parser = flags.Parser(__doc__, allow_abbrev=False)  # or --backbone, meant for train.py, would be --backbone_weights
-    parser.add_argument("--run", action="append", metavar="NAME=FOLDER", help="a finished run; once per seed")
-    parser.add_argument("--dataset", type=Path, help="train on this dataset first: an HDF5 file or a smith300 folder")
+    # or --backbone, meant for train.py, would be --backbone_weights
+    parser = flags.Parser(__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--run", action="append", metavar="NAME=FOLDER", help="a finished run; once per seed"
+    )
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        help="train on this dataset first: an HDF5 file or a smith300 folder",
+    )
     parser.add_argument("--seeds", type=flags.count, default=3)
     parser.add_argument("--max_steps", type=flags.count, default=500, help="of each training")
-    parser.add_argument("--runs", type=flags.new_folder, default=Path("runs/rotation"), help="folder of the trainings")
+    parser.add_argument(
+        "--runs",
+        type=flags.new_folder,
+        default=Path("runs/rotation"),
+        help="folder of the trainings",
+    )
     parser.add_argument("--out", type=flags.new_folder, default=Path("results/rotation"))
-    parser.add_argument("--n_episodes", type=flags.count, default=10, help="validation episodes, at most, that are looked at frame by frame")
+    parser.add_argument(
+        "--n_episodes",
+        type=flags.count,
+        default=10,
+        help="validation episodes, at most, that are looked at frame by frame",
+    )
     parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
     return parser
 
@@ -318,7 +502,9 @@ def build_parser():
 def main(argv=None):
     args, further = build_parser().parse_known_args(argv)
     if bool(args.run) == bool(args.dataset) or args.run and further:
-        raise UserError("give either --dataset, and what train.py shall get, or --run NAME=FOLDER for each finished run")
+        raise UserError(
+            "give either --dataset, and what train.py shall get, or --run NAME=FOLDER for each finished run"
+        )
     if args.dataset and args.backbone_weights:
         further += ["--backbone_weights", str(args.backbone_weights)]
     compare(args, train_cells(args, further) if args.dataset else args.run)

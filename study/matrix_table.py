@@ -1,8 +1,11 @@
-"""The table of rows (policies) x layouts: rates with intervals, paired tests, where the time went; as JSON, Markdown, PNG, HTML.
+"""The table of rows (policies) x layouts: rates with intervals, paired tests, where the time went;
+as JSON, Markdown, PNG, HTML.
 
-Everything is computed from the per-episode rows of evaluations in FOLDER/evals/ROW-LAYOUT[-sSEED] and FOLDER/nodes.jsonl. The rate
-of several seeds of training is the mean of theirs. What run_matrix.py would not have made stands apart, marked *.
+Everything is computed from the per-episode rows of evaluations in FOLDER/evals/ROW-LAYOUT[-sSEED]
+and FOLDER/nodes.jsonl. The rate of several seeds of training is the mean of theirs. What
+run_matrix.py would not have made stands apart, marked *.
 """
+
 import collections
 import html
 from pathlib import Path
@@ -20,11 +23,20 @@ MARKS = "<!-- matrix -->", "<!-- /matrix -->"
 RATES = ("success", "released")
 NEAR = tuple(f"{name}_{e}px" for name in ("coverage", "on_path") for e in (4, 8, 16))
 MEANS = ("steps", "jerk_mm", "third_difference_mm", *NEAR, "path_length_ratio")
-INCIDENTAL = {"--out", "--workers", "--n_videos", "--n_episodes", "--device", "--wandb", "--backbone_weights"}
+INCIDENTAL = {
+    "--out",
+    "--workers",
+    "--n_videos",
+    "--n_episodes",
+    "--device",
+    "--wandb",
+    "--backbone_weights",
+}
 BUDGET = {"--max_steps", "--max_minutes"}  # of a training: in columns of their own
 
 
-# -- which command made it -------------------------------------------------------------------------------------------------
+# -- which command made it
+# -------------------------------------------------------------------------------------------------
 
 
 def flags_of(command):
@@ -40,18 +52,28 @@ def flags_of(command):
 
 
 def differing(made, asked, ignored):
-    """Flags that two command lines do not share, as text; "" for none. Of paths only the name counts that says what is in them."""
+    """Flags that two command lines do not share, as text; "" for none. Of paths only the name
+    counts that says what is in them.
+    """
     made, asked = flags_of(made), flags_of(asked)
-    name = {"--ckpt": lambda value: Path(value).parent.name, "--dataset": lambda value: Path(value).stem}
+    name = {
+        "--ckpt": lambda value: Path(value).parent.name,
+        "--dataset": lambda value: Path(value).stem,
+    }
     value = lambda flags, flag: name.get(flag, str)(flags[flag]) if flag in flags else "left out"
     names = sorted((made.keys() | asked.keys()) - ignored)
-    return ", ".join(f"{n} {value(made, n)} for {value(asked, n)}" for n in names if value(made, n) != value(asked, n))
+    return ", ".join(
+        f"{n} {value(made, n)} for {value(asked, n)}"
+        for n in names
+        if value(made, n) != value(asked, n)
+    )
 
 
 def made_otherwise(folder, summary, asked):
     """Why an evaluation is none that run_matrix.py makes, as text; "" for one that is.
 
-    asked: the command lines (evaluation, training or None) by which it would make it; None where it never would.
+    asked: the command lines (evaluation, training or None) by which it would make it; None where it
+    never would.
     """
     if asked is None:
         return "run_matrix.py has no such seed"
@@ -70,47 +92,66 @@ def made_otherwise(folder, summary, asked):
 
 
 def read_cells(folder, rows, layouts, recipe):
-    """Finished evaluations -> [{"row", "layout", "otherwise": {seed: why}, "runs": {seed or "": {"folder", "summary",
-    "episodes": {index: row}}}}], in the order of `rows` and `layouts`. Runs that run_matrix.py would not make are a cell of
-    their own, with "otherwise". recipe(row, layout, seed): what `made_otherwise` asks for.
+    """Finished evaluations -> [{"row", "layout", "otherwise": {seed: why}, "runs": {seed or "":
+    {"folder", "summary", "episodes": {index: row}}}}], in the order of `rows` and `layouts`. Runs
+    that run_matrix.py would not make are a cell of their own, with "otherwise". recipe(row, layout,
+    seed): what `made_otherwise` asks for.
 
     Raises UserError where trained policies saw different features."""
     cells, features = {}, {}
     for path in sorted(Path(folder, "evals").glob("*/summary.json")):
         row, layout, seed = (*path.parent.name.split("-"), "")[:3]
         if row not in rows or layout not in layouts:
-            raise UserError(f"{path.parent}: its name is no ROW-LAYOUT-sSEED of the table; move it elsewhere")
+            raise UserError(
+                f"{path.parent}: its name is no ROW-LAYOUT-sSEED of the table; move it elsewhere"
+            )
         episodes = {r["episode"]: r for r in read_episodes(path.parent) if "crash" not in r}
         summary = read_tabled(path.parent)
         if not episodes:
             continue
         why = made_otherwise(path.parent, summary, recipe(row, layout, seed))
-        cell = cells.setdefault((row, layout, bool(why)), {"row": row, "layout": layout, "otherwise": {}, "runs": {}})
+        cell = cells.setdefault(
+            (row, layout, bool(why)), {"row": row, "layout": layout, "otherwise": {}, "runs": {}}
+        )
         cell["runs"][seed] = {"folder": path.parent, "summary": summary, "episodes": episodes}
         cell["otherwise"].update({seed: why} if why else {})
         if summary["trained"]:
             features.setdefault(summary["trained"]["backbone_identity"], path.parent)
     if len(features) > 1:
-        raise UserError("one backbone for the whole table: " + ", but ".join(f"{where} saw {n}" for n, where in features.items()))
-    return sorted(cells.values(), key=lambda c: (rows.index(c["row"]), layouts.index(c["layout"]), bool(c["otherwise"])))
+        raise UserError(
+            "one backbone for the whole table: "
+            + ", but ".join(f"{where} saw {n}" for n, where in features.items())
+        )
+    return sorted(
+        cells.values(),
+        key=lambda c: (rows.index(c["row"]), layouts.index(c["layout"]), bool(c["otherwise"])),
+    )
 
 
-# -- numbers ---------------------------------------------------------------------------------------------------------------
+# -- numbers
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def comparison(differences):
-    """Differences of paired successes, one an episode -> {"n", "better", "worse" (episodes in which only the one or only the
-    other succeeds, or succeeds with more seeds), "difference" of the rates, "p" exact McNemar}."""
+    """Differences of paired successes, one an episode -> {"n", "better", "worse" (episodes in which
+    only the one or only the other succeeds, or succeeds with more seeds), "difference" of the
+    rates, "p" exact McNemar}."""
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    return {"n": len(differences), "better": better, "worse": worse, "difference": float(np.mean(differences)),
-            "p": mcnemar(better, worse)}
+    return {
+        "n": len(differences),
+        "better": better,
+        "worse": worse,
+        "difference": float(np.mean(differences)),
+        "p": mcnemar(better, worse),
+    }
 
 
 def paired(cell, reference, key):
-    """A cell against another one on the same episodes and seeds of training (a policy without seeds against each of them).
+    """A cell against another one on the same episodes and seeds of training (a policy without seeds
+    against each of them).
 
-    Every episode counts once, with the mean difference over seeds: its seeds share their layout. -> `comparison`, with that
-    of each seed in "by_seed"; None where nothing is shared.
+    Every episode counts once, with the mean difference over seeds: its seeds share their layout. ->
+    `comparison`, with that of each seed in "by_seed"; None where nothing is shared.
     """
     by_seed, by_episode = {}, collections.defaultdict(list)
     for seed, other in reference["runs"].items():
@@ -126,31 +167,61 @@ def paired(cell, reference, key):
 
 
 def rate(cell, key, steps=None):
-    """A cell's success rate, within so many steps if given: {"rate" mean of its seeds', "interval", "by_seed"}."""
-    won = {seed: {i: within(e, key, steps) for i, e in run["episodes"].items()} for seed, run in cell["runs"].items()}
+    """A cell's success rate, within so many steps if given: {"rate" mean of its seeds', "interval",
+    "by_seed"}.
+    """
+    won = {
+        seed: {i: within(e, key, steps) for i, e in run["episodes"].items()}
+        for seed, run in cell["runs"].items()
+    }
     by_seed = {seed: float(np.mean(list(w.values()))) for seed, w in won.items()}
-    return {"rate": float(np.mean(list(by_seed.values()))), "interval": seeds_interval(list(won.values())), "by_seed": by_seed}
+    return {
+        "rate": float(np.mean(list(by_seed.values()))),
+        "interval": seeds_interval(list(won.values())),
+        "by_seed": by_seed,
+    }
 
 
 def numbers(cell, reference):
-    """All that the table says of a cell, JSON-able. reference: the cell that it is compared with, or None."""
+    """All that the table says of a cell, JSON-able. reference: the cell that it is compared with,
+    or None.
+    """
     episodes = [e for run in cell["runs"].values() for e in run["episodes"].values()]
-    trained = [run["summary"]["trained"] for run in cell["runs"].values() if run["summary"]["trained"]]
+    trained = [
+        run["summary"]["trained"] for run in cell["runs"].values() if run["summary"]["trained"]
+    ]
     mean = lambda values: float(np.mean(values)) if len(values) else None
     thinking = sum(e["seconds"]["features"] + e["seconds"]["policy"] for e in episodes)
     commits = [run["summary"]["commit"] for run in cell["runs"].values()]
-    found = {"row": cell["row"], "layout": cell["layout"], "seeds": sorted(cell["runs"]), "n": len(episodes),
-             "otherwise": cell["otherwise"],
-             "uncommitted": any(str(c).endswith("+") for c in [*commits, *(t.get("commit") for t in trained)]),
-             "crashes": sum(run["summary"]["crashes"] for run in cell["runs"].values())}
+    found = {
+        "row": cell["row"],
+        "layout": cell["layout"],
+        "seeds": sorted(cell["runs"]),
+        "n": len(episodes),
+        "otherwise": cell["otherwise"],
+        "uncommitted": any(
+            str(c).endswith("+") for c in [*commits, *(t.get("commit") for t in trained)]
+        ),
+        "crashes": sum(run["summary"]["crashes"] for run in cell["runs"].values()),
+    }
     for key in RATES:
-        against = paired(cell, reference, key) if reference not in (None, cell) and not cell["otherwise"] else None
-        found[key] = {**rate(cell, key), "early": rate(cell, key, EARLY), "against_reference": against}
+        against = (
+            paired(cell, reference, key)
+            if reference not in (None, cell) and not cell["otherwise"]
+            else None
+        )
+        found[key] = {
+            **rate(cell, key),
+            "early": rate(cell, key, EARLY),
+            "against_reference": against,
+        }
     found["outcomes"] = {o: sum(e["outcome"] == o for e in episodes) for o in (*OUTCOMES, ERROR)}
     found.update({key: mean([e[key] for e in episodes if e.get(key) is not None]) for key in MEANS})
     found["train_minutes"] = mean([t["minutes"] for t in trained])
     found["train_steps"] = mean([t["step"] for t in trained])
-    found["decisions_per_second"] = sum(e["decisions"] for e in episodes) / thinking if thinking else None
+    found["decisions_per_second"] = (
+        sum(e["decisions"] for e in episodes) / thinking if thinking else None
+    )
     found["seconds_per_episode"] = mean([e["seconds"]["total"] for e in episodes])
     found["commands"] = [run["summary"]["command"] for run in cell["runs"].values()]
     found["commits"] = sorted(set(commits))
@@ -166,21 +237,30 @@ def adjust(table):
 
 
 def time_spent(folder):
-    """Minutes by kind of step, of all commands that ran, failures included: {"collect": ..., "train": ...}."""
+    """Minutes by kind of step, of all commands that ran, failures included: {"collect": ...,
+    "train": ...}.
+    """
     spent = collections.Counter()
     for row in read_jsonl(Path(folder, "nodes.jsonl"), form={"node": str, "seconds": float}):
         spent[row["node"].split("-")[0]] += row["seconds"] / 60
     return {kind: round(minutes, 2) for kind, minutes in spent.items()}
 
 
-# -- as text ---------------------------------------------------------------------------------------------------------------
+# -- as text
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def versus(pair):
-    """A paired comparison as text: percentage points, by seed where there are several, episodes won and lost, p by Holm."""
+    """A paired comparison as text: percentage points, by seed where there are several, episodes won
+    and lost, p by Holm.
+    """
     if pair is None:
         return "-"
-    seeds = [f"{100 * p['difference']:+.0f}" for p in pair["by_seed"].values()] if len(pair["by_seed"]) > 1 else []
+    seeds = (
+        [f"{100 * p['difference']:+.0f}" for p in pair["by_seed"].values()]
+        if len(pair["by_seed"]) > 1
+        else []
+    )
     by_seed = f", seeds {' '.join(seeds)}" if seeds else ""
     return f"{100 * pair['difference']:+.0f} ({pair['better']}:{pair['worse']}{by_seed}), p {pair['p_holm']:.2g}"
 
@@ -200,7 +280,9 @@ def marks(cell):
 
 
 def shown_cells(table):
-    """{(row, layout): the cell to show}: what run_matrix.py makes, and what it would not only where there is nothing else."""
+    """{(row, layout): the cell to show}: what run_matrix.py makes, and what it would not only where
+    there is nothing else.
+    """
     return {(c["row"], c["layout"]): c for c in reversed(table)}
 
 
@@ -215,21 +297,52 @@ def short_table(table, metric):
     rows, layouts = names(table)
     at = shown_cells(table)
     text = lambda c: "-" if c is None else f"{both_rates(c, metric)}, n = {c['n']}"
-    return ["policy", *layouts], [[row, *(text(at.get((row, layout))) for layout in layouts)] for row in rows]
+    return ["policy", *layouts], [
+        [row, *(text(at.get((row, layout))) for layout in layouts)] for row in rows
+    ]
 
 
 def long_table(table, metric, reference):
     """(head, rows) of strings: a row a cell."""
-    head = ["policy", "layout", "n (seeds)", f"LIBERO success, {EARLY} steps / end", f"placed and released, {EARLY} steps / end",
-            f"against {reference}, points (won:lost)", "miss / grasp / place / released / error", "steps",
-            "jerk (2nd difference, mm/step²)", "3rd difference, mm/step³", "coverage 4 / 8 / 16 px", "on path 4 / 8 / 16 px",
-            "path length", "training steps", "training min", "decisions/s"]
+    head = [
+        "policy",
+        "layout",
+        "n (seeds)",
+        f"LIBERO success, {EARLY} steps / end",
+        f"placed and released, {EARLY} steps / end",
+        f"against {reference}, points (won:lost)",
+        "miss / grasp / place / released / error",
+        "steps",
+        "jerk (2nd difference, mm/step²)",
+        "3rd difference, mm/step³",
+        "coverage 4 / 8 / 16 px",
+        "on path 4 / 8 / 16 px",
+        "path length",
+        "training steps",
+        "training min",
+        "decisions/s",
+    ]
     near = lambda c, name: " / ".join(number(c[f"{name}_{e}px"], ".2f") for e in (4, 8, 16))
-    rows = [[c["row"] + marks(c), c["layout"], f"{c['n']} ({' '.join(c['seeds']) or '-'})", *(both_rates(c, key) for key in RATES),
-             versus(c[metric]["against_reference"]), " / ".join(map(str, c["outcomes"].values())), number(c["steps"], ".0f"),
-             number(c["jerk_mm"], ".2f"), number(c["third_difference_mm"], ".2f"), near(c, "coverage"), near(c, "on_path"),
-             number(c["path_length_ratio"], ".2f"), number(c["train_steps"], ".0f"), number(c["train_minutes"], ".1f"),
-             number(c["decisions_per_second"], ".1f")] for c in table]
+    rows = [
+        [
+            c["row"] + marks(c),
+            c["layout"],
+            f"{c['n']} ({' '.join(c['seeds']) or '-'})",
+            *(both_rates(c, key) for key in RATES),
+            versus(c[metric]["against_reference"]),
+            " / ".join(map(str, c["outcomes"].values())),
+            number(c["steps"], ".0f"),
+            number(c["jerk_mm"], ".2f"),
+            number(c["third_difference_mm"], ".2f"),
+            near(c, "coverage"),
+            near(c, "on_path"),
+            number(c["path_length_ratio"], ".2f"),
+            number(c["train_steps"], ".0f"),
+            number(c["train_minutes"], ".1f"),
+            number(c["decisions_per_second"], ".1f"),
+        ]
+        for c in table
+    ]
     return head, rows
 
 
@@ -238,17 +351,30 @@ def explained(metric, reference, spent, table):
     label = {"success": "LIBERO's predicate", "released": "placed and released"}[metric]
     parts = ", ".join(f"{kind} {minutes:.0f}" for kind, minutes in spent.items())
     time = f" Minutes of all steps: {parts}; {sum(spent.values()):.0f} in all." if spent else ""
-    apart = [f"{c['row']} {c['layout']} {seed}".strip() + f" ({why})" for c in table for seed, why in c["otherwise"].items()]
-    marked = (f" Marked *, made by other commands than run_matrix.py's and in no mean or comparison: {'; '.join(apart)}."
-              if apart else "")
-    dirty = " Marked +: from a checkout with changes to its commit." if any(c["uncommitted"] for c in table) else ""
-    return (f"Success by {label} within {EARLY} control steps / by the end of the episode, the latter with its 95% interval: Wilson's "
-            "over the episodes of one training, which says nothing about another; of several seeds the mean, with a bootstrap "
-            f"over seeds and episodes. Against {reference} on the same episodes, each once (with its mean over seeds): difference "
-            f"in percentage points at the end, episodes that only the one or only {reference} solves, exact McNemar p, adjusted by "
-            "Holm over the table. Jerk is the mean second difference of the executed path, an acceleration; the third difference "
-            "is the jerk of physics. Coverage: share of the expert's path near the executed one; on path: share of the executed "
-            "path near the expert's; path length: executed by expert's." + time + marked + dirty)
+    apart = [
+        f"{c['row']} {c['layout']} {seed}".strip() + f" ({why})"
+        for c in table
+        for seed, why in c["otherwise"].items()
+    ]
+    marked = (
+        f" Marked *, made by other commands than run_matrix.py's and in no mean or comparison: {'; '.join(apart)}."
+        if apart
+        else ""
+    )
+    dirty = (
+        " Marked +: from a checkout with changes to its commit."
+        if any(c["uncommitted"] for c in table)
+        else ""
+    )
+    return (
+        f"Success by {label} within {EARLY} control steps / by the end of the episode, the latter with its 95% interval: Wilson's "
+        "over the episodes of one training, which says nothing about another; of several seeds the mean, with a bootstrap "
+        f"over seeds and episodes. Against {reference} on the same episodes, each once (with its mean over seeds): difference "
+        f"in percentage points at the end, episodes that only the one or only {reference} solves, exact McNemar p, adjusted by "
+        "Holm over the table. Jerk is the mean second difference of the executed path, an acceleration; the third difference "
+        "is the jerk of physics. Coverage: share of the expert's path near the executed one; on path: share of the executed "
+        "path near the expert's; path length: executed by expert's." + time + marked + dirty
+    )
 
 
 def insert(path, text):
@@ -260,16 +386,21 @@ def insert(path, text):
         raise UserError(f"--readme {path}: cannot be read ({error.strerror})")
     _, closed, after = rest.partition(MARKS[1])
     if not closed:
-        raise UserError(f"--readme {path}: has no lines {MARKS[0]} and {MARKS[1]}; put them where the table belongs")
+        raise UserError(
+            f"--readme {path}: has no lines {MARKS[0]} and {MARKS[1]}; put them where the table belongs"
+        )
     with atomic_path(path) as scratch:
         scratch.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
-# -- as a picture and a page -----------------------------------------------------------------------------------------------
+# -- as a picture and a page
+# -----------------------------------------------------------------------------------------------
 
 
 def shown_video(cell, metric):
-    """(file, caption) of the most telling film of a cell, a failure where one was filmed; None without any."""
+    """(file, caption) of the most telling film of a cell, a failure where one was filmed; None
+    without any.
+    """
     found = []
     for seed, run in cell["runs"].items():
         for path in sorted((run["folder"] / "videos").glob("*.mp4")):
@@ -283,34 +414,62 @@ def shown_video(cell, metric):
 
 def page(cells, table, metric, reference, spent, picture):
     """The HTML report."""
+
     def shown(head, rows, strong=()):
-        return html_table([html.escape(h) for h in head], [[html.escape(c) for c in row] for row in rows], strong)
-    parts = ["<!doctype html><meta charset=utf-8><title>The verdict</title>", f"<style>{STYLE}</style>",
-             "<h1>Every policy in every setting</h1>", f"<p class=lead>{html.escape(explained(metric, reference, spent, table))}</p>",
-             shown(*short_table(table, metric)), f'<img alt="success rates" src="{embed(picture, "image/png")}">',
-             "<h2>All numbers</h2>", shown(*long_table(table, metric, reference), strong=(RATES.index(metric) + 3,)),
-             "<h2>One episode a cell</h2>", "<p class=lead>A failure where one was filmed.</p>"]
+        return html_table(
+            [html.escape(h) for h in head], [[html.escape(c) for c in row] for row in rows], strong
+        )
+
+    parts = [
+        "<!doctype html><meta charset=utf-8><title>The verdict</title>",
+        f"<style>{STYLE}</style>",
+        "<h1>Every policy in every setting</h1>",
+        f"<p class=lead>{html.escape(explained(metric, reference, spent, table))}</p>",
+        shown(*short_table(table, metric)),
+        f'<img alt="success rates" src="{embed(picture, "image/png")}">',
+        "<h2>All numbers</h2>",
+        shown(*long_table(table, metric, reference), strong=(RATES.index(metric) + 3,)),
+        "<h2>One episode a cell</h2>",
+        "<p class=lead>A failure where one was filmed.</p>",
+    ]
     parts += [figure(*video) for video in (shown_video(cell, metric) for cell in cells) if video]
-    parts += ["<h2>Commands</h2><pre>", *(html.escape(command) for c in table for command in c["commands"]), "</pre>"]
+    parts += [
+        "<h2>Commands</h2><pre>",
+        *(html.escape(command) for c in table for command in c["commands"]),
+        "</pre>",
+    ]
     return "\n".join(parts)
 
 
 def write(cells, folder, metric, reference, info):
-    """Write FILES into folder -> the Markdown. reference: the row that others are compared with; info: provenance."""
+    """Write FILES into folder -> the Markdown. reference: the row that others are compared with;
+    info: provenance.
+    """
     folder, at = Path(folder), {(c["row"], c["layout"]): c for c in cells if not c["otherwise"]}
     table = [numbers(c, at.get((reference, c["layout"]))) for c in cells]
     adjust(table)
     spent = time_spent(folder)
-    write_json(folder / FILES[0], {**info, "metric": metric, "reference": reference, "minutes": spent, "cells": table})
-    text = "\n\n".join([markdown_table(*short_table(table, metric)), explained(metric, reference, spent, table),
-                        markdown_table(*long_table(table, metric, reference))])
+    write_json(
+        folder / FILES[0],
+        {**info, "metric": metric, "reference": reference, "minutes": spent, "cells": table},
+    )
+    text = "\n\n".join(
+        [
+            markdown_table(*short_table(table, metric)),
+            explained(metric, reference, spent, table),
+            markdown_table(*long_table(table, metric, reference)),
+        ]
+    )
     with atomic_path(folder / FILES[1]) as scratch:
         scratch.write_text(text + "\n")
     rows, layouts = names(table)
     rates, labels = np.full((len(rows), len(layouts)), np.nan), {}
     for c in shown_cells(table).values():
         place = rows.index(c["row"]), layouts.index(c["layout"])
-        rates[place], labels[place] = c[metric]["rate"], both_rates(c, metric).replace(" (", "\n(") + f"\nn = {c['n']}"
+        rates[place], labels[place] = (
+            c[metric]["rate"],
+            both_rates(c, metric).replace(" (", "\n(") + f"\nn = {c['n']}",
+        )
     plots.rate_map(rows, layouts, rates, labels, folder / FILES[2])
     with atomic_path(folder / FILES[3]) as scratch:
         scratch.write_text(page(cells, table, metric, reference, spent, folder / FILES[2]))

@@ -1,14 +1,18 @@
-"""Open-loop rollouts of policies side by side on validation demonstrations: from the first frame on, own predictions fed back.
+"""Open-loop rollouts of policies side by side on validation demonstrations: from the first frame
+on, own predictions fed back.
 
     python -m study.openloop --ckpt runs/NAME/checkpoint.safetensors checkpoints/para_libero_spatial_0.safetensors
     python -m study.openloop --ckpt ... --dataset calm.hdf5 --whole  # another file, e.g. one collected with --push_rate 0: no plan covers a push
 
-At each decision of a recorded demonstration a policy sees the recorded image and takes its own previous waypoint for the EEF's
-position. A policy of several waypoints is also rolled out in chunks: all of them are used before it looks again. Reported: free-space
-coverage of the recorded path by the predicted one, of all its points and of those inside the image, jerk of the waypoints (mean norm
-of their second difference, mm) beside the truth's, jitter (the same of their errors: jerk alone would praise who cuts corners), pixel
-error. Overlays show truth and predictions from the first frame on.
+At each decision of a recorded demonstration a policy sees the recorded image and takes its own
+previous waypoint for the EEF's position. A policy of several waypoints is also rolled out in
+chunks: all of them are used before it looks again. Reported: free-space coverage of the recorded
+path by the predicted one, of all its points and of those inside the image, jerk of the waypoints
+(mean norm of their second difference, mm) beside the truth's, jitter (the same of their errors:
+jerk alone would praise who cuts corners), pixel error. Overlays show truth and predictions from the
+first frame on.
 """
+
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,17 +27,35 @@ from runtime import UserError, command_line, git_commit, run_script, write_json
 
 
 def roll(path, demos, policy, fed, label):
-    return [free_run(policy, path, demo, policy.config, fed) for demo in tqdm(demos, desc=f"{label}, {fed}", unit="demo")]
+    return [
+        free_run(policy, path, demo, policy.config, fed)
+        for demo in tqdm(demos, desc=f"{label}, {fed}", unit="demo")
+    ]
 
 
 def build_parser():
     parser = flags.Parser(__doc__)
     parser.add_argument("--ckpt", type=Path, nargs="+", required=True)
     parser.add_argument("--dataset", type=Path, default=Path("data/libero_spatial_0.hdf5"))
-    parser.add_argument("--val_fraction", type=flags.fraction, default=0.15, help="as in training: the demonstrations it held out are used")
-    parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations of the file, as in training")
-    parser.add_argument("--whole", action="store_true", help="use all demonstrations of the file: one that no checkpoint was trained on")
-    parser.add_argument("--max_val", type=flags.count, help="at most so many validation demonstrations")
+    parser.add_argument(
+        "--val_fraction",
+        type=flags.fraction,
+        default=0.15,
+        help="as in training: the demonstrations it held out are used",
+    )
+    parser.add_argument(
+        "--n_demos",
+        type=flags.count,
+        help="use only the first N demonstrations of the file, as in training",
+    )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="use all demonstrations of the file: one that no checkpoint was trained on",
+    )
+    parser.add_argument(
+        "--max_val", type=flags.count, help="at most so many validation demonstrations"
+    )
     parser.add_argument("--backbone_weights", type=Path)
     parser.add_argument("--out", type=flags.new_folder, default=Path("runs/openloop"))
     return parser
@@ -45,29 +67,63 @@ def main(argv=None):
     for ckpt in args.ckpt:
         policy, info, _ = load_policy(ckpt, "cpu", args.backbone_weights)
         if held_out is None:
-            everything, attributes = smith300.read_dataset(args.dataset, policy.config.image_size, args.n_demos)
-            held_out = (everything if args.whole else demo_files.split_demos(everything, args.val_fraction)[1])[:args.max_val]
+            everything, attributes = smith300.read_dataset(
+                args.dataset, policy.config.image_size, args.n_demos
+            )
+            held_out = (
+                everything
+                if args.whole
+                else demo_files.split_demos(everything, args.val_fraction)[1]
+            )[: args.max_val]
         elif policy.config.image_size != held_out[0].image_size:
-            raise UserError(f"{ckpt}: takes images of {policy.config.image_size} px, {args.dataset} has {held_out[0].image_size}")
-        for fed in ("measured", "predicted", *(["chunk"] if getattr(policy.config, "n_window", 1) > 1 else [])):
+            raise UserError(
+                f"{ckpt}: takes images of {policy.config.image_size} px, {args.dataset} has {held_out[0].image_size}"
+            )
+        for fed in (
+            "measured",
+            "predicted",
+            *(["chunk"] if getattr(policy.config, "n_window", 1) > 1 else []),
+        ):
             rollouts = roll(args.dataset, held_out, policy, fed, ckpt.stem)
-            rows.append({"checkpoint": str(ckpt), "model_type": info["model_type"], "fed": fed, **rollout_summary(rollouts)})
+            rows.append(
+                {
+                    "checkpoint": str(ckpt),
+                    "model_type": info["model_type"],
+                    "fed": fed,
+                    **rollout_summary(rollouts),
+                }
+            )
             if fed != "measured":
-                name = info["model_type"] + (f", {policy.config.n_window} at a time" if fed == "chunk" else "")
+                name = info["model_type"] + (
+                    f", {policy.config.n_window} at a time" if fed == "chunk" else ""
+                )
                 paths[f"{len(paths)}: {name}"] = rollouts  # the same model type may come twice
     for i, demo in enumerate(held_out[:3]):
         image = smith300.read_images(args.dataset, demo.name, [0], demo.image_size)[0]
         true = to_pixels(next(iter(paths.values()))[i]["path"], demo.K, demo.E)
         lines = {name: rollout_line(r[i]["predicted"], demo) for name, r in paths.items()}
         plots.paths_overlay(image, true, lines, args.out / f"rollout_{demo.name}.png")
-    table = {"command": command_line(), "commit": git_commit(), "dataset": str(args.dataset), "task_suite": str(attributes.get("task_suite")),
-             "task_id": int(attributes.get("task_id", 0)), "rows": rows}
+    table = {
+        "command": command_line(),
+        "commit": git_commit(),
+        "dataset": str(args.dataset),
+        "task_suite": str(attributes.get("task_suite")),
+        "task_id": int(attributes.get("task_id", 0)),
+        "rows": rows,
+    }
     write_json(args.out / "openloop.json", table)
-    print(f"\n{'model':<24}{'fed':<11}{'coverage 4 / 8 / 16 px':<26}{'of points in view':<26}{'2nd diff. mm (true)':<20}{'jitter mm':<11}px median / 90%")
+    print(
+        f"\n{'model':<24}{'fed':<11}{'coverage 4 / 8 / 16 px':<26}{'of points in view':<26}{'2nd diff. mm (true)':<20}{'jitter mm':<11}px median / 90%"
+    )
     for r in rows:
-        cover, seen = (" / ".join(f"{r[f'coverage_{e}px{kind}']:.3f}" for e in EPS) for kind in ("", "_in_view"))
-        print(f"{r['model_type']:<24}{r['fed']:<11}{cover:<26}{seen:<26}"
-              f"{r['jerk_mm']:6.1f} ({r['true_jerk_mm']:.1f}){'':<7}{r['jitter_mm']:6.1f}{'':<5}{r['px_median']:.1f} / {r['px_p90']:.1f}")
+        cover, seen = (
+            " / ".join(f"{r[f'coverage_{e}px{kind}']:.3f}" for e in EPS)
+            for kind in ("", "_in_view")
+        )
+        print(
+            f"{r['model_type']:<24}{r['fed']:<11}{cover:<26}{seen:<26}"
+            f"{r['jerk_mm']:6.1f} ({r['true_jerk_mm']:.1f}){'':<7}{r['jitter_mm']:6.1f}{'':<5}{r['px_median']:.1f} / {r['px_p90']:.1f}"
+        )
     print(f"{args.out}/openloop.json, rollout_*.png")
 
 

@@ -1,4 +1,7 @@
-"""How often the scripted expert succeeds on every task of a suite; `collect_demos.py --survey` prints it."""
+"""How often the scripted expert succeeds on every task of a suite; `collect_demos.py --survey`
+prints it.
+"""
+
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +22,18 @@ class SurveyWorker:
         self.n_states = n_states
 
     def run(self, job):
-        """Job: (suite, task index) -> (successes, n, mean steps), or None where the goal is not one (On object target)."""
+        """Job: (suite, task index) -> (successes, n, mean steps), or None where the goal is not one
+        (On object target).
+        """
         scene = Scene(*job, image_size=64, rendering=False)
         try:
-            if scene.pick not in scene.objects or scene.env.env.parsed_problem["goal_state"][0][0] != "on":
+            if (
+                scene.pick not in scene.objects
+                or scene.env.env.parsed_problem["goal_state"][0][0] != "on"
+            ):
                 return None
             wins, steps = 0, []
-            for state in scene.init_states()[:self.n_states]:
+            for state in scene.init_states()[: self.n_states]:
                 path = expert_episode(scene, state)
                 wins += path.success
                 steps.append(len(path.positions))
@@ -38,26 +46,54 @@ class SurveyWorker:
 
 
 def survey(suite, n_tasks, n_states, workers, timeout):
-    """Table the expert's success rate on the first tasks of a suite, `n_states` init states each, and write it to results/.
+    """Table the expert's success rate on the first tasks of a suite, `n_states` init states each,
+    and write it to results/.
 
     timeout: seconds that a task may take.
     """
     for i in range(n_tasks):
-        find_task(suite, i)  # an unknown suite, or one with fewer tasks, is said before a simulator starts
+        # an unknown suite, or one with fewer tasks, is said before a simulator starts
+        find_task(suite, i)
     jobs = [(suite, i) for i in range(n_tasks)]
     rows = {}
-    for outcome in tqdm(run_jobs(jobs, SurveyWorker, (n_states,), workers, recycle=1, timeout=timeout), total=len(jobs), desc="survey"):
-        rows[outcome.job[1]] = outcome.result if outcome.error is None else outcome.error.strip().splitlines()[-1]
+    for outcome in tqdm(
+        run_jobs(jobs, SurveyWorker, (n_states,), workers, recycle=1, timeout=timeout),
+        total=len(jobs),
+        desc="survey",
+    ):
+        rows[outcome.job[1]] = (
+            outcome.result if outcome.error is None else outcome.error.strip().splitlines()[-1]
+        )
     lines, table = [], []
     for _, i in jobs:
         task, row = find_task(suite, i), rows[i]
         if isinstance(row, tuple):
             low, high = wilson(row[0], row[1])
-            lines.append([i, task.language, f"{row[0]}/{row[1]}", f"{low:.2f}-{high:.2f}", f"{row[2]:.0f}"])
-            table.append({"task_id": i, "task": task.name, "successes": row[0], "n": row[1], "interval": [low, high],
-                          "mean_steps": row[2]})
+            lines.append(
+                [i, task.language, f"{row[0]}/{row[1]}", f"{low:.2f}-{high:.2f}", f"{row[2]:.0f}"]
+            )
+            table.append(
+                {
+                    "task_id": i,
+                    "task": task.name,
+                    "successes": row[0],
+                    "n": row[1],
+                    "interval": [low, high],
+                    "mean_steps": row[2],
+                }
+            )
         else:
             lines.append([i, task.language, row or "not a pick-and-place goal", "", ""])
-            table.append({"task_id": i, "task": task.name, "successes": None, "why": row or "not a pick-and-place goal"})
+            table.append(
+                {
+                    "task_id": i,
+                    "task": task.name,
+                    "successes": None,
+                    "why": row or "not a pick-and-place goal",
+                }
+            )
     print(markdown_table(["task", "", "success", "95% interval", "mean steps"], lines))
-    write_json(Path("results") / f"expert_{suite}.json", {"command": command_line(), "versions": versions(), "rows": table})
+    write_json(
+        Path("results") / f"expert_{suite}.json",
+        {"command": command_line(), "versions": versions(), "rows": table},
+    )

@@ -1,4 +1,7 @@
-"""How benchmarks measure: callables side by side in one run, and the memory that a call needs at its peak."""
+"""How benchmarks measure: callables side by side in one run, and the memory that a call needs at
+its peak.
+"""
+
 import multiprocessing
 import time
 from pathlib import Path
@@ -21,7 +24,10 @@ def alternate(variants, rounds):
 
 def peak_mb(call):
     """Memory of a CPU process beyond what it holds, at the peak of `call`, MB."""
-    status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1e3
+    status = lambda key: (
+        next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+        / 1e3
+    )
     before = status("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     call()
@@ -29,6 +35,8 @@ def peak_mb(call):
 
 
 def in_fresh_process(function, *arguments):
-    """What `function(*arguments)` returns in a process of its own: memory freed before and used again is no growth there."""
+    """What `function(*arguments)` returns in a process of its own: memory freed before and used
+    again is no growth there.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)

@@ -1,4 +1,7 @@
-"""Shared fixtures: small synthetic demonstrations with a true camera, a small backbone, an unreachable hub."""
+"""Shared fixtures: small synthetic demonstrations with a true camera, a small backbone, an
+unreachable hub.
+"""
+
 import os
 import pickle
 import signal
@@ -7,29 +10,49 @@ from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("PARA_DEVICE", "cpu")  # what --device auto means: tests/gpu alone are about GPUs
+# what --device auto means: tests/gpu alone are about GPUs
+os.environ.setdefault("PARA_DEVICE", "cpu")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]  # modules and packages lie in the repository's root
+# modules and packages lie in the repository's root
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
 
 import h5py
+import helpers
 import numpy as np
 import pytest
 from filelock import FileLock
 
-import helpers
 from camera import intrinsics, look_at, project
 from formats import demos, smith300
-from rot_utils import (basis_path, euler_to_matrix, fingerprint, fit_basis, matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix,
-                       save_basis)
+from rot_utils import (
+    basis_path,
+    euler_to_matrix,
+    fingerprint,
+    fit_basis,
+    matrix_to_euler,
+    matrix_to_rotvec,
+    rotvec_to_matrix,
+    save_basis,
+)
 
-# The longest files start first, so that two processes share the suite evenly. The second begins with one that
-# does not wait for the demonstrations that the first collects.
-FIRST = ("test_readme.py", "test_settings.py", "test_rotation_pipeline.py", "test_pipeline.py", "test_contract.py",
-         "test_variants.py", "test_matrix.py", "test_checkpoints.py")
+# The longest files start first, so that two processes share the suite evenly. The second begins
+# with one that does not wait for the demonstrations that the first collects.
+FIRST = (
+    "test_readme.py",
+    "test_settings.py",
+    "test_rotation_pipeline.py",
+    "test_pipeline.py",
+    "test_contract.py",
+    "test_variants.py",
+    "test_matrix.py",
+    "test_checkpoints.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    items.sort(
+        key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
+    )
 
 
 SIZE = 64  # pixels of the synthetic images
@@ -38,18 +61,33 @@ PUSHED = (3, 4)  # perturbed frames of the even demos
 
 
 def agentview(size=SIZE):
-    """(K, E) of a camera like agentview: one metre from the table's middle, looking down at it from the front."""
+    """(K, E) of a camera like agentview: one metre from the table's middle, looking down at it from
+    the front.
+    """
     return intrinsics(45, size), look_at([0.75, 0.0, 1.65], [0.0, 0.0, 1.0])
 
 
 def pick_and_place(rng, steps=STEPS):
-    """EEF positions (T,3) m of one smooth pick and place that stands still while the gripper moves, commands (T,)."""
-    start, pick, place = (rng.uniform([-0.15, -0.2, z], [0.15, 0.2, z + 0.03]) for z in (1.15, 0.95, 0.98))
+    """EEF positions (T,3) m of one smooth pick and place that stands still while the gripper moves,
+    commands (T,).
+    """
+    start, pick, place = (
+        rng.uniform([-0.15, -0.2, z], [0.15, 0.2, z + 0.03]) for z in (1.15, 0.95, 0.98)
+    )
     over = (pick + place) / 2 + [0, 0, 0.1]
-    knots = {0: start, CLOSES: pick, CLOSES + 10: pick, CLOSES + 13: over, OPENS: place, OPENS + 10: place,
-             steps - 1: start}
+    knots = {
+        0: start,
+        CLOSES: pick,
+        CLOSES + 10: pick,
+        CLOSES + 13: over,
+        OPENS: place,
+        OPENS + 10: place,
+        steps - 1: start,
+    }
     times = np.array(sorted(knots))
-    path = np.stack([np.interp(np.arange(steps), times, [knots[t][d] for t in times]) for d in range(3)], -1)
+    path = np.stack(
+        [np.interp(np.arange(steps), times, [knots[t][d] for t in times]) for d in range(3)], -1
+    )
     return path, np.where((np.arange(steps) >= CLOSES) & (np.arange(steps) < OPENS), 1.0, -1.0)
 
 
@@ -62,17 +100,31 @@ def render(rng, position, K, E, size):
     return image
 
 
-def write_synthetic_demos(path, n_demos=4, steps=STEPS, size=SIZE, seed=0, pushes=True, orientation="upright"):
-    """Write a valid demonstration file like collect_demos.py's, without a simulator; return its path."""
+def write_synthetic_demos(
+    path, n_demos=4, steps=STEPS, size=SIZE, seed=0, pushes=True, orientation="upright"
+):
+    """Write a valid demonstration file like collect_demos.py's, without a simulator; return its
+    path.
+    """
     K, E = agentview(size)
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
-        data.attrs.update({"format": demos.FORMAT, "task_suite": "libero_spatial", "task_id": 0, "seed": seed,
-                           "language": "pick up the blob", "image_orientation": orientation, "num_demos": n_demos})
+        data.attrs.update(
+            {
+                "format": demos.FORMAT,
+                "task_suite": "libero_spatial",
+                "task_id": 0,
+                "seed": seed,
+                "language": "pick up the blob",
+                "image_orientation": orientation,
+                "num_demos": n_demos,
+            }
+        )
         for i in range(n_demos):
             rng = np.random.default_rng([seed, i])
             position, gripper = pick_and_place(rng, steps)
-            yaw = np.linspace(0, rng.uniform(-0.5, 0.5), steps)  # the gripper points down: roll is pi
+            # the gripper points down: roll is pi
+            yaw = np.linspace(0, rng.uniform(-0.5, 0.5), steps)
             tilt = 0.03 * np.sin(np.arange(steps) / 3)  # so that roll crosses +-pi
             rotation = euler_to_matrix(np.stack([np.pi + tilt, 0.5 * tilt, yaw], -1))
             orientation_vectors = np.stack([matrix_to_rotvec(r) for r in rotation])
@@ -81,24 +133,36 @@ def write_synthetic_demos(path, n_demos=4, steps=STEPS, size=SIZE, seed=0, pushe
             perturbed = np.zeros(steps, bool)
             perturbed[list(PUSHED)] = pushes and i % 2 == 0
             images = np.stack([render(rng, p, K, E, size) for p in position])
-            arrays = {"actions": actions, "executed_actions": actions, "perturbed": perturbed,
-                      "states": rng.normal(size=(steps, 20)), "rewards": np.zeros(steps, np.uint8),
-                      "dones": np.zeros(steps, np.uint8), "robot_states": np.zeros((steps, 9)),
-                      "obs/ee_pos": position, "obs/ee_ori": orientation_vectors,
-                      "obs/ee_states": np.hstack([position, orientation_vectors]),
-                      "obs/gripper_states": 0.02 * np.stack([1 - gripper, gripper - 1], -1),
-                      "obs/joint_states": rng.normal(size=(steps, 7)), demos.CAMERA_K: K, demos.CAMERA_E: E,
-                      "attrs": {"num_samples": steps, "source": "synthetic", "seed": seed}}
+            arrays = {
+                "actions": actions,
+                "executed_actions": actions,
+                "perturbed": perturbed,
+                "states": rng.normal(size=(steps, 20)),
+                "rewards": np.zeros(steps, np.uint8),
+                "dones": np.zeros(steps, np.uint8),
+                "robot_states": np.zeros((steps, 9)),
+                "obs/ee_pos": position,
+                "obs/ee_ori": orientation_vectors,
+                "obs/ee_states": np.hstack([position, orientation_vectors]),
+                "obs/gripper_states": 0.02 * np.stack([1 - gripper, gripper - 1], -1),
+                "obs/joint_states": rng.normal(size=(steps, 7)),
+                demos.CAMERA_K: K,
+                demos.CAMERA_E: E,
+                "attrs": {"num_samples": steps, "source": "synthetic", "seed": seed},
+            }
             images = images[:, ::-1] if orientation == "flipped" else images
             demos.write_demo(data.create_group(f"demo_{i}"), arrays, np.ascontiguousarray(images))
     return Path(path)
 
 
-def write_synthetic_episodes(path, n_episodes=4, steps=STEPS, size=SIZE, seed=0, pitch=0.0, video=False, wide=0):
+def write_synthetic_episodes(
+    path, n_episodes=4, steps=STEPS, size=SIZE, seed=0, pitch=0.0, video=False, wide=0
+):
     """Write a valid smith300 folder without a robot; return its path.
 
-    The gripper turns about the vertical to a yaw of the episode's own. pitch: radians by which it is tilted from straight down, so
-    that -pi/2 points it ahead; wide: columns of margin at both sides of the frames.
+    The gripper turns about the vertical to a yaw of the episode's own. pitch: radians by which it
+    is tilted from straight down, so that -pi/2 points it ahead; wide: columns of margin at both
+    sides of the frames.
     """
     K, E = agentview(size)
     K = K + [[0, 0, wide], [0, 0, 0], [0, 0, 0]]
@@ -107,12 +171,28 @@ def write_synthetic_episodes(path, n_episodes=4, steps=STEPS, size=SIZE, seed=0,
         position, gripper = pick_and_place(rng, steps)
         yaw = np.linspace(0, 1.0 if i % 2 else -1.0, steps)
         tremor = euler_to_matrix(rng.normal(scale=0.02, size=(steps, 3)))
-        turn = euler_to_matrix(np.stack([0 * yaw, 0 * yaw, yaw], -1)) @ euler_to_matrix(np.array([np.pi, 0, 0]))
+        turn = euler_to_matrix(np.stack([0 * yaw, 0 * yaw, yaw], -1)) @ euler_to_matrix(
+            np.array([np.pi, 0, 0])
+        )
         rotation = turn @ euler_to_matrix(np.array([0, pitch, 0])) @ tremor
-        images = np.stack([np.pad(render(rng, p, *agentview(size), size), ((0, 0), (wide, wide), (0, 0))) for p in position])
-        smith300.write_episode(Path(path) / f"episode_{i:05d}", {
-            "eef_pos_t": position, "eef_euler_t": matrix_to_euler(rotation), "gripper_t": (gripper > 0).astype(float),
-            "intrinsics": K, "extrinsics": E}, images, video)
+        images = np.stack(
+            [
+                np.pad(render(rng, p, *agentview(size), size), ((0, 0), (wide, wide), (0, 0)))
+                for p in position
+            ]
+        )
+        smith300.write_episode(
+            Path(path) / f"episode_{i:05d}",
+            {
+                "eef_pos_t": position,
+                "eef_euler_t": matrix_to_euler(rotation),
+                "gripper_t": (gripper > 0).astype(float),
+                "intrinsics": K,
+                "extrinsics": E,
+            },
+            images,
+            video,
+        )
     smith300.write_dataset_stamp(path, {"task_suite": "libero_spatial", "task_id": 0, "seed": seed})
     return Path(path)
 
@@ -121,7 +201,10 @@ def with_basis(path, space="so3"):
     """Write the rotation basis of a dataset of either format beside it; return the dataset's path."""
     demos_, _ = smith300.read_dataset(path)
     rotations = rotvec_to_matrix(np.concatenate([d.ee_ori for d in demos_]))
-    provenance = {"dataset": Path(path).name, "fingerprints": [fingerprint(d.ee_ori) for d in demos_]}
+    provenance = {
+        "dataset": Path(path).name,
+        "fingerprints": [fingerprint(d.ee_ori) for d in demos_],
+    }
     save_basis(basis_path(path), fit_basis(rotations, space, provenance))
     return path
 
@@ -142,7 +225,9 @@ def synthetic_episodes(tmp_path_factory):
 def backbone():
     """The shipped backbone at the synthetic images' size."""
     import torch
+
     from nets.backbone import Backbone
+
     torch.set_num_threads(1)
     return Backbone("efficientnet_lite0", SIZE)
 
@@ -151,14 +236,18 @@ def backbone():
 def no_hub(monkeypatch, tmp_path):
     """No network and an empty hub cache, whatever this machine has."""
     from huggingface_hub import constants
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HTTPS_PROXY", "http://localhost:9")  # the code then asks the hub's client, offline, at once
+    # the code then asks the hub's client, offline, at once
+    monkeypatch.setenv("HTTPS_PROXY", "http://localhost:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 def made_once(tmp_path_factory, name, make):
-    """What `make(folder)` returns, made by the first of the test processes that asks and read by the others."""
+    """What `make(folder)` returns, made by the first of the test processes that asks and read by
+    the others.
+    """
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     stored = root / f"{name}.pickle"
@@ -174,6 +263,7 @@ def made_once(tmp_path_factory, name, make):
 def scene():
     """The default task in the real simulator, clean, with small images."""
     from sim.libero_env import Scene
+
     made = Scene(image_size=112, clean=True)
     yield made
     made.close()
@@ -181,21 +271,44 @@ def scene():
 
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory):
-    """Three demonstrations from the real simulator, collected through a SIGKILL in the middle -> (file, {part: its time}, the second
-    process). Of the clean scene, whose images and steps cost a third."""
+    """Three demonstrations from the real simulator, collected through a SIGKILL in the middle ->
+    (file, {part: its time}, the second process). Of the clean scene, whose images and steps cost a
+    third."""
+
     def collect(folder):
-        arguments = ("collect_demos.py", "--n_demos", 3, "--seed", 7, "--image_size", helpers.SIZE, "--clean_scene", "--workers", 1,
-                     "--out", "demos.hdf5")
+        arguments = (
+            "collect_demos.py",
+            "--n_demos",
+            3,
+            "--seed",
+            7,
+            "--image_size",
+            helpers.SIZE,
+            "--clean_scene",
+            "--workers",
+            1,
+            "--out",
+            "demos.hdf5",
+        )
         parts = folder / "demos.hdf5.parts"
-        code = helpers.interrupt(arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL)
+        code = helpers.interrupt(
+            arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL
+        )
         assert code == -signal.SIGKILL and not (folder / "demos.hdf5").exists()
         kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("demo_*.hdf5")}
         return folder / "demos.hdf5", kept, helpers.run(*arguments, cwd=folder)
+
     return made_once(tmp_path_factory, "collected", collect)
 
 
 @pytest.fixture(scope="session")
 def trained(collected, tmp_path_factory):
     """A run folder of a few steps on the collected demonstrations."""
-    return made_once(tmp_path_factory, "trained", lambda folder: (folder / "run", helpers.run(
-        *helpers.train_flags(collected[0], "run", 6), cwd=folder)))
+    return made_once(
+        tmp_path_factory,
+        "trained",
+        lambda folder: (
+            folder / "run",
+            helpers.run(*helpers.train_flags(collected[0], "run", 6), cwd=folder),
+        ),
+    )

@@ -1,4 +1,5 @@
 """How the tests run the scripts: as processes of their own, in a folder of their own."""
+
 import atexit
 import functools
 import json
@@ -24,7 +25,11 @@ class Forked:
 
     def __init__(self, server, arguments, cwd, files):
         self.server, self.args, self.returncode = server, arguments, None
-        request = {"arguments": [str(a) for a in arguments], "cwd": str(Path(cwd).resolve()), "files": [str(f) for f in files]}
+        request = {
+            "arguments": [str(a) for a in arguments],
+            "cwd": str(Path(cwd).resolve()),
+            "files": [str(f) for f in files],
+        }
         server.stdin.write(json.dumps(request).encode() + b"\n")
         self.pid = int(server.stdout.readline())
 
@@ -50,32 +55,50 @@ class Forked:
 @functools.cache
 def warm():
     """(warm.py, running; the environment that it has)."""
-    server = subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
-                              cwd=ROOT, env=environment())
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "warm.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        cwd=ROOT,
+        env=environment(),
+    )
     atexit.register(server.communicate)  # it leaves when stdin ends
     return server, environment()
 
 
 def started(script):
-    """What Python is given to start a script in the root (train.py) or one in a package (study.bench)."""
+    """What Python is given to start a script in the root (train.py) or one in a package
+    (study.bench).
+    """
     return [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
 
 
 def start(arguments, cwd, files):
-    """Start a script of the repository in `cwd`, its output and its errors into `files` -> a process.
+    """Start a script of the repository in `cwd`, its output and its errors into `files` -> a
+    process.
 
-    Where the environment was changed, which libraries read when they are imported, it is a fresh interpreter.
+    Where the environment was changed, which libraries read when they are imported, it is a fresh
+    interpreter.
     """
     script, *rest = arguments
     if hasattr(os, "fork") and sys.platform == "linux" and environment() == warm()[1]:
         return Forked(warm()[0], [*started(script), *rest], cwd, files)
     with open(files[0], "wb") as out, open(files[1], "wb") as err:
-        return subprocess.Popen([sys.executable, *started(script), *map(str, rest)], cwd=cwd,
-                                env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        return subprocess.Popen(
+            [sys.executable, *started(script), *map(str, rest)],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+        )
 
 
 def run(*arguments, cwd, ok=True, timeout=400):
-    """Run a script of the repository in `cwd` -> CompletedProcess; its output is shown when it fails."""
+    """Run a script of the repository in `cwd` -> CompletedProcess; its output is shown when it
+    fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
         process = start(arguments, cwd, files)
@@ -102,14 +125,40 @@ def interrupt(arguments, cwd, when, number, timeout=300):
 
 
 def train_flags(dataset, folder, steps):
-    return ("train.py", "--dataset", dataset, "--image_size", SIZE, "--grid", 14, "--width", 8, "--max_steps", steps, "--backbone",
-            "efficientnet_lite0", "--batch_size", 4, "--val_every", 3, "--save_every", 2, "--wandb", "off", "--out", folder,
-            "--precision", "fp32")
+    return (
+        "train.py",
+        "--dataset",
+        dataset,
+        "--image_size",
+        SIZE,
+        "--grid",
+        14,
+        "--width",
+        8,
+        "--max_steps",
+        steps,
+        "--backbone",
+        "efficientnet_lite0",
+        "--batch_size",
+        4,
+        "--val_every",
+        3,
+        "--save_every",
+        2,
+        "--wandb",
+        "off",
+        "--out",
+        folder,
+        "--precision",
+        "fp32",
+    )
 
 
 def put(index, number):
     """A change of an array: `number` at `index`."""
+
     def change(value):
         value[index] = number
         return value
+
     return change

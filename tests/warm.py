@@ -1,8 +1,11 @@
-"""A process that has imported the libraries and forks for each script that a test runs: 5 s of CPU less than a fresh interpreter.
+"""A process that has imported the libraries and forks for each script that a test runs: 5 s of CPU
+less than a fresh interpreter.
 
-Nothing of the repository is imported before the fork, no thread runs and no GL context exists. A request is a line of JSON on
-stdin; the answers are the child's process id, then its exit code, a line each. It leaves when stdin ends.
+Nothing of the repository is imported before the fork, no thread runs and no GL context exists. A
+request is a line of JSON on stdin; the answers are the child's process id, then its exit code, a
+line each. It leaves when stdin ends.
 """
+
 import json
 import os
 import runpy
@@ -21,7 +24,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def become(request):
     """Turn this process into what `python SCRIPT ARGUMENTS` would be in a folder."""
     os.chdir(request["cwd"])
-    for number, (path, flags) in enumerate([(os.devnull, os.O_RDONLY)] + [(p, os.O_WRONLY | os.O_CREAT) for p in request["files"]]):
+    for number, (path, flags) in enumerate(
+        [(os.devnull, os.O_RDONLY)] + [(p, os.O_WRONLY | os.O_CREAT) for p in request["files"]]
+    ):
         file = os.open(path, flags)
         os.dup2(file, number)
         os.close(file)

@@ -1,8 +1,11 @@
-"""What turns docs/, the README and LOG.md into one site (MkDocs calls these functions, see mkdocs.yml).
+"""What turns docs/, the README and LOG.md into one site (MkDocs calls these functions, see
+mkdocs.yml).
 
-The README is the first page, LOG.md and its like are pages too. A file elsewhere in the repository that a page links
-to is copied into the site, and the link changed, so that the pages read the same here and on a code host.
+The README is the first page, LOG.md and its like are pages too. A file elsewhere in the repository
+that a page links to is copied into the site, and the link changed, so that the pages read the same
+here and on a code host.
 """
+
 import re
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +18,9 @@ COPIED = "files"  # folder of the site for what is no page
 
 
 def place(link, folder):
-    """A link of a page in `folder` ("" or "docs") -> where it leads in the site, and the file to copy there or None."""
+    """A link of a page in `folder` ("" or "docs") -> where it leads in the site, and the file to
+    copy there or None.
+    """
     path, mark, anchor = link.partition("#")
     if not path or "://" in path:
         return link, None
@@ -32,11 +37,13 @@ def place(link, folder):
 
 def rewritten(text, folder, copies):
     """Markdown with its links as `place` says; `copies` is filled by {name in the site: file}."""
+
     def replace(match):
         name, source = place(match[2], folder)
         if source is not None:
             copies[name] = source
         return match[1] + name + match[3]
+
     return LINK.sub(replace, text)
 
 

@@ -1,7 +1,9 @@
-"""The README's picture: image, volume, waypoint; from a committed checkpoint and one rendered frame.
+"""The README's picture: image, volume, waypoint; from a committed checkpoint and one rendered
+frame.
 
     python docs/pictures/approach.py        # writes docs/pictures/approach.jpg
 """
+
 import sys
 from pathlib import Path
 
@@ -56,30 +58,43 @@ def draw(observation, p, waypoint, path):
     size = observation.image.shape[0]
     figure = plt.figure(figsize=(12, 4.1))
     left = figure.add_axes((0.005, 0.03, 0.30, 0.84))
-    middle = figure.add_axes((0.31, 0.0, 0.37, 0.92), projection="3d",
-                             computed_zorder=False)
+    middle = figure.add_axes((0.31, 0.0, 0.37, 0.92), projection="3d", computed_zorder=False)
     right = figure.add_axes((0.695, 0.03, 0.30, 0.84))
 
     # -- what it sees --
     left.imshow(observation.image)
     u, v = pixels(observation.eef_pos[None], observation)
     left.plot(u, v, "o", ms=9, mfc="none", mec="cyan", mew=2)
-    left.annotate("end-effector", (u[0] + 10, v[0]), (u[0] + 40, v[0] - 25), color="cyan",
-                  arrowprops=dict(color="cyan", arrowstyle="-"))
+    left.annotate(
+        "end-effector",
+        (u[0] + 10, v[0]),
+        (u[0] + 40, v[0] - 25),
+        color="cyan",
+        arrowprops=dict(color="cyan", arrowstyle="-"),
+    )
     left.set_title("1  image, end-effector, camera")
 
     # -- the volume: one distribution a waypoint --
     floor = observation.image[:: size // side // 2, :: size // side // 2] / 255
     ys, xs = np.mgrid[0 : side : floor.shape[0] * 1j, 0 : side : floor.shape[1] * 1j]
-    middle.plot_surface(xs, ys, np.full_like(xs, -1), facecolors=0.35 + 0.65 * floor, rstride=1,
-                        cstride=1, shade=False, zorder=0)
+    middle.plot_surface(
+        xs,
+        ys,
+        np.full_like(xs, -1),
+        facecolors=0.35 + 0.65 * floor,
+        rstride=1,
+        cstride=1,
+        shade=False,
+        zorder=0,
+    )
     for i in range(n):
         z, y, x = np.nonzero(p[i] > SHARE * p[i].max())
         strength = p[i][z, y, x] / p[i].max()
         rgba = np.repeat(colours[i][None], len(z), 0)
         rgba[:, 3] = 0.1 + 0.9 * strength
-        middle.scatter(x, y, z, s=6 + 26 * strength, c=rgba, marker="s", depthshade=False, lw=0,
-                       zorder=1 + i)
+        middle.scatter(
+            x, y, z, s=6 + 26 * strength, c=rgba, marker="s", depthshade=False, lw=0, zorder=1 + i
+        )
     middle.set(xlim=(0, side), ylim=(side, 0), zlim=(-1, n_heights))
     middle.set_xlabel("image column", labelpad=-8)
     middle.set_ylabel("image row", labelpad=-8)
@@ -96,9 +111,15 @@ def draw(observation, p, waypoint, path):
     right.plot(np.append(start[0], u), np.append(start[1], v), "-", color="white", lw=1.5)
     right.scatter(u, v, s=45, c=colours, edgecolors="white", lw=1, zorder=3)
     x, y, z = waypoint.position
-    right.annotate(f"next waypoint\n{x:.2f}, {y:.2f}, {z:.2f} m", (u[0], v[0]),
-                   (u[0] - 5, v[0] - 95), color="white", va="center", ha="left",
-                   arrowprops=dict(color="white", arrowstyle="-"))
+    right.annotate(
+        f"next waypoint\n{x:.2f}, {y:.2f}, {z:.2f} m",
+        (u[0], v[0]),
+        (u[0] - 5, v[0] - 95),
+        color="white",
+        va="center",
+        ha="left",
+        arrowprops=dict(color="white", arrowstyle="-"),
+    )
     right.set_title("3  unprojected: 3D waypoints")
 
     for axes in (left, right):

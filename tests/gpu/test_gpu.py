@@ -2,6 +2,7 @@
 
 PARA_GPU_TEST_DEVICE=cpu runs this code without a GPU, where most equalities are trivial.
 """
+
 import copy
 import json
 import os
@@ -10,20 +11,38 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from conftest import ROOT, SIZE
+from safetensors.torch import load_file
+from test_backbone import pictures
+from test_contract import Case
+
 from harness.validation import to_device
 from nets import layers
 from nets import layers_voxel as lv
 from registry import REGISTRY
-from test_backbone import pictures
-from test_contract import Case
 
 DEVICE = os.environ.get("PARA_GPU_TEST_DEVICE", "cuda")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")]
-TRAIN = ["train.py", "--model_type", "para", "--image_size", str(SIZE), "--grid", "14", "--backbone", "efficientnet_lite0",
-         "--batch_size", "4", "--wandb", "off", "--precision", "fp32"]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU"),
+]
+TRAIN = [
+    "train.py",
+    "--model_type",
+    "para",
+    "--image_size",
+    str(SIZE),
+    "--grid",
+    "14",
+    "--backbone",
+    "efficientnet_lite0",
+    "--batch_size",
+    "4",
+    "--wandb",
+    "off",
+    "--precision",
+    "fp32",
+]
 
 
 def far(a, b):
@@ -47,7 +66,9 @@ def test_backbone(backbone, device):
     images = torch.from_numpy(pictures(4))
     moved = copy.deepcopy(backbone).to(device)
     for ours, theirs in zip(moved(images), backbone(images)):
-        assert ours.device.type == device and ours.dtype == torch.float16 and far(ours, theirs) < 0.02
+        assert (
+            ours.device.type == device and ours.dtype == torch.float16 and far(ours, theirs) < 0.02
+        )
 
 
 def test_loss_and_gradients(case, device):
@@ -58,11 +79,17 @@ def test_loss_and_gradients(case, device):
         torch.manual_seed(0)
         loss = policy(to_device(case.batch(), where))["loss"]
         loss.backward()
-        found.append((loss, {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}))
+        found.append(
+            (loss, {n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
+        )
     (expected, slopes), (loss, moved) = found
     assert far(loss, expected) < 1e-4 and slopes.keys() == moved.keys()
     largest = max(g.abs().max() for g in slopes.values())
-    assert not {n: far(moved[n], g) for n, g in slopes.items() if g.abs().max() > 1e-5 * largest and far(moved[n], g) > 0.01}
+    assert not {
+        n: far(moved[n], g)
+        for n, g in slopes.items()
+        if g.abs().max() > 1e-5 * largest and far(moved[n], g) > 0.01
+    }
 
 
 def test_predictions(case, device):
@@ -89,25 +116,34 @@ def test_act(case, device):
 @pytest.mark.parametrize("recent", [0, 2])
 @pytest.mark.parametrize("n", [7, 18])
 def test_compiled_attention(recent, n, device):
-    """FlexAttention, compiled, forward and backward, against a call of scaled_dot_product_attention a frame."""
+    """FlexAttention, compiled, forward and backward, against a call of scaled_dot_product_attention
+    a frame.
+    """
     rule = layers.Resolutions(recent, n - 2, n - 4) if recent else layers.Resolutions()
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 5, n, 2, 32, device=device, requires_grad=device != "cpu") for _ in "qkv"]
+    inputs = [
+        torch.randn(2, 5, n, 2, 32, device=device, requires_grad=device != "cpu") for _ in "qkv"
+    ]
     found = []
     for way in ("flex", "sdpa"):
         out = layers.frame_attention(*inputs, 4, rule, way)
-        slopes = torch.autograd.grad(out.square().sum(), inputs) if device != "cpu" else ()  # there it has no backward pass
+        # there it has no backward pass
+        slopes = torch.autograd.grad(out.square().sum(), inputs) if device != "cpu" else ()
         found.append((out, *slopes))
     assert max(far(a, b) for a, b in zip(*found)) < 1e-2  # TF32 products inside the kernel
 
 
 @pytest.mark.parametrize("way", ["whole", "fused"])
 def test_voxel_attention(way, device):
-    """Whole volumes of scores and the Triton kernels against the CPU's chunks, forward and backward."""
+    """Whole volumes of scores and the Triton kernels against the CPU's chunks, forward and
+    backward.
+    """
     if way == "fused" and device == "cpu":
         pytest.skip("tests/unit/test_layers_voxel.py runs the kernels in Triton's interpreter")
     torch.manual_seed(0)
-    table = lv.VoxelTable(torch.rand(1, 77, 2), torch.rand(1, 77, 2), torch.linspace(0.9, 1.3, 3), lv.wavelengths())
+    table = lv.VoxelTable(
+        torch.rand(1, 77, 2), torch.rand(1, 77, 2), torch.linspace(0.9, 1.3, 3), lv.wavelengths()
+    )
     code, scores = torch.randn(21, 48), torch.randn(21, 77)
     further = torch.randn(21, 48), torch.randn(21, 77), torch.randn(21)
     found = []
@@ -122,8 +158,20 @@ def test_voxel_attention(way, device):
 def trained(folder, dataset, device, *further, launcher=()):
     """The weights of a short training in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, *TRAIN, "--dataset", str(dataset), "--out", str(folder), "--device", device,
-               "--cache", str(folder.parent / "cache"), *further]
+    command = [
+        sys.executable,
+        *launcher,
+        *TRAIN,
+        "--dataset",
+        str(dataset),
+        "--out",
+        str(folder),
+        "--device",
+        device,
+        "--cache",
+        str(folder.parent / "cache"),
+        *further,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return load_file(folder / "checkpoint.safetensors")
@@ -136,9 +184,16 @@ def apart(one, other):
 def test_training_and_resuming(synthetic_demos, tmp_path, device):
     """A training learns on the GPU, and --resume finds a finished run finished."""
     weights = trained(tmp_path / "run", synthetic_demos, device, "--max_steps", "8")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rows and all(torch.isfinite(v.float()).all() for v in weights.values())
-    done = subprocess.run([sys.executable, "train.py", "--resume", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--resume", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert apart(load_file(tmp_path / "run" / "checkpoint.safetensors"), weights) == 0
 
@@ -149,4 +204,12 @@ def test_two_ranks_are_one(synthetic_demos, tmp_path, device):
         pytest.skip("needs two GPUs")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     one = trained(tmp_path / "one", synthetic_demos, device, "--max_steps", "4")
-    assert apart(trained(tmp_path / "two", synthetic_demos, device, "--max_steps", "4", launcher=launcher), one) < 1e-2
+    assert (
+        apart(
+            trained(
+                tmp_path / "two", synthetic_demos, device, "--max_steps", "4", launcher=launcher
+            ),
+            one,
+        )
+        < 1e-2
+    )

@@ -1,14 +1,17 @@
-"""The committed checkpoints: they load, fit LIBERO's camera, and look at the image instead of guessing from their own state."""
+"""The committed checkpoints: they load, fit LIBERO's camera, and look at the image instead of
+guessing from their own state.
+"""
+
 import pytest
 import torch
-
 from conftest import ROOT, made_once, with_basis
+from helpers import run
+
 from eval import episode_state
 from formats.demos import read_demos
 from harness.checkpoint import load_policy
 from harness.metrics import EARLY
 from harness.validation import looks
-from helpers import run
 from registry import look_up
 from sim.libero_env import Scene
 from sim.rollout import PolicyAgent, run_episode
@@ -19,33 +22,61 @@ SHIFT_PX, BLANK_RATIO = 2.0, 3.0  # at most, at least
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
-    """A demonstration of the full scene at the checkpoints' size, of a seed that none of them was trained on."""
+    """A demonstration of the full scene at the checkpoints' size, of a seed that none of them was
+    trained on.
+    """
+
     def collect(folder):
-        run("collect_demos.py", "--n_demos", 1, "--seed", 7, "--workers", 1, "--out", folder / "demo.hdf5", cwd=folder)
-        return with_basis(folder / "demo.hdf5")  # D asks for one beside its data; its own travels in the checkpoint
+        run(
+            "collect_demos.py",
+            "--n_demos",
+            1,
+            "--seed",
+            7,
+            "--workers",
+            1,
+            "--out",
+            folder / "demo.hdf5",
+            cwd=folder,
+        )
+        # D asks for one beside its data; its own travels in the checkpoint
+        return with_basis(folder / "demo.hdf5")
+
     return made_once(tmp_path_factory, "full_size", collect)
 
 
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: p.stem)
 def test_a_committed_checkpoint_looks(path, full_size, tmp_path):
-    """EEF inputs shifted by 20 px hardly move its waypoint, and blank images at least triple its error."""
+    """EEF inputs shifted by 20 px hardly move its waypoint, and blank images at least triple its
+    error.
+    """
     torch.set_num_threads(1)
     policy, info, _ = load_policy(path, "cpu", None)
     demos, _ = read_demos(full_size, policy.config.image_size)
-    dataset = look_up(info["model_type"]).dataset(full_size, demos, policy.config, policy.backbone, 2, tmp_path, False)
+    dataset = look_up(info["model_type"]).dataset(
+        full_size, demos, policy.config, policy.backbone, 2, tmp_path, False
+    )
     found = looks(policy, dataset, "cpu")
     assert found["shift_px"] <= SHIFT_PX and found["blank_ratio"] >= BLANK_RATIO, found
 
 
 @pytest.mark.parametrize("name", ["para", "voxel_ar"])
 def test_a_committed_checkpoint_solves_shifted_layouts(name):
-    """At least two of the first three `shifted` test episodes: of those the blind replay solves 6%, a head that passes the tests
-    above may solve none. One policy of a single frame, and one with a history."""
+    """At least two of the first three `shifted` test episodes: of those the blind replay solves 6%,
+    a head that passes the tests above may solve none. One policy of a single frame, and one with a
+    history."""
     torch.set_num_threads(1)
-    policy, _, _ = load_policy(ROOT / "checkpoints" / f"{name}_libero_spatial_0.safetensors", "cpu", None)
+    policy, _, _ = load_policy(
+        ROOT / "checkpoints" / f"{name}_libero_spatial_0.safetensors", "cpu", None
+    )
     scene = Scene(image_size=policy.config.image_size)
     try:
-        rows = [run_episode(scene, PolicyAgent(policy), episode_state(scene, "shifted", i)[0], max_steps=EARLY)[0] for i in range(3)]
+        rows = [
+            run_episode(
+                scene, PolicyAgent(policy), episode_state(scene, "shifted", i)[0], max_steps=EARLY
+            )[0]
+            for i in range(3)
+        ]
     finally:
         scene.close()
     assert sum(row["success"] for row in rows) >= 2, [row["outcome"] for row in rows]

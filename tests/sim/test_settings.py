@@ -1,25 +1,31 @@
-"""The settings: splits are disjoint, excluded views are those that cannot be decoded, and the simulator really follows."""
+"""The settings: splits are disjoint, excluded views are those that cannot be decoded, and the
+simulator really follows.
+"""
+
 import json
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from helpers import SIZE, run, train_flags
 
 import collect_demos
 import eval as evaluation
 from camera import project
 from formats import demos
-from helpers import SIZE, run, train_flags
 from runtime import UserError
 from sim import settings
 from sim.expert import PLATE_RISE
 from sim.libero_env import Scene, find_task
 from sim.rollout import BlindAgent, key_poses
 
-VARIED = [(setting, split) for setting, splits in settings.SPLITS.items() for split in splits if split]
+VARIED = [
+    (setting, split) for setting, splits in settings.SPLITS.items() for split in splits if split
+]
 K, DEFAULT = settings.default_camera()
-SHIFTED_7 = [[-0.012735, -0.046519], [-0.039746, 0.005700]]  # metres by which bowl and plate are moved in `shifted` episode 7
+# metres by which bowl and plate are moved in `shifted` episode 7
+SHIFTED_7 = [[-0.012735, -0.046519], [-0.039746, 0.005700]]
 
 
 def direction(condition):
@@ -28,7 +34,9 @@ def direction(condition):
 
 
 def apart(a, b):
-    """How far two conditions differ: degrees between their views, or steps of the grid of positions."""
+    """How far two conditions differ: degrees between their views, or steps of the grid of
+    positions.
+    """
     turned = np.degrees(np.arccos(np.clip(direction(a) @ direction(b), -1, 1)))
     steps = max(abs(a.dx - b.dx) / np.ptp(settings.DX), abs(a.dy - b.dy) / np.ptp(settings.DY)) * 15
     return max(turned, steps)
@@ -36,7 +44,9 @@ def apart(a, b):
 
 @pytest.mark.parametrize("setting, split", VARIED)
 def test_splits_are_disjoint(setting, split):
-    """Nothing that trains or tunes is tested: conditions differ by at least 2 degrees or a grid step, validation from tests by two."""
+    """Nothing that trains or tunes is tested: conditions differ by at least 2 degrees or a grid
+    step, validation from tests by two.
+    """
     parts = {part: settings.conditions(setting, part, split) for part in settings.PARTS}
     for a, b, least in (("train", "test", 1), ("train", "val", 1), ("val", "test", 2)):
         found = min(apart(x, y) for x in parts[a] for y in parts[b])
@@ -47,15 +57,30 @@ def test_splits_are_disjoint(setting, split):
 def test_splits_are_those_of_the_settings():
     """Inner trains, outer is tested; left trains, right is tested; and the others say what they do."""
     get = settings.conditions
-    assert max(c.theta for c in get("viewpoint", "train")) < 12.5 < min(c.theta for c in get("viewpoint", "test"))
-    assert all(0 < c.phi < 180 for part in ("val", "test") for c in get("viewpoint", part, "hemisphere"))
+    assert (
+        max(c.theta for c in get("viewpoint", "train"))
+        < 12.5
+        < min(c.theta for c in get("viewpoint", "test"))
+    )
+    assert all(
+        0 < c.phi < 180 for part in ("val", "test") for c in get("viewpoint", part, "hemisphere")
+    )
     assert not any(0 < c.phi < 180 and c.theta > 0 for c in get("viewpoint", "train", "hemisphere"))
     assert [len(get("position", part)) for part in settings.PARTS] == [128, 8, 20]
-    seen = {part: [project(settings.BOWL + [c.dx, c.dy, 0], K, DEFAULT)[0] for c in get("position", part)] for part in settings.PARTS}
+    seen = {
+        part: [
+            project(settings.BOWL + [c.dx, c.dy, 0], K, DEFAULT)[0] for c in get("position", part)
+        ]
+        for part in settings.PARTS
+    }
     assert max(c.dy for c in get("position", "train")) < min(c.dy for c in get("position", "test"))
-    assert max(seen["train"]) < np.median(seen["test"]) and np.mean(seen["train"]) < min(seen["test"])  # y is the image's right
-    assert max(c.dx for c in get("position", "train", "near_far")) < min(c.dx for part in ("val", "test")
-                                                                        for c in get("position", part, "near_far"))
+    # y is the image's right
+    assert max(seen["train"]) < np.median(seen["test"]) and np.mean(seen["train"]) < min(
+        seen["test"]
+    )
+    assert max(c.dx for c in get("position", "train", "near_far")) < min(
+        c.dx for part in ("val", "test") for c in get("position", part, "near_far")
+    )
     assert settings.conditions("in_dist", "test") == [settings.Condition()]
     with pytest.raises(UserError, match="outer or hemisphere"):
         get("viewpoint", "test", "near_far")
@@ -63,22 +88,35 @@ def test_splits_are_those_of_the_settings():
 
 @pytest.mark.parametrize("setting, split", VARIED)
 def test_the_first_demonstrations_cover_the_conditions(setting, split):
-    """A quarter of the demonstrations already spreads over the whole training half, not over its first row."""
+    """A quarter of the demonstrations already spreads over the whole training half, not over its
+    first row.
+    """
     conditions = settings.conditions(setting, "train", split)
-    first, numbers = conditions[:len(conditions) // 4], ("dx", "dy") if setting == "position" else ("theta",)
+    first, numbers = (
+        conditions[: len(conditions) // 4],
+        ("dx", "dy") if setting == "position" else ("theta",),
+    )
     for name in numbers:
         few, all_ = ([getattr(c, name) for c in some] for some in (first, conditions))
-        assert np.ptp(few) > 0.8 * np.ptp(all_) and abs(np.mean(few) - np.mean(all_)) < 0.15 * np.ptp(all_)
+        assert np.ptp(few) > 0.8 * np.ptp(all_) and abs(
+            np.mean(few) - np.mean(all_)
+        ) < 0.15 * np.ptp(all_)
 
 
 def test_orbit_is_one():
-    """Theta 0 is the default camera; every other view is theta away, as far off, looks at the same point, and stands upright."""
+    """Theta 0 is the default camera; every other view is theta away, as far off, looks at the same
+    point, and stands upright.
+    """
     np.testing.assert_allclose(settings.orbit(DEFAULT, 0, 90), DEFAULT, atol=1e-12)
-    pivot = DEFAULT[:3, 3] + DEFAULT[:3, 2] * (settings.PIVOT_HEIGHT - DEFAULT[2, 3]) / DEFAULT[2, 2]
+    pivot = (
+        DEFAULT[:3, 3] + DEFAULT[:3, 2] * (settings.PIVOT_HEIGHT - DEFAULT[2, 3]) / DEFAULT[2, 2]
+    )
     for theta, phi in ((5, 0), (12, 45), (25, 90), (25, 180), (20, 300)):
         E = settings.orbit(DEFAULT, theta, phi)
         u, v, depth = project(pivot, K, E)
-        assert np.hypot(u - 224, v - 224) < 1e-3 and depth == pytest.approx(np.linalg.norm(DEFAULT[:3, 3] - pivot), abs=1e-6)
+        assert np.hypot(u - 224, v - 224) < 1e-3 and depth == pytest.approx(
+            np.linalg.norm(DEFAULT[:3, 3] - pivot), abs=1e-6
+        )
         assert np.degrees(np.arccos(E[:3, 2] @ DEFAULT[:3, 2])) == pytest.approx(theta, abs=1e-3)
         np.testing.assert_allclose(E[:3, :3] @ E[:3, :3].T, np.eye(3), atol=1e-12)
         assert abs(E[2, 0]) < 1e-6
@@ -87,8 +125,13 @@ def test_orbit_is_one():
 
 
 def test_excluded_views_are_those_that_cannot_be_decoded():
-    """Level with the path a cell and a height bin are metres off; what remains decodes within 3 cm and sees bowl, plate and path."""
-    assert settings.decode_error(settings.orbit(DEFAULT, 25, 0)) > 1 and settings.decode_error(DEFAULT) < 0.025
+    """Level with the path a cell and a height bin are metres off; what remains decodes within 3 cm
+    and sees bowl, plate and path.
+    """
+    assert (
+        settings.decode_error(settings.orbit(DEFAULT, 25, 0)) > 1
+        and settings.decode_error(DEFAULT) < 0.025
+    )
     for split in settings.SPLITS["viewpoint"]:
         left_out = [c for _, c, _ in settings.excluded(split)]
         kept = [c for part in settings.PARTS for c in settings.conditions("viewpoint", part, split)]
@@ -134,58 +177,94 @@ def asked_seed(ask):
 
 def collected_seed(part, seed, index):
     """The seed of the first layout that collect_demos.py tries."""
+
     def ask(scene):
         worker = collect_demos.ExpertWorker.__new__(collect_demos.ExpertWorker)
         worker.args = collect_demos.build_parser().parse_args(["--part", part, "--seed", str(seed)])
         worker.scene, worker.conditions = scene, [settings.Condition()]
         scene.common_shift = lambda condition: None
         worker.run(index)
+
     return asked_seed(ask)
 
 
 def evaluated_seed(layout, index):
     """The seed of the first layout that eval.py tries."""
+
     def ask(scene):
         scene.common_shift = lambda condition: None
         evaluation.episode_state(scene, layout, index)
+
     return asked_seed(ask)
 
 
 def test_no_seed_of_a_collection_meets_a_tested_layout():
-    """Whatever --seed is, training, tuning and testing have no random layout in common: with `--seed 50` the demonstrations of old
-    were those of the position test."""
-    collected = {collected_seed(part, seed, index) for part in ("train", "val") for seed in range(0, 300, 10) for index in range(12)}
-    tested = {evaluated_seed(layout, index) for layout in ("val", "val_viewpoint") for index in range(64)}
-    positions = {evaluated_seed(layout, index) for layout in ("position", "val_position") for index in range(100)}
-    assert len(collected) == 2 * 30 * 12 and not collected & (tested | positions) and not tested & positions
+    """Whatever --seed is, training, tuning and testing have no random layout in common: with
+    `--seed 50` the demonstrations of old were those of the position test."""
+    collected = {
+        collected_seed(part, seed, index)
+        for part in ("train", "val")
+        for seed in range(0, 300, 10)
+        for index in range(12)
+    }
+    tested = {
+        evaluated_seed(layout, index) for layout in ("val", "val_viewpoint") for index in range(64)
+    }
+    positions = {
+        evaluated_seed(layout, index)
+        for layout in ("position", "val_position")
+        for index in range(100)
+    }
+    assert (
+        len(collected) == 2 * 30 * 12
+        and not collected & (tested | positions)
+        and not tested & positions
+    )
 
 
 def test_every_purpose_draws_numbers_of_its_own():
-    """Purpose, seed, index and attempt, each makes another seed; so do those of which sums and multiples are alike."""
-    found = {tuple(settings.random_seed(purpose, seed, index, attempt)) for purpose in settings.PURPOSES for seed in range(100)
-             for index in (0, 1, 2, 100, 1_000_003) for attempt in range(4)}
+    """Purpose, seed, index and attempt, each makes another seed; so do those of which sums and
+    multiples are alike.
+    """
+    found = {
+        tuple(settings.random_seed(purpose, seed, index, attempt))
+        for purpose in settings.PURPOSES
+        for seed in range(100)
+        for index in (0, 1, 2, 100, 1_000_003)
+        for attempt in range(4)
+    }
     assert len(found) == len(settings.PURPOSES) * 100 * 5 * 4
 
 
-# -- in the simulator --------------------------------------------------------------------------------------------------
+# -- in the simulator
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_shifted_test_layouts_stay_what_they_were(scene):
-    """The layouts that every published figure on `shifted` is about: bowl and plate where commit 17f3cfb had them."""
+    """The layouts that every published figure on `shifted` is about: bowl and plate where commit
+    17f3cfb had them.
+    """
     state, _ = evaluation.episode_state(scene, "shifted", 7)
     before = scene.init_states()[7]
-    moved = [state[scene._address(n)][:2] - before[scene._address(n)][:2] for n in (scene.pick, scene.place)]
+    moved = [
+        state[scene._address(n)][:2] - before[scene._address(n)][:2]
+        for n in (scene.pick, scene.place)
+    ]
     np.testing.assert_allclose(moved, SHIFTED_7, atol=2e-3)
 
 
 def test_viewpoint_episodes_are_seen_from_elsewhere(scene):
-    """The rendering camera really moves, objects are seen where the moved camera says, the layout stays the benchmark's; and it moves back."""
+    """The rendering camera really moves, objects are seen where the moved camera says, the layout
+    stays the benchmark's; and it moves back.
+    """
     state, condition = evaluation.episode_state(scene, "viewpoint", 3)
     assert condition == settings.conditions("viewpoint", "test")[3] and condition.theta > 12.5
     np.testing.assert_array_equal(state, scene.init_states()[3])
     scene.begin_episode(state)
     moved, o = scene.render(), scene.observe(image=False)
-    assert np.degrees(np.arccos(o.E[:3, 2] @ DEFAULT[:3, 2])) == pytest.approx(condition.theta, abs=0.01)
+    assert np.degrees(np.arccos(o.E[:3, 2] @ DEFAULT[:3, 2])) == pytest.approx(
+        condition.theta, abs=0.01
+    )
     for name in scene.objects:
         u, v, _ = project(scene.position(name), o.K, o.E)
         assert scene.visible_body(u, v).startswith(name)
@@ -196,7 +275,9 @@ def test_viewpoint_episodes_are_seen_from_elsewhere(scene):
 
 
 def test_position_episodes_stand_elsewhere(scene):
-    """Bowl and plate really are where the position says, together; five episodes at a position differ in jitter alone."""
+    """Bowl and plate really are where the position says, together; five episodes at a position
+    differ in jitter alone.
+    """
     positions = settings.conditions("position", "test")
     found = []
     for index in (1, 21):
@@ -204,13 +285,17 @@ def test_position_episodes_stand_elsewhere(scene):
         assert condition == positions[1]
         scene.begin_episode(state)
         for name, nominal in ((scene.pick, settings.BOWL), (scene.place, settings.PLATE)):
-            np.testing.assert_allclose(scene.position(name)[:2], nominal[:2] + [condition.dx, condition.dy], atol=0.025)
+            np.testing.assert_allclose(
+                scene.position(name)[:2], nominal[:2] + [condition.dx, condition.dy], atol=0.025
+            )
         found.append(state)
     assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
 def test_a_perturbation_that_does_nothing_is_an_error(scene, monkeypatch):
-    """A camera or an object that does not follow stops the evaluation: its figures would be those of another setting."""
+    """A camera or an object that does not follow stops the evaluation: its figures would be those
+    of another setting.
+    """
     state = scene.init_states()[0]
     monkeypatch.setattr(scene, "_settle", lambda shifted, watch: np.array(state))
     with pytest.raises(RuntimeError, match="was not shifted"):
@@ -222,8 +307,9 @@ def test_a_perturbation_that_does_nothing_is_an_error(scene, monkeypatch):
 
 
 def test_libero_pro_suites_differ_as_they_say(scene):
-    """In libero_spatial_swap the plate stands elsewhere and the bowl where it did, in _object both are others; blind replay keeps the
-    layout of libero_spatial; a frame of libero_spatial's state looks the same, which is why its checkpoints are taken."""
+    """In libero_spatial_swap the plate stands elsewhere and the bowl where it did, in _object both
+    are others; blind replay keeps the layout of libero_spatial; a frame of libero_spatial's state
+    looks the same, which is why its checkpoints are taken."""
     evaluation.episode_state(scene, "benchmark", 0)  # the camera back to where it belongs
     swap = Scene("libero_spatial_swap", image_size=112, clean=True)
     try:
@@ -235,8 +321,13 @@ def test_libero_pro_suites_differ_as_they_say(scene):
             s.set_state(scene.init_states()[0])
             images.append(s.render().astype(float))
             s.begin_episode(s.init_states()[0])
-        moved = {name: np.linalg.norm((swap.position(name) - scene.position(name))[:2]) for name in scene.objects}
-        assert swap.objects == scene.objects and moved[scene.place] > 0.13 and moved[scene.pick] < 0.05, moved
+        moved = {
+            name: np.linalg.norm((swap.position(name) - scene.position(name))[:2])
+            for name in scene.objects
+        }
+        assert (
+            swap.objects == scene.objects and moved[scene.place] > 0.13 and moved[scene.pick] < 0.05
+        ), moved
         np.testing.assert_allclose(*poses, atol=2e-3)
         assert np.abs(images[0] - images[1]).mean() < 1 < np.abs(swap.render() - images[1]).mean()
     finally:
@@ -248,30 +339,98 @@ def test_libero_pro_suites_differ_as_they_say(scene):
 
 
 def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
-    """From `collect_demos.py --setting viewpoint` to `eval.py --layout viewpoint`: each demo its own recorded view and camera, the
-    clean scene and the orbited camera of the training frame are followed without a flag; and a replay keeps views."""
-    run("collect_demos.py", "--setting", "viewpoint", "--n_demos", 2, "--image_size", SIZE, "--push_rate", 0, "--workers", 1, "--out", "views.hdf5", cwd=tmp_path)
+    """From `collect_demos.py --setting viewpoint` to `eval.py --layout viewpoint`: each demo its
+    own recorded view and camera, the clean scene and the orbited camera of the training frame are
+    followed without a flag; and a replay keeps views."""
+    run(
+        "collect_demos.py",
+        "--setting",
+        "viewpoint",
+        "--n_demos",
+        2,
+        "--image_size",
+        SIZE,
+        "--push_rate",
+        0,
+        "--workers",
+        1,
+        "--out",
+        "views.hdf5",
+        cwd=tmp_path,
+    )
     found, attributes = demos.read_demos(tmp_path / "views.hdf5")
-    assert attributes["setting"] == "viewpoint" and attributes["clean_scene"] and attributes["split"] == "outer"
+    assert (
+        attributes["setting"] == "viewpoint"
+        and attributes["clean_scene"]
+        and attributes["split"] == "outer"
+    )
     for demo, condition in zip(found, settings.conditions("viewpoint", "train")):
-        assert (demo.attrs["theta"], demo.attrs["phi"]) == (condition.theta, condition.phi) and demo.attrs["setting"] == "viewpoint"
-        np.testing.assert_allclose(demo.E, settings.orbit(DEFAULT, condition.theta, condition.phi), atol=1e-6)
+        assert (demo.attrs["theta"], demo.attrs["phi"]) == (
+            condition.theta,
+            condition.phi,
+        ) and demo.attrs["setting"] == "viewpoint"
+        np.testing.assert_allclose(
+            demo.E, settings.orbit(DEFAULT, condition.theta, condition.phi), atol=1e-6
+        )
     run(*train_flags("views.hdf5", "run", 2), cwd=tmp_path)
-    done = run("eval.py", "--ckpt", "run/checkpoint.safetensors", "--teleport", "--zero_rotation", "--max_steps", 20, "--n_episodes", 1, "--n_videos",
-               0, "--workers", 1, "--layout", "viewpoint", "--out", "cell", cwd=tmp_path)
+    done = run(
+        "eval.py",
+        "--ckpt",
+        "run/checkpoint.safetensors",
+        "--teleport",
+        "--zero_rotation",
+        "--max_steps",
+        20,
+        "--n_episodes",
+        1,
+        "--n_videos",
+        0,
+        "--workers",
+        1,
+        "--layout",
+        "viewpoint",
+        "--out",
+        "cell",
+        cwd=tmp_path,
+    )
     assert "training_frame_difference" in done.stdout + done.stderr
     summary = json.loads((tmp_path / "cell" / "summary.json").read_text())
     row = json.loads((tmp_path / "cell" / "episodes.jsonl").read_text())
-    assert summary["clean_scene"] is True and summary["split"] == "outer" and summary["setting"] == "viewpoint"
+    assert (
+        summary["clean_scene"] is True
+        and summary["split"] == "outer"
+        and summary["setting"] == "viewpoint"
+    )
     assert row["theta"] == settings.conditions("viewpoint", "test")[0].theta
-    with pytest.raises(UserError, match="trained on split outer"):  # else views that were trained on would be tested
-        evaluation.prepare(evaluation.build_parser().parse_args(
-            ["--ckpt", str(tmp_path / "run" / "checkpoint.safetensors"), "--layout", "viewpoint", "--split", "hemisphere"]))
+    # else views that were trained on would be tested
+    with pytest.raises(UserError, match="trained on split outer"):
+        evaluation.prepare(
+            evaluation.build_parser().parse_args(
+                [
+                    "--ckpt",
+                    str(tmp_path / "run" / "checkpoint.safetensors"),
+                    "--layout",
+                    "viewpoint",
+                    "--split",
+                    "hemisphere",
+                ]
+            )
+        )
     with h5py.File(tmp_path / "views.hdf5", "r+") as file:
         del file["data/demo_0"]
         file["data"].attrs["part"] = "val"
-    run("collect_demos.py", "--replay", "views.hdf5", "--image_size", 64, "--out", "small.hdf5", cwd=tmp_path)
+    run(
+        "collect_demos.py",
+        "--replay",
+        "views.hdf5",
+        "--image_size",
+        64,
+        "--out",
+        "small.hdf5",
+        cwd=tmp_path,
+    )
     again, kept = demos.read_demos(tmp_path / "small.hdf5", 64)
-    assert kept["part"] == "val" and kept["setting"] == "viewpoint"  # else what judges would be trained on
+    # else what judges would be trained on
+    assert kept["part"] == "val" and kept["setting"] == "viewpoint"
     np.testing.assert_allclose(again[0].E, found[1].E, atol=1e-6)
     assert again[0].attrs["theta"] == found[1].attrs["theta"]

@@ -1,9 +1,12 @@
-"""ACT, beyond the contract of all policies: what it regresses in, what it is told, and what noise there is."""
+"""ACT, beyond the contract of all policies: what it regresses in, what it is told, and what noise
+there is.
+"""
+
 import numpy as np
 import pytest
 import torch
-
 from conftest import look_at
+
 from model_act import ActConfig, ActPolicy
 from runtime import UserError
 
@@ -12,10 +15,24 @@ CHANNELS, MEAN, STD = (5, 7), np.array([0.1, -0.2, 1.0]), np.array([0.2, 0.1, 0.
 
 def policy(**changes):
     torch.manual_seed(0)
-    config = ActConfig(n_window=3, dim=16, n_layers=1, n_heads=2, mlp_ratio=1, patch_grid=4, n_rot_bins=8, **changes)
+    config = ActConfig(
+        n_window=3,
+        dim=16,
+        n_layers=1,
+        n_heads=2,
+        mlp_ratio=1,
+        patch_grid=4,
+        n_rot_bins=8,
+        **changes,
+    )
     made = ActPolicy(config, CHANNELS)
-    made.fit_statistics({"position": (MEAN, STD), "euler_range": np.array([[-1.0, 1.0]] * 3),
-                         "features": [(np.zeros(n, np.float32), np.ones(n, np.float32)) for n in CHANNELS]})
+    made.fit_statistics(
+        {
+            "position": (MEAN, STD),
+            "euler_range": np.array([[-1.0, 1.0]] * 3),
+            "features": [(np.zeros(n, np.float32), np.ones(n, np.float32)) for n in CHANNELS],
+        }
+    )
     return made.eval()
 
 
@@ -23,21 +40,33 @@ def batch(n=2):
     generator = torch.Generator().manual_seed(1)
     random = lambda *shape: torch.randn(*shape, generator=generator)
     E = torch.from_numpy(look_at([0.75, 0.0, 1.65], [0.0, 0.0, 1.0])).expand(n, 4, 4).clone()
-    return {"features": [random(n, CHANNELS[0], 16, 16).half(), random(n, CHANNELS[1], 8, 8).half()],
-            "eef_pos": random(n, 3).double() * 0.1, "gripper_width": torch.full((n,), 0.07),
-            "K": torch.eye(3).double().expand(n, 3, 3), "E": E,
-            "target_pos": torch.from_numpy(MEAN + STD).expand(n, 3, 3), "target_rot": torch.eye(3).double().expand(n, 3, 3, 3),
-            "target_gripper": torch.zeros(n, 3, dtype=torch.long), "mask": torch.ones(n, 3)}
+    return {
+        "features": [random(n, CHANNELS[0], 16, 16).half(), random(n, CHANNELS[1], 8, 8).half()],
+        "eef_pos": random(n, 3).double() * 0.1,
+        "gripper_width": torch.full((n,), 0.07),
+        "K": torch.eye(3).double().expand(n, 3, 3),
+        "E": E,
+        "target_pos": torch.from_numpy(MEAN + STD).expand(n, 3, 3),
+        "target_rot": torch.eye(3).double().expand(n, 3, 3, 3),
+        "target_gripper": torch.zeros(n, 3, dtype=torch.long),
+        "mask": torch.ones(n, 3),
+    }
 
 
 @torch.no_grad()
 def test_positions_are_scaled_by_the_data():
-    """An output of zero is the data's mean, of one a deviation more, in metres; there the loss of such targets is 1 and 0."""
+    """An output of zero is the data's mean, of one a deviation more, in metres; there the loss of
+    such targets is 1 and 0.
+    """
     made, data = policy(), batch()
     made.position.weight.zero_()
     for value, error in ((0.0, 1.0), (1.0, 0.0)):
         made.position.bias.fill_(value)
-        np.testing.assert_allclose(made.predict(data)["position"], np.broadcast_to(MEAN + value * STD, (2, 3, 3)), atol=1e-6)
+        np.testing.assert_allclose(
+            made.predict(data)["position"],
+            np.broadcast_to(MEAN + value * STD, (2, 3, 3)),
+            atol=1e-6,
+        )
         assert made.loss(data)["position_l1"].item() == pytest.approx(error, abs=1e-5)
 
 
@@ -53,7 +82,9 @@ def test_the_camera_is_an_input_that_can_be_left_out():
 
 
 def test_noise_is_of_training_alone():
-    """In use the same observation has one answer; in training the EEF is noised, with --eef_noise_m 0 it is not."""
+    """In use the same observation has one answer; in training the EEF is noised, with --eef_noise_m
+    0 it is not.
+    """
     data, noisy, plain = batch(), policy(dropout=0.0), policy(dropout=0.0, eef_noise_m=0.0)
     value = lambda made: made.loss(data)["loss"].item()
     assert value(noisy) == value(noisy)

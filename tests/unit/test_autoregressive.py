@@ -1,12 +1,15 @@
-"""The autoregressive policy: windows that leak nothing, block-causal attention, the exact cache, feedback."""
+"""The autoregressive policy: windows that leak nothing, block-causal attention, the exact cache,
+feedback.
+"""
+
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import SIZE
+
 from data import held_frames, waypoint_labels
 from data_ar import NEAR, WindowDataset, following_frames, window_frames
 from eval import draw_seed
@@ -19,11 +22,32 @@ from runtime import UserError
 from sim.libero_env import Observation
 from sim.rollout import PolicyAgent
 
-SMALL = dict(backbone="efficientnet_lite0", image_size=SIZE, waypoint_stride=4, context=5, grid=16, n_height_bins=8, n_rot_bins=8,
-             dim=32, n_layers=3, n_heads=2, mlp_ratio=2, patch_grid=4, key_width=8)
-VARIANTS = {"pointer": {}, "mlp": {"head": "mlp"}, "current": {"anchor": "current"}, "hires": {"recent_hires": 2},
-            "coarse_to_fine": {"coarse_to_fine": True}, "position": {"patch_position": True},
-            "bare": {"temporal": False, "relative": False}, "smooth": {"smooth_weight": 0.1}, "rays": {"rays": True}}
+SMALL = dict(
+    backbone="efficientnet_lite0",
+    image_size=SIZE,
+    waypoint_stride=4,
+    context=5,
+    grid=16,
+    n_height_bins=8,
+    n_rot_bins=8,
+    dim=32,
+    n_layers=3,
+    n_heads=2,
+    mlp_ratio=2,
+    patch_grid=4,
+    key_width=8,
+)
+VARIANTS = {
+    "pointer": {},
+    "mlp": {"head": "mlp"},
+    "current": {"anchor": "current"},
+    "hires": {"recent_hires": 2},
+    "coarse_to_fine": {"coarse_to_fine": True},
+    "position": {"patch_position": True},
+    "bare": {"temporal": False, "relative": False},
+    "smooth": {"smooth_weight": 0.1},
+    "rays": {"rays": True},
+}
 
 
 def config(**changes):
@@ -34,12 +58,21 @@ def config(**changes):
 def windows(synthetic_demos, backbone, tmp_path_factory):
     """The windows of the synthetic demonstrations."""
     demos, _ = read_demos(synthetic_demos)
-    return WindowDataset(synthetic_demos, demos, config(), backbone, cache=tmp_path_factory.mktemp("cache"), progress=False)
+    return WindowDataset(
+        synthetic_demos,
+        demos,
+        config(),
+        backbone,
+        cache=tmp_path_factory.mktemp("cache"),
+        progress=False,
+    )
 
 
 def policy_of(windows, **changes):
     torch.manual_seed(0)
-    policy = AutoregressivePolicy(config(**changes), windows.backbone.channels).attach(windows.backbone)
+    policy = AutoregressivePolicy(config(**changes), windows.backbone.channels).attach(
+        windows.backbone
+    )
     policy.fit_statistics(windows.statistics())
     return policy.eval()
 
@@ -50,21 +83,34 @@ def full_windows(windows, n=4):
     return windows.batch([full[i] for i in np.linspace(0, len(full) - 1, n).astype(int)])
 
 
-# -- windows -------------------------------------------------------------------------------------------------------
+# -- windows
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_frame_shows_where_the_decision_before_led(windows):
-    """In a window, frame t's image and EEF are those of (nearly) the waypoint of t-1: what a closed loop sees."""
+    """In a window, frame t's image and EEF are those of (nearly) the waypoint of t-1: what a closed
+    loop sees.
+    """
     for window in windows.windows:
         for a, b in zip(window[:-1], window[1:]):
             demo = windows.demos[windows.row_demo[a]]
-            target = waypoint_labels(demo, SMALL["waypoint_stride"], 1, False, windows.config.min_travel)[0]
-            assert abs(following_frames(demo, target[:, 0])[windows.row_frame[a]] - windows.row_frame[b]) <= NEAR
+            target = waypoint_labels(
+                demo, SMALL["waypoint_stride"], 1, False, windows.config.min_travel
+            )[0]
+            assert (
+                abs(
+                    following_frames(demo, target[:, 0])[windows.row_frame[a]]
+                    - windows.row_frame[b]
+                )
+                <= NEAR
+            )
             assert not held_frames(demo)[windows.row_frame[b]]
 
 
 def test_no_input_of_a_frame_holds_its_target(windows):
-    """The EEF positions of frames up to t are recorded at or before frame t, its target after it: nothing leaks."""
+    """The EEF positions of frames up to t are recorded at or before frame t, its target after it:
+    nothing leaks.
+    """
     batch = windows.batch(np.arange(len(windows)))
     for b, window in enumerate(windows.windows):
         demo = windows.demos[windows.row_demo[window[0]]]
@@ -78,7 +124,9 @@ def test_no_input_of_a_frame_holds_its_target(windows):
 
 
 def test_windows_are_padded_at_the_episodes_start(windows):
-    """Short windows begin at the first decision; padding stands after them, is marked, and is never trained on."""
+    """Short windows begin at the first decision; padding stands after them, is marked, and is never
+    trained on.
+    """
     batch = windows.batch(np.arange(len(windows)))
     lengths = np.array([len(w) for w in windows.windows])
     assert (lengths < SMALL["context"]).any() and (lengths == SMALL["context"]).any()
@@ -92,12 +140,19 @@ def test_every_usable_frame_ends_one_window(windows):
     """Metrics over windows' newest frames are over the same frames as PARA's."""
     ends = [(windows.row_demo[w[-1]], windows.row_frame[w[-1]]) for w in windows.windows]
     assert len(set(ends)) == len(ends)
-    assert sorted(ends) == [(d, i) for d, demo in enumerate(windows.demos) for i in np.flatnonzero(
-        waypoint_labels(demo, SMALL["waypoint_stride"], 1, False, windows.config.min_travel)[3])]
+    assert sorted(ends) == [
+        (d, i)
+        for d, demo in enumerate(windows.demos)
+        for i in np.flatnonzero(
+            waypoint_labels(demo, SMALL["waypoint_stride"], 1, False, windows.config.min_travel)[3]
+        )
+    ]
 
 
 def test_window_frames_follow_the_nearest_decision():
-    """Backwards from a frame, the decision that led nearest to it is taken, and none that missed by more than NEAR."""
+    """Backwards from a frame, the decision that led nearest to it is taken, and none that missed by
+    more than NEAR.
+    """
     following = np.minimum(np.arange(30) + 4, 29)
     assert window_frames(following, 20, 4, np.ones(30, bool)) == [8, 12, 16, 20]
     allowed = np.ones(30, bool)
@@ -107,13 +162,18 @@ def test_window_frames_follow_the_nearest_decision():
     assert window_frames(following, 20, 4, allowed) == [20]
 
 
-# -- attention -----------------------------------------------------------------------------------------------------
+# -- attention
+# -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resolutions", [Resolutions(), Resolutions(2, 5, 3)], ids=["plain", "two resolutions"])
+@pytest.mark.parametrize(
+    "resolutions", [Resolutions(), Resolutions(2, 5, 3)], ids=["plain", "two resolutions"]
+)
 @pytest.mark.parametrize("queries", [7, 3])
 def test_frame_attention_equals_a_dense_mask(resolutions, queries):
-    """Prefix slices, the dense mask and FlexAttention are the same function, outputs and gradients, in double precision."""
+    """Prefix slices, the dense mask and FlexAttention are the same function, outputs and gradients,
+    in double precision.
+    """
     torch.manual_seed(0)
     B, T, N, h, e, context = 2, 7, 7, 2, 16, 4
     k, v = (torch.randn(B, T, N, h, e, dtype=torch.float64, requires_grad=True) for _ in "kv")
@@ -121,19 +181,30 @@ def test_frame_attention_equals_a_dense_mask(resolutions, queries):
     out = frame_attention(q, k, v, context, resolutions)
     flat = lambda x: x.flatten(1, 2).transpose(1, 2)
     mask = dense_mask(queries, N, T, N, context, resolutions)
-    expected = F.scaled_dot_product_attention(flat(q), flat(k), flat(v), attn_mask=mask).transpose(1, 2).unflatten(1, (queries, N))
+    expected = (
+        F.scaled_dot_product_attention(flat(q), flat(k), flat(v), attn_mask=mask)
+        .transpose(1, 2)
+        .unflatten(1, (queries, N))
+    )
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
     weight = torch.randn_like(out)
-    grads = [torch.autograd.grad((o * weight).sum(), (q, k, v), retain_graph=True) for o in (out, expected)]
+    grads = [
+        torch.autograd.grad((o * weight).sum(), (q, k, v), retain_graph=True)
+        for o in (out, expected)
+    ]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
     with torch.no_grad():
         single = [x.float() for x in (q, k, v)]
-        torch.testing.assert_close(flex_frame_attention(*single, context, resolutions), out.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            flex_frame_attention(*single, context, resolutions), out.float(), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_two_resolutions_hide_what_they_should():
-    """Recent frames are seen by their first tokens, older ones by their pooled ones, none of the future or beyond the context."""
+    """Recent frames are seen by their first tokens, older ones by their pooled ones, none of the
+    future or beyond the context.
+    """
     mask = dense_mask(6, 1, 6, 5, 4, Resolutions(2, 4, 2)).view(6, 6, 5)
     assert mask[5, 5].tolist() == mask[5, 4].tolist() == [True] * 4 + [False]
     assert mask[5, 3].tolist() == mask[5, 2].tolist() == [False] * 2 + [True] * 3
@@ -141,14 +212,16 @@ def test_two_resolutions_hide_what_they_should():
 
 
 def test_a_block_with_a_cache_equals_the_whole_window():
-    """Frames one by one with kept keys and values give what all at once give, also after frames left the context."""
+    """Frames one by one with kept keys and values give what all at once give, also after frames
+    left the context.
+    """
     torch.manual_seed(0)
     block = FrameBlock(16, 2).double()
     x = torch.randn(2, 9, 4, 16, dtype=torch.float64)
     whole, _ = block(x, 3)
     past, parts = None, []
     for t in range(9):
-        out, past = block(x[:, t:t + 1], 3, past=past)
+        out, past = block(x[:, t : t + 1], 3, past=past)
         past = tuple(p[:, -2:] for p in past)
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-12, rtol=0)
@@ -156,12 +229,15 @@ def test_a_block_with_a_cache_equals_the_whole_window():
     torch.testing.assert_close(rows, whole[:, :, 1:2], atol=1e-12, rtol=0)
 
 
-# -- the policy ----------------------------------------------------------------------------------------------------
+# -- the policy
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_learn_and_use_every_parameter(name, windows):
-    """Each flag's variant has a finite loss, a gradient for every parameter, and predictions of the right shape."""
+    """Each flag's variant has a finite loss, a gradient for every parameter, and predictions of the
+    right shape.
+    """
     policy = policy_of(windows, **VARIANTS[name]).train()
     batch = full_windows(windows)
     policy.loss(batch)["loss"].backward()
@@ -172,10 +248,16 @@ def test_variants_learn_and_use_every_parameter(name, windows):
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n != "current"])
 def test_the_future_is_out_of_sight(name, windows):
-    """Changing image, EEF or fingers of frame t+1 changes nothing up to frame t, and something after."""
+    """Changing image, EEF or fingers of frame t+1 changes nothing up to frame t, and something
+    after.
+    """
     policy, batch = policy_of(windows, **VARIANTS[name]), full_windows(windows)
     out = policy.predict(batch)["position"]
-    other = {**batch, "features": [f.clone() for f in batch["features"]], "eef_pos": batch["eef_pos"].clone()}
+    other = {
+        **batch,
+        "features": [f.clone() for f in batch["features"]],
+        "eef_pos": batch["eef_pos"].clone(),
+    }
     for f in other["features"]:
         f[:, 3:] = f[:, 3:].flip(0) + 1
     other["eef_pos"][:, 3:] += 0.05
@@ -191,7 +273,12 @@ def test_padding_is_out_of_sight(windows):
     other = {**batch, "features": [f.clone() for f in batch["features"]]}
     for f in other["features"]:
         f[:, 3:] = 7
-    torch.testing.assert_close(policy.predict(other)["position"][:, :3], policy.predict(batch)["position"][:, :3], atol=0, rtol=0)
+    torch.testing.assert_close(
+        policy.predict(other)["position"][:, :3],
+        policy.predict(batch)["position"][:, :3],
+        atol=0,
+        rtol=0,
+    )
     assert policy.loss(other)["loss"].item() == policy.loss(batch)["loss"].item()
 
 
@@ -201,19 +288,41 @@ def observations(windows, frames, path):
         images = read_images(path, file, demo.name, frames)
     for image, i in zip(images, frames):
         rotation = rotvec_to_matrix(demo.ee_ori[i])
-        yield Observation(image, demo.ee_pos[i], rotation, matrix_to_quat(rotation), demo.gripper_states[i], np.zeros(7), demo.K, demo.E)
+        yield Observation(
+            image,
+            demo.ee_pos[i],
+            rotation,
+            matrix_to_quat(rotation),
+            demo.gripper_states[i],
+            np.zeros(7),
+            demo.K,
+            demo.E,
+        )
 
 
-@pytest.mark.parametrize("changes", [{}, {"recent_hires": 2}, {"head": "mlp"}, {"rays": True}, {"anchor": "current"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"recent_hires": 2}, {"head": "mlp"}, {"rays": True}, {"anchor": "current"}],
+    ids=str,
+)
 def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
-    """Decisions with the cache are those of the whole window at once: measured positions, frames inside the context."""
+    """Decisions with the cache are those of the whole window at once: measured positions, frames
+    inside the context.
+    """
     policy = policy_of(windows, **changes)
     policy.elsewhere = lambda logits, batch: logits  # the window's predictions keep all voxels
-    index = next(i for i, w in enumerate(windows.windows) if len(w) == SMALL["context"] and windows.row_demo[w[0]] == 0)
+    index = next(
+        i
+        for i, w in enumerate(windows.windows)
+        if len(w) == SMALL["context"] and windows.row_demo[w[0]] == 0
+    )
     frames = windows.row_frame[windows.windows[index]]
     batch = windows.batch([index])
-    acted = np.stack([policy.act(o).position for o in observations(windows, frames, synthetic_demos)])
-    if changes.get("anchor") == "current":  # every frame is seen from the newest: only the last one's answer is the window's
+    acted = np.stack(
+        [policy.act(o).position for o in observations(windows, frames, synthetic_demos)]
+    )
+    # every frame is seen from the newest: only the last one's answer is the window's
+    if changes.get("anchor") == "current":
         expected = policy.predict(batch)["position"][0, -1:]
         acted = acted[-1:]
     else:
@@ -222,11 +331,18 @@ def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
 
 
 def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
-    """Acting, voxels within the labels' least distance of the EEF are out of the question unless the gripper changes."""
+    """Acting, voxels within the labels' least distance of the EEF are out of the question unless
+    the gripper changes.
+    """
     policy, batch = policy_of(windows), full_windows(windows, 2)
     frame = {k: batch[k][:, 0] for k in ("eef_pos", "gripper_width", "K", "E")}
     logits = torch.zeros(2, 2, *policy.volume_shape)
-    fine = {**frame, "eef_pos": policy.points(torch.tensor([[4.0, 7.0, 8.0], [2.0, 3.0, 9.0]])[:, None].double(), frame)[:, 0]}
+    fine = {
+        **frame,
+        "eef_pos": policy.points(
+            torch.tensor([[4.0, 7.0, 8.0], [2.0, 3.0, 9.0]])[:, None].double(), frame
+        )[:, 0],
+    }
     left = torch.isfinite(policy.elsewhere(logits, fine))
     command = (frame["gripper_width"] < 0.04).long()
     for i, (z, y, x) in enumerate([(4, 7, 8), (2, 3, 9)]):
@@ -237,19 +353,28 @@ def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
 
 
 def test_feedback(windows, synthetic_demos):
-    """measured: each decision knows the observed EEF; predicted: its own last waypoint; hybrid:N changes over after N."""
+    """measured: each decision knows the observed EEF; predicted: its own last waypoint; hybrid:N
+    changes over after N.
+    """
     policy = policy_of(windows)
     frames, seen = [0, 4, 8, 20, 24], []
     plain = policy.eef_coordinates
-    policy.eef_coordinates = lambda batch: (seen.append(batch["eef_pos"][0, 0].numpy().copy()), plain(batch))[1]
+    policy.eef_coordinates = lambda batch: (
+        seen.append(batch["eef_pos"][0, 0].numpy().copy()),
+        plain(batch),
+    )[1]
     recorded = windows.demos[0].ee_pos[frames]
     for feedback, n in (("measured", 5), ("predicted", 1), ("hybrid:3", 3)):
         policy.config.feedback = feedback
         policy.reset()
         seen.clear()
-        answers = np.stack([policy.act(o).position for o in observations(windows, frames, synthetic_demos)])
+        answers = np.stack(
+            [policy.act(o).position for o in observations(windows, frames, synthetic_demos)]
+        )
         np.testing.assert_allclose(seen[:n], recorded[:n])
-        np.testing.assert_allclose(np.array(seen[n:]).reshape(-1, 3), answers[n - 1:-1][:5 - n], atol=1e-9)
+        np.testing.assert_allclose(
+            np.array(seen[n:]).reshape(-1, 3), answers[n - 1 : -1][: 5 - n], atol=1e-9
+        )
     policy.config.feedback = "hybrid:x"
     with pytest.raises(UserError, match="hybrid:N"):
         policy.check()
@@ -267,14 +392,17 @@ def test_sampling_follows_the_distribution(windows, synthetic_demos):
 
 
 def test_a_sampled_episode_does_not_depend_on_those_before(windows, synthetic_demos):
-    """With --sample an episode's answers depend on --seed and its own number: neither on what a worker ran before nor on the global
-    generator; another --seed draws others."""
+    """With --sample an episode's answers depend on --seed and its own number: neither on what a
+    worker ran before nor on the global generator; another --seed draws others."""
     policy = policy_of(windows, sample=True, temperature=3.0)
     agent = PolicyAgent(policy)
 
     def episode(seed, number):
         agent.start(None, None, draw_seed(seed, number))
-        return np.stack([agent.act(o, 0).position for o in observations(windows, [0, 4, 8], synthetic_demos)])
+        return np.stack(
+            [agent.act(o, 0).position for o in observations(windows, [0, 4, 8], synthetic_demos)]
+        )
+
     torch.manual_seed(0)
     alone = episode(0, 1)
     episode(0, 0)  # the worker's episodes in another order
@@ -286,25 +414,44 @@ def test_a_sampled_episode_does_not_depend_on_those_before(windows, synthetic_de
 
 @pytest.mark.parametrize("trained_frames", [0, 1])
 def test_smoothness_is_trained_whichever_frames_are_drawn(windows, trained_frames):
-    """Its penalty has a value and a slope with all frames of a window and with one, and none without the flag."""
-    policy, batch = policy_of(windows, smooth_weight=0.1, trained_frames=trained_frames).train(), full_windows(windows)
+    """Its penalty has a value and a slope with all frames of a window and with one, and none
+    without the flag.
+    """
+    policy, batch = (
+        policy_of(windows, smooth_weight=0.1, trained_frames=trained_frames).train(),
+        full_windows(windows),
+    )
     torch.manual_seed(0)
     parts = policy.loss(batch)
     assert parts["smoothness"] > 0.1 and "smoothness" not in policy_of(windows).train().loss(batch)
     logits = torch.zeros(1, 2, *policy.volume_shape)
     batch["mask"] = torch.zeros_like(batch["mask"]).index_fill(1, torch.tensor([2]), 1)
     rows = policy.supervised(batch)
-    policy.smoothness(batch, logits.expand(len(rows), -1, -1, -1, -1), torch.zeros(len(batch["mask"]), dtype=torch.long), rows).backward()
+    policy.smoothness(
+        batch,
+        logits.expand(len(rows), -1, -1, -1, -1),
+        torch.zeros(len(batch["mask"]), dtype=torch.long),
+        rows,
+    ).backward()
     assert policy.pointer.linear.weight.grad.abs().max() > 0
 
 
 def test_noise_is_for_training_alone(windows):
-    """Training sees displaced EEF positions, most windows and frames, of the stated size; use sees the measured ones."""
+    """Training sees displaced EEF positions, most windows and frames, of the stated size; use sees
+    the measured ones.
+    """
     policy, batch = policy_of(windows), full_windows(windows)
-    torch.testing.assert_close(policy.eef_coordinates(batch), policy.coordinates(batch["eef_pos"], batch).float())
+    torch.testing.assert_close(
+        policy.eef_coordinates(batch), policy.coordinates(batch["eef_pos"], batch).float()
+    )
     policy.train()
     torch.manual_seed(0)
-    offsets = torch.stack([policy.eef_coordinates(batch) - policy.coordinates(batch["eef_pos"], batch).float() for _ in range(400)])
+    offsets = torch.stack(
+        [
+            policy.eef_coordinates(batch) - policy.coordinates(batch["eef_pos"], batch).float()
+            for _ in range(400)
+        ]
+    )
     px = offsets[..., 1:].std() * policy.config.image_size / policy.config.grid
     assert px == pytest.approx(14 * np.sqrt(0.7 * 1.25), rel=0.1)
 
@@ -316,11 +463,14 @@ def test_bad_settings_are_named():
     assert dataclasses.asdict(config())["feedback"] == "measured"
 
 
-# -- the way to compute attention ----------------------------------------------------------------------------------------
+# -- the way to compute attention
+# ----------------------------------------------------------------------------------------
 
 
 def test_attention_can_be_chosen(windows):
-    """--attention sdpa and flex are the same policy: FlexAttention can be switched off, and on where it is not the default."""
+    """--attention sdpa and flex are the same policy: FlexAttention can be switched off, and on
+    where it is not the default.
+    """
     losses = []
     for way in ("auto", "sdpa", "flex"):
         torch.manual_seed(0)
@@ -332,21 +482,31 @@ def test_attention_can_be_chosen(windows):
 
 
 def test_flex_needs_wide_heads(windows):
-    """Heads that compiled FlexAttention does not support are refused where it is asked for, in one sentence, and are no error else."""
+    """Heads that compiled FlexAttention does not support are refused where it is asked for, in one
+    sentence, and are no error else.
+    """
     with pytest.raises(UserError, match="--attention flex: heads are 4 wide .* needs 16; use sdpa"):
         policy_of(windows, attention="flex", dim=16, n_heads=4)
     policy_of(windows, attention="auto", dim=16, n_heads=4)
 
 
 def test_more_shapes_than_torch_allows(monkeypatch):
-    """Last batches and growing windows have other shapes: from the ninth on torch would silently compute dense scores."""
+    """Last batches and growing windows have other shapes: from the ninth on torch would silently
+    compute dense scores.
+    """
     compiled = []
 
     def backend(graph, _):
         compiled.append(1)
         return graph.forward
+
     from torch.nn.attention.flex_attention import flex_attention
-    monkeypatch.setattr(layers, "compiled_flex", lambda: torch.compile(flex_attention, backend=backend, dynamic=False))
+
+    monkeypatch.setattr(
+        layers,
+        "compiled_flex",
+        lambda: torch.compile(flex_attention, backend=backend, dynamic=False),
+    )
     torch._dynamo.reset()
     call = layers.compiled_flex()
     monkeypatch.setattr(layers, "compiled_flex", lambda: call)

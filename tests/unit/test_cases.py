@@ -1,4 +1,7 @@
-"""Small inputs of tests/cases, each valid but for one thing: whatever a reader meets is one sentence with file, key and remedy."""
+"""Small inputs of tests/cases, each valid but for one thing: whatever a reader meets is one
+sentence with file, key and remedy.
+"""
+
 import io
 import json
 import os
@@ -13,6 +16,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import write_synthetic_demos, write_synthetic_episodes
+from helpers import ROOT
 from PIL import Image
 
 import deploy_dino_kv
@@ -20,11 +25,9 @@ import precompute_rotation_pca
 import rot_utils
 import run_matrix
 import runtime
-from conftest import write_synthetic_demos, write_synthetic_episodes
 from figures import plots
 from formats import demos, parts, smith300
 from harness import checkpoint, records
-from helpers import ROOT
 from runtime import UserError
 from sim import rollout
 from study import survey
@@ -41,16 +44,19 @@ def refused(call, *words):
     return message
 
 
-# -- HDF5 -----------------------------------------------------------------------------------------------------------------
+# -- HDF5
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def replaced(key, make):
     """A damage that puts what `make(group, key, old value)` writes in the place of data/demo_0/KEY."""
+
     def change(file):
         group = file["data/demo_0"]
         value = group[key][()]
         del group[key]
         make(group, key, value)
+
     return change
 
 
@@ -60,32 +66,97 @@ def data_is_dataset(file):
 
 
 H5 = {
-    "a group for an array": (replaced("actions", lambda g, k, v: g.create_group(k)), "data/demo_0/actions", "is no array"),
+    "a group for an array": (
+        replaced("actions", lambda g, k, v: g.create_group(k)),
+        "data/demo_0/actions",
+        "is no array",
+    ),
     "an array for a group": (data_is_dataset, "data", "is no group"),
-    "a dangling link": (replaced("obs/ee_pos", lambda g, k, v: g.__setitem__(k, h5py.ExternalLink("none.hdf5", "/x"))), "obs/ee_pos"),
-    "no rows": (replaced("states", lambda g, k, v: g.__setitem__(k, 1.0)), "data/demo_0/states", "shape ()"),
-    "no data space": (replaced("states", lambda g, k, v: g.__setitem__(k, h5py.Empty("f8"))), "data/demo_0/states", "no data space"),
-    "more rows than the file": (replaced("states", lambda g, k, v: g.create_dataset(k, (10**10, 3), "f8")), "states", "are in the file"),
-    "images never written": (replaced(demos.IMAGE, lambda g, k, v: g.create_dataset(k, v.shape, "u1", chunks=(1, *v.shape[1:]))),
-                             demos.IMAGE, "are in the file"),
-    "some images never written": (replaced(demos.IMAGE, lambda g, k, v: g.create_dataset(
-        k, v.shape, "u1", chunks=(1, *v.shape[1:])).__setitem__(0, v[0])), demos.IMAGE, "never written"),
-    "positions as whole numbers": (replaced("obs/ee_pos", lambda g, k, v: g.__setitem__(k, v.astype(int))), "obs/ee_pos", "int64"),
-    "positions in millimetres": (replaced("obs/ee_pos", lambda g, k, v: g.__setitem__(k, 1000 * v)), "obs/ee_pos", "millimetres"),
-    "angles in degrees": (replaced("obs/ee_ori", lambda g, k, v: g.__setitem__(k, np.degrees(v))), "obs/ee_ori", "degrees"),
-    "an orientation that nobody knows": (lambda f: f["data"].attrs.__setitem__("image_orientation", "sideways"), "image_orientation",
-                                         "upright, flipped"),
-    "an orientation that is a list": (lambda f: f["data"].attrs.__setitem__("image_orientation", [1, 2]), "image_orientation"),
+    "a dangling link": (
+        replaced(
+            "obs/ee_pos", lambda g, k, v: g.__setitem__(k, h5py.ExternalLink("none.hdf5", "/x"))
+        ),
+        "obs/ee_pos",
+    ),
+    "no rows": (
+        replaced("states", lambda g, k, v: g.__setitem__(k, 1.0)),
+        "data/demo_0/states",
+        "shape ()",
+    ),
+    "no data space": (
+        replaced("states", lambda g, k, v: g.__setitem__(k, h5py.Empty("f8"))),
+        "data/demo_0/states",
+        "no data space",
+    ),
+    "more rows than the file": (
+        replaced("states", lambda g, k, v: g.create_dataset(k, (10**10, 3), "f8")),
+        "states",
+        "are in the file",
+    ),
+    "images never written": (
+        replaced(
+            demos.IMAGE,
+            lambda g, k, v: g.create_dataset(k, v.shape, "u1", chunks=(1, *v.shape[1:])),
+        ),
+        demos.IMAGE,
+        "are in the file",
+    ),
+    "some images never written": (
+        replaced(
+            demos.IMAGE,
+            lambda g, k, v: g.create_dataset(
+                k, v.shape, "u1", chunks=(1, *v.shape[1:])
+            ).__setitem__(0, v[0]),
+        ),
+        demos.IMAGE,
+        "never written",
+    ),
+    "positions as whole numbers": (
+        replaced("obs/ee_pos", lambda g, k, v: g.__setitem__(k, v.astype(int))),
+        "obs/ee_pos",
+        "int64",
+    ),
+    "positions in millimetres": (
+        replaced("obs/ee_pos", lambda g, k, v: g.__setitem__(k, 1000 * v)),
+        "obs/ee_pos",
+        "millimetres",
+    ),
+    "angles in degrees": (
+        replaced("obs/ee_ori", lambda g, k, v: g.__setitem__(k, np.degrees(v))),
+        "obs/ee_ori",
+        "degrees",
+    ),
+    "an orientation that nobody knows": (
+        lambda f: f["data"].attrs.__setitem__("image_orientation", "sideways"),
+        "image_orientation",
+        "upright, flipped",
+    ),
+    "an orientation that is a list": (
+        lambda f: f["data"].attrs.__setitem__("image_orientation", [1, 2]),
+        "image_orientation",
+    ),
     "a part that is a list": (lambda f: f["data"].attrs.__setitem__("part", [1, 2]), "part"),
-    "a number of demonstrations that is a list": (lambda f: f["data"].attrs.__setitem__("num_demos", [1, 2]), "num_demos"),
-    "more demonstrations than there are": (lambda f: f["data"].attrs.__setitem__("num_demos", 2), "num_demos", "1 demonstrations"),
-    "an orientation that is a number": (lambda f: f["data"].attrs.__setitem__("image_orientation", 3), "image_orientation"),
+    "a number of demonstrations that is a list": (
+        lambda f: f["data"].attrs.__setitem__("num_demos", [1, 2]),
+        "num_demos",
+    ),
+    "more demonstrations than there are": (
+        lambda f: f["data"].attrs.__setitem__("num_demos", 2),
+        "num_demos",
+        "1 demonstrations",
+    ),
+    "an orientation that is a number": (
+        lambda f: f["data"].attrs.__setitem__("image_orientation", 3),
+        "image_orientation",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", H5)
 def test_a_strange_hdf5_file_is_named_with_its_key(case, tmp_path):
-    """TypeError, KeyError, MemoryError before; the array of 10^10 rows was read into memory, unwritten images were black."""
+    """TypeError, KeyError, MemoryError before; the array of 10^10 rows was read into memory,
+    unwritten images were black.
+    """
     change, *words = H5[case]
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "bad.hdf5")
     smith300.read_dataset(path)
@@ -94,7 +165,9 @@ def test_a_strange_hdf5_file_is_named_with_its_key(case, tmp_path):
     refused(lambda: smith300.read_dataset(path), "bad.hdf5", *words)
 
 
-@pytest.mark.parametrize("stored", [np.bytes_("flipped"), "flipped", np.array("flipped", dtype=h5py.string_dtype())])
+@pytest.mark.parametrize(
+    "stored", [np.bytes_("flipped"), "flipped", np.array("flipped", dtype=h5py.string_dtype())]
+)
 def test_an_orientation_is_read_however_its_text_was_stored(stored, tmp_path):
     """As fixed-length bytes 'flipped' was read as upright: every image upside down, without a word."""
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
@@ -119,8 +192,16 @@ def test_an_hdf5_file_needs_no_suffix(tmp_path):
 def test_a_file_that_is_being_written_is_left_alone(tmp_path):
     """It was called truncated, and the remedy would have overwritten it."""
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
-    writer = subprocess.Popen([sys.executable, "-c", "import sys, h5py; f = h5py.File(sys.argv[1], 'r+'); print(1, flush=True); input()",
-                               str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    writer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, h5py; f = h5py.File(sys.argv[1], 'r+'); print(1, flush=True); input()",
+            str(path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         writer.stdout.readline()
         message = refused(lambda: smith300.read_dataset(path), "d.hdf5", "open for writing", "wait")
@@ -129,21 +210,40 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path):
         writer.communicate(b"\n")
 
 
-@pytest.mark.parametrize("attribute, text", [("model_file", "<mujoco><body"), ("model_file", 3.0), ("fixtures", "{"),
-                                             ("fixtures", '{"stove": [1, 2]}')])
+@pytest.mark.parametrize(
+    "attribute, text",
+    [
+        ("model_file", "<mujoco><body"),
+        ("model_file", 3.0),
+        ("fixtures", "{"),
+        ("fixtures", '{"stove": [1, 2]}'),
+    ],
+)
 def test_broken_fixtures_are_named_with_file_and_key(attribute, text, tmp_path):
     """The parser's error named neither."""
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
     with h5py.File(path, "r+") as file:
         file["data/demo_0"].attrs[attribute] = text
-        refused(lambda: demos.stored_fixtures(path, file["data/demo_0"]), "d.hdf5", "data/demo_0", attribute)
+        refused(
+            lambda: demos.stored_fixtures(path, file["data/demo_0"]),
+            "d.hdf5",
+            "data/demo_0",
+            attribute,
+        )
 
 
-# -- cameras and grippers --------------------------------------------------------------------------------------------------
+# -- cameras and grippers
+# --------------------------------------------------------------------------------------------------
 
 
-WRONG = {"OpenGL axes": lambda K, E: (K, E @ np.diag([1.0, -1, -1, 1])), "inverse transform (world": lambda K, E: (K, np.linalg.inv(E)),
-         "extrinsics in millimetres": lambda K, E: (K, E * np.array([[1, 1, 1, 1000]] * 3 + [[1, 1, 1, 1]]))}
+WRONG = {
+    "OpenGL axes": lambda K, E: (K, E @ np.diag([1.0, -1, -1, 1])),
+    "inverse transform (world": lambda K, E: (K, np.linalg.inv(E)),
+    "extrinsics in millimetres": lambda K, E: (
+        K,
+        E * np.array([[1, 1, 1, 1000]] * 3 + [[1, 1, 1, 1]]),
+    ),
+}
 
 
 @pytest.mark.parametrize("cause", WRONG)
@@ -153,13 +253,17 @@ def test_a_camera_that_does_not_see_the_eef_is_refused_with_the_cause(cause, tmp
     for episode in path.glob("episode_*"):
         with np.load(episode / "episode.npz") as file:
             arrays = dict(file)
-        arrays["intrinsics"], arrays["extrinsics"] = WRONG[cause](arrays["intrinsics"], arrays["extrinsics"])
+        arrays["intrinsics"], arrays["extrinsics"] = WRONG[cause](
+            arrays["intrinsics"], arrays["extrinsics"]
+        )
         np.savez(episode / "episode.npz", **arrays)
     refused(lambda: smith300.read_dataset(path), "izzy", cause)
 
 
 def test_intrinsics_of_another_image_size_are_refused(tmp_path):
-    """K of 448 px with images of 16: the principal point lies outside, or the focal length does not fit."""
+    """K of 448 px with images of 16: the principal point lies outside, or the focal length does not
+    fit.
+    """
     path = write_synthetic_demos(tmp_path / "d.hdf5", 2, 40, 16)
     with h5py.File(path, "r+") as file:
         for name in file["data"]:
@@ -168,8 +272,12 @@ def test_intrinsics_of_another_image_size_are_refused(tmp_path):
 
 
 def test_millimetres_are_refused():
-    """The projection is the same when everything is a thousand times larger: only the size of the numbers tells."""
-    refused(lambda: smith300.read_dataset(CASES / "smith_mm"), "episode_0", "eef_pos_t", "millimetres")
+    """The projection is the same when everything is a thousand times larger: only the size of the
+    numbers tells.
+    """
+    refused(
+        lambda: smith300.read_dataset(CASES / "smith_mm"), "episode_0", "eef_pos_t", "millimetres"
+    )
 
 
 def test_a_reversed_gripper_is_refused(tmp_path):
@@ -186,11 +294,15 @@ def test_euler_angles_in_degrees_are_refused(tmp_path):
     path = write_synthetic_episodes(tmp_path / "izzy", 1, 40, 32)
     with np.load(path / "episode_00000" / "episode.npz") as file:
         arrays = dict(file)
-    np.savez(path / "episode_00000" / "episode.npz", **{**arrays, "eef_euler_t": np.degrees(arrays["eef_euler_t"])})
+    np.savez(
+        path / "episode_00000" / "episode.npz",
+        **{**arrays, "eef_euler_t": np.degrees(arrays["eef_euler_t"])},
+    )
     refused(lambda: smith300.read_dataset(path), "eef_euler_t", "degrees")
 
 
-# -- frames ----------------------------------------------------------------------------------------------------------------
+# -- frames
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_frames_of_16_bits_are_refused():
@@ -207,7 +319,9 @@ def test_an_exif_orientation_is_refused(tmp_path):
 
 
 def test_frames_come_by_number_and_macos_files_are_ignored(tmp_path):
-    """10.png stood before 2.png, so that images and states did not belong together; ._1.png was refused as a broken frame."""
+    """10.png stood before 2.png, so that images and states did not belong together; ._1.png was
+    refused as a broken frame.
+    """
     (tmp_path / "frames").mkdir()
     for i in range(12):
         Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / "frames" / f"{i}.png")
@@ -219,10 +333,15 @@ def test_frames_come_by_number_and_macos_files_are_ignored(tmp_path):
 
 def test_a_rigid_camera_is_asked_of_a_recorded_episode_too():
     """Training refused these extrinsics, and `deploy --source FOLDER` used them."""
-    refused(lambda: list(deploy_dino_kv.recorded(CASES / "smith_nonrigid" / "episode_0", None, 4)), "extrinsics", "orthonormal")
+    refused(
+        lambda: list(deploy_dino_kv.recorded(CASES / "smith_nonrigid" / "episode_0", None, 4)),
+        "extrinsics",
+        "orthonormal",
+    )
 
 
-# -- live input ------------------------------------------------------------------------------------------------------------
+# -- live input
+# ------------------------------------------------------------------------------------------------------------
 
 
 def live(lines, state=None):
@@ -230,8 +349,13 @@ def live(lines, state=None):
     return lambda: list(deploy_dino_kv.live(io.BytesIO(lines), state, 4))
 
 
-LINE = {"image": str(CASES / "live.png"), "eef_pos": [0, 0, 1], "gripper_width": 0.08, "intrinsics": [[4, 0, 2], [0, 4, 2], [0, 0, 1]],
-        "extrinsics": np.eye(4).tolist()}
+LINE = {
+    "image": str(CASES / "live.png"),
+    "eef_pos": [0, 0, 1],
+    "gripper_width": 0.08,
+    "intrinsics": [[4, 0, 2], [0, 4, 2], [0, 0, 1]],
+    "extrinsics": np.eye(4).tolist(),
+}
 
 
 def test_a_sound_line_is_an_observation():
@@ -240,16 +364,32 @@ def test_a_sound_line_is_an_observation():
     assert observation.image.shape == (4, 4, 3) and observation.eef_pos.tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize("name, words", [("image_true", ("line 1", "image")), ("latin1", ("line 1", "UTF-8")),
-                                         ("nan_extrinsics", ("line 1", "extrinsics", "NaN"))])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("image_true", ("line 1", "image")),
+        ("latin1", ("line 1", "UTF-8")),
+        ("nan_extrinsics", ("line 1", "extrinsics", "NaN")),
+    ],
+)
 def test_a_bad_line_is_named(name, words):
     """`image: true` opened standard output as a file; NaN in the camera went to the robot as NaN."""
     refused(live((CASES / f"live_{name}.jsonl").read_bytes()), *words)
 
 
-@pytest.mark.parametrize("change", [{"intrinsics": [4, 0, 2, 0, 4, 2, 0, 0, 1]}, {"eef_pos": ["0", "0", "1"]}, {"gripper_width": True},
-                                    {"eef_pos": [0, 0, 1000]}, {"image_base64": "?"}, {"extrinsics": (2 * np.eye(4)).tolist()},
-                                    {"intrinsics": [[400, 0, 200], [0, 400, 200], [0, 0, 1]]}, {"gripper_width": 1e400}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"intrinsics": [4, 0, 2, 0, 4, 2, 0, 0, 1]},
+        {"eef_pos": ["0", "0", "1"]},
+        {"gripper_width": True},
+        {"eef_pos": [0, 0, 1000]},
+        {"image_base64": "?"},
+        {"extrinsics": (2 * np.eye(4)).tolist()},
+        {"intrinsics": [[400, 0, 200], [0, 400, 200], [0, 0, 1]]},
+        {"gripper_width": 1e400},
+    ],
+)
 def test_a_line_of_the_wrong_form_is_refused(change):
     """Nine numbers for K were read row by row, texts as numbers."""
     refused(live({**LINE, **change}), "line 1")
@@ -258,29 +398,45 @@ def test_a_line_of_the_wrong_form_is_refused(change):
 @pytest.mark.parametrize("state", ["state_cut.npz", "state_flat_K.npz", "absent.npz"])
 def test_a_bad_state_file_is_named(state):
     """BadZipFile, IndexError, FileNotFoundError before."""
-    refused(live({k: v for k, v in LINE.items() if k not in smith300.CAMERA}, CASES / state), state, "intrinsics")
+    refused(
+        live({k: v for k, v in LINE.items() if k not in smith300.CAMERA}, CASES / state),
+        state,
+        "intrinsics",
+    )
 
 
 def test_an_answer_with_nan_is_not_sent():
     """Whatever made it, a robot must not get it."""
     from policy import Waypoint
-    answer = Waypoint(np.zeros(3), np.eye(3), 1.0, np.full((2, 3), np.nan), np.ones(2), np.stack([np.eye(3)] * 2))
+
+    answer = Waypoint(
+        np.zeros(3), np.eye(3), 1.0, np.full((2, 3), np.nan), np.ones(2), np.stack([np.eye(3)] * 2)
+    )
     refused(lambda: deploy_dino_kv.checked(answer, 7), "frame 7", "nothing is sent")
 
 
-# -- bases, checkpoints, folders -------------------------------------------------------------------------------------------
+# -- bases, checkpoints, folders
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fingerprints_null", "pca_min_empty", "is_npy"])
 def test_a_damaged_basis_is_named(name):
     """TypeError before."""
-    refused(lambda: rot_utils.load_basis(CASES / f"basis_{name}.npz", ["a"]), f"basis_{name}.npz", "precompute_rotation_pca.py")
+    refused(
+        lambda: rot_utils.load_basis(CASES / f"basis_{name}.npz", ["a"]),
+        f"basis_{name}.npz",
+        "precompute_rotation_pca.py",
+    )
 
 
 @pytest.mark.parametrize("name", ["header_json", "config_null"])
 def test_a_damaged_header_is_named(name):
     """JSONDecodeError, AttributeError before."""
-    refused(lambda: checkpoint.load_policy(CASES / f"ckpt_{name}.safetensors"), f"ckpt_{name}", "copy it again")
+    refused(
+        lambda: checkpoint.load_policy(CASES / f"ckpt_{name}.safetensors"),
+        f"ckpt_{name}",
+        "copy it again",
+    )
 
 
 def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
@@ -296,18 +452,37 @@ def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
 def test_folders_with_damaged_json_are_named(tmp_path):
     """JSONDecodeError, UnicodeDecodeError and KeyError before."""
     import train
-    refused(lambda: train.parse_args(["--resume", str(CASES / "run_config_empty")]), "config.json", "run of train.py")
-    refused(lambda: records.check_stamp(CASES / "eval_settings_empty", {}), "settings.json", "--out")
+
+    refused(
+        lambda: train.parse_args(["--resume", str(CASES / "run_config_empty")]),
+        "config.json",
+        "run of train.py",
+    )
+    refused(
+        lambda: records.check_stamp(CASES / "eval_settings_empty", {}), "settings.json", "--out"
+    )
     refused(lambda: records.read_summary(CASES / "eval_summary_latin1"), "summary.json", "utf-8")
-    refused(lambda: records.read_summary(CASES / "eval_summary_empty_object"), "summary.json", "model_type")
+    refused(
+        lambda: records.read_summary(CASES / "eval_summary_empty_object"),
+        "summary.json",
+        "model_type",
+    )
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf{}")
     assert runtime.read_json(tmp_path / "bom.json", "folder") == {}
 
 
 def test_episodes_of_another_layout_are_not_counted():
     """Without settings.json they were taken for this evaluation's own."""
-    refused(lambda: records.check_stamp(CASES / "eval_rows_foreign", {"layout": "benchmark"}), "settings.json", "--out")
-    refused(lambda: records.read_episodes(CASES / "eval_rows_foreign", "benchmark"), "shifted", "benchmark")
+    refused(
+        lambda: records.check_stamp(CASES / "eval_rows_foreign", {"layout": "benchmark"}),
+        "settings.json",
+        "--out",
+    )
+    refused(
+        lambda: records.read_episodes(CASES / "eval_rows_foreign", "benchmark"),
+        "shifted",
+        "benchmark",
+    )
     assert len(records.read_episodes(CASES / "eval_rows_foreign", "shifted")) == 1
 
 
@@ -339,16 +514,27 @@ def test_a_path_of_the_cache_that_is_cut_short_is_computed_anew(tmp_path):
     np.savez(tmp_path / "p.npz", positions=np.zeros((4, 3)), closed=np.zeros(4, int), success=True)
     assert rollout.stored_path(tmp_path / "p.npz").success
     (tmp_path / "p.npz").write_bytes((tmp_path / "p.npz").read_bytes()[:200])
-    assert rollout.stored_path(tmp_path / "p.npz") is None and rollout.stored_path(tmp_path / "absent.npz") is None
+    assert (
+        rollout.stored_path(tmp_path / "p.npz") is None
+        and rollout.stored_path(tmp_path / "absent.npz") is None
+    )
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------------
+# -- writing
+# ---------------------------------------------------------------------------------------------------------------
 
 
-WRITERS = {"json": lambda p: runtime.write_json(p, {"a": "x" * 9000}), "jsonl": lambda p: runtime.append_jsonl(p, {"a": "x" * 9000}),
-           "checkpoint": lambda p: checkpoint.save_tensors(p, {"w": torch.zeros(9000)}, {}),
-           "picture": lambda p: plots.write_png(Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)), p),
-           "episode": lambda p: smith300.write_episode(p, {"a": np.random.default_rng(0).random(9000)}, [])}
+WRITERS = {
+    "json": lambda p: runtime.write_json(p, {"a": "x" * 9000}),
+    "jsonl": lambda p: runtime.append_jsonl(p, {"a": "x" * 9000}),
+    "checkpoint": lambda p: checkpoint.save_tensors(p, {"w": torch.zeros(9000)}, {}),
+    "picture": lambda p: plots.write_png(
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)), p
+    ),
+    "episode": lambda p: smith300.write_episode(
+        p, {"a": np.random.default_rng(0).random(9000)}, []
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -358,6 +544,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(name, tmp_path):
     path.mkdir() if name == "episode" else path.write_bytes(b"kept\n")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     import signal
+
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
@@ -393,11 +580,14 @@ def test_a_stored_command_can_be_typed_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "study" / "bench.py"), "voxel"])
     assert runtime.command_line() == "python -m study.bench voxel"
     argv = [sys.executable, "/x/train.py", "--out", "my runs/a"]
-    assert run_matrix.same("python train.py --out 'my runs/a'", argv) and run_matrix.same("python train.py --out my runs/a", argv)
+    assert run_matrix.same("python train.py --out 'my runs/a'", argv) and run_matrix.same(
+        "python train.py --out my runs/a", argv
+    )
     assert not run_matrix.same("python train.py --out other", argv)
 
 
-# -- what may be replaced --------------------------------------------------------------------------------------------------
+# -- what may be replaced
+# --------------------------------------------------------------------------------------------------
 
 
 def test_only_a_dataset_of_this_program_is_overwritten(tmp_path):
@@ -413,8 +603,13 @@ def test_only_a_dataset_of_this_program_is_overwritten(tmp_path):
     (dataset / "notes.txt").touch()
     refused(lambda: parts.check_replaceable(dataset, True, "smith300"), "notes.txt")
     (tmp_path / "notes.hdf5").write_text("no dataset")
-    refused(lambda: parts.check_replaceable(tmp_path / "notes.hdf5", True, "libero"), "no file of demonstrations")
-    parts.check_replaceable(Path(shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")), True, "libero")
+    refused(
+        lambda: parts.check_replaceable(tmp_path / "notes.hdf5", True, "libero"),
+        "no file of demonstrations",
+    )
+    parts.check_replaceable(
+        Path(shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")), True, "libero"
+    )
     refused(lambda: parts.check_replaceable(Path("."), True, "libero"), "--out")
 
 
@@ -423,8 +618,11 @@ def test_only_a_basis_is_replaced_by_a_basis(synthetic_demos, tmp_path):
     target = tmp_path / "basis.npz"
     np.savez(target, eef_pos_t=np.zeros(3))
     before = target.read_bytes()
-    run = lambda *flags: precompute_rotation_pca.precompute(precompute_rotation_pca.build_parser().parse_args(
-        ["--dataset", str(synthetic_demos), *map(str, flags)]))
+    run = lambda *flags: precompute_rotation_pca.precompute(
+        precompute_rotation_pca.build_parser().parse_args(
+            ["--dataset", str(synthetic_demos), *map(str, flags)]
+        )
+    )
     refused(lambda: run("--out", target), "basis.npz", "no rotation basis")
     assert target.read_bytes() == before
     refused(lambda: run("--out", synthetic_demos), "--out")
@@ -433,7 +631,8 @@ def test_only_a_basis_is_replaced_by_a_basis(synthetic_demos, tmp_path):
     refused(lambda: run("--out", target), "basis.png")
 
 
-# -- commands --------------------------------------------------------------------------------------------------------------
+# -- commands
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_suite_is_said_at_once(monkeypatch):
@@ -452,7 +651,9 @@ def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path, monkeypatch
 def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):
     """`deploy ... | head -1` was a BrokenPipeError."""
     code = "import runtime\ndef main():\n    for i in range(10**6): print(i, flush=True)\nruntime.run_script(main)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(timeout=60) != 0
@@ -460,7 +661,12 @@ def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):
 
 def test_wandb_without_a_login_is_one_sentence(tmp_path, monkeypatch):
     """A traceback after the features were computed."""
-    for name, value in (("WANDB_API_KEY", ""), ("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "netrc")),
-                        ("WANDB_BASE_URL", "http://localhost:9"), ("WANDB_INIT_TIMEOUT", "2")):
+    for name, value in (
+        ("WANDB_API_KEY", ""),
+        ("HOME", str(tmp_path)),
+        ("NETRC", str(tmp_path / "netrc")),
+        ("WANDB_BASE_URL", "http://localhost:9"),
+        ("WANDB_INIT_TIMEOUT", "2"),
+    ):
         monkeypatch.setenv(name, value)
     refused(lambda: runtime.RunLogger(tmp_path, "online", {}), "--wandb online", "wandb login")

@@ -1,4 +1,5 @@
 """One contract for every policy in the registry, and for the checkpoints that carry them."""
+
 import copy
 import dataclasses
 import json
@@ -7,9 +8,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import SIZE
 from safetensors.torch import load_file, save_file
 
-from conftest import SIZE
 from formats.demos import open_demos, read_demos, read_images
 from harness import checkpoint
 from registry import REGISTRY, look_up
@@ -17,8 +18,23 @@ from rot_utils import matrix_to_euler, matrix_to_quat, rotvec_to_matrix, wrap_an
 from runtime import UserError
 from sim.libero_env import Observation
 
-SMALL = {"backbone": "efficientnet_lite0", "image_size": SIZE, "n_window": 3, "waypoint_stride": 5, "grid": 16,
-         "n_height_bins": 8, "n_rot_bins": 8, "width": 16, "dim": 32, "n_layers": 2, "n_blocks": 1, "n_heads": 2, "context": 3, "patch_grid": 4, "key_width": 8}
+SMALL = {
+    "backbone": "efficientnet_lite0",
+    "image_size": SIZE,
+    "n_window": 3,
+    "waypoint_stride": 5,
+    "grid": 16,
+    "n_height_bins": 8,
+    "n_rot_bins": 8,
+    "width": 16,
+    "dim": 32,
+    "n_layers": 2,
+    "n_blocks": 1,
+    "n_heads": 2,
+    "context": 3,
+    "patch_grid": 4,
+    "key_width": 8,
+}
 TARGETS = ("target_pos", "target_rot", "target_gripper", "mask")
 
 
@@ -29,14 +45,18 @@ def small_config(entry, **changes):
 
 
 class Case:
-    """A policy of one type, fitted to the synthetic demos and not trained, with its dataset and observations."""
+    """A policy of one type, fitted to the synthetic demos and not trained, with its dataset and
+    observations.
+    """
 
     def __init__(self, name, path, backbone, cache):
         self.name, self.path, self.backbone = name, path, backbone
         self.entry = look_up(name)
         self.config = small_config(self.entry)
         self.demos, _ = read_demos(path)
-        self.dataset = self.entry.dataset(path, self.demos, self.config, backbone, cache=cache, progress=False)
+        self.dataset = self.entry.dataset(
+            path, self.demos, self.config, backbone, cache=cache, progress=False
+        )
         self.statistics = self.dataset.statistics()
 
     def policy(self, seed=0):
@@ -54,8 +74,16 @@ class Case:
             images = read_images(self.path, file, demo.name, frames)
         for image, i in zip(images, frames):
             rotation = rotvec_to_matrix(demo.ee_ori[i])
-            yield Observation(image, demo.ee_pos[i], rotation, matrix_to_quat(rotation), demo.gripper_states[i],
-                              np.zeros(7), demo.K, demo.E)
+            yield Observation(
+                image,
+                demo.ee_pos[i],
+                rotation,
+                matrix_to_quat(rotation),
+                demo.gripper_states[i],
+                np.zeros(7),
+                demo.K,
+                demo.E,
+            )
 
 
 @pytest.fixture(scope="module", params=list(REGISTRY))
@@ -97,7 +125,8 @@ def loss(policy, batch):
     return policy.train()(batch)
 
 
-# -- every policy --------------------------------------------------------------------------------------------------
+# -- every policy
+# --------------------------------------------------------------------------------------------------
 
 
 def test_loss_is_finite_and_differentiable(case):
@@ -108,11 +137,14 @@ def test_loss_is_finite_and_differentiable(case):
 
 
 def test_every_parameter_learns(case):
-    """Each trainable parameter gets a finite gradient that is not zero: one without breaks DDP, or never learns."""
+    """Each trainable parameter gets a finite gradient that is not zero: one without breaks DDP, or
+    never learns.
+    """
     policy = case.policy()
     with torch.no_grad():
         for p in policy.parameters():
-            p.add_(0.02 * torch.randn_like(p))  # away from zero initialisations, behind which gradients vanish at first
+            # away from zero initialisations, behind which gradients vanish at first
+            p.add_(0.02 * torch.randn_like(p))
     loss(policy, case.batch())["loss"].backward()
     for name, p in policy.named_parameters():
         if p.requires_grad:
@@ -128,12 +160,25 @@ def test_every_parameter_is_optimised(case):
 
 
 def test_only_the_weights_of_layers_decay(case):
-    """Tokens, embeddings, positions, priors, norms and biases stay out of weight decay, which would pull them to zero; matrices of
-    linear layers, convolutions and attention are in it."""
+    """Tokens, embeddings, positions, priors, norms and biases stay out of weight decay, which would
+    pull them to zero; matrices of linear layers, convolutions and attention are in it."""
     policy = case.policy()
     names = {id(p): name for name, p in policy.named_parameters()}
-    decaying, plain = ({names[id(p)] for p in group["params"]} for group in policy.param_groups(0.01))
-    apart = {"token", "age", "place", "queries", "prior", "coarse", "eef_embedding", "gripper_embedding", "step_embedding", "table"}
+    decaying, plain = (
+        {names[id(p)] for p in group["params"]} for group in policy.param_groups(0.01)
+    )
+    apart = {
+        "token",
+        "age",
+        "place",
+        "queries",
+        "prior",
+        "coarse",
+        "eef_embedding",
+        "gripper_embedding",
+        "step_embedding",
+        "table",
+    }
     for name, p in policy.named_parameters():
         kind = name.rpartition(".")[2]
         assert (name in plain) == (kind in apart or p.ndim < 2), name
@@ -142,13 +187,16 @@ def test_only_the_weights_of_layers_decay(case):
 
 
 def test_rotation_labels_are_soft(case):
-    """A rotation in the next bin costs less than one far away, at every policy: one-hot labels of a few dozen episodes' rotations
-    leave the bins between without any. Labels sum to one, and the loss is zero at them."""
+    """A rotation in the next bin costs less than one far away, at every policy: one-hot labels of a
+    few dozen episodes' rotations leave the bins between without any. Labels sum to one, and the
+    loss is zero at them."""
     policy, config = case.policy(), case.config
     rotation = case.batch()["target_rot"].flatten(0, -3)[:1]
     bins = policy.rotation_bins(rotation)
     targets = policy.rotation_targets(rotation)
-    assert targets.shape == (*bins.shape, config.n_rot_bins) and torch.equal(targets.argmax(-1), bins)
+    assert targets.shape == (*bins.shape, config.n_rot_bins) and torch.equal(
+        targets.argmax(-1), bins
+    )
     torch.testing.assert_close(targets.sum(-1), torch.ones(bins.shape))
     assert policy.rotation_loss(targets.log(), rotation).item() == pytest.approx(0, abs=1e-5)
     toward = torch.where(bins < config.n_rot_bins // 2, 1, -1)
@@ -158,14 +206,20 @@ def test_rotation_labels_are_soft(case):
 
 
 def test_rotation_bins_are_those_of_numpy(case):
-    """Bins are computed on the device, and are the ones that NumPy's geometry, which decodes them on a robot, gives."""
+    """Bins are computed on the device, and are the ones that NumPy's geometry, which decodes them
+    on a robot, gives.
+    """
     policy, rotation = case.policy(), case.batch(20)["target_rot"].flatten(0, -3)
     if hasattr(policy, "rotation_basis"):
         expected = policy.basis.encode(rotation.numpy(), case.config.n_rot_bins)[..., None]
     else:
         low, high = policy.euler_range.numpy().T
         euler = wrap_angle(matrix_to_euler(rotation.numpy()), (low + high) / 2)
-        expected = np.floor((euler - low) / (high - low) * case.config.n_rot_bins).astype(int).clip(0, case.config.n_rot_bins - 1)
+        expected = (
+            np.floor((euler - low) / (high - low) * case.config.n_rot_bins)
+            .astype(int)
+            .clip(0, case.config.n_rot_bins - 1)
+        )
     np.testing.assert_array_equal(policy.rotation_bins(rotation), expected)
 
 
@@ -188,12 +242,16 @@ def test_predict_gives_the_documented_tensors(case):
     assert torch.isfinite(out["position"]).all()
     assert set(out["gripper"].unique().tolist()) <= {0, 1}
     R = out["rotation"].double()
-    torch.testing.assert_close(R @ R.mT, torch.eye(3, dtype=R.dtype).expand_as(R), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        R @ R.mT, torch.eye(3, dtype=R.dtype).expand_as(R), atol=1e-5, rtol=0
+    )
     assert (torch.linalg.det(R) > 0).all()
 
 
 def test_targets_do_not_leak_into_predictions(case):
-    """A prediction never looks at the answer: with other targets, masks and commands it stays the same to the bit."""
+    """A prediction never looks at the answer: with other targets, masks and commands it stays the
+    same to the bit.
+    """
     policy, batch = case.policy(), case.batch()
     other = dict(batch)
     other["target_pos"] = batch["target_pos"].flip(0) + 0.05
@@ -213,7 +271,8 @@ def test_masked_targets_do_not_train(case):
     other = copy.deepcopy(batch)
     other["target_pos"][:, -1] += 0.1
     other["target_gripper"][:, -1] = 1 - other["target_gripper"][:, -1]
-    parts = lambda b: torch.stack([v.detach() for v in loss(policy, b).values()])  # their sum could stay the same by chance
+    # their sum could stay the same by chance
+    parts = lambda b: torch.stack([v.detach() for v in loss(policy, b).values()])
     before = parts(batch)
     torch.testing.assert_close(parts(other), before, rtol=1e-6, atol=0)
     other["target_pos"][:, 0] += 0.1
@@ -221,12 +280,16 @@ def test_masked_targets_do_not_train(case):
 
 
 def test_a_wholly_masked_batch_is_finite(case):
-    """A batch with nothing to learn gives a finite loss and gradient, no 0/0 that would ruin the weights."""
+    """A batch with nothing to learn gives a finite loss and gradient, no 0/0 that would ruin the
+    weights.
+    """
     policy, batch = case.policy(), case.batch()
     batch["mask"] = torch.zeros_like(batch["mask"])
     out = loss(policy, batch)["loss"]
     out.backward()
-    assert torch.isfinite(out) and all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
+    assert torch.isfinite(out) and all(
+        torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None
+    )
 
 
 def test_the_same_seed_gives_the_same_numbers(case):
@@ -235,7 +298,11 @@ def test_the_same_seed_gives_the_same_numbers(case):
     batch = case.batch()
     for policy in (one, two):
         loss(policy, batch)["loss"].backward()
-    assert loss(one, batch)["loss"].item() == loss(two, batch)["loss"].item() != loss(other, batch)["loss"].item()
+    assert (
+        loss(one, batch)["loss"].item()
+        == loss(two, batch)["loss"].item()
+        != loss(other, batch)["loss"].item()
+    )
     grads = [[p.grad for p in policy.parameters() if p.grad is not None] for policy in (one, two)]
     assert same(*grads) and same(predict(one, batch), predict(two, batch))
 
@@ -256,14 +323,18 @@ def test_loss_falls_on_a_fixed_batch(case):
 
 
 def test_act_answers_in_the_world(case):
-    """act gives a Waypoint: the trajectory's first point, a proper rotation, a command of -1 or +1; and its time."""
+    """act gives a Waypoint: the trajectory's first point, a proper rotation, a command of -1 or +1;
+    and its time.
+    """
     policy = case.policy()
     for waypoint in answers(policy, case.observations()):
         assert waypoint.position.shape == (3,) and np.isfinite(waypoint.trajectory).all()
         np.testing.assert_array_equal(waypoint.trajectory[0], waypoint.position)
         assert waypoint.gripper in (-1.0, 1.0) and set(waypoint.grippers) <= {-1.0, 1.0}
         if waypoint.rotation is not None:
-            np.testing.assert_allclose(waypoint.rotation @ waypoint.rotation.T, np.eye(3), atol=1e-5)
+            np.testing.assert_allclose(
+                waypoint.rotation @ waypoint.rotation.T, np.eye(3), atol=1e-5
+            )
     assert policy.seconds["features"] > 0 and policy.seconds["policy"] > 0
 
 
@@ -276,17 +347,22 @@ def test_reset_starts_afresh(case):
 
 
 def test_the_features_matter(case):
-    """With another sample's features the loss differs: a policy that only knows the EEF would pass the other tests."""
+    """With another sample's features the loss differs: a policy that only knows the EEF would pass
+    the other tests.
+    """
     policy, batch = case.policy(), case.batch()
     swapped = {**batch, "features": [m.flip(0) for m in batch["features"]]}
     assert abs(loss(policy, batch)["loss"].item() - loss(policy, swapped)["loss"].item()) > 1e-5
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------------
+# -- checkpoints
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_checkpoint_round_trip(case, tmp_path, capsys):
-    """A loaded policy answers exactly like the saved one, brings its provenance and extras, and is ready to act."""
+    """A loaded policy answers exactly like the saved one, brings its provenance and extras, and is
+    ready to act.
+    """
     policy, path = case.policy(), tmp_path / "checkpoint.safetensors"
     expected = answers(policy, case.observations())
     checkpoint.save_policy(path, policy, case.name, {"command": "test"}, {"ema": torch.arange(3.0)})
@@ -296,7 +372,8 @@ def test_checkpoint_round_trip(case, tmp_path, capsys):
     assert dataclasses.asdict(loaded.config) == dataclasses.asdict(policy.config)
     assert json.loads(path.with_suffix(".json").read_text())["model_type"] == case.name
     assert capsys.readouterr().out == ""  # nothing is older or missing
-    assert not [k for k in load_file(path) if "backbone" in k]  # frozen features are named, not stored
+    # frozen features are named, not stored
+    assert not [k for k in load_file(path) if "backbone" in k]
 
 
 @pytest.fixture
@@ -321,16 +398,36 @@ def spoil(tensors):
 
 DAMAGE = {
     "missing tensor": (lambda p: rewrite(p, lambda t: t.pop("model.volume.bias")), "volume.bias"),
-    "wrong shape": (lambda p: rewrite(p, lambda t: t.update({"model.volume.bias": torch.zeros(5)})), "shape (5,)"),
+    "wrong shape": (
+        lambda p: rewrite(p, lambda t: t.update({"model.volume.bias": torch.zeros(5)})),
+        "shape (5,)",
+    ),
     "NaN tensor": (lambda p: rewrite(p, spoil), "volume.weight"),
-    "Inf buffer": (lambda p: rewrite(p, lambda t: t["model.height_range"].fill_(float("inf"))), "height_range"),
-    "surplus tensor": (lambda p: rewrite(p, lambda t: t.update({"model.bogus": torch.zeros(2)})), "bogus"),
+    "Inf buffer": (
+        lambda p: rewrite(p, lambda t: t["model.height_range"].fill_(float("inf"))),
+        "height_range",
+    ),
+    "surplus tensor": (
+        lambda p: rewrite(p, lambda t: t.update({"model.bogus": torch.zeros(2)})),
+        "bogus",
+    ),
     "no header": (lambda p: save_file(load_file(p), p), "foreign"),
-    "training state": (lambda p: checkpoint.save_tensors(p, {"model.x": torch.zeros(1)}, {"step": 3, "minutes": 1.0}),
-                       "checkpoint.safetensors"),
-    "other features": (lambda p: rewrite(p, info=lambda i: i.update(backbone_identity="efficientnet_lite0-64px-0123")),
-                       "--backbone_weights"),
-    "unknown field": (lambda p: rewrite(p, info=lambda i: i["config"].update(n_dreams=3)), "n_dreams"),
+    "training state": (
+        lambda p: checkpoint.save_tensors(
+            p, {"model.x": torch.zeros(1)}, {"step": 3, "minutes": 1.0}
+        ),
+        "checkpoint.safetensors",
+    ),
+    "other features": (
+        lambda p: rewrite(
+            p, info=lambda i: i.update(backbone_identity="efficientnet_lite0-64px-0123")
+        ),
+        "--backbone_weights",
+    ),
+    "unknown field": (
+        lambda p: rewrite(p, info=lambda i: i["config"].update(n_dreams=3)),
+        "n_dreams",
+    ),
     "unknown model": (lambda p: rewrite(p, info=lambda i: i.update(model_type="parrot")), "parrot"),
     "missing config": (lambda p: rewrite(p, info=lambda i: i.pop("config")), "config"),
     "not safetensors": (lambda p: p.write_text("hello\n" * 100), "not a safetensors file"),
@@ -343,7 +440,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_bad_checkpoint_is_named(damage, saved, para):
-    """One sentence names the file and what is wrong with it: a robot must not move on half a policy."""
+    """One sentence names the file and what is wrong with it: a robot must not move on half a
+    policy.
+    """
     change, word = DAMAGE[damage]
     change(saved)
     with pytest.raises(UserError) as error:
@@ -369,6 +468,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(saved, para, monkeypatch):
     def half(tensors, path, metadata=None):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
+
     monkeypatch.setattr(checkpoint, "save_file", half)
     with pytest.raises(UserError, match=f"{saved.name}: cannot be written .No space left"):
         checkpoint.save_policy(saved, para.policy(1), "para", {})
@@ -377,19 +477,33 @@ def test_a_failed_write_keeps_the_old_checkpoint(saved, para, monkeypatch):
 
 
 def test_newest_checkpoint(tmp_path):
-    """Without --ckpt the newest run's file is taken, then a committed one, and none is said with the remedy."""
+    """Without --ckpt the newest run's file is taken, then a committed one, and none is said with
+    the remedy.
+    """
     runs, committed = tmp_path / "runs", tmp_path / "checkpoints"
     with pytest.raises(UserError, match="train.py"):
         checkpoint.newest_checkpoint(runs, committed)
-    for age, path in enumerate([runs / "new" / "checkpoint.safetensors", runs / "old" / "checkpoint.safetensors",
-                                committed / "para.safetensors"]):
+    for age, path in enumerate(
+        [
+            runs / "new" / "checkpoint.safetensors",
+            runs / "old" / "checkpoint.safetensors",
+            committed / "para.safetensors",
+        ]
+    ):
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
-    assert checkpoint.newest_checkpoint(tmp_path / "none", committed)[0] == committed / "para.safetensors"
+    assert (
+        checkpoint.newest_checkpoint(tmp_path / "none", committed)[0]
+        == committed / "para.safetensors"
+    )
     (committed / "para_task.safetensors").touch()
-    (committed / "voxel_ar_task.safetensors").touch()  # a clone's times say nothing: of several the baseline is taken
-    assert checkpoint.newest_checkpoint(tmp_path / "none", committed)[0] == committed / "para_task.safetensors"
+    # a clone's times say nothing: of several the baseline is taken
+    (committed / "voxel_ar_task.safetensors").touch()
+    assert (
+        checkpoint.newest_checkpoint(tmp_path / "none", committed)[0]
+        == committed / "para_task.safetensors"
+    )
     path, sentence = checkpoint.newest_checkpoint(runs, committed)
     assert path == runs / "new" / "checkpoint.safetensors" and str(path) in sentence
 

@@ -1,4 +1,7 @@
-"""Labels and samples: where the EEF will be, clipped at gripper changes, without pushed or held frames."""
+"""Labels and samples: where the EEF will be, clipped at gripper changes, without pushed or held
+frames.
+"""
+
 from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import CLOSES, OPENS, PUSHED, SIZE, write_synthetic_demos
 
 import camera
-from conftest import CLOSES, OPENS, PUSHED, SIZE, write_synthetic_demos
 from data import WaypointDataset, gripper_segments, shifted_sideways, waypoint_labels
 from data_ar import WindowDataset
 from formats import demos as demo_files
@@ -34,7 +37,8 @@ def track(commands, pushed=()):
     perturbed = np.zeros(len(commands), bool)
     perturbed[list(pushed)] = True
     ee_pos = np.zeros((len(commands), 3))
-    ee_pos[:, 0] = 0.02 * np.arange(len(commands))  # always on its way, so that only the last frame stands still
+    # always on its way, so that only the last frame stands still
+    ee_pos[:, 0] = 0.02 * np.arange(len(commands))
     return Track(actions=actions, perturbed=perturbed, ee_pos=ee_pos)
 
 
@@ -43,8 +47,14 @@ OPEN_CLOSE = [-1] * 6 + [1] * 14  # closes at frame 6, held until frame 15
 
 @pytest.fixture(scope="module")
 def dataset(synthetic_demos, backbone, tmp_path_factory):
-    return WaypointDataset(synthetic_demos, read_demos(synthetic_demos)[0], CONFIG, backbone,
-                           cache=tmp_path_factory.mktemp("cache"), progress=False)
+    return WaypointDataset(
+        synthetic_demos,
+        read_demos(synthetic_demos)[0],
+        CONFIG,
+        backbone,
+        cache=tmp_path_factory.mktemp("cache"),
+        progress=False,
+    )
 
 
 def test_gripper_segments():
@@ -54,17 +64,32 @@ def test_gripper_segments():
     assert closed.tolist() == [0] * 6 + [1] * 14 + [0, 0]
 
 
-@pytest.mark.parametrize("stride, frame, expected", [
-    (1, 0, [1, 2, 3]), (2, 0, [2, 4, 6]), (2, 1, [3, 5, 6]), (5, 0, [5, 6, 6]), (5, 4, [6, 6, 6]), (3, 6, [6, 6, 6]),
-    (3, 7, [10, 13, 16]), (5, 7, [12, 17, 19]), (5, 19, [19, 19, 19])])
+@pytest.mark.parametrize(
+    "stride, frame, expected",
+    [
+        (1, 0, [1, 2, 3]),
+        (2, 0, [2, 4, 6]),
+        (2, 1, [3, 5, 6]),
+        (5, 0, [5, 6, 6]),
+        (5, 4, [6, 6, 6]),
+        (3, 6, [6, 6, 6]),
+        (3, 7, [10, 13, 16]),
+        (5, 7, [12, 17, 19]),
+        (5, 19, [19, 19, 19]),
+    ],
+)
 def test_targets_are_clipped_at_the_gripper_change_and_at_the_end(stride, frame, expected):
-    """A waypoint lies neither beyond the next gripper change (the robot would cut the grasp) nor beyond the end."""
+    """A waypoint lies neither beyond the next gripper change (the robot would cut the grasp) nor
+    beyond the end.
+    """
     target, _, _, _ = waypoint_labels(track(OPEN_CLOSE), stride, 3)
     assert target[frame].tolist() == expected
 
 
 def test_gripper_label_is_the_command_at_the_waypoint():
-    """Until the change the gripper stays open; the waypoint at the change, and the change frame itself, say close."""
+    """Until the change the gripper stays open; the waypoint at the change, and the change frame
+    itself, say close.
+    """
     _, gripper, _, _ = waypoint_labels(track(OPEN_CLOSE), 2, 3)
     assert gripper[0].tolist() == [0, 0, 1]  # waypoints 2, 4, 6
     assert gripper[3].tolist() == [0, 1, 1]  # waypoints 5, 6, 6
@@ -73,14 +98,18 @@ def test_gripper_label_is_the_command_at_the_waypoint():
 
 
 def test_held_frames_are_left_out():
-    """While the gripper moves the image is the same and the command is done: only the change frame of a hold trains."""
+    """While the gripper moves the image is the same and the command is done: only the change frame
+    of a hold trains.
+    """
     *_, usable = waypoint_labels(track(OPEN_CLOSE), 5, 3)
     held = range(7, 6 + GRIPPER_STEPS)
     assert np.flatnonzero(~usable).tolist() == [*held, 19]
 
 
 def test_frames_that_stand_still_are_left_out():
-    """A label "stay" with no gripper change to come teaches a fixed point; before a change it is the grasp itself."""
+    """A label "stay" with no gripper change to come teaches a fixed point; before a change it is
+    the grasp itself.
+    """
     demo = track([-1] * 8 + [1] * 22)
     demo.ee_pos[4:9] = demo.ee_pos[8]  # waits for the grasp
     demo.ee_pos[20:] = demo.ee_pos[20]  # waits for nothing
@@ -89,7 +118,9 @@ def test_frames_that_stand_still_are_left_out():
 
 
 def test_the_retreat_is_left_out_unless_asked_for():
-    """After the last release a memoryless policy would learn the approach backwards; a demo that ends closed has no retreat."""
+    """After the last release a memoryless policy would learn the approach backwards; a demo that
+    ends closed has no retreat.
+    """
     commands = [-1] * 5 + [1] * 20 + [-1] * 25
     *_, usable = waypoint_labels(track(commands), 5, 3)
     *_, whole = waypoint_labels(track(commands), 5, 3, retreat=True)
@@ -99,22 +130,27 @@ def test_the_retreat_is_left_out_unless_asked_for():
 
 
 def test_staying_at_the_end_is_trained_where_it_is_an_answer():
-    """With `stay` the frames after the release are trained on, and those from which the path leads nowhere any more are labelled
-    `stride` steps later, where the EEF stays; all before them, and everything without the flag, is as it was."""
+    """With `stay` the frames after the release are trained on, and those from which the path leads
+    nowhere any more are labelled `stride` steps later, where the EEF stays; all before them, and
+    everything without the flag, is as it was."""
     demo = track([-1] * 5 + [1] * 20 + [-1] * 35)
     demo.ee_pos[40:] = demo.ee_pos[40]  # 15 steps of retreat, then it stays
     target, gripper, _, usable = waypoint_labels(demo, 5, 3, min_travel=0.05, stay=True)
     plain, _, _, without = waypoint_labels(demo, 5, 3, min_travel=0.05)
     retreat = waypoint_labels(demo, 5, 3, min_travel=0.05, retreat=True)[3]
     first = 38  # 4 cm before it stays: nowhere on the rest of the path is it 5 cm away
-    assert (target[first:, 0] == np.minimum(np.arange(first, 60) + 5, 59)).all() and not gripper[first:].any()
+    assert (target[first:, 0] == np.minimum(np.arange(first, 60) + 5, 59)).all() and not gripper[
+        first:
+    ].any()
     assert usable[35:].all() and not without[26:].any() and not retreat[40:].any()
     np.testing.assert_array_equal(target[:first, 0], plain[:first, 0])
     np.testing.assert_array_equal(usable[:26], without[:26])
 
 
 def test_pushed_ways_are_masked():
-    """A waypoint reached over a pushed frame is no answer to the image; the ones before the push still are."""
+    """A waypoint reached over a pushed frame is no answer to the image; the ones before the push
+    still are.
+    """
     demo = track([-1] * 12, pushed=[4, 5])
     target, _, mask, usable = waypoint_labels(demo, 2, 3)
     assert target[0].tolist() == [2, 4, 6] and mask[0].tolist() == [True, True, False]
@@ -126,7 +162,9 @@ def test_pushed_ways_are_masked():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_labels_against_a_plain_loop(seed):
-    """Any pattern of changes and pushes: the vectorised labels equal a frame-by-frame reading of their definition."""
+    """Any pattern of changes and pushes: the vectorised labels equal a frame-by-frame reading of
+    their definition.
+    """
     rng = np.random.default_rng(seed)
     length, stride, n_window = 60, int(rng.integers(1, 7)), 4
     demo = track(np.repeat(rng.choice([-1, 1], 6), 10), pushed=rng.integers(0, length, 8))
@@ -151,25 +189,36 @@ def test_a_single_stretch_has_no_label_beyond_the_end():
     assert target.max() == 4 and mask.all() and usable[:4].all() and not usable[4]
 
 
-# -- samples ---------------------------------------------------------------------------------------------------------
+# -- samples
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_dataset_holds_the_usable_frames(dataset):
     """Every usable frame of every demo is a sample, and no other."""
     for d, demo in enumerate(dataset.demos):
-        expected = set(range(OPENS + 1)) - set(range(CLOSES + 1, CLOSES + 10))  # up to the release, holds left out
+        # up to the release, holds left out
+        expected = set(range(OPENS + 1)) - set(range(CLOSES + 1, CLOSES + 10))
         if demo.perturbed.any():  # the first waypoint, 5 steps on, is reached over a push
             expected -= set(range(max(0, PUSHED[0] - 4), PUSHED[1] + 1))
         assert set(dataset.frame[dataset.demo == d]) == expected
 
 
 def test_batch_has_the_documented_shapes_and_types(dataset):
-    """The batch is what policy.py's docstring says: metres in float64, masks in {0, 1}, features in float16."""
+    """The batch is what policy.py's docstring says: metres in float64, masks in {0, 1}, features in
+    float16.
+    """
     batch = dataset.batch([0, 5, len(dataset) - 1, 2])
     B, T = 4, CONFIG.n_window
-    expected = {"eef_pos": ((B, 3), torch.float64), "gripper_width": ((B,), torch.float64), "K": ((B, 3, 3), torch.float64), "E": ((B, 4, 4), torch.float64),
-                "target_pos": ((B, T, 3), torch.float64), "target_rot": ((B, T, 3, 3), torch.float64),
-                "target_gripper": ((B, T), torch.int64), "mask": ((B, T), torch.float32)}
+    expected = {
+        "eef_pos": ((B, 3), torch.float64),
+        "gripper_width": ((B,), torch.float64),
+        "K": ((B, 3, 3), torch.float64),
+        "E": ((B, 4, 4), torch.float64),
+        "target_pos": ((B, T, 3), torch.float64),
+        "target_rot": ((B, T, 3, 3), torch.float64),
+        "target_gripper": ((B, T), torch.int64),
+        "mask": ((B, T), torch.float32),
+    }
     assert set(batch) == {"features", *expected}
     for key, (shape, dtype) in expected.items():
         assert tuple(batch[key].shape) == shape and batch[key].dtype == dtype, key
@@ -177,18 +226,26 @@ def test_batch_has_the_documented_shapes_and_types(dataset):
     assert [tuple(m.shape) for m in batch["features"]] == [(B, c, g, g) for c, g in grids]
     assert all(m.dtype == torch.float16 for m in batch["features"])
     assert all(set(batch[key].unique().tolist()) <= {0, 1} for key in ("target_gripper", "mask"))
-    assert {k: tuple(v.shape) for k, v in dataset[3].items() if k != "features"}["target_pos"] == (1, T, 3)
+    assert {k: tuple(v.shape) for k, v in dataset[3].items() if k != "features"}["target_pos"] == (
+        1,
+        T,
+        3,
+    )
 
 
 def test_samples_carry_their_own_frame(dataset):
-    """Position, targets, rotation and features of a sample belong to its demo and frame, none shifted by one."""
+    """Position, targets, rotation and features of a sample belong to its demo and frame, none
+    shifted by one.
+    """
     everything = dataset.batch(np.arange(len(dataset)))
     for index, (d, frame) in enumerate(zip(dataset.demo, dataset.frame)):
         demo = dataset.demos[d]
         ahead = waypoint_labels(demo, CONFIG.waypoint_stride, CONFIG.n_window)[0][frame]
         np.testing.assert_array_equal(everything["eef_pos"][index], demo.ee_pos[frame])
         np.testing.assert_array_equal(everything["target_pos"][index], demo.ee_pos[ahead])
-        turn = rotation_angle(everything["target_rot"][index].numpy(), rotvec_to_matrix(demo.ee_ori[ahead]))
+        turn = rotation_angle(
+            everything["target_rot"][index].numpy(), rotvec_to_matrix(demo.ee_ori[ahead])
+        )
         assert turn.max() < 1e-6
     for index in (0, 9, len(dataset) // 2, len(dataset) - 1):
         demo, frame = dataset.demos[dataset.demo[index]], dataset.frame[index]
@@ -201,25 +258,37 @@ def test_samples_carry_their_own_frame(dataset):
 
 @pytest.fixture(scope="module")
 def windows(dataset, tmp_path_factory):
-    return WindowDataset(dataset.path, dataset.demos, AutoregressiveConfig(image_size=SIZE, context=3), dataset.backbone,
-                          cache=tmp_path_factory.mktemp("cache"), progress=False)
+    return WindowDataset(
+        dataset.path,
+        dataset.demos,
+        AutoregressiveConfig(image_size=SIZE, context=3),
+        dataset.backbone,
+        cache=tmp_path_factory.mktemp("cache"),
+        progress=False,
+    )
 
 
 @pytest.mark.parametrize("kind", ["dataset", "windows"])
 def test_images_moved_sideways_are_the_same_geometry(kind, request):
-    """Feature columns and projected pixels move by the same number of cells, so that what a cell, a height and a ray mean stays
-    true; nothing to be localised leaves the image, the limit holds, shifts differ, and the given batch is left alone."""
+    """Feature columns and projected pixels move by the same number of cells, so that what a cell, a
+    height and a ray mean stays true; nothing to be localised leaves the image, the limit holds,
+    shifts differ, and the given batch is left alone."""
     dataset, limit = request.getfixturevalue(kind), 40
     before = dataset.batch(np.arange(0, len(dataset), 2))
     draws = np.random.default_rng(0).random(len(before["K"]))
     kept = {"K": before["K"].clone(), "features": [m.clone() for m in before["features"]]}
     after = shifted_sideways(before, limit, draws, SIZE)
-    assert torch.equal(before["K"], kept["K"]) and all(map(torch.equal, before["features"], kept["features"]))
+    assert torch.equal(before["K"], kept["K"]) and all(
+        map(torch.equal, before["features"], kept["features"])
+    )
     lead = lambda x, n: x.reshape(len(before["K"]), -1, *x.shape[-n:])
     moved, found = [], set()
     for key in ("eef_pos", "target_pos"):
         points = lead(before[key], 1)
-        old, new = (camera.project(points, lead(b["K"], 2)[:, :1], lead(b["E"], 2)[:, :1]) for b in (before, after))
+        old, new = (
+            camera.project(points, lead(b["K"], 2)[:, :1], lead(b["E"], 2)[:, :1])
+            for b in (before, after)
+        )
         assert torch.equal(old[1], new[1]) and (new[0] >= 0).all() and (new[0] <= SIZE).all()
         moved.append(new[0] - old[0])
     moved = torch.cat(moved, 1)
@@ -241,29 +310,44 @@ def test_images_moved_sideways_are_the_same_geometry(kind, request):
 def test_demonstrations_of_one_name_keep_their_own_features(dataset, tmp_path):
     """Two files both have a demo_0: with features kept by name the last one's would be everybody's."""
     first, second = dataset.demos[0], dataset.demos[1]
-    half = replace(second, name=first.name, perturbed=np.arange(len(second)) < len(second) // 2)  # has fewer usable frames
-    both = WaypointDataset(dataset.path, [first, half], CONFIG, dataset.backbone, cache=tmp_path, progress=False)
-    alone = WaypointDataset(dataset.path, [first], CONFIG, dataset.backbone, cache=tmp_path, progress=False)
+    # has fewer usable frames
+    half = replace(second, name=first.name, perturbed=np.arange(len(second)) < len(second) // 2)
+    both = WaypointDataset(
+        dataset.path, [first, half], CONFIG, dataset.backbone, cache=tmp_path, progress=False
+    )
+    alone = WaypointDataset(
+        dataset.path, [first], CONFIG, dataset.backbone, cache=tmp_path, progress=False
+    )
     indices = np.arange(len(alone))
-    assert len(both) > len(alone) and all(map(torch.equal, both.features(indices), alone.features(indices)))
+    assert len(both) > len(alone) and all(
+        map(torch.equal, both.features(indices), alone.features(indices))
+    )
 
 
 @pytest.mark.parametrize("kind", ["dataset", "windows"])
 def test_features_kept_on_a_device_are_the_same(kind, request):
-    """Batches of features kept in memory, as on a GPU, are those read from files one by one, padding included."""
+    """Batches of features kept in memory, as on a GPU, are those read from files one by one,
+    padding included.
+    """
     dataset = request.getfixturevalue(kind)
     kept, indices = copy(dataset), np.arange(0, len(dataset), 3)
     kept.keep_on("cpu")
     before, after = dataset.batch(indices), kept.batch(indices)
     assert before.keys() == after.keys() and kept.held and not dataset.held
     for key, value in before.items():
-        assert all(map(torch.equal, value, after[key])) if isinstance(value, list) else torch.equal(value, after[key]), key
+        assert (
+            all(map(torch.equal, value, after[key]))
+            if isinstance(value, list)
+            else torch.equal(value, after[key])
+        ), key
     assert not dataset.hold("cpu")  # where files in the system's memory do as well
 
 
 def test_frame_stride_thins_the_frames(dataset, tmp_path):
     """frame_stride k keeps the usable frames whose number is a multiple of k."""
-    thin = WaypointDataset(dataset.path, dataset.demos, CONFIG, dataset.backbone, 3, tmp_path, progress=False)
+    thin = WaypointDataset(
+        dataset.path, dataset.demos, CONFIG, dataset.backbone, 3, tmp_path, progress=False
+    )
     pairs = [(d, f) for d, f in zip(dataset.demo, dataset.frame) if f % 3 == 0]
     assert list(zip(thin.demo, thin.frame)) == pairs
 
@@ -271,14 +355,18 @@ def test_frame_stride_thins_the_frames(dataset, tmp_path):
 def test_window_and_stride_come_from_the_config(dataset, tmp_path):
     """A longer window lengthens every target; the first waypoint stays the same."""
     config = replace(CONFIG, n_window=6)
-    longer = WaypointDataset(dataset.path, dataset.demos, config, dataset.backbone, 1, tmp_path, progress=False)
+    longer = WaypointDataset(
+        dataset.path, dataset.demos, config, dataset.backbone, 1, tmp_path, progress=False
+    )
     longer = longer.batch([0, 1])
     assert longer["target_pos"].shape == (2, 6, 3)
     assert torch.equal(longer["target_pos"][:, :3], dataset.batch([0, 1])["target_pos"])
 
 
 def test_statistics_span_the_data(dataset):
-    """Ranges hold every height and every unwrapped Euler angle: roll crosses +-pi and must not span a whole turn."""
+    """Ranges hold every height and every unwrapped Euler angle: roll crosses +-pi and must not span
+    a whole turn.
+    """
     statistics = dataset.statistics()
     heights = np.concatenate([d.ee_pos[:, 2] for d in dataset.demos])
     assert tuple(statistics["height_range"]) == (heights.min(), heights.max())
@@ -286,7 +374,9 @@ def test_statistics_span_the_data(dataset):
     assert (high - low < 1.5).all() and high[0] - low[0] > 0.05
     assert low[0] < np.pi < high[0] or low[0] < -np.pi < high[0]
     for (mean, std), channels in zip(statistics["features"], dataset.backbone.channels):
-        assert mean.shape == std.shape == (channels,) and np.isfinite(mean).all() and (std > 0).all()
+        assert (
+            mean.shape == std.shape == (channels,) and np.isfinite(mean).all() and (std > 0).all()
+        )
 
 
 def test_a_wholly_pushed_demo_is_survived(tmp_path, backbone):
@@ -294,7 +384,8 @@ def test_a_wholly_pushed_demo_is_survived(tmp_path, backbone):
     path = write_synthetic_demos(tmp_path / "pushed.hdf5", n_demos=2)
     read, _ = read_demos(path)
     read[0].perturbed[:] = True
-    read[0].actions[:, 6] = -1  # no gripper change, whose frame would be usable; the last one is, but it is odd
+    # no gripper change, whose frame would be usable; the last one is, but it is odd
+    read[0].actions[:, 6] = -1
     dataset = WaypointDataset(path, read, CONFIG, backbone, 2, tmp_path / "cache", progress=False)
     assert set(dataset.demo) == {1}
 

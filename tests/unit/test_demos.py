@@ -1,15 +1,18 @@
-"""The demonstration format: bad files are named with key and remedy, official ones are turned upright, splits hold."""
+"""The demonstration format: bad files are named with key and remedy, official ones are turned
+upright, splits hold.
+"""
+
 import dataclasses
 import re
 
 import h5py
 import numpy as np
 import pytest
+from conftest import OPENS, PUSHED, SIZE, STEPS, agentview, write_synthetic_demos
+from helpers import put
 
 from camera import project
-from conftest import OPENS, PUSHED, SIZE, STEPS, agentview, write_synthetic_demos
 from formats import demos, smith300
-from helpers import put
 from rot_utils import rotvec_to_matrix
 from runtime import UserError
 from sim import settings
@@ -27,17 +30,20 @@ def write_bad(folder, mutate, **options):
 
 def replace(key, change, demo="demo_1"):
     """A mutation that replaces one array of one demo by `change(array)`."""
+
     def mutate(file):
         group = file["data"][demo]
         value = group[key][()]
         del group[key]
         group[key] = change(value)
+
     return mutate
 
 
 def delete(key):
     def mutate(file):
         del file[key]
+
     return mutate
 
 
@@ -61,37 +67,111 @@ CASES = {
     "ee_pos missing": (delete("data/demo_1/obs/ee_pos"), "data/demo_1/obs/ee_pos", COLLECT),
     "no observations": (delete("data/demo_1/obs"), "data/demo_1/obs", COLLECT),
     "images missing": (delete(f"data/demo_1/{demos.IMAGE}"), f"data/demo_1/{demos.IMAGE}", COLLECT),
-    "NaN action": (replace("actions", put((3, 2), np.nan)), "data/demo_1/actions", "drop this demo"),
-    "Inf action": (replace("actions", put((3, 2), np.inf)), "data/demo_1/actions", "drop this demo"),
-    "NaN position": (replace("obs/ee_pos", put((0, 0), np.nan)), "data/demo_1/obs/ee_pos", "drop this demo"),
-    "Inf position": (replace("obs/ee_pos", put((0, 0), -np.inf)), "data/demo_1/obs/ee_pos", "drop this demo"),
+    "NaN action": (
+        replace("actions", put((3, 2), np.nan)),
+        "data/demo_1/actions",
+        "drop this demo",
+    ),
+    "Inf action": (
+        replace("actions", put((3, 2), np.inf)),
+        "data/demo_1/actions",
+        "drop this demo",
+    ),
+    "NaN position": (
+        replace("obs/ee_pos", put((0, 0), np.nan)),
+        "data/demo_1/obs/ee_pos",
+        "drop this demo",
+    ),
+    "Inf position": (
+        replace("obs/ee_pos", put((0, 0), -np.inf)),
+        "data/demo_1/obs/ee_pos",
+        "drop this demo",
+    ),
     "NaN state": (replace("states", put((5, 1), np.nan)), "data/demo_1/states", "drop this demo"),
     "action shape": (replace("actions", lambda x: x[:, :6]), "data/demo_1/actions", COLLECT),
-    "text for numbers": (replace("actions", lambda x: [b"a"] * len(x)), "data/demo_1/actions", COLLECT),
-    "float images": (replace(demos.IMAGE, lambda x: x / 255), f"data/demo_1/{demos.IMAGE}", COLLECT),
-    "grey images": (replace(demos.IMAGE, lambda x: x[..., :1]), f"data/demo_1/{demos.IMAGE}", COLLECT),
-    "oblong images": (replace(demos.IMAGE, lambda x: x[:, :8]), f"data/demo_1/{demos.IMAGE}", COLLECT),
-    "too few images": (replace(demos.IMAGE, lambda x: x[:-1]), f"data/demo_1/{demos.IMAGE}", COLLECT),
+    "text for numbers": (
+        replace("actions", lambda x: [b"a"] * len(x)),
+        "data/demo_1/actions",
+        COLLECT,
+    ),
+    "float images": (
+        replace(demos.IMAGE, lambda x: x / 255),
+        f"data/demo_1/{demos.IMAGE}",
+        COLLECT,
+    ),
+    "grey images": (
+        replace(demos.IMAGE, lambda x: x[..., :1]),
+        f"data/demo_1/{demos.IMAGE}",
+        COLLECT,
+    ),
+    "oblong images": (
+        replace(demos.IMAGE, lambda x: x[:, :8]),
+        f"data/demo_1/{demos.IMAGE}",
+        COLLECT,
+    ),
+    "too few images": (
+        replace(demos.IMAGE, lambda x: x[:-1]),
+        f"data/demo_1/{demos.IMAGE}",
+        COLLECT,
+    ),
     "too few states": (replace("states", lambda x: x[:-3]), "data/demo_1/states", COLLECT),
-    "too few positions": (replace("obs/ee_pos", lambda x: x[:-3]), "data/demo_1/obs/ee_pos", COLLECT),
-    "too few pushed flags": (replace("perturbed", lambda x: x[:-3]), "data/demo_1/perturbed", COLLECT),
+    "too few positions": (
+        replace("obs/ee_pos", lambda x: x[:-3]),
+        "data/demo_1/obs/ee_pos",
+        COLLECT,
+    ),
+    "too few pushed flags": (
+        replace("perturbed", lambda x: x[:-3]),
+        "data/demo_1/perturbed",
+        COLLECT,
+    ),
     "no camera": (delete("data/demo_1/camera"), "data/demo_1/camera", REPLAY),
-    "no extrinsics": (delete(f"data/demo_1/{demos.CAMERA_E}"), f"data/demo_1/{demos.CAMERA_E}", REPLAY),
-    "NaN camera": (replace(demos.CAMERA_E, put((0, 3), np.nan)), f"data/demo_1/{demos.CAMERA_E}", ""),
-    "stretched extrinsics": (replace(demos.CAMERA_E, lambda E: E * [[1.1], [1], [1], [1]]),
-                             f"data/demo_1/{demos.CAMERA_E}", REPLAY),
-    "mirrored extrinsics": (replace(demos.CAMERA_E, mirrored), f"data/demo_1/{demos.CAMERA_E}", REPLAY),
-    "3x4 extrinsics": (replace(demos.CAMERA_E, lambda E: E[:3]), f"data/demo_1/{demos.CAMERA_E}", REPLAY),
-    "zero focal length": (replace(demos.CAMERA_K, put((0, 0), 0.0)), f"data/demo_1/{demos.CAMERA_K}", REPLAY),
-    "one step": (lambda file: [replace(key, lambda x: x[:1])(file)
-                               for key in (*demos.LOW_DIM, "states", "perturbed", demos.IMAGE)],
-                 "data/demo_1", COLLECT),
+    "no extrinsics": (
+        delete(f"data/demo_1/{demos.CAMERA_E}"),
+        f"data/demo_1/{demos.CAMERA_E}",
+        REPLAY,
+    ),
+    "NaN camera": (
+        replace(demos.CAMERA_E, put((0, 3), np.nan)),
+        f"data/demo_1/{demos.CAMERA_E}",
+        "",
+    ),
+    "stretched extrinsics": (
+        replace(demos.CAMERA_E, lambda E: E * [[1.1], [1], [1], [1]]),
+        f"data/demo_1/{demos.CAMERA_E}",
+        REPLAY,
+    ),
+    "mirrored extrinsics": (
+        replace(demos.CAMERA_E, mirrored),
+        f"data/demo_1/{demos.CAMERA_E}",
+        REPLAY,
+    ),
+    "3x4 extrinsics": (
+        replace(demos.CAMERA_E, lambda E: E[:3]),
+        f"data/demo_1/{demos.CAMERA_E}",
+        REPLAY,
+    ),
+    "zero focal length": (
+        replace(demos.CAMERA_K, put((0, 0), 0.0)),
+        f"data/demo_1/{demos.CAMERA_K}",
+        REPLAY,
+    ),
+    "one step": (
+        lambda file: [
+            replace(key, lambda x: x[:1])(file)
+            for key in (*demos.LOW_DIM, "states", "perturbed", demos.IMAGE)
+        ],
+        "data/demo_1",
+        COLLECT,
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_file_is_named_with_key_and_remedy(case, tmp_path):
-    """One sentence says which file and which key are wrong and what to do, instead of a traceback hours into a run."""
+    """One sentence says which file and which key are wrong and what to do, instead of a traceback
+    hours into a run.
+    """
     mutate, key, remedy = CASES[case]
     with pytest.raises(UserError) as error:
         demos.read_demos(write_bad(tmp_path, mutate))
@@ -105,7 +185,9 @@ def test_image_size_is_compared_with_the_one_asked_for(tmp_path):
     path = write_bad(tmp_path, lambda file: None)
     with pytest.raises(UserError, match=re.escape("--image_size 448")) as error:
         demos.read_demos(path, image_size=448)
-    assert NAME in str(error.value) and demos.IMAGE in str(error.value) and "16 px" in str(error.value)
+    assert (
+        NAME in str(error.value) and demos.IMAGE in str(error.value) and "16 px" in str(error.value)
+    )
     assert demos.read_demos(path, image_size=16)[0][0].image_size == 16
 
 
@@ -114,7 +196,7 @@ def test_truncated_file(keep, tmp_path):
     """A half-copied file is called truncated, wherever it ends."""
     path = write_synthetic_demos(tmp_path / NAME, n_demos=2, size=16)
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(keep * len(whole))])
+    path.write_bytes(whole[: int(keep * len(whole))])
     with pytest.raises(UserError, match="truncated or not an HDF5 file") as error:
         demos.read_demos(path)
     assert NAME in str(error.value) and COLLECT in str(error.value)
@@ -137,15 +219,19 @@ def test_damaged_image_chunk_is_named(tmp_path):
     with h5py.File(path) as file:
         chunk = file["data/demo_0"][demos.IMAGE].id.get_chunk_info(7)
     content = bytearray(path.read_bytes())
-    content[chunk.byte_offset:chunk.byte_offset + chunk.size] = b"\xff" * chunk.size
+    content[chunk.byte_offset : chunk.byte_offset + chunk.size] = b"\xff" * chunk.size
     path.write_bytes(content)
     with demos.open_demos(path) as file, pytest.raises(UserError, match="damaged") as error:
         demos.read_images(path, file, "demo_0", [6, 7])
-    assert NAME in str(error.value) and demos.IMAGE in str(error.value) and COLLECT in str(error.value)
+    assert (
+        NAME in str(error.value) and demos.IMAGE in str(error.value) and COLLECT in str(error.value)
+    )
 
 
 def test_valid_file_is_read_back(synthetic_demos):
-    """What was written is what is read: names in numerical order, lengths, pushes, attributes and camera."""
+    """What was written is what is read: names in numerical order, lengths, pushes, attributes and
+    camera.
+    """
     read, attributes = demos.read_demos(synthetic_demos, image_size=SIZE)
     assert [d.name for d in read] == [f"demo_{i}" for i in range(4)]
     assert attributes["format"] == demos.FORMAT and read[0].attrs["source"] == "synthetic"
@@ -159,24 +245,30 @@ def test_valid_file_is_read_back(synthetic_demos):
 
 def test_demos_come_in_numerical_order(tmp_path):
     """demo_10 follows demo_9, not demo_1: the split by position must not depend on the alphabet."""
-    path = write_bad(tmp_path, lambda file: [file["data"].move(f"demo_{i}", f"demo_{10 - i}") for i in (0, 1)])
+    path = write_bad(
+        tmp_path, lambda file: [file["data"].move(f"demo_{i}", f"demo_{10 - i}") for i in (0, 1)]
+    )
     with demos.open_demos(path) as file:
         assert demos.demo_names(file) == ["demo_9", "demo_10"]
 
 
 def test_file_without_pushes_is_undisturbed(tmp_path):
     """Official files know no pushes: all their frames count as undisturbed."""
+
     def official(file):
         del file["data"].attrs["format"], file["data"].attrs["image_orientation"]
         for i in (0, 1):
             delete(f"data/demo_{i}/perturbed")(file)
+
     read, _ = demos.read_demos(write_bad(tmp_path, official))
     assert not read[0].perturbed.any() and read[0].perturbed.shape == (STEPS,)
 
 
 @pytest.mark.parametrize("orientation", ["upright", "flipped", None])
 def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthetic_demos):
-    """Official files hold rows bottom first and do not say so; what is read is upright: the blob is at the EEF."""
+    """Official files hold rows bottom first and do not say so; what is read is upright: the blob is
+    at the EEF.
+    """
     path = write_synthetic_demos(tmp_path / "official.hdf5", orientation=orientation or "flipped")
     with h5py.File(path, "r+") as file:
         if orientation is None:  # nor do they have this repository's format
@@ -185,7 +277,9 @@ def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthe
     demo = demos.read_demos(path)[0][0]
     with demos.open_demos(path) as file, demos.open_demos(synthetic_demos) as upright:
         images = demos.read_images(path, file, "demo_0", [0, 25])
-        np.testing.assert_array_equal(images, demos.read_images(synthetic_demos, upright, "demo_0", [0, 25]))
+        np.testing.assert_array_equal(
+            images, demos.read_images(synthetic_demos, upright, "demo_0", [0, 25])
+        )
     assert images.flags.c_contiguous and images.dtype == np.uint8
     for image, frame in zip(images, (0, 25)):
         u, v, _ = project(demo.ee_pos[frame], demo.K, demo.E)
@@ -195,7 +289,9 @@ def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthe
 @pytest.mark.parametrize("n", [2, 3, 7, 20, 48])
 @pytest.mark.parametrize("fraction", [0.05, 0.15, 0.5])
 def test_split_is_by_demo(n, fraction):
-    """No demo trains and validates, none is lost, both parts have one, and the split is the same every time."""
+    """No demo trains and validates, none is lost, both parts have one, and the split is the same
+    every time.
+    """
     train, val = demos.split_demos(list(range(n)), fraction)
     assert not set(train) & set(val) and sorted(train + val) == list(range(n))
     assert train and val
@@ -210,8 +306,9 @@ def test_split_needs_two_demos():
 
 
 def test_a_mirrored_demonstration_is_the_same_geometry_left_to_right(tmp_path):
-    """Every position is seen at the pixel opposite to where it was, the camera and the rotations stay right-handed, the closing
-    direction is reflected with them, the images are those pixels, and two mirrors cancel."""
+    """Every position is seen at the pixel opposite to where it was, the camera and the rotations
+    stay right-handed, the closing direction is reflected with them, the images are those pixels,
+    and two mirrors cancel."""
     path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
     demo = demos.read_demos(path)[0][0]
     demo.E[:3, 3] += [0.0, 0.07, 0.0]  # off the plane
@@ -221,30 +318,42 @@ def test_a_mirrored_demonstration_is_the_same_geometry_left_to_right(tmp_path):
     np.testing.assert_allclose(mu, 32 - u, atol=1e-9)
     np.testing.assert_allclose([mv, md], [v, d], atol=1e-9)
     flip = np.diag([1.0, -1, 1])
-    np.testing.assert_allclose(rotvec_to_matrix(other.ee_ori), flip @ rotvec_to_matrix(demo.ee_ori) @ flip, atol=1e-9)
+    np.testing.assert_allclose(
+        rotvec_to_matrix(other.ee_ori), flip @ rotvec_to_matrix(demo.ee_ori) @ flip, atol=1e-9
+    )
     np.testing.assert_array_equal(other.actions[:, 1], -demo.actions[:, 1])
     np.testing.assert_array_equal(other.actions[:, [0, 2, 6]], demo.actions[:, [0, 2, 6]])
     images = smith300.read_images(path, demo.name, [0, 5], 32)
-    np.testing.assert_array_equal(smith300.read_images(path, other.name, [0, 5], 32), images[:, :, ::-1])
+    np.testing.assert_array_equal(
+        smith300.read_images(path, other.name, [0, 5], 32), images[:, :, ::-1]
+    )
     twice = demos.mirrored(dataclasses.replace(other, name=demo.name))
     for key in ("ee_pos", "ee_ori", "actions", "K", "E"):
         np.testing.assert_allclose(getattr(twice, key), getattr(demo, key), atol=1e-12)
 
 
 def test_a_demonstration_turned_back_shows_the_same_through_another_camera(tmp_path):
-    """Every position keeps its pixel, depth and height, rotations and commands stay what they are to the camera, and a camera that is
-    higher or steeper is refused."""
+    """Every position keeps its pixel, depth and height, rotations and commands stay what they are
+    to the camera, and a camera that is higher or steeper is refused."""
     path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
     demo = demos.read_demos(path)[0][0]
     target = settings.turned(demo.E, 25, [-0.66, 0.1])
     other = demos.turned_back(demo, target)
     np.testing.assert_array_equal(other.E, target)
-    np.testing.assert_allclose(project(other.ee_pos, other.K, other.E), project(demo.ee_pos, demo.K, demo.E), atol=1e-9)
+    np.testing.assert_allclose(
+        project(other.ee_pos, other.K, other.E), project(demo.ee_pos, demo.K, demo.E), atol=1e-9
+    )
     np.testing.assert_allclose(other.ee_pos[:, 2], demo.ee_pos[:, 2], atol=1e-9)
     seen = lambda d, vectors: vectors @ d.E[:3, :3]
     for part in (slice(0, 3), slice(3, 6)):
-        np.testing.assert_allclose(seen(other, other.actions[:, part]), seen(demo, demo.actions[:, part]), atol=1e-9)
-    np.testing.assert_allclose(other.E[:3, :3].T @ rotvec_to_matrix(other.ee_ori), demo.E[:3, :3].T @ rotvec_to_matrix(demo.ee_ori), atol=1e-9)
+        np.testing.assert_allclose(
+            seen(other, other.actions[:, part]), seen(demo, demo.actions[:, part]), atol=1e-9
+        )
+    np.testing.assert_allclose(
+        other.E[:3, :3].T @ rotvec_to_matrix(other.ee_ori),
+        demo.E[:3, :3].T @ rotvec_to_matrix(demo.ee_ori),
+        atol=1e-9,
+    )
     np.testing.assert_array_equal(other.actions[:, 6], demo.actions[:, 6])
     assert np.abs(other.ee_pos - demo.ee_pos)[:, :2].max() > 0.05
     with pytest.raises(UserError, match="leave --turn_back out"):

@@ -1,39 +1,49 @@
 """--device: what it means, and one sentence at once where it cannot be had."""
+
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import deploy_dino_kv
 import eval as evaluation
 import train
-from conftest import ROOT
 from runtime import UserError, choose_device
 
 
 @pytest.fixture
 def gpus(monkeypatch):
     """A machine on which torch sees two GPUs, or as many as given."""
+
     def see(n=2):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+
     return see
 
 
 def test_a_gpu_without_a_number_is_this_process_s(gpus, monkeypatch):
-    """--device cuda has no index, which torch.cuda.set_device refuses: it is the local rank's, as of auto."""
+    """--device cuda has no index, which torch.cuda.set_device refuses: it is the local rank's, as
+    of auto.
+    """
     gpus()
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert choose_device("cuda") == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("PARA_DEVICE")
-    assert choose_device("cuda") == choose_device("auto") == "cuda:1" and choose_device("cuda:0") == "cuda:0"
+    assert (
+        choose_device("cuda") == choose_device("auto") == "cuda:1"
+        and choose_device("cuda:0") == "cuda:0"
+    )
 
 
 def test_auto(gpus, monkeypatch):
-    """A GPU where there is one, the CPU elsewhere and wherever PARA_DEVICE says so, as in these tests."""
+    """A GPU where there is one, the CPU elsewhere and wherever PARA_DEVICE says so, as in these
+    tests.
+    """
     gpus()
     assert choose_device() == "cpu"
     monkeypatch.delenv("PARA_DEVICE")
@@ -42,7 +52,10 @@ def test_auto(gpus, monkeypatch):
     assert choose_device() == choose_device("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("device, word", [("foo", "unknown"), ("meta", "unknown"), ("cuda", "sees no GPU"), ("cuda:7", "sees no GPU")])
+@pytest.mark.parametrize(
+    "device, word",
+    [("foo", "unknown"), ("meta", "unknown"), ("cuda", "sees no GPU"), ("cuda:7", "sees no GPU")],
+)
 def test_a_device_that_is_not_there_is_one_sentence(device, word, gpus):
     """It names the flag and the way out."""
     gpus(0)
@@ -63,9 +76,19 @@ def test_scripts_refuse_a_device_at_once(device, gpus, tmp_path):
     """Before data is read, a checkpoint is loaded or a worker starts."""
     gpus(0)
     absent = tmp_path / "absent.safetensors"
-    calls = [lambda: train.train(*train.parse_args(["--dataset", str(tmp_path / "absent.hdf5"), "--device", device])),
-             lambda: evaluation.evaluate(evaluation.build_parser().parse_args(["--ckpt", str(absent), "--device", device])),
-             lambda: deploy_dino_kv.deploy(deploy_dino_kv.build_parser().parse_args(["--ckpt", str(absent), "--source", "-", "--device", device]))]
+    calls = [
+        lambda: train.train(
+            *train.parse_args(["--dataset", str(tmp_path / "absent.hdf5"), "--device", device])
+        ),
+        lambda: evaluation.evaluate(
+            evaluation.build_parser().parse_args(["--ckpt", str(absent), "--device", device])
+        ),
+        lambda: deploy_dino_kv.deploy(
+            deploy_dino_kv.build_parser().parse_args(
+                ["--ckpt", str(absent), "--source", "-", "--device", device]
+            )
+        ),
+    ]
     for call in calls:
         with pytest.raises(UserError, match=f"--device {device}: "):
             call()
@@ -77,11 +100,36 @@ def test_evaluation_takes_the_gpu_by_default():
 
 
 def test_the_gpu_tests_own_code_runs(tmp_path):
-    """`make gpu` is for machines that are rarely at hand: what it runs is tried on the CPU, at small sizes."""
+    """`make gpu` is for machines that are rarely at hand: what it runs is tried on the CPU, at
+    small sizes.
+    """
     environment = {**os.environ, "PARA_GPU_TEST_DEVICE": "cpu"}
-    for command in (["-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "-k", "not training and not two_ranks"],
-                    ["-m", "study.bench_gpu", "--device", "cpu", "--quick", "--rounds", "1", "--out", str(tmp_path / "cpu.json")]):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    for command in (
+        [
+            "-m",
+            "pytest",
+            "tests/gpu",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not training and not two_ranks",
+        ],
+        [
+            "-m",
+            "study.bench_gpu",
+            "--device",
+            "cpu",
+            "--quick",
+            "--rounds",
+            "1",
+            "--out",
+            str(tmp_path / "cpu.json"),
+        ],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (tmp_path / "cpu.json").is_file()
 
@@ -90,5 +138,7 @@ def test_make_gpu_without_a_gpu_says_so():
     """One sentence and a failure, not a page of skipped tests that looks like success."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run(["make", "gpu", f"PY={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "gpu", f"PY={sys.executable}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode and "error: make gpu needs a GPU" in done.stderr

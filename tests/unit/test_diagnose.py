@@ -1,11 +1,12 @@
 """One-step errors apart by phase and by part of the answer."""
+
 import json
 
 import numpy as np
 import pytest
 import torch
-
 from conftest import SIZE
+
 from data import WaypointDataset
 from formats import smith300
 from harness import checkpoint
@@ -20,42 +21,97 @@ from study.diagnose import names_of, one_step, phase_row
 def policy(synthetic_demos, backbone, tmp_path):
     """An untrained PARA for the synthetic demonstrations."""
     torch.manual_seed(0)
-    config = ParaConfig(backbone=backbone.name, image_size=SIZE, grid=14, width=8, n_height_bins=8, n_window=2)
+    config = ParaConfig(
+        backbone=backbone.name, image_size=SIZE, grid=14, width=8, n_height_bins=8, n_window=2
+    )
     made = TrajectoryHeatmapPredictor(config, backbone.channels).attach(backbone).eval()
-    data = WaypointDataset(synthetic_demos, WaypointDataset.read(synthetic_demos, SIZE)[0], config, backbone, cache=tmp_path / "cache", progress=False)
+    data = WaypointDataset(
+        synthetic_demos,
+        WaypointDataset.read(synthetic_demos, SIZE)[0],
+        config,
+        backbone,
+        cache=tmp_path / "cache",
+        progress=False,
+    )
     made.fit_statistics(data.statistics())
     return made
 
 
 def test_a_known_error_is_found_in_its_own_part(synthetic_demos, policy, monkeypatch):
-    """An answer 6 px to the right at the true height has that bias, no error of height and one on the table; 1 cm too high at the true
-    pixel has none on the table. Before the gripper closes is reach, after it carry."""
+    """An answer 6 px to the right at the true height has that bias, no error of height and one on
+    the table; 1 cm too high at the true pixel has none on the table. Before the gripper closes is
+    reach, after it carry."""
     from camera import project, unproject
+
     demo = smith300.read_dataset(synthetic_demos)[0][1]
     frames, targets = decision_frames(demo, policy.config)
     true, closed = demo.ee_pos[targets], demo.actions[:, 6] > 0
     u, v, _ = project(true, demo.K, demo.E)
-    answer = lambda points: {"frames": np.array(frames), "targets": targets, "true": true, "predicted": points, "gripper": closed[targets].astype(int)}
-    monkeypatch.setattr(diagnose, "free_run", lambda *a, **k: answer(unproject(u + 6, v, true[:, 2], demo.K, demo.E)))
+    answer = lambda points: {
+        "frames": np.array(frames),
+        "targets": targets,
+        "true": true,
+        "predicted": points,
+        "gripper": closed[targets].astype(int),
+    }
+    monkeypatch.setattr(
+        diagnose,
+        "free_run",
+        lambda *a, **k: answer(unproject(u + 6, v, true[:, 2], demo.K, demo.E)),
+    )
     aside = one_step(policy, synthetic_demos, demo)
-    monkeypatch.setattr(diagnose, "free_run", lambda *a, **k: answer(unproject(u, v, true[:, 2] + 0.01, demo.K, demo.E)))
+    monkeypatch.setattr(
+        diagnose,
+        "free_run",
+        lambda *a, **k: answer(unproject(u, v, true[:, 2] + 0.01, demo.K, demo.E)),
+    )
     high = one_step(policy, synthetic_demos, demo)
-    assert aside["phase"][0] == 0 and set(aside["phase"]) == {0, 1} and (np.diff(aside["phase"]) >= 0).all()
+    assert (
+        aside["phase"][0] == 0
+        and set(aside["phase"]) == {0, 1}
+        and (np.diff(aside["phase"]) >= 0).all()
+    )
     for phase in (0, 1):
         a, h = phase_row(aside, phase), phase_row(high, phase)
-        np.testing.assert_allclose([*a["bias_px"], a["px_median"], a["height_cm_p90"]], [6, 0, 6, 0], atol=1e-6)
-        np.testing.assert_allclose([*h["bias_px"], h["height_cm_bias"], h["table_cm_p90"]], [0, 0, 1, 0], atol=1e-6)
+        np.testing.assert_allclose(
+            [*a["bias_px"], a["px_median"], a["height_cm_p90"]], [6, 0, 6, 0], atol=1e-6
+        )
+        np.testing.assert_allclose(
+            [*h["bias_px"], h["height_cm_bias"], h["table_cm_p90"]], [0, 0, 1, 0], atol=1e-6
+        )
         assert a["table_cm_median"] > 0.5 and a["gripper"] == h["gripper"] == 1
     assert phase_row({**aside, "phase": np.zeros(len(frames), int)}, 1) is None
 
 
 def test_the_command_writes_table_and_picture(synthetic_demos, policy, tmp_path, capsys):
-    """Both phases of each checkpoint are in errors.json and errors.md, the picture is there; two runs of one name are refused."""
+    """Both phases of each checkpoint are in errors.json and errors.md, the picture is there; two
+    runs of one name are refused.
+    """
     path = tmp_path / "mine" / "checkpoint.safetensors"
-    checkpoint.save_policy(path, policy, "para", {"args": {}, "backbone_asked": policy.config.backbone})
-    diagnose.main(["--ckpt", str(path), "--dataset", str(synthetic_demos), "--n_demos", "2", "--out", str(tmp_path / "out")])
+    checkpoint.save_policy(
+        path, policy, "para", {"args": {}, "backbone_asked": policy.config.backbone}
+    )
+    diagnose.main(
+        [
+            "--ckpt",
+            str(path),
+            "--dataset",
+            str(synthetic_demos),
+            "--n_demos",
+            "2",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     found = json.loads((tmp_path / "out" / "errors.json").read_text())
-    assert set(found["rows"]["mine"]) == {"reach", "carry"} and found["n_demos"] == 2 and found["rows"]["mine"]["reach"]["n"] > 2
-    assert "| mine | reach |" in (tmp_path / "out" / "errors.md").read_text() and (tmp_path / "out" / "errors.png").stat().st_size > 5000
+    assert (
+        set(found["rows"]["mine"]) == {"reach", "carry"}
+        and found["n_demos"] == 2
+        and found["rows"]["mine"]["reach"]["n"] > 2
+    )
+    assert (
+        "| mine | reach |" in (tmp_path / "out" / "errors.md").read_text()
+        and (tmp_path / "out" / "errors.png").stat().st_size > 5000
+    )
     with pytest.raises(UserError, match="one name"):
         names_of([path, path])

@@ -1,4 +1,7 @@
-"""DinoVolumeKV and DinoVolumeKVFull beyond the contract: the factored volume, both configurations, finetuning, deployment."""
+"""DinoVolumeKV and DinoVolumeKVFull beyond the contract: the factored volume, both configurations,
+finetuning, deployment.
+"""
+
 import dataclasses
 import io
 import json
@@ -6,18 +9,37 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import SIZE
 
 import deploy_dino_kv
-from conftest import SIZE
 from harness import checkpoint, finetune
-from model_dino_volume_kv import DinoVolumeKV, DinoVolumeKVConfig, IndexEncoding, sinusoid, symmetric_soft_argmax
-from model_dino_volume_kv_full import DinoVolumeKVFull, DinoVolumeKVFullConfig, pack_basis, unpack_basis
+from model_dino_volume_kv import (
+    DinoVolumeKV,
+    DinoVolumeKVConfig,
+    IndexEncoding,
+    sinusoid,
+    symmetric_soft_argmax,
+)
+from model_dino_volume_kv_full import (
+    DinoVolumeKVFull,
+    DinoVolumeKVFullConfig,
+    pack_basis,
+    unpack_basis,
+)
 from registry import look_up
 from rot_utils import euler_to_matrix, load_stats, rotation_angle
 from runtime import UserError
 
-SMALL = {"backbone": "efficientnet_lite0", "image_size": SIZE, "n_window": 4, "grid": 16, "n_height_bins": 8, "width": 16, "dim": 32,
-         "waypoint_stride": 2}
+SMALL = {
+    "backbone": "efficientnet_lite0",
+    "image_size": SIZE,
+    "n_window": 4,
+    "grid": 16,
+    "n_height_bins": 8,
+    "width": 16,
+    "dim": 32,
+    "waypoint_stride": 2,
+}
 V7 = {"tf_layers": 2, "token_enc": "learned", "rotation": "euler", "n_rot_bins": 32, "n_heads": 2}
 NEW = {"tf_layers": 5, "token_enc": "sin", "rotation": "pca", "n_rot_bins": 48, "n_heads": 2}
 
@@ -30,12 +52,21 @@ class Setting:
 
     def dataset(self, config):
         read = look_up("dino_volume_kv_full").dataset
-        return read(self.path, read.read(self.path, SIZE)[0], config, self.backbone, cache=self.cache, progress=False)
+        return read(
+            self.path,
+            read.read(self.path, SIZE)[0],
+            config,
+            self.backbone,
+            cache=self.cache,
+            progress=False,
+        )
 
     def policy(self, seed=0, parent=False, **changes):
         torch.manual_seed(seed)
         config = (DinoVolumeKVConfig if parent else DinoVolumeKVFullConfig)(**{**SMALL, **changes})
-        policy = (DinoVolumeKV if parent else DinoVolumeKVFull)(config, self.backbone.channels).attach(self.backbone)
+        policy = (DinoVolumeKV if parent else DinoVolumeKVFull)(
+            config, self.backbone.channels
+        ).attach(self.backbone)
         policy.fit_statistics(self.dataset(config).statistics())
         return policy
 
@@ -63,15 +94,22 @@ def train_steps(policy, batch, steps, lr=3e-3, hold=0):
     return losses
 
 
-# -- the volume ------------------------------------------------------------------------------------------------------
+# -- the volume
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_every_logit_is_query_times_key(setting):
-    """logits[t,z,y,x] = query(t,z) . key(y,x) / sqrt(dim): the fast convolution says what the formula says, axes in order."""
+    """logits[t,z,y,x] = query(t,z) . key(y,x) / sqrt(dim): the fast convolution says what the
+    formula says, axes in order.
+    """
     policy = setting.policy(parent=True)
     features = torch.randn(2, SMALL["width"], 16, 16)
     with torch.no_grad():
-        logits, queries, keys = policy.volume_logits(features), policy.queries(), policy.key(features)
+        logits, queries, keys = (
+            policy.volume_logits(features),
+            policy.queries(),
+            policy.key(features),
+        )
     assert logits.shape == (2, 4, 8, 16, 16)
     for b, t, z, y, x in ((0, 0, 0, 0, 0), (1, 3, 7, 15, 2), (0, 2, 5, 1, 9)):
         expected = queries[t, z] @ keys[b, :, y, x] / SMALL["dim"] ** 0.5
@@ -79,14 +117,30 @@ def test_every_logit_is_query_times_key(setting):
 
 
 def test_the_default_volume_is_as_specified():
-    """Eight waypoints of 32 x 56 x 56 bins; v7 and the new head by flags, five layers and one linear layer over 48 bins by default."""
+    """Eight waypoints of 32 x 56 x 56 bins; v7 and the new head by flags, five layers and one
+    linear layer over 48 bins by default.
+    """
     config = DinoVolumeKVFullConfig()
     policy = DinoVolumeKVFull(config, [4])
-    assert (config.n_window, *policy.volume_shape) == (8, 32, 56, 56) and config.dim == 128 and config.n_heads == 4
+    assert (
+        (config.n_window, *policy.volume_shape) == (8, 32, 56, 56)
+        and config.dim == 128
+        and config.n_heads == 4
+    )
     assert len(policy.token_blocks) == 5 and isinstance(policy.rotation_head, torch.nn.Linear)
-    assert policy.rotation_head.out_features == 48 and policy.token_blocks[0].mlp[0].out_features == 4 * 128
-    v7 = DinoVolumeKVFull(DinoVolumeKVFullConfig(tf_layers=2, token_enc="learned", rotation="euler", n_rot_bins=32), [4])
-    assert len(v7.token_blocks) == 2 and v7.rotation_head.out_features == 3 * 32 and v7.token_height.table.shape == (32, 128)
+    assert (
+        policy.rotation_head.out_features == 48
+        and policy.token_blocks[0].mlp[0].out_features == 4 * 128
+    )
+    v7 = DinoVolumeKVFull(
+        DinoVolumeKVFullConfig(tf_layers=2, token_enc="learned", rotation="euler", n_rot_bins=32),
+        [4],
+    )
+    assert (
+        len(v7.token_blocks) == 2
+        and v7.rotation_head.out_features == 3 * 32
+        and v7.token_height.table.shape == (32, 128)
+    )
 
 
 def test_sinusoids_tell_indices_apart():
@@ -100,19 +154,28 @@ def test_sinusoids_tell_indices_apart():
 
 @pytest.mark.parametrize("kind", ["sin", "learned"])
 def test_query_encodings_by_flag(setting, kind):
-    """height_enc and time_enc choose their encoding each, and heights and times are not interchangeable in the queries."""
+    """height_enc and time_enc choose their encoding each, and heights and times are not
+    interchangeable in the queries.
+    """
     policy = setting.policy(parent=True, height_enc=kind, time_enc="sin")
-    assert hasattr(policy.height_code, "table") == (kind == "learned") and not hasattr(policy.time_code, "table")
+    assert hasattr(policy.height_code, "table") == (kind == "learned") and not hasattr(
+        policy.time_code, "table"
+    )
     queries = policy.queries()
     assert queries.shape == (4, 8, 32) and (queries[1, 2] - queries[2, 1]).abs().max() > 1e-3
 
 
-# -- the tokens ------------------------------------------------------------------------------------------------------
+# -- the tokens
+# ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [V7, NEW, {**NEW, "yx_embedding": True}], ids=["v7", "new", "new with yx"])
+@pytest.mark.parametrize(
+    "flags", [V7, NEW, {**NEW, "yx_embedding": True}], ids=["v7", "new", "new with yx"]
+)
 def test_both_configurations_learn(setting, flags):
-    """v7, the new head and its ablation each fit one batch, every parameter gets a gradient, and rotation is decoded from it."""
+    """v7, the new head and its ablation each fit one batch, every parameter gets a gradient, and
+    rotation is decoded from it.
+    """
     policy = setting.policy(**flags)
     batch = setting.batch(policy)
     policy.train()(batch)["loss"].backward()
@@ -123,29 +186,47 @@ def test_both_configurations_learn(setting, flags):
         out, parts = policy.eval().predict(batch), policy.eval()(batch)
     errors = rotation_angle(out["rotation"].numpy(), batch["target_rot"].numpy())
     assert np.degrees(np.median(errors)) < 15
-    assert parts["top1_joint"] <= min(parts[f"top1_{k}"] for k in ("pixel", "height", "gripper", "rotation")) <= 1
+    assert (
+        parts["top1_joint"]
+        <= min(parts[f"top1_{k}"] for k in ("pixel", "height", "gripper", "rotation"))
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("flags", [V7, NEW], ids=["v7", "new"])
 def test_rotation_targets_peak_at_the_bin(setting, flags):
-    """Soft rotation labels peak at the true bin and give its neighbours a share, 0 is one-hot; the loss is zero for the label itself and
-    its gradient that of the cross-entropy."""
+    """Soft rotation labels peak at the true bin and give its neighbours a share, 0 is one-hot; the
+    loss is zero for the label itself and its gradient that of the cross-entropy."""
     policy, hard = (setting.policy(**flags, rotation_sigma=sigma) for sigma in (1.5, 0.0))
     rotation = setting.batch(policy)["target_rot"].flatten(0, 1)
     soft, bins = policy.rotation_targets(rotation), policy.rotation_bins(rotation)
     assert torch.equal(soft.argmax(-1), bins) and (soft > 0.05).sum(-1).min() > 1
-    assert torch.equal(hard.rotation_targets(rotation), torch.nn.functional.one_hot(bins, soft.shape[-1]).float())
-    torch.testing.assert_close(policy.rotation_loss(soft.clamp_min(1e-30).log(), rotation), torch.zeros(len(rotation)), rtol=0, atol=1e-5)
+    assert torch.equal(
+        hard.rotation_targets(rotation), torch.nn.functional.one_hot(bins, soft.shape[-1]).float()
+    )
+    torch.testing.assert_close(
+        policy.rotation_loss(soft.clamp_min(1e-30).log(), rotation),
+        torch.zeros(len(rotation)),
+        rtol=0,
+        atol=1e-5,
+    )
     logits = torch.randn(soft.shape, requires_grad=True)
-    gradient, = torch.autograd.grad(policy.rotation_loss(logits, rotation).sum(), logits)
-    expected, = torch.autograd.grad(-(soft * logits.log_softmax(-1)).sum(-1).mean(-1).sum(), logits)
+    (gradient,) = torch.autograd.grad(policy.rotation_loss(logits, rotation).sum(), logits)
+    (expected,) = torch.autograd.grad(
+        -(soft * logits.log_softmax(-1)).sum(-1).mean(-1).sum(), logits
+    )
     torch.testing.assert_close(gradient, expected)
 
 
 def test_tokens_read_the_keypoint_they_are_told(setting):
-    """Teacher forcing: the rotation logits of a waypoint change with its keypoint's cell and its height, in use as in training."""
+    """Teacher forcing: the rotation logits of a waypoint change with its keypoint's cell and its
+    height, in use as in training.
+    """
     policy = setting.policy(**NEW).eval()
-    features, kp = torch.randn(1, 16, 16, 16), torch.tensor([[[1, 2, 3], [4, 5, 6], [7, 8, 9], [2, 10, 11]]])
+    features, kp = (
+        torch.randn(1, 16, 16, 16),
+        torch.tensor([[[1, 2, 3], [4, 5, 6], [7, 8, 9], [2, 10, 11]]]),
+    )
     at = lambda k: policy.predict_from_keypoints(features, k)[1][0, 1].detach()
     moved, raised = kp.clone(), kp.clone()
     moved[0, 1, 2] += 1
@@ -154,16 +235,23 @@ def test_tokens_read_the_keypoint_they_are_told(setting):
 
 
 def test_cells_matter_only_with_the_flag(setting):
-    """Without y and x embeddings the same feature at another cell gives the same answer; with them it does not."""
+    """Without y and x embeddings the same feature at another cell gives the same answer; with them
+    it does not.
+    """
     for flag in (False, True):
         policy = setting.policy(**NEW, yx_embedding=flag).eval()
         features, kp = torch.ones(1, 16, 16, 16), torch.tensor([[[1, 2, 3]] * 4])
-        a, b = (policy.predict_from_keypoints(features, k)[1].detach() for k in (kp, kp + torch.tensor([0, 5, 7])))
+        a, b = (
+            policy.predict_from_keypoints(features, k)[1].detach()
+            for k in (kp, kp + torch.tensor([0, 5, 7]))
+        )
         assert ((a - b).abs().max() > 1e-4) == flag
 
 
 def test_masked_tokens_are_seen_by_nobody(setting):
-    """A waypoint beyond a push does not reach the others' gripper and rotation through the attention."""
+    """A waypoint beyond a push does not reach the others' gripper and rotation through the
+    attention.
+    """
     policy = setting.policy(**NEW).eval()
     features, kp = torch.randn(1, 16, 16, 16), torch.randint(0, 8, (1, 4, 3))
     other = kp.clone()
@@ -185,20 +273,27 @@ def test_the_basis_travels_as_a_buffer(setting):
     euler = dataclasses.replace(basis, space="euler", mean=np.array([3.0, 0.1, -2]))
     np.testing.assert_array_equal(unpack_basis(pack_basis(euler)).mean, euler.mean)
     target = setting.batch(policy)["target_rot"]
-    np.testing.assert_array_equal(policy.rotation_bins(target)[..., 0].numpy(), basis.encode(target.numpy(), 48))
+    np.testing.assert_array_equal(
+        policy.rotation_bins(target)[..., 0].numpy(), basis.encode(target.numpy(), 48)
+    )
     logits = torch.nn.functional.one_hot(policy.rotation_bins(target), 48).float()
-    assert np.degrees(rotation_angle(policy.decode_rotation(logits).numpy(), target.numpy()).max()) < 8
+    assert (
+        np.degrees(rotation_angle(policy.decode_rotation(logits).numpy(), target.numpy()).max()) < 8
+    )
 
 
 def test_a_policy_for_one_axis_needs_a_basis(setting, synthetic_episodes, tmp_path):
-    """Without the basis the one-axis configuration stops at once and says how to compute it; v7 does not ask."""
+    """Without the basis the one-axis configuration stops at once and says how to compute it; v7
+    does not ask.
+    """
     config = DinoVolumeKVFullConfig(**{**SMALL, **NEW, "basis": str(tmp_path / "absent.npz")})
     with pytest.raises(UserError, match="precompute_rotation_pca.py"):
         setting.dataset(config)
     assert setting.dataset(dataclasses.replace(config, rotation="euler")).basis is None
 
 
-# -- finetuning ------------------------------------------------------------------------------------------------------
+# -- finetuning
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -210,20 +305,27 @@ def v7_file(setting, tmp_path):
 
 
 def test_the_volume_head_loads_unchanged(setting, v7_file, capsys):
-    """v7 into the new head: every volume tensor and the height range are the checkpoint's to the bit, so are the volume logits; what
-    does not fit is named; what describes rotations stays the new data's."""
+    """v7 into the new head: every volume tensor and the height range are the checkpoint's to the
+    bit, so are the volume logits; what does not fit is named; what describes rotations stays the
+    new data's."""
     path, old = v7_file
     policy = setting.policy(1, **NEW)
     own_basis = policy.rotation_basis.clone()
     report = finetune.init_from(policy, path)
     volume = {id(p) for p in policy.volume_parameters()}
     names = [n for n, p in policy.named_parameters() if id(p) in volume]
-    assert {"query.0.weight", "key.weight", "trunk.0.weight", "height_code.linear.weight"} <= set(names)
+    assert {"query.0.weight", "key.weight", "trunk.0.weight", "height_code.linear.weight"} <= set(
+        names
+    )
     for name in [*names, "height_range", "feature_mean_0"]:
         assert torch.equal(policy.state_dict()[name], old.state_dict()[name]), name
     assert torch.equal(policy.rotation_basis, own_basis)
     assert {"rotation_head.weight", "token_height.table"} <= set(report["dropped"])
-    assert {"rotation_head.weight", "token_height.linear.weight", "token_blocks.4.out.weight"} <= set(report["fresh"])
+    assert {
+        "rotation_head.weight",
+        "token_height.linear.weight",
+        "token_blocks.4.out.weight",
+    } <= set(report["fresh"])
     assert not set(names) & set(report["fresh"])
     printed = capsys.readouterr().out
     assert "rotation_head.weight (96, 32)" in printed and "rotation_head.weight (48, 32)" in printed
@@ -234,7 +336,9 @@ def test_the_volume_head_loads_unchanged(setting, v7_file, capsys):
 
 
 def test_the_freeze_really_freezes(setting, v7_file):
-    """While held, the volume stays to the bit, weight decay included, and the heads learn; afterwards it moves again."""
+    """While held, the volume stays to the bit, weight decay included, and the heads learn;
+    afterwards it moves again.
+    """
     policy = setting.policy(1, **NEW)
     finetune.init_from(policy, v7_file[0])
     batch = setting.batch(policy)
@@ -246,12 +350,18 @@ def test_the_freeze_really_freezes(setting, v7_file):
     assert volume and all(torch.equal(after[n], before[n]) for n in volume)
     assert not torch.equal(after["rotation_head.weight"], before["rotation_head.weight"])
     train_steps(policy, batch, 1, hold=0)
-    assert all(not torch.equal(policy.state_dict()[n], before[n]) for n in volume if "embedding" not in n)
+    assert all(
+        not torch.equal(policy.state_dict()[n], before[n]) for n in volume if "embedding" not in n
+    )
 
 
-@pytest.mark.parametrize("changes, word", [({"grid": 8}, "--grid 16"), ({"n_height_bins": 4}, "--n_height_bins 8")])
+@pytest.mark.parametrize(
+    "changes, word", [({"grid": 8}, "--grid 16"), ({"n_height_bins": 4}, "--n_height_bins 8")]
+)
 def test_another_volume_is_refused(setting, v7_file, changes, word):
-    """Sinusoidal queries fit by shape for any grid: a volume that would mean something else is refused all the same."""
+    """Sinusoidal queries fit by shape for any grid: a volume that would mean something else is
+    refused all the same.
+    """
     with pytest.raises(UserError, match=word):
         finetune.init_from(setting.policy(**{**NEW, **changes}), v7_file[0])
 
@@ -259,17 +369,28 @@ def test_another_volume_is_refused(setting, v7_file, changes, word):
 def test_unrelated_and_damaged_checkpoints_are_refused(setting, v7_file, tmp_path):
     """A training state, other features and a half-copied file each give one sentence."""
     policy = setting.policy(**NEW)
-    checkpoint.save_tensors(tmp_path / "state.safetensors", {"model.x": torch.zeros(1)}, {"step": 3})
+    checkpoint.save_tensors(
+        tmp_path / "state.safetensors", {"model.x": torch.zeros(1)}, {"step": 3}
+    )
     tensors, info = checkpoint.load_tensors(v7_file[0])
-    checkpoint.save_tensors(tmp_path / "other.safetensors", tensors, {**info, "backbone_identity": "other"})
+    checkpoint.save_tensors(
+        tmp_path / "other.safetensors", tensors, {**info, "backbone_identity": "other"}
+    )
     checkpoint.save_tensors(tmp_path / "none.safetensors", {"model.x": torch.zeros(1)}, info)
-    for name, word in (("state", "holds no policy"), ("other", "--backbone"), ("none", "related"), ("absent", "no such checkpoint")):
+    for name, word in (
+        ("state", "holds no policy"),
+        ("other", "--backbone"),
+        ("none", "related"),
+        ("absent", "no such checkpoint"),
+    ):
         with pytest.raises(UserError, match=word):
             finetune.init_from(policy, tmp_path / f"{name}.safetensors")
 
 
 def test_a_creeping_volume_loss_is_reported():
-    """Held-out loss after the freeze against the loss at its end: a rise is called a creep, a fall is not, too early says nothing."""
+    """Held-out loss after the freeze against the loss at its end: a rise is called a creep, a fall
+    is not, too early says nothing.
+    """
     row = lambda step, value: {"step": step, "val/volume_ce": value}
     assert finetune.volume_creep([row(100, 5.0), {"step": 500, "train/loss": 1.0}], 500) is None
     sentence, creeps = finetune.volume_creep([row(500, 5.0), row(600, 4.5), row(700, 5.3)], 500)
@@ -277,7 +398,8 @@ def test_a_creeping_volume_loss_is_reported():
     assert finetune.volume_creep([row(500, 5.0), row(600, 5.3), row(700, 4.9)], 500)[1] is False
 
 
-# -- deployment ------------------------------------------------------------------------------------------------------
+# -- deployment
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -293,10 +415,16 @@ def deploy(*flags):
 
 
 def test_stats_are_read_with_numpy_alone(deployed):
-    """<ckpt>_stats.json holds bins, ranges and basis; rot_utils decodes the policy's rotation bins from it as the policy does."""
+    """<ckpt>_stats.json holds bins, ranges and basis; rot_utils decodes the policy's rotation bins
+    from it as the policy does.
+    """
     path, policy = deployed
     stats = load_stats(checkpoint.stats_path(path))
-    assert stats["n_window"] == 4 and stats["height_range"] == policy.height_range.tolist() and stats["rotation"]["n_bins"] == 48
+    assert (
+        stats["n_window"] == 4
+        and stats["height_range"] == policy.height_range.tolist()
+        and stats["rotation"]["n_bins"] == 48
+    )
     logits = torch.randn(3, 1, 48)
     ours = stats["rotation"]["basis"].decode(policy.decoded_bins(logits)[:, 0].numpy(), 48)
     np.testing.assert_allclose(ours, policy.decode_rotation(logits).numpy(), atol=1e-12)
@@ -308,14 +436,28 @@ def test_stats_are_read_with_numpy_alone(deployed):
 
 @pytest.mark.parametrize("true", [0.0, 0.4, 3.3, 20.0, 46.7, 47.0])
 def test_rotations_are_decoded_between_bins(true):
-    """A Gaussian's own centre comes back, in the middle closer than the bin's centre, which may be half a bin off; near an end never farther."""
+    """A Gaussian's own centre comes back, in the middle closer than the bin's centre, which may be
+    half a bin off; near an end never farther.
+    """
     logits = -0.5 * ((torch.arange(48) - true) / 2.0) ** 2
-    assert abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.45 and abs(symmetric_soft_argmax(logits, 0).item() - true) <= 0.5
+    assert (
+        abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.45
+        and abs(symmetric_soft_argmax(logits, 0).item() - true) <= 0.5
+    )
     if 5 < true < 42:
         assert abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.15
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"rotation": {"kind": "pca"', '{"rotation": {"kind": "pca", "basis": {"space": "so3"}}}', None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        '{"rotation": {"kind": "pca"',
+        '{"rotation": {"kind": "pca", "basis": {"space": "so3"}}}',
+        None,
+    ],
+)
 def test_damaged_stats_are_refused(content, tmp_path):
     """Half a file, another file, no file: one sentence each."""
     path = tmp_path / "checkpoint_stats.json"
@@ -326,28 +468,52 @@ def test_damaged_stats_are_refused(content, tmp_path):
 
 
 def test_an_episode_becomes_json_lines(deployed, synthetic_episodes, capsys):
-    """Folder in, one line a frame out: the policy's own trajectory, rotation as Euler angles, commands; latency on standard error."""
+    """Folder in, one line a frame out: the policy's own trajectory, rotation as Euler angles,
+    commands; latency on standard error.
+    """
     path, policy = deployed
     deploy("--ckpt", path, "--source", synthetic_episodes / "episode_00001", "--limit", 3)
     captured = capsys.readouterr()
     rows = [json.loads(line) for line in captured.out.splitlines()]
-    assert [r["frame"] for r in rows] == [0, 1, 2] and captured.err.count("ms (features") == 3 and "median" in captured.err
-    assert np.shape(rows[0]["xyz"]) == np.shape(rows[0]["euler"]) == (4, 3) and set(rows[0]["gripper"]) <= {-1, 1}
+    assert (
+        [r["frame"] for r in rows] == [0, 1, 2]
+        and captured.err.count("ms (features") == 3
+        and "median" in captured.err
+    )
+    assert np.shape(rows[0]["xyz"]) == np.shape(rows[0]["euler"]) == (4, 3) and set(
+        rows[0]["gripper"]
+    ) <= {-1, 1}
     from formats import smith300
+
     demo = smith300.read_episode(synthetic_episodes / "episode_00001", SIZE)
     image = smith300.read_frames(synthetic_episodes / "episode_00001", [1], SIZE)
     with torch.inference_mode():
         maps = policy.backbone(torch.from_numpy(image))
         tensor = lambda x: torch.as_tensor(np.asarray(x))[None]
-        out = policy.predict({"features": maps, "eef_pos": tensor(demo.ee_pos[1]), "gripper_width": tensor(np.abs(demo.gripper_states[1]).sum()),
-                              "K": tensor(demo.K), "E": tensor(demo.E)})
+        out = policy.predict(
+            {
+                "features": maps,
+                "eef_pos": tensor(demo.ee_pos[1]),
+                "gripper_width": tensor(np.abs(demo.gripper_states[1]).sum()),
+                "K": tensor(demo.K),
+                "E": tensor(demo.E),
+            }
+        )
     np.testing.assert_allclose(rows[1]["xyz"], out["position"][0], atol=1e-5)
-    assert rotation_angle(euler_to_matrix(np.array(rows[1]["euler"])), out["rotation"][0].numpy()).max() < 1e-4
+    assert (
+        rotation_angle(
+            euler_to_matrix(np.array(rows[1]["euler"])), out["rotation"][0].numpy()
+        ).max()
+        < 1e-4
+    )
 
 
 def test_standard_input_gives_the_same_answers(deployed, synthetic_episodes, capsys, monkeypatch):
-    """The live path answers like the recorded one; the camera is given once, images by path or by their bytes."""
+    """The live path answers like the recorded one; the camera is given once, images by path or by
+    their bytes.
+    """
     import base64
+
     path, _ = deployed
     folder = synthetic_episodes / "episode_00001"
     deploy("--ckpt", path, "--source", folder, "--limit", 2)
@@ -355,7 +521,10 @@ def test_standard_input_gives_the_same_answers(deployed, synthetic_episodes, cap
     with np.load(folder / "episode.npz") as f:
         position, closed = f["eef_pos_t"], f["gripper_t"]
     images = sorted((folder / "frames").iterdir())
-    rows = [{"eef_pos": position[i].tolist(), "gripper_width": 0.0 if closed[i] > 0.5 else 0.08} for i in range(2)]
+    rows = [
+        {"eef_pos": position[i].tolist(), "gripper_width": 0.0 if closed[i] > 0.5 else 0.08}
+        for i in range(2)
+    ]
     rows[0]["image"] = str(images[0])
     rows[1]["image_base64"] = base64.b64encode(images[1].read_bytes()).decode()
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, rows)) + "\n\n"))
@@ -365,11 +534,20 @@ def test_standard_input_gives_the_same_answers(deployed, synthetic_episodes, cap
         assert a["xyz"] == b["xyz"] and a["euler"] == b["euler"] and a["gripper"] == b["gripper"]
 
 
-@pytest.mark.parametrize("line, word", [
-    ("{", "line 1"), ('{"image": "absent.png", "eef_pos": [0, 0, 1], "gripper_width": 0}', "absent.png"),
-    ('{"eef_pos": [0, 0, 1]}', "image"), ('{"image": "IMAGE", "eef_pos": [0, 1], "gripper_width": 0}', "line 1"),
-    ('{"image": "IMAGE", "eef_pos": [0, 0, NaN], "gripper_width": 0}', "NaN"), ('{"image": "IMAGE", "eef_pos": [0, 0, 1], "gripper_width": 0}', "--state")])
-def test_a_bad_line_stops_with_its_number(deployed, synthetic_episodes, line, word, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("{", "line 1"),
+        ('{"image": "absent.png", "eef_pos": [0, 0, 1], "gripper_width": 0}', "absent.png"),
+        ('{"eef_pos": [0, 0, 1]}', "image"),
+        ('{"image": "IMAGE", "eef_pos": [0, 1], "gripper_width": 0}', "line 1"),
+        ('{"image": "IMAGE", "eef_pos": [0, 0, NaN], "gripper_width": 0}', "NaN"),
+        ('{"image": "IMAGE", "eef_pos": [0, 0, 1], "gripper_width": 0}', "--state"),
+    ],
+)
+def test_a_bad_line_stops_with_its_number(
+    deployed, synthetic_episodes, line, word, capsys, monkeypatch
+):
     """A robot must not move on a half-read line: it is named, and nothing is answered for it."""
     folder = synthetic_episodes / "episode_00000"
     image = next((folder / "frames").iterdir())
@@ -381,7 +559,9 @@ def test_a_bad_line_stops_with_its_number(deployed, synthetic_episodes, line, wo
 
 
 def test_foreign_stats_and_other_policies_are_refused(deployed, setting, tmp_path):
-    """Statistics of another run would turn the gripper by another axis; another kind of policy has none."""
+    """Statistics of another run would turn the gripper by another axis; another kind of policy has
+    none.
+    """
     path, _ = deployed
     stats = json.loads(checkpoint.stats_path(path).read_text())
     stats["rotation"]["basis"]["low"] -= 0.1

@@ -1,11 +1,11 @@
 """The README stays short, links lead to files, and figures in prose are those of results/."""
+
 import json
 import re
 import subprocess
 
 import numpy as np
 import pytest
-
 from helpers import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,7 +21,9 @@ def anchors(text):
 
 def tracked(pattern):
     """Files in git that match a pattern."""
-    found = subprocess.run(["git", "ls-files", "-z", pattern], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "ls-files", "-z", pattern], cwd=ROOT, capture_output=True, text=True
+    )
     return [ROOT / name for name in found.stdout.split("\0") if name]
 
 
@@ -52,11 +54,21 @@ def test_every_page_is_in_the_sites_menu():
 
 def test_readmes_success_rates_are_those_of_the_table():
     """The README's small table says what results/matrix/table.json says, rounded to whole percents."""
-    names = {"PARA": "para", "ACT": "act", "A": "a_pointer", "A with an MLP head": "a_mlp", "B": "b", "C": "c",
-             "D's volume head (v7)": "d", "PARA, cameras turned about the robot in training": "para_turned",
-             "blind replay": "blind", "oracle": "oracle"}
+    names = {
+        "PARA": "para",
+        "ACT": "act",
+        "A": "a_pointer",
+        "A with an MLP head": "a_mlp",
+        "B": "b",
+        "C": "c",
+        "D's volume head (v7)": "d",
+        "PARA, cameras turned about the robot in training": "para_turned",
+        "blind replay": "blind",
+        "oracle": "oracle",
+    }
     table = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())
-    cells = sorted(table["cells"], key=lambda c: not c["otherwise"])  # what other commands made counts where nothing else is there
+    # what other commands made counts where nothing else is there
+    cells = sorted(table["cells"], key=lambda c: not c["otherwise"])
     rates = {(c["row"], c["layout"]): f"{100 * c['success']['rate']:.0f}%" for c in cells}
     text = (ROOT / "README.md").read_text()
     block = re.search(r"(?m)^\| \| (benchmark.*)\|\n\|[-|]+\n((?:\|.*\n)+)", text)
@@ -71,6 +83,7 @@ def test_readmes_success_rates_are_those_of_the_table():
 def test_policies_table_names_every_policy_and_its_file():
     """Each --model_type stands in the README with a file that exists."""
     from registry import REGISTRY
+
     rows = dict(re.findall(r"(?m)^\| `(\w+)` \| \[(\w+\.py)\]", (ROOT / "README.md").read_text()))
     assert set(rows) == set(REGISTRY)
     for name, file in rows.items():
@@ -81,18 +94,27 @@ def test_results_stay_light():
     """Pictures are small, and checkpoints lie in checkpoints/ alone: a clone is for reading too."""
     for path in tracked("results/*"):
         if path.suffix in (".png", ".jpg", ".webp"):
-            assert path.stat().st_size <= (SHEET_LIMIT if path.stem == "sheet" else PICTURE_LIMIT), path
+            assert path.stat().st_size <= (
+                SHEET_LIMIT if path.stem == "sheet" else PICTURE_LIMIT
+            ), path
         assert path.suffix != ".safetensors", path
 
 
 def test_contact_sheet_of_noise_stays_small(tmp_path):
     """Fourteen episodes of frames that hardly compress give a sheet that can be committed."""
     from figures import plots
+
     rng = np.random.default_rng(0)
     (tmp_path / "strips").mkdir()
     for i in range(14):
-        plots.write_strip(list(rng.integers(0, 256, (10, 96, 96, 3), dtype=np.uint8)), tmp_path / "strips" / f"{i:03d}.png")
-    plots.sheet_from_strips(tmp_path, [{"episode": i, "released": True, "outcome": "released", "steps": 9} for i in range(14)])
+        plots.write_strip(
+            list(rng.integers(0, 256, (10, 96, 96, 3), dtype=np.uint8)),
+            tmp_path / "strips" / f"{i:03d}.png",
+        )
+    plots.sheet_from_strips(
+        tmp_path,
+        [{"episode": i, "released": True, "outcome": "released", "steps": 9} for i in range(14)],
+    )
     assert 20_000 < (tmp_path / "sheet.jpg").stat().st_size <= SHEET_LIMIT
 
 

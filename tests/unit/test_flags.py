@@ -1,4 +1,7 @@
-"""Command lines: absurd values are refused in one sentence when they are typed, by every script and every policy's config."""
+"""Command lines: absurd values are refused in one sentence when they are typed, by every script and
+every policy's config.
+"""
+
 import argparse
 import dataclasses
 import importlib
@@ -11,16 +14,63 @@ import train
 from registry import REGISTRY, look_up
 from runtime import UserError
 
-SCRIPTS = ("study.bench", "collect_demos", "study.compare_rotation", "deploy_dino_kv", "study.diagnose", "eval", "study.openloop", "precompute_rotation_pca",
-           "figures.report", "run_matrix")
-NUMBERS = ("--val_fraction 0", "--val_fraction 2", "--seed -1", "--lr nan", "--lr -1", "--lr inf", "--warmup -5",
-           "--max_steps 0", "--max_steps 1.5", "--n_demos 0", "--grid 0", "--n_height_bins 0", "--width 0", "--dilations a,b",
-           "--dilations 1,,2", "--dilations 0", "--image_size 0", "--image_size 100000", "--min_travel nan", "--min_travel -1",
-           "--waypoint_stride 0", "--n_window 0", "--sigma 0", "--batch_size 0", "--shift_aug nan", "--clip 0", "--save_every 0")
-OTHERS = {"autoregressive": ("--n_heads 0", "--context 0", "--temperature nan", "--temperature 0", "--recent_hires -1", "--smooth_weight inf"),
-          "act": ("--n_rot_bins 0", "--dropout 1", "--dropout nan", "--eef_noise_share 2"), "voxel_ar": ("--shortest_wave 0", "--n_waves 0"),
-          "dino_volume_kv_full": ("--rotation_sigma nan", "--tf_layers 0", "--rotation_weight -1")}
-TRAINING = [("para", words) for words in NUMBERS] + [(name, words) for name, some in OTHERS.items() for words in some]
+SCRIPTS = (
+    "study.bench",
+    "collect_demos",
+    "study.compare_rotation",
+    "deploy_dino_kv",
+    "study.diagnose",
+    "eval",
+    "study.openloop",
+    "precompute_rotation_pca",
+    "figures.report",
+    "run_matrix",
+)
+NUMBERS = (
+    "--val_fraction 0",
+    "--val_fraction 2",
+    "--seed -1",
+    "--lr nan",
+    "--lr -1",
+    "--lr inf",
+    "--warmup -5",
+    "--max_steps 0",
+    "--max_steps 1.5",
+    "--n_demos 0",
+    "--grid 0",
+    "--n_height_bins 0",
+    "--width 0",
+    "--dilations a,b",
+    "--dilations 1,,2",
+    "--dilations 0",
+    "--image_size 0",
+    "--image_size 100000",
+    "--min_travel nan",
+    "--min_travel -1",
+    "--waypoint_stride 0",
+    "--n_window 0",
+    "--sigma 0",
+    "--batch_size 0",
+    "--shift_aug nan",
+    "--clip 0",
+    "--save_every 0",
+)
+OTHERS = {
+    "autoregressive": (
+        "--n_heads 0",
+        "--context 0",
+        "--temperature nan",
+        "--temperature 0",
+        "--recent_hires -1",
+        "--smooth_weight inf",
+    ),
+    "act": ("--n_rot_bins 0", "--dropout 1", "--dropout nan", "--eef_noise_share 2"),
+    "voxel_ar": ("--shortest_wave 0", "--n_waves 0"),
+    "dino_volume_kv_full": ("--rotation_sigma nan", "--tf_layers 0", "--rotation_weight -1"),
+}
+TRAINING = [("para", words) for words in NUMBERS] + [
+    (name, words) for name, some in OTHERS.items() for words in some
+]
 
 
 def parser_of(name):
@@ -29,13 +79,17 @@ def parser_of(name):
 
 def parsers():
     """Every parser of a script and of a model type, by name."""
-    return {**{name: parser_of(name) for name in SCRIPTS},
-            **{f"train {name}": train.build_parser(look_up(name).config) for name in REGISTRY}}
+    return {
+        **{name: parser_of(name) for name in SCRIPTS},
+        **{f"train {name}": train.build_parser(look_up(name).config) for name in REGISTRY},
+    }
 
 
 @pytest.mark.parametrize("model_type, words", TRAINING)
 def test_training_refuses_an_absurd_value(model_type, words):
-    """Minutes of collecting and caching would pass before a traceback, or a run without a gradient to its end."""
+    """Minutes of collecting and caching would pass before a traceback, or a run without a gradient
+    to its end.
+    """
     flag, value = words.split()
     with pytest.raises(UserError) as error:
         train.parse_args(["--model_type", model_type, flag, value])
@@ -43,14 +97,36 @@ def test_training_refuses_an_absurd_value(model_type, words):
     assert flag in message and value in message and "--help" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("script, words", [
-    ("eval", "--recycle 0"), ("eval", "--workers 0"), ("eval", "--temperature nan"), ("eval", "--seed -1"), ("eval", "--grid 0"),
-    ("eval", "--n_episodes 0"), ("eval", "--video_every 0"), ("eval", "--n_videos -1"), ("collect_demos", "--workers 0"),
-    ("collect_demos", "--n_demos 0"), ("collect_demos", "--push_rate nan"), ("collect_demos", "--image_size 0"),
-    ("collect_demos", "--start_jitter inf"), ("collect_demos", "--n_tasks 0"), ("collect_demos", "--task_id -1"),
-    ("deploy_dino_kv", "--limit -1"), ("precompute_rotation_pca", "--n_demos 0"), ("run_matrix", "--seeds -1"),
-    ("run_matrix", "--train_minutes nan"), ("run_matrix", "--jobs 0"), ("study.compare_rotation", "--seeds 0"),
-    ("study.openloop", "--max_val 0"), ("study.openloop", "--val_fraction 0"), ("study.bench", "--rounds 0"), ("study.diagnose", "--n_demos 0")])
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("eval", "--recycle 0"),
+        ("eval", "--workers 0"),
+        ("eval", "--temperature nan"),
+        ("eval", "--seed -1"),
+        ("eval", "--grid 0"),
+        ("eval", "--n_episodes 0"),
+        ("eval", "--video_every 0"),
+        ("eval", "--n_videos -1"),
+        ("collect_demos", "--workers 0"),
+        ("collect_demos", "--n_demos 0"),
+        ("collect_demos", "--push_rate nan"),
+        ("collect_demos", "--image_size 0"),
+        ("collect_demos", "--start_jitter inf"),
+        ("collect_demos", "--n_tasks 0"),
+        ("collect_demos", "--task_id -1"),
+        ("deploy_dino_kv", "--limit -1"),
+        ("precompute_rotation_pca", "--n_demos 0"),
+        ("run_matrix", "--seeds -1"),
+        ("run_matrix", "--train_minutes nan"),
+        ("run_matrix", "--jobs 0"),
+        ("study.compare_rotation", "--seeds 0"),
+        ("study.openloop", "--max_val 0"),
+        ("study.openloop", "--val_fraction 0"),
+        ("study.bench", "--rounds 0"),
+        ("study.diagnose", "--n_demos 0"),
+    ],
+)
 def test_a_script_refuses_an_absurd_value(script, words):
     """`--recycle 0` made workers for ever, `--workers 0` wrote a summary with n = 0."""
     flag, value = words.split()
@@ -63,10 +139,18 @@ def test_every_number_of_every_parser_has_a_range():
     """A flag that is added with a bare int or float takes NaN and minus one again."""
     for name, parser in parsers().items():
         for action in parser._actions:
-            assert action.type not in (int, float), f"{name}: {action.option_strings} has no range; take a type from flags.py"
-            if isinstance(action.type, flags.Number) and action.default is not None and action.default is not argparse.SUPPRESS:
+            assert action.type not in (int, float), (
+                f"{name}: {action.option_strings} has no range; take a type from flags.py"
+            )
+            if (
+                isinstance(action.type, flags.Number)
+                and action.default is not None
+                and action.default is not argparse.SUPPRESS
+            ):
                 values = action.default if isinstance(action.default, list) else [action.default]
-                assert all(action.type.holds(v) for v in values), f"{name}: {action.option_strings} refuses its own default"
+                assert all(action.type.holds(v) for v in values), (
+                    f"{name}: {action.option_strings} refuses its own default"
+                )
 
 
 def test_presets_lie_in_their_ranges():
@@ -75,11 +159,23 @@ def test_presets_lie_in_their_ranges():
         parser = train.build_parser(look_up(name).config)
         kinds = {action.dest: action.type for action in parser._actions}
         for preset in look_up(name).config.presets.values():
-            assert all(kinds[k].holds(v) for k, v in preset.items() if isinstance(kinds[k], flags.Number)), (name, preset)
+            assert all(
+                kinds[k].holds(v) for k, v in preset.items() if isinstance(kinds[k], flags.Number)
+            ), (name, preset)
 
 
-@pytest.mark.parametrize("change", [{"grid": 0}, {"grid": "56"}, {"grid": True}, {"sigma": math.nan}, {"dilations": None},
-                                    {"decode": "loudest"}, {"rays": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grid": 0},
+        {"grid": "56"},
+        {"grid": True},
+        {"sigma": math.nan},
+        {"dilations": None},
+        {"decode": "loudest"},
+        {"rays": 1},
+    ],
+)
 def test_a_config_is_held_to_its_declaration(change):
     """A config does not come from flags alone: a checkpoint's header is one too."""
     config = dataclasses.replace(look_up("para").config(), **change)
@@ -94,9 +190,14 @@ def test_a_range_says_itself():
     assert str(flags.pixels) == "a whole number of at least 16 and of at most 4096"
 
 
-@pytest.mark.parametrize("script, flag", [("train", "--out"), ("train", "--cache"), ("eval", "--out"), ("run_matrix", "--out")])
+@pytest.mark.parametrize(
+    "script, flag",
+    [("train", "--out"), ("train", "--cache"), ("eval", "--out"), ("run_matrix", "--out")],
+)
 def test_a_file_is_no_folder_to_write(script, flag, tmp_path):
-    """`--out FILE` was found out after training, or after the workers had started; so was `--out .`."""
+    """`--out FILE` was found out after training, or after the workers had started; so was `--out
+    .`.
+    """
     (tmp_path / "file").touch()
     for value in (str(tmp_path / "file"), str(tmp_path / "file" / "below"), "."):
         with pytest.raises(UserError, match=flag):
@@ -106,7 +207,9 @@ def test_a_file_is_no_folder_to_write(script, flag, tmp_path):
 @pytest.mark.parametrize("script", ["figures.report", "precompute_rotation_pca"])
 def test_a_folder_is_no_file_to_write(script, tmp_path):
     """`--out .` was a traceback of pathlib."""
-    given = {"figures.report": ["--evals", "x"], "precompute_rotation_pca": ["--dataset", "x"]}[script]
+    given = {"figures.report": ["--evals", "x"], "precompute_rotation_pca": ["--dataset", "x"]}[
+        script
+    ]
     for value in (str(tmp_path), ".", ""):
         with pytest.raises(UserError, match="--out"):
             parser_of(script).parse_args([*given, "--out", value])

@@ -1,14 +1,15 @@
 """Cameras, grids, rotations and the reported numbers: the arithmetic that every result rests on."""
+
 import numpy as np
 import pytest
 import torch
+from conftest import agentview, look_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import camera
 import rot_utils
-from conftest import agentview, look_at
 from harness import metrics
 
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
@@ -16,14 +17,19 @@ settings.load_profile("quick")
 
 SIZE, GRID, LOW, HIGH, BINS = 448, 64, 0.9, 1.3, 32
 POINT = st.tuples(st.floats(-0.15, 0.15), st.floats(-0.2, 0.2), st.floats(LOW, HIGH)).map(np.array)
-EYE = st.tuples(st.floats(0.5, 1.0), st.floats(-0.4, 0.4), st.floats(1.5, 1.9))  # never as low as a point
+# never as low as a point
+EYE = st.tuples(st.floats(0.5, 1.0), st.floats(-0.4, 0.4), st.floats(1.5, 1.9))
 ANGLE = st.floats(-4 * np.pi, 4 * np.pi)
-unit = lambda n: arrays(float, n, elements=st.floats(-1, 1)).filter(lambda v: np.linalg.norm(v) > 0.1).map(
-    lambda v: v / np.linalg.norm(v))
+unit = lambda n: (
+    arrays(float, n, elements=st.floats(-1, 1))
+    .filter(lambda v: np.linalg.norm(v) > 0.1)
+    .map(lambda v: v / np.linalg.norm(v))
+)
 UNIT, QUAT = unit(3), unit(4)
 
 
-# -- camera ----------------------------------------------------------------------------------------------------------
+# -- camera
+# ----------------------------------------------------------------------------------------------------------
 
 
 @given(POINT, EYE, st.floats(30, 75))
@@ -37,7 +43,9 @@ def test_project_unproject_round_trip(point, eye, fovy):
 
 @given(st.floats(0, SIZE), st.floats(0, SIZE), st.floats(LOW, HIGH), EYE)
 def test_unproject_project_round_trip(u, v, height, eye):
-    """A pixel comes back from its point, and the point has the height asked for, wherever the ray goes down."""
+    """A pixel comes back from its point, and the point has the height asked for, wherever the ray
+    goes down.
+    """
     K, E = camera.intrinsics(45, SIZE), look_at(eye, [0, 0, 1.0])
     ray = E[:3, :3] @ [(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], 1.0]
     point = camera.unproject(u, v, np.float64(height), K, E)
@@ -48,7 +56,9 @@ def test_unproject_project_round_trip(u, v, height, eye):
 
 
 def test_project_known_values():
-    """The optical axis hits the image's centre; right is +u, down is +v; the field of view ends at the border."""
+    """The optical axis hits the image's centre; right is +u, down is +v; the field of view ends at
+    the border.
+    """
     K, E = camera.intrinsics(90, 100), np.eye(4)
     np.testing.assert_allclose(camera.project(np.array([0, 0, 2.0]), K, E), (50, 50, 2))
     np.testing.assert_allclose(camera.project(np.array([2.0, 0, 2.0]), K, E), (100, 50, 2))
@@ -68,7 +78,9 @@ def test_extrinsics_from_mujoco_axes():
 @given(st.floats(-100, 600), st.integers(2, 128), st.sampled_from([64, 112, 448]))
 def test_cells_and_pixels_are_inverse(pixel, grid, size):
     """Cells and pixels are inverse, and cell i is centred on the pixels that it covers."""
-    assert camera.cell_to_pixel(camera.pixel_to_cell(pixel, grid, size), grid, size) == pytest.approx(pixel, abs=1e-9)
+    assert camera.cell_to_pixel(
+        camera.pixel_to_cell(pixel, grid, size), grid, size
+    ) == pytest.approx(pixel, abs=1e-9)
     assert camera.pixel_to_cell(0.0, grid, size) == pytest.approx(-0.5)
     assert camera.pixel_to_cell(float(size), grid, size) == pytest.approx(grid - 0.5)
 
@@ -77,7 +89,9 @@ def test_cells_and_pixels_are_inverse(pixel, grid, size):
 def test_heights_and_bins_are_inverse(height, n_bins, low, span):
     """Heights and bins are inverse, and the bins span exactly [low, high]."""
     args = (low, low + span, n_bins)
-    assert camera.bin_to_height(camera.height_to_bin(height, *args), *args) == pytest.approx(height, abs=1e-9)
+    assert camera.bin_to_height(camera.height_to_bin(height, *args), *args) == pytest.approx(
+        height, abs=1e-9
+    )
     assert camera.height_to_bin(low, *args) == pytest.approx(-0.5)
     assert camera.height_to_bin(low + span, *args) == pytest.approx(n_bins - 0.5)
 
@@ -91,15 +105,20 @@ def test_numpy_and_torch_agree(points, eye):
     u, v, depth = camera.project(points, K, E)
     for ours, theirs in zip((u, v, depth), camera.project(*tensors)):
         np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-12, atol=1e-9)
-    batched = camera.project(tensors[0][None], tensors[1][None, None], tensors[2][None, None])  # as model.py calls it
+    # as model.py calls it
+    batched = camera.project(tensors[0][None], tensors[1][None, None], tensors[2][None, None])
     np.testing.assert_allclose(batched[0][0].numpy(), u, rtol=1e-12, atol=1e-9)
-    back = camera.unproject(torch.from_numpy(u), torch.from_numpy(v), tensors[0][:, 2], *tensors[1:])
+    back = camera.unproject(
+        torch.from_numpy(u), torch.from_numpy(v), tensors[0][:, 2], *tensors[1:]
+    )
     np.testing.assert_allclose(back.numpy(), camera.unproject(u, v, points[:, 2], K, E), atol=1e-9)
 
 
 @given(POINT)
 def test_quantise_error_is_bounded(point):
-    """The oracle that a perfect classifier reaches is off by at most half a cell and half a bin, not more."""
+    """The oracle that a perfect classifier reaches is off by at most half a cell and half a bin,
+    not more.
+    """
     K, E = agentview(SIZE)
     snapped = camera.quantise(point, K, E, GRID, SIZE, LOW, HIGH, BINS)
     assert abs(snapped[2] - point[2]) <= (HIGH - LOW) / BINS / 2 + 1e-9
@@ -122,7 +141,8 @@ def test_ray_is_affine_in_height(u, v, low, high):
         assert step[2] == pytest.approx(1.0, abs=1e-9)
 
 
-# -- rotations -------------------------------------------------------------------------------------------------------
+# -- rotations
+# -------------------------------------------------------------------------------------------------------
 
 
 @given(QUAT)
@@ -141,7 +161,9 @@ AWKWARD = st.sampled_from([0.0, 1e-12, 1e-8, 1e-4, np.pi - 1e-4, np.pi - 1e-8, n
 
 @given(UNIT, st.one_of(st.floats(0, np.pi), AWKWARD))
 def test_rotvec_round_trip(axis, angle):
-    """Axis-angle survives the trip at every angle, also near 0 and near pi (a gripper that points down)."""
+    """Axis-angle survives the trip at every angle, also near 0 and near pi (a gripper that points
+    down).
+    """
     matrix = rot_utils.rotvec_to_matrix(axis * angle)
     back = rot_utils.matrix_to_rotvec(matrix)
     np.testing.assert_allclose(rot_utils.rotvec_to_matrix(back), matrix, atol=1e-9)
@@ -163,13 +185,19 @@ def test_rotations_known_values():
 
 @given(st.floats(-np.pi, np.pi), st.floats(-1.5, 1.5), st.floats(-np.pi, np.pi))
 def test_euler_round_trip(roll, pitch, yaw):
-    """Euler -> matrix -> Euler up to whole turns, away from pitch +-90 degrees where it has no answer."""
+    """Euler -> matrix -> Euler up to whole turns, away from pitch +-90 degrees where it has no
+    answer.
+    """
     euler = np.array([roll, pitch, yaw])
     back = rot_utils.matrix_to_euler(rot_utils.euler_to_matrix(euler))
     assert np.abs(rot_utils.wrap_angle(back - euler)).max() < 1e-8
 
 
-@given(arrays(float, (4, 4), elements=st.floats(-1, 1)).filter(lambda q: (np.linalg.norm(q, axis=1) > 0.1).all()))
+@given(
+    arrays(float, (4, 4), elements=st.floats(-1, 1)).filter(
+        lambda q: (np.linalg.norm(q, axis=1) > 0.1).all()
+    )
+)
 def test_batched_rotations_equal_single_ones(quats):
     """The batch forms give each row's own result."""
     quats = quats / np.linalg.norm(quats, axis=1, keepdims=True)
@@ -177,9 +205,13 @@ def test_batched_rotations_equal_single_ones(quats):
     euler = rot_utils.matrix_to_euler(matrices)
     for i in range(4):
         np.testing.assert_allclose(matrices[i], rot_utils.quat_to_matrix(quats[i]), atol=1e-12)
-        np.testing.assert_allclose(rot_utils.euler_to_matrix(euler)[i], rot_utils.euler_to_matrix(euler[i]), atol=1e-12)
+        np.testing.assert_allclose(
+            rot_utils.euler_to_matrix(euler)[i], rot_utils.euler_to_matrix(euler[i]), atol=1e-12
+        )
         vector = rot_utils.matrix_to_rotvec(matrices[i])
-        np.testing.assert_allclose(rot_utils.rotvec_to_matrix(vector[None])[0], matrices[i], atol=1e-9)
+        np.testing.assert_allclose(
+            rot_utils.rotvec_to_matrix(vector[None])[0], matrices[i], atol=1e-9
+        )
 
 
 @given(ANGLE, st.floats(-np.pi, np.pi))
@@ -202,14 +234,24 @@ def test_rotation_angle(quat, axis, angle):
     a = rot_utils.quat_to_matrix(quat)
     b = a @ rot_utils.rotvec_to_matrix(axis * angle)
     assert rot_utils.rotation_angle(a, b) == pytest.approx(angle, abs=1e-6)
-    assert rot_utils.rotation_angle(a, a) < 1e-6  # arccos near 1 loses half the digits, and must not give NaN
+    # arccos near 1 loses half the digits, and must not give NaN
+    assert rot_utils.rotation_angle(a, a) < 1e-6
 
 
-# -- metrics ---------------------------------------------------------------------------------------------------------
+# -- metrics
+# ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wins, n, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962),
-                                                (0, 0, 0.0, 1.0), (1, 1, 0.2065, 1.0)])
+@pytest.mark.parametrize(
+    "wins, n, low, high",
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (50, 100, 0.4038, 0.5962),
+        (0, 0, 0.0, 1.0),
+        (1, 1, 0.2065, 1.0),
+    ],
+)
 def test_wilson_known_values(wins, n, low, high):
     """The interval beside every success rate has the published values, also at 0% and 100%."""
     np.testing.assert_allclose(metrics.wilson(wins, n), (low, high), atol=5e-5)
@@ -226,7 +268,9 @@ def test_wilson_holds_the_rate(case):
 
 
 def test_jerk_known_values():
-    """A straight line at constant speed has none, t^2 has its second difference 2, a short path has none."""
+    """A straight line at constant speed has none, t^2 has its second difference 2, a short path has
+    none.
+    """
     t = np.arange(10.0)
     assert metrics.jerk(np.outer(t, [1.0, -2.0, 0.5])) == pytest.approx(0, abs=1e-12)
     assert metrics.jerk(np.stack([t**2, 0 * t, 3 * t], -1)) == pytest.approx(2)
@@ -235,7 +279,9 @@ def test_jerk_known_values():
 
 
 def test_the_third_difference_is_told_apart():
-    """t^2 has a second difference and no third one, t^3 has its third difference 6: "jerk" of old is an acceleration."""
+    """t^2 has a second difference and no third one, t^3 has its third difference 6: "jerk" of old
+    is an acceleration.
+    """
     t = np.arange(10.0)
     assert metrics.jerk(np.stack([t**2, 0 * t], -1), 3) == pytest.approx(0, abs=1e-9)
     assert metrics.jerk(np.stack([t**3, 0 * t], -1), 3) == pytest.approx(6)
@@ -243,7 +289,9 @@ def test_the_third_difference_is_told_apart():
 
 
 def test_wandering_costs():
-    """A path that follows the truth and then wanders off covers it whole; how much of it is near the truth, and how long it is, tell."""
+    """A path that follows the truth and then wanders off covers it whole; how much of it is near
+    the truth, and how long it is, tell.
+    """
     truth = np.stack([np.arange(11.0), np.zeros(11)], -1)
     wandering = np.concatenate([truth, np.stack([np.full(40, 10.0), np.arange(1.0, 41)], -1)])
     assert metrics.coverage(truth, wandering, 1.0) == 1.0
@@ -252,13 +300,17 @@ def test_wandering_costs():
 
 
 def test_holm_known_values():
-    """The values of R's p.adjust: each p times what is left to test, never less than a smaller one's, at most 1."""
+    """The values of R's p.adjust: each p times what is left to test, never less than a smaller
+    one's, at most 1.
+    """
     np.testing.assert_allclose(metrics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     assert metrics.holm([0.6, 0.9]) == [1.0, 1.0] and metrics.holm([]) == []
 
 
 def test_an_interval_over_seeds_knows_that_seeds_differ():
-    """Two trainings at 20% and 80% are no 50 +- 7%: the interval reaches both. Alike ones are as good as their episodes; one is Wilson's."""
+    """Two trainings at 20% and 80% are no 50 +- 7%: the interval reaches both. Alike ones are as
+    good as their episodes; one is Wilson's.
+    """
     outcome = lambda wins, n=100: {i: i < wins for i in range(n)}
     low, high = metrics.seeds_interval([outcome(20), outcome(80)])
     assert low < 0.25 and high > 0.75
@@ -269,32 +321,50 @@ def test_an_interval_over_seeds_knows_that_seeds_differ():
 
 
 def test_success_within_so_many_steps():
-    """Success by 280 steps is read off the step of the first success, a release off the end of its episode in old rows."""
+    """Success by 280 steps is read off the step of the first success, a release off the end of its
+    episode in old rows.
+    """
     late = {"success": True, "first_success": 281, "released": True, "steps": 290}
-    assert metrics.within(late, "success") and not metrics.within(late, "success", 280) and metrics.within(late, "success", 281)
-    assert not metrics.within(late, "released", 280) and metrics.within({**late, "first_release": 280}, "released", 280)
+    assert (
+        metrics.within(late, "success")
+        and not metrics.within(late, "success", 280)
+        and metrics.within(late, "success", 281)
+    )
+    assert not metrics.within(late, "released", 280) and metrics.within(
+        {**late, "first_release": 280}, "released", 280
+    )
     assert metrics.within({"success": False, "first_success": None}, "success", 280) is False
 
 
 def test_coverage_identical_and_corner_cut():
-    """A copied trajectory covers all; one that cuts the corner of an L loses the points about the corner."""
+    """A copied trajectory covers all; one that cuts the corner of an L loses the points about the
+    corner.
+    """
     corner = np.array([(x, 0.0) for x in range(11)] + [(10.0, y) for y in range(1, 11)])
     assert metrics.coverage(corner, corner, 0.0) == 1
-    # the chord from (0,0) to (10,10) is k/sqrt(2) from the point (k,0): within 2 px for k = 0, 1, 2 at both ends
+    # the chord from (0,0) to (10,10) is k/sqrt(2) from the point (k,0): within 2 px for k = 0, 1, 2
+    # at both ends
     assert metrics.coverage(corner, corner[[0, -1]], 2.0) == pytest.approx(6 / 21)
-    assert metrics.coverage(corner, corner[:1], 3.0) == pytest.approx(4 / 21)  # a single point is a polyline too
+    # a single point is a polyline too
+    assert metrics.coverage(corner, corner[:1], 3.0) == pytest.approx(4 / 21)
 
 
 def test_coverage_counts_the_segments_between_points():
-    """The prediction is a line, not its vertices: two ends of a straight stretch cover what lies between."""
+    """The prediction is a line, not its vertices: two ends of a straight stretch cover what lies
+    between.
+    """
     line = np.stack([np.linspace(0, 100, 50), np.full(50, 7.0)], -1)
     assert metrics.coverage(line, line[[0, -1]], 1e-6) == 1
     distances = metrics.distance_to_polyline([[50, 10.0], [-4, 4.0], [103, 11]], line[[0, -1]])
     np.testing.assert_allclose(distances, [3, 5, 5])
 
 
-@given(arrays(float, (8, 2), elements=st.floats(0, 100)), arrays(float, (5, 2), elements=st.floats(0, 100)),
-       st.floats(0, 50), st.floats(0, 50))
+@given(
+    arrays(float, (8, 2), elements=st.floats(0, 100)),
+    arrays(float, (5, 2), elements=st.floats(0, 100)),
+    st.floats(0, 50),
+    st.floats(0, 50),
+)
 def test_coverage_grows_with_eps(truth, predicted, a, b):
     """A wider tolerance never covers less, and coverage is a fraction."""
     narrow, wide = (metrics.coverage(truth, predicted, e) for e in sorted((a, b)))

@@ -1,4 +1,7 @@
-"""The graph of commands, with real ones: order, resumption, failures, kills; on this machine and on a Ray cluster."""
+"""The graph of commands, with real ones: order, resumption, failures, kills; on this machine and on
+a Ray cluster.
+"""
+
 import os
 import signal
 import subprocess
@@ -9,8 +12,8 @@ from graphlib import CycleError
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
+
 from runtime import UserError, read_jsonl
 from study.graph import TRIES, Local, Node, Ray, last_line, pending, run_graph
 
@@ -23,8 +26,13 @@ def makes(folder, name, *deps, line="", **rest):
     """A node that writes its name into the file `name`, after `line`; done once the file is there."""
     path = folder / name
     needed = "".join(f"test -f {d} || exit 9; " for d in deps)
-    return Node(name, shell(f"{line}\n{needed}echo {name} >> order; touch {name}"), deps,
-                lambda: "" if path.exists() else f"{name} is missing", **rest)
+    return Node(
+        name,
+        shell(f"{line}\n{needed}echo {name} >> order; touch {name}"),
+        deps,
+        lambda: "" if path.exists() else f"{name} is missing",
+        **rest,
+    )
 
 
 def order(folder):
@@ -38,12 +46,23 @@ def go(nodes, folder, jobs=1):
 
 def test_each_node_runs_once_after_what_it_needs(tmp_path):
     """A diamond runs in order, once each; the same call again runs nothing."""
-    nodes = [makes(tmp_path, "d", "b", "c"), makes(tmp_path, "b", "a"), makes(tmp_path, "c", "a"), makes(tmp_path, "a")]
+    nodes = [
+        makes(tmp_path, "d", "b", "c"),
+        makes(tmp_path, "b", "a"),
+        makes(tmp_path, "c", "a"),
+        makes(tmp_path, "a"),
+    ]
     assert go(nodes, tmp_path, jobs=2) == {}
-    assert sorted(order(tmp_path)) == list("abcd") and order(tmp_path)[0] == "a" and order(tmp_path)[-1] == "d"
+    assert (
+        sorted(order(tmp_path)) == list("abcd")
+        and order(tmp_path)[0] == "a"
+        and order(tmp_path)[-1] == "d"
+    )
     assert go(nodes, tmp_path) == {} and len(order(tmp_path)) == 4
     rows = read_jsonl(tmp_path / "out" / "nodes.jsonl")
-    assert sorted(r["node"] for r in rows) == list("abcd") and all(r["code"] == 0 and r["seconds"] >= 0 for r in rows)
+    assert sorted(r["node"] for r in rows) == list("abcd") and all(
+        r["code"] == 0 and r["seconds"] >= 0 for r in rows
+    )
 
 
 def test_nothing_starts_beside_what_it_needs(tmp_path):
@@ -51,7 +70,11 @@ def test_nothing_starts_beside_what_it_needs(tmp_path):
     for name, turn in (("forwards", 1), ("backwards", -1)):
         folder = tmp_path / name
         folder.mkdir()
-        chain = [makes(folder, "a", line="sleep 0.2"), makes(folder, "b", "a", line="sleep 0.2"), makes(folder, "c", "b")]
+        chain = [
+            makes(folder, "a", line="sleep 0.2"),
+            makes(folder, "b", "a", line="sleep 0.2"),
+            makes(folder, "c", "b"),
+        ]
         assert go(chain[::turn], folder, jobs=4) == {} and order(folder) == ["a", "b", "c"]
 
 
@@ -68,25 +91,47 @@ def test_what_is_done_is_asked_of_the_results(tmp_path):
 
 
 def test_a_node_without_results_runs_with_those_that_need_it(tmp_path):
-    """A step that only fills a cache runs before what is still to do, and not at all when nothing is."""
+    """A step that only fills a cache runs before what is still to do, and not at all when nothing
+    is.
+    """
     made = tmp_path / "a"
-    nodes = [Node("warm", shell("echo warm >> order")),
-             Node("a", shell("echo a >> order; touch a"), ("warm",), lambda: "" if made.exists() else "a is missing")]
+    nodes = [
+        Node("warm", shell("echo warm >> order")),
+        Node(
+            "a",
+            shell("echo a >> order; touch a"),
+            ("warm",),
+            lambda: "" if made.exists() else "a is missing",
+        ),
+    ]
     go(nodes, tmp_path)
     go(nodes, tmp_path)
     assert order(tmp_path) == ["warm", "a"]
 
 
 def test_a_failure_is_reported_and_the_rest_goes_on(tmp_path):
-    """The failed node is named with its log's last line, what needs it with its cause, and everything else is done."""
-    nodes = [makes(tmp_path, "good"), makes(tmp_path, "bad", line="echo all went well; echo no space on the moon; exit 3"),
-             makes(tmp_path, "after", "bad"), makes(tmp_path, "later", "after", "good"), makes(tmp_path, "other", "good")]
+    """The failed node is named with its log's last line, what needs it with its cause, and
+    everything else is done.
+    """
+    nodes = [
+        makes(tmp_path, "good"),
+        makes(tmp_path, "bad", line="echo all went well; echo no space on the moon; exit 3"),
+        makes(tmp_path, "after", "bad"),
+        makes(tmp_path, "later", "after", "good"),
+        makes(tmp_path, "other", "good"),
+    ]
     failed = go(nodes, tmp_path)
     assert failed.keys() == {"bad", "after", "later"} and order(tmp_path) == ["good", "other"]
     assert "exit code 3: no space on the moon" in failed["bad"] and "bad.log" in failed["bad"]
     assert "bad failed" in failed["after"] and "after failed" in failed["later"]
     nodes[1].command = makes(tmp_path, "bad").command
-    assert go(nodes, tmp_path) == {} and order(tmp_path) == ["good", "other", "bad", "after", "later"]
+    assert go(nodes, tmp_path) == {} and order(tmp_path) == [
+        "good",
+        "other",
+        "bad",
+        "after",
+        "later",
+    ]
 
 
 def test_success_without_results_is_a_failure(tmp_path):
@@ -98,12 +143,23 @@ def test_success_without_results_is_a_failure(tmp_path):
 def test_a_command_that_does_not_exist_fails_alone(tmp_path):
     """A mistyped program is one failed node, not the end of the run."""
     failed = go([Node("typo", ["no-such-program-here"]), makes(tmp_path, "a")], tmp_path)
-    assert failed.keys() == {"typo"} and "no-such-program-here" in failed["typo"] and order(tmp_path) == ["a"]
+    assert (
+        failed.keys() == {"typo"}
+        and "no-such-program-here" in failed["typo"]
+        and order(tmp_path) == ["a"]
+    )
 
 
 def test_a_killed_command_is_tried_again_and_goes_on(tmp_path):
-    """A command ended by a signal, as by the out-of-memory killer, starts again, with the command that resumes."""
-    node = makes(tmp_path, "a", line="touch state; kill -9 $$", resume=("state", shell("echo resumed >> order; touch a")))
+    """A command ended by a signal, as by the out-of-memory killer, starts again, with the command
+    that resumes.
+    """
+    node = makes(
+        tmp_path,
+        "a",
+        line="touch state; kill -9 $$",
+        resume=("state", shell("echo resumed >> order; touch a")),
+    )
     assert go([node], tmp_path) == {} and order(tmp_path) == ["resumed"]
     hopeless = Node("b", shell("echo try >> tries; kill -9 $$"))
     assert "-9" in go([hopeless], tmp_path)["b"]
@@ -113,7 +169,10 @@ def test_a_killed_command_is_tried_again_and_goes_on(tmp_path):
 def test_jobs_run_side_by_side(tmp_path):
     """Two jobs at a time: each waits for a file that only the other one writes."""
     wait = "for i in $(seq 200); do test -f {} && break; sleep 0.05; done; test -f {}"
-    nodes = [makes(tmp_path, a, line=f"touch {a}.up; {wait.format(f'{b}.up', f'{b}.up')} || exit 5") for a, b in ("xy", "yx")]
+    nodes = [
+        makes(tmp_path, a, line=f"touch {a}.up; {wait.format(f'{b}.up', f'{b}.up')} || exit 5")
+        for a, b in ("xy", "yx")
+    ]
     assert go(nodes, tmp_path, jobs=2) == {}
 
 
@@ -146,10 +205,16 @@ def gone(pid, seconds=10):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
 def test_commands_die_with_the_run(tmp_path):
-    """After a SIGKILL of the run its command is not left at work: the next run would meet it in the same files."""
-    code = ("import sys; from study.graph import *; "
-            "run_graph([Node('long', ['sh', '-c', 'echo $$ > pid; exec sleep 60'])], Local(), 'out')")
-    run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    """After a SIGKILL of the run its command is not left at work: the next run would meet it in the
+    same files.
+    """
+    code = (
+        "import sys; from study.graph import *; "
+        "run_graph([Node('long', ['sh', '-c', 'echo $$ > pid; exec sleep 60'])], Local(), 'out')"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     pid = tmp_path / "pid"
     while not (pid.exists() and pid.read_text()) and run.poll() is None:
         time.sleep(0.05)
@@ -160,9 +225,16 @@ def test_commands_die_with_the_run(tmp_path):
 
 def test_a_run_that_is_ended_records_what_it_cut_off(tmp_path):
     """SIGTERM lets a command save, and the time that it took has its row."""
-    code = ("from study.graph import *; "
-            "run_graph([Node('long', ['sh', '-c', 'trap \"echo > saved; exit 0\" TERM; echo > up; sleep 60 & wait'])], Local(), 'out')")
-    run = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    code = (
+        "from study.graph import *; "
+        "run_graph([Node('long', ['sh', '-c', 'trap \"echo > saved; exit 0\" TERM; echo > up; sleep 60 & wait'])], Local(), 'out')"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
     while not (tmp_path / "up").exists() and run.poll() is None:
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
@@ -183,6 +255,7 @@ def cluster():
     """A real Ray cluster of two machines (two raylets here) with one CPU each -> its address."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
+
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     made.add_node(num_cpus=1)
     made.wait_for_nodes()
@@ -191,11 +264,19 @@ def cluster():
 
 
 def test_ray_runs_the_graph_and_survives_a_killed_worker(cluster, tmp_path):
-    """Two tasks run at once on two machines, order is kept, and a task whose worker is killed starts again, its first command
-    gone."""
+    """Two tasks run at once on two machines, order is kept, and a task whose worker is killed
+    starts again, its first command gone."""
     wait = "for i in $(seq 600); do test -f {0} && break; sleep 0.05; done; test -f {0} || exit 5"
-    pair = [makes(tmp_path, a, line=f"touch {a}.up; " + wait.format(f"{b}.up")) for a, b in ("xy", "yx")]
-    killed = makes(tmp_path, "killed", "x", "y", line="if ! test -f pids; then echo $PPID $$ > pids; exec sleep 100; fi")
+    pair = [
+        makes(tmp_path, a, line=f"touch {a}.up; " + wait.format(f"{b}.up")) for a, b in ("xy", "yx")
+    ]
+    killed = makes(
+        tmp_path,
+        "killed",
+        "x",
+        "y",
+        line="if ! test -f pids; then echo $PPID $$ > pids; exec sleep 100; fi",
+    )
     bad = makes(tmp_path, "bad", line="echo no luck; exit 4")
     last = makes(tmp_path, "last", "killed")
 
@@ -203,6 +284,7 @@ def test_ray_runs_the_graph_and_survives_a_killed_worker(cluster, tmp_path):
         while not ((tmp_path / "pids").exists() and (tmp_path / "pids").read_text().endswith("\n")):
             time.sleep(0.05)
         os.kill(int((tmp_path / "pids").read_text().split()[0]), signal.SIGKILL)
+
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     failed = run_graph([*pair, killed, bad, last], Ray(cluster), "out", tmp_path)

@@ -1,10 +1,11 @@
 """PARA's own: what its cells are told about the camera."""
+
 import numpy as np
 import pytest
 import torch
+from conftest import SIZE, agentview
 
 import camera
-from conftest import SIZE, agentview
 from formats.demos import read_demos
 from model import ParaConfig, TrajectoryHeatmapPredictor
 from registry import look_up
@@ -15,13 +16,30 @@ from sim.settings import orbit
 def fitted(synthetic_demos, backbone, tmp_path_factory):
     """PARA with --rays, not trained, and a batch; two of its cameras are moved."""
     torch.manual_seed(0)
-    config = ParaConfig(backbone="efficientnet_lite0", image_size=SIZE, n_window=3, grid=16, n_height_bins=8, n_rot_bins=8, width=16, rays=True)
-    dataset = look_up("para").dataset(synthetic_demos, read_demos(synthetic_demos)[0], config, backbone, cache=tmp_path_factory.mktemp("cache"),
-                                      progress=False)
+    config = ParaConfig(
+        backbone="efficientnet_lite0",
+        image_size=SIZE,
+        n_window=3,
+        grid=16,
+        n_height_bins=8,
+        n_rot_bins=8,
+        width=16,
+        rays=True,
+    )
+    dataset = look_up("para").dataset(
+        synthetic_demos,
+        read_demos(synthetic_demos)[0],
+        config,
+        backbone,
+        cache=tmp_path_factory.mktemp("cache"),
+        progress=False,
+    )
     policy = TrajectoryHeatmapPredictor(config, backbone.channels).attach(backbone)
     policy.fit_statistics(dataset.statistics())
     batch = dataset.batch(np.linspace(0, len(dataset) - 1, 4).astype(int))
-    batch["E"][:2] = torch.from_numpy(np.stack([orbit(agentview()[1], 20, 90), orbit(agentview()[1], 10, 200)]))
+    batch["E"][:2] = torch.from_numpy(
+        np.stack([orbit(agentview()[1], 20, 90), orbit(agentview()[1], 10, 200)])
+    )
     return policy, batch
 
 
@@ -34,25 +52,34 @@ def test_a_cell_knows_where_its_ray_passes_and_rises(fitted):
     at = lambda z: policy.points(torch.stack([z.expand(grid, grid), y, x], -1), single)  # (H,W,3)
     for i in range(4):
         single = {k: batch[k][i] for k in "KE"}
-        height = camera.height_to_bin(batch["eef_pos"][i, 2], *policy.height_range, policy.config.n_height_bins)
+        height = camera.height_to_bin(
+            batch["eef_pos"][i, 2], *policy.height_range, policy.config.n_height_bins
+        )
         low, high = at(height), at(height + 1)
         rise = (high - low)[..., :2] / (high - low)[..., 2:]
         table = low[..., :2].norm(dim=-1) < 0.4  # farther cells are clamped
-        torch.testing.assert_close(rays[i, 2:].permute(1, 2, 0)[table], rise[table].float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            rays[i, 2:].permute(1, 2, 0)[table], rise[table].float(), atol=1e-4, rtol=1e-4
+        )
         from_eef = 10 * (low - batch["eef_pos"][i])[..., :2]
-        torch.testing.assert_close(rays[i, :2].permute(1, 2, 0)[table], from_eef[table].float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            rays[i, :2].permute(1, 2, 0)[table], from_eef[table].float(), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_rays_are_finite_above_the_horizon(fitted):
     """A camera level with the table looks at rays that never descend: their numbers stay bounded."""
     policy, batch = fitted
     level = {**batch, "E": batch["E"].clone()}
-    level["E"][:, :3, :3] = level["E"].new_tensor([[0, 0, -1], [1, 0, 0], [0, -1, 0]])  # looks along -x, image rows downwards
+    # looks along -x, image rows downwards
+    level["E"][:, :3, :3] = level["E"].new_tensor([[0, 0, -1], [1, 0, 0], [0, -1, 0]])
     assert policy.cell_rays(level).abs().max() <= 20
 
 
 def test_with_rays_a_moved_camera_changes_the_answer(fitted):
-    """Image, EEF cell and height being the same, PARA answers alike whatever the camera is; with --rays it does not, and it learns them."""
+    """Image, EEF cell and height being the same, PARA answers alike whatever the camera is; with
+    --rays it does not, and it learns them.
+    """
     policy, batch = fitted
     K, E = batch["K"], batch["E"].clone()
     u, v, _ = camera.project(batch["eef_pos"], K, E)

@@ -1,4 +1,5 @@
 """Targets, loss and decoding of the volume: what turns a coordinate into a distribution and back."""
+
 import argparse
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ settings.load_profile("quick")
 
 SHAPE = (8, 12, 16)  # unequal, so that a transposed axis shows
 coordinate = lambda low, high: st.tuples(*(st.floats(low, n - 1 + high) for n in SHAPE)).map(
-    lambda x: torch.tensor([x], dtype=torch.float64))
+    lambda x: torch.tensor([x], dtype=torch.float64)
+)
 INTERIOR, ANYWHERE = coordinate(2.0, -2.0), coordinate(-30.0, 30.0)
 
 
@@ -27,7 +29,9 @@ def unflatten(index):
 
 
 def test_flat_index_is_row_major():
-    """Flat indices address logits flattened by torch: one wrong order here and every target is elsewhere."""
+    """Flat indices address logits flattened by torch: one wrong order here and every target is
+    elsewhere.
+    """
     volume = torch.arange(8 * 12 * 16).view(SHAPE)
     bins = torch.tensor([[0, 0, 0], [1, 2, 3], [7, 11, 15]])
     assert flat_index(bins, SHAPE).tolist() == [volume[tuple(b)].item() for b in bins]
@@ -35,7 +39,9 @@ def test_flat_index_is_row_major():
 
 @given(ANYWHERE, st.sampled_from([0.0, 0.3, 0.7, 1.5]))
 def test_soft_targets_are_a_distribution(point, sigma):
-    """Weights are nonnegative and sum to one, and indices stay inside, wherever the coordinate lies."""
+    """Weights are nonnegative and sum to one, and indices stay inside, wherever the coordinate
+    lies.
+    """
     index, weight = soft_targets(point, SHAPE, sigma)
     assert (weight >= 0).all() and weight.sum().item() == pytest.approx(1, abs=1e-9)
     assert (index >= 0).all() and (index < 8 * 12 * 16).all()
@@ -51,7 +57,9 @@ def test_hard_target_is_the_nearest_bin(point):
 
 @given(INTERIOR)
 def test_soft_target_expectation_is_the_coordinate(point):
-    """A soft target says where between the bins the coordinate lies: that is what decoding recovers."""
+    """A soft target says where between the bins the coordinate lies: that is what decoding
+    recovers.
+    """
     index, weight = soft_targets(point, SHAPE, 0.7)
     mean = (unflatten(index) * weight[..., None]).sum(1)
     assert (mean - point).abs().max() < 0.05
@@ -68,20 +76,31 @@ def test_targets_outside_are_clamped_to_the_border(sigma):
 
 @given(st.lists(ANYWHERE, min_size=1, max_size=3), st.sampled_from([0.0, 0.7]), st.integers(0, 99))
 def test_sparse_cross_entropy_equals_dense(points, sigma, seed):
-    """The loss is the ordinary cross-entropy against the same target written out over the whole volume."""
+    """The loss is the ordinary cross-entropy against the same target written out over the whole
+    volume.
+    """
     index, weight = soft_targets(torch.cat(points), SHAPE, sigma)
-    logits = 3 * torch.randn(len(points), 8 * 12 * 16, generator=torch.Generator().manual_seed(seed))
+    logits = 3 * torch.randn(
+        len(points), 8 * 12 * 16, generator=torch.Generator().manual_seed(seed)
+    )
     dense = torch.zeros(logits.shape).scatter_add(1, index, weight.float())
     expected = torch.nn.functional.cross_entropy(logits, dense, reduction="none")
-    torch.testing.assert_close(sparse_cross_entropy(logits, index, weight.float()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        sparse_cross_entropy(logits, index, weight.float()), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_rows_at_once_cost_what_single_ones_do(dtype, monkeypatch):
-    """A GPU takes all rows of logits in one operation and a CPU one after the other: loss and gradient are the same."""
+    """A GPU takes all rows of logits in one operation and a CPU one after the other: loss and
+    gradient are the same.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 700, generator=generator).to(dtype).requires_grad_()
-    index, weight = torch.randint(0, 700, (5, 9), generator=generator), torch.rand(5, 9, generator=generator)
+    index, weight = (
+        torch.randint(0, 700, (5, 9), generator=generator),
+        torch.rand(5, 9, generator=generator),
+    )
     found = []
     for rows in (1, 2, 5):
         monkeypatch.setattr(volume, "rows_at_once", lambda _, rows=rows: rows)
@@ -94,16 +113,22 @@ def test_all_rows_at_once_cost_what_single_ones_do(dtype, monkeypatch):
 @given(INTERIOR, st.sampled_from([0.5, 0.7]))
 def test_local_soft_argmax_recovers_a_subcell_centre(point, sigma):
     """A Gaussian's centre is found to 0.05 cells: the resolution is not the grid's."""
-    grid = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in SHAPE), indexing="ij"), -1)
+    grid = torch.stack(
+        torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in SHAPE), indexing="ij"), -1
+    )
     logits = -((grid - point[0]) ** 2).sum(-1).view(1, -1) / (2 * sigma**2)
     assert (local_soft_argmax(logits, SHAPE) - point).abs().max() < 0.05
 
 
 @given(INTERIOR)
 def test_decoding_a_perfect_prediction_gives_the_label(point):
-    """Targets and decoding fit each other: the logits of the target itself decode to the coordinate."""
+    """Targets and decoding fit each other: the logits of the target itself decode to the
+    coordinate.
+    """
     index, weight = soft_targets(point, SHAPE, 0.7)
-    logits = torch.full((1, 8 * 12 * 16), -40.0, dtype=torch.float64).scatter(1, index, weight.log())
+    logits = torch.full((1, 8 * 12 * 16), -40.0, dtype=torch.float64).scatter(
+        1, index, weight.log()
+    )
     assert (local_soft_argmax(logits, SHAPE) - point).abs().max() < 0.05
 
 
@@ -114,21 +139,30 @@ def test_radius_zero_is_the_argmax():
 
 
 def test_a_second_mode_does_not_pull_the_answer():
-    """Two modes: the answer is the higher one, not the empty place between them as a global soft-argmax would say."""
+    """Two modes: the answer is the higher one, not the empty place between them as a global
+    soft-argmax would say.
+    """
     logits = torch.full(SHAPE, -20.0)
     logits[1, 2, 3], logits[6, 9, 12] = 5.0, 4.9
-    assert (local_soft_argmax(logits.view(1, -1), SHAPE) - torch.tensor([[1, 2, 3]])).abs().max() < 1e-3
+    assert (
+        local_soft_argmax(logits.view(1, -1), SHAPE) - torch.tensor([[1, 2, 3]])
+    ).abs().max() < 1e-3
 
 
 def test_decoding_stays_inside_at_a_corner():
     """At a corner the window is cut, and what lies outside has no weight."""
     logits = torch.full(SHAPE, -30.0)
     logits[0, 11, 0] = 5.0
-    assert (local_soft_argmax(logits.view(1, -1), SHAPE) - torch.tensor([[0, 11, 0]])).abs().max() < 1e-6
+    assert (
+        local_soft_argmax(logits.view(1, -1), SHAPE) - torch.tensor([[0, 11, 0]])
+    ).abs().max() < 1e-6
 
 
 def test_config_fields_are_flags():
-    """Each config field is a flag of its own type and default: a field that no flag reaches cannot be ablated."""
+    """Each config field is a flag of its own type and default: a field that no flag reaches cannot
+    be ablated.
+    """
+
     @dataclass
     class Config(PolicyConfig):
         rate: float = flag(0.5, "a rate")
@@ -138,14 +172,18 @@ def test_config_fields_are_flags():
     parser = argparse.ArgumentParser()
     add_config_flags(parser, Config)
     assert Config(**vars(parser.parse_args([]))) == Config()
-    changed = parser.parse_args(["--waypoint_stride", "3", "--rate", "0.1", "--deep", "--kind", "hard"])
+    changed = parser.parse_args(
+        ["--waypoint_stride", "3", "--rate", "0.1", "--deep", "--kind", "hard"]
+    )
     assert Config(**vars(changed)) == Config(waypoint_stride=3, rate=0.1, deep=True, kind="hard")
     with pytest.raises(SystemExit):
         parser.parse_args(["--kind", "other"])
 
 
 def test_finger_heads_share_no_weight():
-    """What a head learns with open fingers leaves its answer with closed ones as it was, and one state is a plain linear layer."""
+    """What a head learns with open fingers leaves its answer with closed ones as it was, and one
+    state is a plain linear layer.
+    """
     torch.manual_seed(0)
     layer, x = FingerLinear(5, 3, n_states=2), torch.randn(4, 5)
     before = layer(x, torch.ones(4, dtype=torch.long)).detach()

@@ -1,17 +1,20 @@
-"""The gate before the 1D rotation target: it stops data with several axes, says what to do, and writes a basis that loads."""
+"""The gate before the 1D rotation target: it stops data with several axes, says what to do, and
+writes a basis that loads.
+"""
+
 import shutil
 
 import h5py
 import numpy as np
 import pytest
-
 from conftest import write_synthetic_demos, write_synthetic_episodes
+from helpers import run
+
 from data_smith300_volume import VolumeDataset, find_basis
 from formats.demos import read_demos
-from helpers import run
 from model_dino_volume_kv_full import DinoVolumeKVFullConfig
 from precompute_rotation_pca import build_parser, precompute
-from rot_utils import BASIS_FILE, fingerprint, load_basis, matrix_to_rotvec, euler_to_matrix
+from rot_utils import BASIS_FILE, euler_to_matrix, fingerprint, load_basis, matrix_to_rotvec
 from runtime import UserError
 
 
@@ -26,7 +29,9 @@ def several_axes(path):
 
 
 def left(folder):
-    return sorted(p.name for p in folder.iterdir() if "rotation_pca" in p.name or p.name.startswith(".tmp"))
+    return sorted(
+        p.name for p in folder.iterdir() if "rotation_pca" in p.name or p.name.startswith(".tmp")
+    )
 
 
 def script(*flags):
@@ -36,7 +41,9 @@ def script(*flags):
 
 @pytest.mark.parametrize("space", ["so3", "euler"])
 def test_a_libero_file_gets_its_basis(space, tmp_path, capsys):
-    """Yaw alone varies: both spaces are tabled, the chosen one is written beside the file, with picture and provenance."""
+    """Yaw alone varies: both spaces are tabled, the chosen one is written beside the file, with
+    picture and provenance.
+    """
     path = write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=3)
     assert script("--dataset", path, "--space", space) == 0
     out, err = capsys.readouterr()
@@ -49,18 +56,25 @@ def test_a_libero_file_gets_its_basis(space, tmp_path, capsys):
 
 
 def test_validation_demonstrations_stay_unseen(tmp_path, capsys):
-    """The axis and its range are those of the demonstrations that train.py trains on, whatever the held-out one does; what training
-    holds out otherwise is refused with the flag."""
+    """The axis and its range are those of the demonstrations that train.py trains on, whatever the
+    held-out one does; what training holds out otherwise is refused with the flag."""
     path = write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=4)
     assert script("--dataset", path, "--val_fraction", 0.25) == 0
     before = load_basis(tmp_path / BASIS_FILE)
     with h5py.File(path, "r+") as file:  # the last one validates: it now turns much farther
         ori = file["data/demo_3/obs/ee_ori"]
-        ori[...] = np.stack([matrix_to_rotvec(r) for r in euler_to_matrix(np.outer(np.linspace(0, 1, len(ori)), [0.9, -0.7, 2.0]))])
+        ori[...] = np.stack(
+            [
+                matrix_to_rotvec(r)
+                for r in euler_to_matrix(np.outer(np.linspace(0, 1, len(ori)), [0.9, -0.7, 2.0]))
+            ]
+        )
     assert script("--dataset", path, "--val_fraction", 0.25) == 0
     assert "1 demonstrations held out" in capsys.readouterr().out
     after = load_basis(tmp_path / BASIS_FILE)
-    assert (before.low, before.high) == (after.low, after.high) and np.array_equal(before.axis, after.axis)
+    assert (before.low, before.high) == (after.low, after.high) and np.array_equal(
+        before.axis, after.axis
+    )
     demos, config = read_demos(path)[0], DinoVolumeKVFullConfig()
     for part in (demos[:3], demos[3:]):
         assert find_basis(path, part, config).low == after.low
@@ -72,25 +86,33 @@ def test_validation_demonstrations_stay_unseen(tmp_path, capsys):
 
 
 def test_the_gate_stops(tmp_path, capsys):
-    """Motion about several axes: non-zero exit, nothing written, and what to do; the override writes it and says so in the file."""
+    """Motion about several axes: non-zero exit, nothing written, and what to do; the override
+    writes it and says so in the file.
+    """
     path = several_axes(write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=3))
     assert script("--dataset", path) == 3 and left(tmp_path) == []
     err = capsys.readouterr().err
-    assert all(word in err for word in ("0.85", "--allow_low_ev", "--rotation euler", "nothing is written"))
+    assert all(
+        word in err for word in ("0.85", "--allow_low_ev", "--rotation euler", "nothing is written")
+    )
     assert script("--dataset", path, "--allow_low_ev") == 0
     basis = load_basis(tmp_path / BASIS_FILE)
     assert basis.ev_ratio[0] < 0.85 and basis.provenance["allow_low_ev"] is True
 
 
 def test_a_dataset_that_fails_in_euler_passes_in_so3(tmp_path, capsys):
-    """A gripper that points ahead (pitch -90 deg) and turns about the vertical, as on a mobile base: raw Euler angles fail the gate
-    with a warning about the singularity and the advice to use so3, which passes with nearly all of the variance."""
+    """A gripper that points ahead (pitch -90 deg) and turns about the vertical, as on a mobile
+    base: raw Euler angles fail the gate with a warning about the singularity and the advice to use
+    so3, which passes with nearly all of the variance."""
     path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=6, size=16, pitch=-np.pi / 2)
     assert script("--dataset", path, "--space", "euler") == 3 and left(path) == []
     err = capsys.readouterr().err
     assert "trade places" in err and "--space so3 passes" in err
     assert script("--dataset", path) == 0
-    assert load_basis(path / BASIS_FILE).ev_ratio[0] > 0.95 and left(path) == [BASIS_FILE, "rotation_pca_basis.png"]
+    assert load_basis(path / BASIS_FILE).ev_ratio[0] > 0.95 and left(path) == [
+        BASIS_FILE,
+        "rotation_pca_basis.png",
+    ]
 
 
 def test_an_old_basis_survives_a_stopped_run(tmp_path):
@@ -107,6 +129,8 @@ def test_bad_data_is_refused_in_one_sentence(synthetic_episodes, tmp_path):
     path = shutil.copytree(synthetic_episodes, tmp_path / "izzy")
     (path / "episode_00002" / "episode.npz").unlink()
     done = run("precompute_rotation_pca.py", "--dataset", path, cwd=tmp_path, ok=False)
-    assert done.returncode == 2 and "episode_00002" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "episode_00002" in done.stderr and "Traceback" not in done.stderr
+    )
     with pytest.raises(UserError, match="no such file"):
         script("--dataset", tmp_path / "absent.hdf5")

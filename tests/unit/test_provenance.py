@@ -1,4 +1,7 @@
-"""Which simulator a dataset, a checkpoint and a result come from, and that a change of MuJoCo between them is said."""
+"""Which simulator a dataset, a checkpoint and a result come from, and that a change of MuJoCo
+between them is said.
+"""
+
 import json
 
 import pytest
@@ -11,10 +14,18 @@ from runtime import versions
 OURS = versions()["mujoco"]
 
 
-@pytest.mark.parametrize("attributes, found", [
-    ({"versions": json.dumps({"mujoco": "3.3.2"})}, "3.3.2"), ({"versions": {"mujoco": "3.3.2"}}, "3.3.2"), ({}, None),
-    ({"versions": '{"mujoco": "3.3.2"}', "replayed_versions": '{"mujoco": "2.3.7"}'}, "2.3.7"),
-    ({"versions": '{"mujoco": "3.3.2"}', "replayed_versions": "{}"}, None), ({"versions": "not JSON"}, None), ({"versions": "[1]"}, None)])
+@pytest.mark.parametrize(
+    "attributes, found",
+    [
+        ({"versions": json.dumps({"mujoco": "3.3.2"})}, "3.3.2"),
+        ({"versions": {"mujoco": "3.3.2"}}, "3.3.2"),
+        ({}, None),
+        ({"versions": '{"mujoco": "3.3.2"}', "replayed_versions": '{"mujoco": "2.3.7"}'}, "2.3.7"),
+        ({"versions": '{"mujoco": "3.3.2"}', "replayed_versions": "{}"}, None),
+        ({"versions": "not JSON"}, None),
+        ({"versions": "[1]"}, None),
+    ],
+)
 def test_a_dataset_says_what_its_physics_was_simulated_with(attributes, found):
     """Of both formats; a replay's physics is its source's, whatever rendered it anew."""
     assert demos.simulated_with(attributes).get("mujoco") == found
@@ -23,19 +34,33 @@ def test_a_dataset_says_what_its_physics_was_simulated_with(attributes, found):
 def test_a_folder_of_episodes_carries_versions(tmp_path):
     """dataset.json of the real-robot format keeps them as they are written."""
     smith300.write_dataset_stamp(tmp_path, {"versions": {"mujoco": "3.3.2"}})
-    assert demos.simulated_with(smith300.read_stamp(tmp_path / "dataset.json")) == {"mujoco": "3.3.2"}
+    assert demos.simulated_with(smith300.read_stamp(tmp_path / "dataset.json")) == {
+        "mujoco": "3.3.2"
+    }
 
 
-@pytest.mark.parametrize("info, found", [
-    ({"versions": {"mujoco": "3.17.0"}, "dataset": {"task_id": "0"}}, "3.17.0"),  # older: what was installed when it was trained
-    ({"versions": {"mujoco": "3.3.2"}, "dataset": {"versions": {"mujoco": "3.17.0"}}}, "3.17.0"),
-    ({"versions": {"mujoco": "3.3.2"}, "dataset": {"versions": {}}}, None), ({}, None)])
+@pytest.mark.parametrize(
+    "info, found",
+    [
+        # older: what was installed when it was trained
+        ({"versions": {"mujoco": "3.17.0"}, "dataset": {"task_id": "0"}}, "3.17.0"),
+        (
+            {"versions": {"mujoco": "3.3.2"}, "dataset": {"versions": {"mujoco": "3.17.0"}}},
+            "3.17.0",
+        ),
+        ({"versions": {"mujoco": "3.3.2"}, "dataset": {"versions": {}}}, None),
+        ({}, None),
+    ],
+)
 def test_a_checkpoint_says_what_its_demonstrations_were_simulated_with(info, found):
     """The dataset's version, not the one that was installed while training."""
     assert demos_mujoco(info) == found
 
 
-@pytest.mark.parametrize("theirs, warned", [("3.17.0", True), (None, True), (OURS, False), (OURS.rsplit(".", 1)[0] + ".99", False)])
+@pytest.mark.parametrize(
+    "theirs, warned",
+    [("3.17.0", True), (None, True), (OURS, False), (OURS.rsplit(".", 1)[0] + ".99", False)],
+)
 def test_evaluating_under_another_mujoco_is_said(theirs, warned, capsys):
     """Another major.minor may let objects slide that stood still; a patch release does not."""
     where = where_run({"dataset": {"versions": {"mujoco": theirs}}})

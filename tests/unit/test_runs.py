@@ -1,13 +1,16 @@
-"""runs/*.sh hold the commands behind the tables: each names a script that exists and flags that it takes."""
+"""runs/*.sh hold the commands behind the tables: each names a script that exists and flags that it
+takes.
+"""
+
 import importlib
 import re
 import shlex
 import subprocess
 
 import pytest
+from conftest import ROOT
 
 import train
-from conftest import ROOT
 from registry import look_up
 
 SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
@@ -21,12 +24,24 @@ def commands(path):
     flags = re.search(r'(?m)^flags="(.*)"$', text)
     text = text.replace("$flags", flags[1] if flags else "$flags")
     text = PLAIN.sub(lambda match: VALUES[match[1]], text)
-    return [shlex.split(line)[1:] for line in map(str.strip, text.splitlines()) if line.startswith("python ")]
+    return [
+        shlex.split(line)[1:]
+        for line in map(str.strip, text.splitlines())
+        if line.startswith("python ")
+    ]
 
 
 def test_every_table_has_its_script():
     """A page whose figures nobody can make again."""
-    assert {path.stem for path in SCRIPTS} >= {"matrix", "baselines", "rotation", "openloop", "memory_task", "speed", "premise"}
+    assert {path.stem for path in SCRIPTS} >= {
+        "matrix",
+        "baselines",
+        "rotation",
+        "openloop",
+        "memory_task",
+        "speed",
+        "premise",
+    }
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
@@ -35,7 +50,9 @@ def test_commands_are_taken(path):
     assert subprocess.run(["bash", "-n", path]).returncode == 0 and path.stat().st_mode & 0o100
     assert commands(path)
     for words in commands(path):
-        script, *given = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
+        script, *given = (
+            words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
+        )
         module = importlib.import_module(script)
         if script == "train":
             parser = train.build_parser(look_up(given[given.index("--model_type") + 1]).config)
@@ -44,4 +61,5 @@ def test_commands_are_taken(path):
         else:
             parser = module.build_parser()
         known, further = parser.parse_known_args(given)
-        assert not further or script == "study.compare_rotation", further  # which hands them to train.py
+        # which hands them to train.py
+        assert not further or script == "study.compare_rotation", further

@@ -1,16 +1,19 @@
-"""Real-robot recordings: what is written is read, and whatever is wrong with an episode is named with its remedy."""
+"""Real-robot recordings: what is written is read, and whatever is wrong with an episode is named
+with its remedy.
+"""
+
 import shutil
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from conftest import SIZE, STEPS, agentview, with_basis, write_synthetic_episodes
+from helpers import put
 
 from camera import project
-from conftest import SIZE, STEPS, agentview, with_basis, write_synthetic_episodes
 from data_smith300_volume import VolumeDataset
 from formats import smith300
 from formats.smith300 import read_episodes, read_frames
-from helpers import put
 from policy import PolicyConfig
 from rot_utils import BASIS_FILE, euler_to_matrix, rotation_angle, rotvec_to_matrix
 from runtime import UserError
@@ -43,25 +46,31 @@ def add_states(path, steps=30):
 
 
 def change(key, function):
-    """A mutation of the second episode's episode.npz: key becomes function(value), or goes where that is None."""
+    """A mutation of the second episode's episode.npz: key becomes function(value), or goes where
+    that is None.
+    """
+
     def mutate(path):
         file = path / "episode_00001" / "episode.npz"
         with np.load(file) as f:
             arrays = dict(f)
         value = function(arrays.pop(key))
         np.savez(file, **({**arrays, key: value} if value is not None else arrays))
+
     return mutate
 
 
 def cut(name, keep):
     def mutate(path):
         file = path / "episode_00001" / name
-        file.write_bytes(file.read_bytes()[:int(keep * file.stat().st_size)])
+        file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+
     return mutate
 
 
 def resize_one(path):
     from PIL import Image
+
     file = path / "episode_00001" / "frames" / "000003.png"
     Image.open(file).resize((32, 40)).save(file)
 
@@ -69,7 +78,12 @@ def resize_one(path):
 # what is wrong; words that the message must hold: the place, the key, the remedy
 EPISODE = "episode_00001"
 CASES = {
-    "no arrays": (lambda p: (p / EPISODE / "episode.npz").unlink(), EPISODE, "episode.npz", "record"),
+    "no arrays": (
+        lambda p: (p / EPISODE / "episode.npz").unlink(),
+        EPISODE,
+        "episode.npz",
+        "record",
+    ),
     "truncated arrays": (cut("episode.npz", 0.6), EPISODE, "truncated", "record"),
     "empty arrays": (cut("episode.npz", 0), EPISODE, "truncated", "record"),
     "no position": (change("eef_pos_t", lambda v: None), EPISODE, "eef_pos_t", "record"),
@@ -84,29 +98,86 @@ CASES = {
     "gripper as a column": (change("gripper_t", lambda v: v[:, None]), EPISODE, "gripper_t", "(T)"),
     "scalar gripper": (change("gripper_t", lambda v: v[0]), EPISODE, "gripper_t", "(T)"),
     "states in a row": (change("states_t", lambda v: v[:, 0]), EPISODE, "states_t", "(T, S)"),
-    "text": (change("eef_pos_t", lambda v: np.array(["a"] * len(v))), EPISODE, "eef_pos_t", "dtype"),
+    "text": (
+        change("eef_pos_t", lambda v: np.array(["a"] * len(v))),
+        EPISODE,
+        "eef_pos_t",
+        "dtype",
+    ),
     "short angles": (change("eef_euler_t", lambda v: v[:-3]), EPISODE, "eef_euler_t", "27 rows"),
     "short gripper": (change("gripper_t", lambda v: v[:-1]), EPISODE, "gripper_t", "29 rows"),
-    "gripper in millimetres": (change("gripper_t", lambda v: 85 * v), EPISODE, "gripper_t", "rescale"),
+    "gripper in millimetres": (
+        change("gripper_t", lambda v: 85 * v),
+        EPISODE,
+        "gripper_t",
+        "rescale",
+    ),
     "3x4 extrinsics": (change("extrinsics", lambda v: v[:3]), EPISODE, "extrinsics", "(4, 4)"),
-    "stretched extrinsics": (change("extrinsics", lambda v: v * [[1.1], [1], [1], [1]]), EPISODE, "extrinsics", "orthonormal"),
-    "mirrored extrinsics": (change("extrinsics", lambda v: v * [-1, 1, 1, 1]), EPISODE, "extrinsics", "determinant 1"),
-    "intrinsics of another size": (change("intrinsics", lambda v: v * [[20], [20], [1]]), EPISODE, "intrinsics", "calibrate"),
+    "stretched extrinsics": (
+        change("extrinsics", lambda v: v * [[1.1], [1], [1], [1]]),
+        EPISODE,
+        "extrinsics",
+        "orthonormal",
+    ),
+    "mirrored extrinsics": (
+        change("extrinsics", lambda v: v * [-1, 1, 1, 1]),
+        EPISODE,
+        "extrinsics",
+        "determinant 1",
+    ),
+    "intrinsics of another size": (
+        change("intrinsics", lambda v: v * [[20], [20], [1]]),
+        EPISODE,
+        "intrinsics",
+        "calibrate",
+    ),
     "no frames": (lambda p: shutil.rmtree(p / EPISODE / "frames"), EPISODE, "frames", "record"),
-    "a frame missing": (lambda p: (p / EPISODE / "frames" / "000007.png").unlink(), EPISODE, "29 frames", "30 rows"),
-    "frame cut in its header": (cut("frames/000007.png", 0.005), "000007.png", "truncated", "record"),
+    "a frame missing": (
+        lambda p: (p / EPISODE / "frames" / "000007.png").unlink(),
+        EPISODE,
+        "29 frames",
+        "30 rows",
+    ),
+    "frame cut in its header": (
+        cut("frames/000007.png", 0.005),
+        "000007.png",
+        "truncated",
+        "record",
+    ),
     "frames of two sizes": (resize_one, EPISODE, "32x40", "record"),
-    "frames and video": (lambda p: (p / EPISODE / "video.mp4").touch(), EPISODE, "video.mp4", "remove one"),
-    "zero episodes": (lambda p: [shutil.rmtree(e) for e in p.glob("episode_*")], "izzy", "zero episodes", "collect_demos.py"),
-    "foreign dataset": (lambda p: (p / "dataset.json").write_text('{"format": "other-2"}'), "dataset.json", "other-2", "convert"),
-    "cut dataset.json": (lambda p: (p / "dataset.json").write_text('{"format'), "dataset.json", "truncated", "remove"),
+    "frames and video": (
+        lambda p: (p / EPISODE / "video.mp4").touch(),
+        EPISODE,
+        "video.mp4",
+        "remove one",
+    ),
+    "zero episodes": (
+        lambda p: [shutil.rmtree(e) for e in p.glob("episode_*")],
+        "izzy",
+        "zero episodes",
+        "collect_demos.py",
+    ),
+    "foreign dataset": (
+        lambda p: (p / "dataset.json").write_text('{"format": "other-2"}'),
+        "dataset.json",
+        "other-2",
+        "convert",
+    ),
+    "cut dataset.json": (
+        lambda p: (p / "dataset.json").write_text('{"format'),
+        "dataset.json",
+        "truncated",
+        "remove",
+    ),
     "no dataset": (shutil.rmtree, "izzy", "no such folder", "formats/smith300.py"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_episode_is_named_with_key_and_remedy(case, dataset):
-    """One sentence says which episode and which key are wrong and what to do, before anything is trained."""
+    """One sentence says which episode and which key are wrong and what to do, before anything is
+    trained.
+    """
     mutate, *words = CASES[case]
     mutate(dataset)
     with pytest.raises(UserError) as error:
@@ -122,20 +193,31 @@ def test_small_frames_are_refused(dataset):
 
 
 def test_a_frame_damaged_inside_is_named(dataset):
-    """A half-copied frame has a good header; it is found when it is decoded, not fed to the policy grey."""
+    """A half-copied frame has a good header; it is found when it is decoded, not fed to the policy
+    grey.
+    """
     cut("frames/000007.png", 0.5)(dataset)
     with pytest.raises(UserError, match="000007.png: truncated"):
         read_frames(dataset / EPISODE, [6, 7], 32)
 
 
 def test_a_written_episode_is_read_back(synthetic_episodes):
-    """Positions, rotations, commands and camera come back as they were written; labels see the gripper's two changes."""
+    """Positions, rotations, commands and camera come back as they were written; labels see the
+    gripper's two changes.
+    """
     demos, attributes = read_episodes(synthetic_episodes, SIZE)
-    assert [d.name for d in demos] == [f"episode_{i:05d}" for i in range(4)] and attributes["task_suite"] == "libero_spatial"
+    assert [d.name for d in demos] == [f"episode_{i:05d}" for i in range(4)] and attributes[
+        "task_suite"
+    ] == "libero_spatial"
     for demo in demos:
         with np.load(synthetic_episodes / demo.name / "episode.npz") as f:
             np.testing.assert_array_equal(demo.ee_pos, f["eef_pos_t"])
-            assert rotation_angle(rotvec_to_matrix(demo.ee_ori), euler_to_matrix(f["eef_euler_t"])).max() < 1e-6
+            assert (
+                rotation_angle(
+                    rotvec_to_matrix(demo.ee_ori), euler_to_matrix(f["eef_euler_t"])
+                ).max()
+                < 1e-6
+            )
             np.testing.assert_array_equal(demo.actions[:, 6] > 0, f["gripper_t"] > 0.5)
         assert len(demo) == STEPS and np.abs(np.diff(demo.actions[:, 6])).sum() == 4
         np.testing.assert_allclose(demo.K, agentview()[0])
@@ -145,7 +227,9 @@ def test_a_written_episode_is_read_back(synthetic_episodes):
 
 @pytest.mark.parametrize("video, wide", [(False, 0), (False, 20), (True, 0), (True, 20)])
 def test_the_eef_is_seen_where_the_camera_says(video, wide, tmp_path):
-    """Frame t belongs to row t, and cutting out the square moves K along: the blob is at the EEF's pixel, in PNG and in video."""
+    """Frame t belongs to row t, and cutting out the square moves K along: the blob is at the EEF's
+    pixel, in PNG and in video.
+    """
     path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=1, video=video, wide=wide)
     demos, _ = read_episodes(path, SIZE // 2)
     frames = [25, 3, 14]
@@ -167,10 +251,14 @@ def test_a_damaged_video_is_named(tmp_path):
 
 
 def test_an_episode_is_replaced_whole(tmp_path):
-    """Written twice, as by a worker that outlived its parent, an episode is the second one, with no frame of the first."""
+    """Written twice, as by a worker that outlived its parent, an episode is the second one, with no
+    frame of the first.
+    """
     arrays = {"eef_pos_t": np.zeros((3, 3))}
     for n in (5, 3):
-        smith300.write_episode(tmp_path / "episode_00000", arrays, np.full((n, 8, 8, 3), n, np.uint8))
+        smith300.write_episode(
+            tmp_path / "episode_00000", arrays, np.full((n, 8, 8, 3), n, np.uint8)
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["episode_00000"]
     images = read_frames(tmp_path / "episode_00000", range(3), 8)
     assert len(list((tmp_path / "episode_00000" / "frames").iterdir())) == 3 and (images == 3).all()
@@ -179,27 +267,40 @@ def test_an_episode_is_replaced_whole(tmp_path):
 def test_a_failed_write_leaves_no_episode(tmp_path):
     """A kill in the middle of writing leaves no folder that looks like an episode."""
     with pytest.raises(Exception):
-        smith300.write_episode(tmp_path / "episode_00000", {"eef_pos_t": np.zeros((2, 3))}, ["no image"])
+        smith300.write_episode(
+            tmp_path / "episode_00000", {"eef_pos_t": np.zeros((2, 3))}, ["no image"]
+        )
     assert list(tmp_path.iterdir()) == []
 
 
-# -- the dataset -------------------------------------------------------------------------------------------------------
+# -- the dataset
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_the_dataset_has_the_interface_of_the_others(synthetic_episodes, backbone, tmp_path):
-    """Eight waypoints in metres with rotations and commands, the frame's own features, and statistics with the basis."""
+    """Eight waypoints in metres with rotations and commands, the frame's own features, and
+    statistics with the basis.
+    """
     import torch
+
     path = synthetic_episodes
     demos, _ = VolumeDataset.read(path, SIZE)
     dataset = VolumeDataset(path, demos, CONFIG, backbone, cache=tmp_path / "cache", progress=False)
     batch = dataset.batch([0, 5, 9])
-    assert batch["target_pos"].shape == (3, 8, 3) and batch["target_rot"].shape == (3, 8, 3, 3) and batch["mask"].all()
+    assert (
+        batch["target_pos"].shape == (3, 8, 3)
+        and batch["target_rot"].shape == (3, 8, 3, 3)
+        and batch["mask"].all()
+    )
     demo, frame = dataset.demos[dataset.demo[5]], dataset.frame[5]
     np.testing.assert_array_equal(batch["eef_pos"][1], demo.ee_pos[frame])
     live = backbone(torch.from_numpy(read_frames(path / demo.name, [frame], SIZE)))
     assert all(torch.equal(a[1], b[0]) for a, b in zip(batch["features"], live))
     statistics = dataset.statistics()
-    assert statistics["rotation_basis"].ev_ratio[0] > 0.95 and statistics["height_range"][0] < statistics["height_range"][1]
+    assert (
+        statistics["rotation_basis"].ev_ratio[0] > 0.95
+        and statistics["height_range"][0] < statistics["height_range"][1]
+    )
 
 
 def test_a_missing_basis_stops_before_the_features(dataset, backbone, tmp_path):
@@ -226,7 +327,9 @@ def test_libero_files_are_read_too(synthetic_demos):
 
 
 def test_a_simulators_states_come_along(dataset):
-    """A recording made in the simulator keeps its states, which eval.py's protocol check renders; a robot's has none."""
+    """A recording made in the simulator keeps its states, which eval.py's protocol check renders; a
+    robot's has none.
+    """
     demos, _ = read_episodes(dataset)
     assert demos[0].states.size == 0 and len(demos[0].states) == 30
     np.testing.assert_array_equal(demos[1].states[2], [10, 11, 12, 13, 14])
@@ -234,5 +337,7 @@ def test_a_simulators_states_come_along(dataset):
 
 def test_images_of_either_format(dataset, synthetic_demos):
     """One call reads frames by a demonstration's name, whichever format the dataset has."""
-    np.testing.assert_array_equal(smith300.read_images(dataset, EPISODE, [3], 32), read_frames(dataset / EPISODE, [3], 32))
+    np.testing.assert_array_equal(
+        smith300.read_images(dataset, EPISODE, [3], 32), read_frames(dataset / EPISODE, [3], 32)
+    )
     assert smith300.read_images(synthetic_demos, "demo_1", [0, 5], SIZE).shape == (2, SIZE, SIZE, 3)

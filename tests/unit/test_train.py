@@ -1,4 +1,5 @@
 """Training itself, without a simulator: budgets, the loop, its state."""
+
 import json
 import os
 import subprocess
@@ -8,29 +9,52 @@ import time
 
 import pytest
 import torch
+from conftest import SIZE
+from helpers import ROOT, run
 from safetensors.torch import load_file
 
 import train
-from conftest import SIZE
 from harness import checkpoint, trainer
-from helpers import ROOT, run
 from registry import REGISTRY
 from runtime import Distributed, UserError, write_json
 
 
 def flags(dataset, folder, steps, *further):
     """argv of a training of seconds on the synthetic demonstrations."""
-    return ["train.py", "--dataset", dataset, "--image_size", SIZE, "--grid", 14, "--max_steps", steps, "--backbone",
-            "efficientnet_lite0", "--batch_size", 4, "--wandb", "off", "--precision", "fp32", "--out", folder, *further]
+    return [
+        "train.py",
+        "--dataset",
+        dataset,
+        "--image_size",
+        SIZE,
+        "--grid",
+        14,
+        "--max_steps",
+        steps,
+        "--backbone",
+        "efficientnet_lite0",
+        "--batch_size",
+        4,
+        "--wandb",
+        "off",
+        "--precision",
+        "fp32",
+        "--out",
+        folder,
+        *further,
+    ]
 
 
-# -- budgets -------------------------------------------------------------------------------------------------------------
+# -- budgets
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["small", "full"])
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_preset_names_its_own_steps_and_rate(name, preset):
-    """A preset that leaves them to the parser trains 500 steps at 1e-3, whatever its size: on a GPU fewer than the small one."""
+    """A preset that leaves them to the parser trains 500 steps at 1e-3, whatever its size: on a GPU
+    fewer than the small one.
+    """
     args, config = train.parse_args(["--model_type", name, "--preset", preset])
     assert {"max_steps", "lr"} <= config.presets[preset].keys()
     small, full = (config.presets[p]["max_steps"] for p in ("small", "full"))
@@ -38,26 +62,39 @@ def test_every_preset_names_its_own_steps_and_rate(name, preset):
 
 
 def test_a_budget_in_minutes_is_refused(tmp_path):
-    """With the wall clock in it a slower machine ends with another policy: one sentence says what to give instead."""
+    """With the wall clock in it a slower machine ends with another policy: one sentence says what
+    to give instead.
+    """
     with pytest.raises(UserError, match="--max_minutes 5: budgets are steps.*--max_steps"):
         train.parse_args(["--model_type", "para", "--max_minutes", "5"])
-    write_json(tmp_path / "old" / "config.json", {
-        "argv": ["--max_minutes", "5"], "args": {"model_type": "para"}, "config": {"backbone": "efficientnet_lite0"}})
-    with pytest.raises(UserError, match="--resume .*old: was started with --max_minutes.*checkpoint.safetensors still loads"):
+    write_json(
+        tmp_path / "old" / "config.json",
+        {
+            "argv": ["--max_minutes", "5"],
+            "args": {"model_type": "para"},
+            "config": {"backbone": "efficientnet_lite0"},
+        },
+    )
+    with pytest.raises(
+        UserError,
+        match="--resume .*old: was started with --max_minutes.*checkpoint.safetensors still loads",
+    ):
         train.parse_args(["--resume", str(tmp_path / "old")])
 
 
 def test_the_learning_rate_ends_at_zero_with_the_last_step():
     """It depends on the step alone."""
-    args, _ = train.parse_args(["--model_type", "para", "--max_steps", "1000", "--lr", "1e-3", "--warmup", "10"])
+    args, _ = train.parse_args(
+        ["--model_type", "para", "--max_steps", "1000", "--lr", "1e-3", "--warmup", "10"]
+    )
     rates = [trainer.learning_rate(args, step) for step in range(1000)]
     assert max(rates) == pytest.approx(1e-3, rel=1e-3) and rates.index(max(rates)) == 9
     assert rates[-1] < 1e-8 and rates[0] == pytest.approx(1e-4)
 
 
 def test_training_says_how_long_it_will_take(synthetic_demos, tmp_path):
-    """Before the first step there is an estimate from measured steps of the run's own batch size; afterwards the minutes of training
-    and of validation are told apart."""
+    """Before the first step there is an estimate from measured steps of the run's own batch size;
+    afterwards the minutes of training and of validation are told apart."""
     done = run(*flags(synthetic_demos, "run", 3, "--batch_size", 6, "--val_every", 2), cwd=tmp_path)
     assert "3 steps of batch 6: about 0.0 minutes of training on this machine" in done.stdout
     rows = json.loads((tmp_path / "run" / "profile.jsonl").read_text().splitlines()[0])["rows"]
@@ -68,46 +105,119 @@ def test_training_says_how_long_it_will_take(synthetic_demos, tmp_path):
     assert "of training and" in done.stdout and "of validation" in done.stdout
 
 
-# -- several processes ---------------------------------------------------------------------------------------------------
+# -- several processes
+# ---------------------------------------------------------------------------------------------------
 
 
 def torchrun(*arguments, cwd, processes=2):
     """Run a script of the repository under torchrun -> CompletedProcess."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run([*launch, str(ROOT / arguments[0]), *map(str, arguments[1:])], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
+    return subprocess.run(
+        [*launch, str(ROOT / arguments[0]), *map(str, arguments[1:])],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
-A = ["--model_type", "autoregressive", "--context", 3, "--dim", 16, "--n_layers", 2, "--n_heads", 2, "--patch_grid", 4, "--key_width", 8,
-     "--trained_frames", 2, "--n_height_bins", 8]
+A = [
+    "--model_type",
+    "autoregressive",
+    "--context",
+    3,
+    "--dim",
+    16,
+    "--n_layers",
+    2,
+    "--n_heads",
+    2,
+    "--patch_grid",
+    4,
+    "--key_width",
+    8,
+    "--trained_frames",
+    2,
+    "--n_height_bins",
+    8,
+]
 
 
 def test_two_processes_end_with_the_weights_of_one(synthetic_demos, tmp_path):
-    """Two gloo processes share each batch (of five, so that one has more), with noise, masks that differ and images moved sideways:
-    their weights are those of one process up to the order of float sums, which are not those at the start."""
-    common = lambda folder: flags(synthetic_demos, folder, 4, *A, "--batch_size", 5, "--shift_aug", 16, "--warmup", 1)
+    """Two gloo processes share each batch (of five, so that one has more), with noise, masks that
+    differ and images moved sideways: their weights are those of one process up to the order of
+    float sums, which are not those at the start."""
+    common = lambda folder: flags(
+        synthetic_demos, folder, 4, *A, "--batch_size", 5, "--shift_aug", 16, "--warmup", 1
+    )
     run(*common("alone"), cwd=tmp_path)
     done = torchrun(*common("pair"), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    alone, pair = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("alone", "pair"))
-    assert alone.keys() == pair.keys() and checkpoint.load_policy(tmp_path / "pair" / "checkpoint.safetensors")[1]["step"] == 4
+    alone, pair = (
+        load_file(tmp_path / name / "checkpoint.safetensors") for name in ("alone", "pair")
+    )
+    assert (
+        alone.keys() == pair.keys()
+        and checkpoint.load_policy(tmp_path / "pair" / "checkpoint.safetensors")[1]["step"] == 4
+    )
     for name, value in alone.items():
-        torch.testing.assert_close(pair[name].double(), value.double(), rtol=0, atol=2e-5, msg=lambda m: f"{name}: {m}")
-    losses = [[json.loads(row)["train/loss"] for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-               if "train/loss" in row] for name in ("alone", "pair")]
+        torch.testing.assert_close(
+            pair[name].double(), value.double(), rtol=0, atol=2e-5, msg=lambda m: f"{name}: {m}"
+        )
+    losses = [
+        [
+            json.loads(row)["train/loss"]
+            for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            if "train/loss" in row
+        ]
+        for name in ("alone", "pair")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_ends_every_process(synthetic_demos, tmp_path):
-    """One process alone that leaves would hang the others in a collective: each says so, and the last saved state stays."""
-    done = torchrun(*flags(synthetic_demos, "pair", 4, "--lr", 1e30, "--clip", 1e30, "--warmup", 0, "--save_every", 1), cwd=tmp_path)
-    assert done.returncode and done.stderr.count("error: the loss or its gradient is not finite at step") == 2, done.stderr
-    assert "/train.py\", line" not in done.stderr  # torchrun's own traceback is all that there is
-    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "pair" / "checkpoint.safetensors").values())
+    """One process alone that leaves would hang the others in a collective: each says so, and the
+    last saved state stays.
+    """
+    done = torchrun(
+        *flags(
+            synthetic_demos,
+            "pair",
+            4,
+            "--lr",
+            1e30,
+            "--clip",
+            1e30,
+            "--warmup",
+            0,
+            "--save_every",
+            1,
+        ),
+        cwd=tmp_path,
+    )
+    assert (
+        done.returncode
+        and done.stderr.count("error: the loss or its gradient is not finite at step") == 2
+    ), done.stderr
+    assert '/train.py", line' not in done.stderr  # torchrun's own traceback is all that there is
+    assert all(
+        torch.isfinite(v).all()
+        for v in load_file(tmp_path / "pair" / "checkpoint.safetensors").values()
+    )
 
 
 def test_a_process_that_comes_second_waits_at_a_file(tmp_path):
-    """Features are computed before the processes join, by one of them, however long it takes: no barrier with a time-out."""
+    """Features are computed before the processes join, by one of them, however long it takes: no
+    barrier with a time-out.
+    """
     lock, seen = tmp_path / "cache" / "x.lock", []
     pair = Distributed(1, 2)
     slow = lambda progress: (time.sleep(0.3), seen.append(("first", progress)))
@@ -120,7 +230,8 @@ def test_a_process_that_comes_second_waits_at_a_file(tmp_path):
     assert seen == [("first", True), ("second", False)]
 
 
-# -- state ---------------------------------------------------------------------------------------------------------------
+# -- state
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -132,23 +243,31 @@ def state(synthetic_demos, tmp_path_factory):
 
 
 def test_a_state_holds_no_generator(state):
-    """Noise follows from (seed, step), on every device and in every process: there is nothing to save, and nothing to miss."""
+    """Noise follows from (seed, step), on every device and in every process: there is nothing to
+    save, and nothing to miss.
+    """
     tensors = load_file(state / "state.safetensors")
     assert "rng" not in tensors and "optimizer.volume.weight.exp_avg" in tensors
 
 
 DAMAGE = {
-    "another model's": lambda t: t.update({"model.x": torch.zeros(3)}), "missing tensor": lambda t: t.pop("model.volume.bias"),
+    "another model's": lambda t: t.update({"model.x": torch.zeros(3)}),
+    "missing tensor": lambda t: t.pop("model.volume.bias"),
     "other shape": lambda t: t.update({"model.volume.bias": torch.zeros(3)}),
     "foreign moments": lambda t: t.update({"optimizer.0.exp_avg": torch.zeros(3)}),
     "half the moments": lambda t: t.pop("optimizer.volume.bias.exp_avg_sq"),
-    "moments of another shape": lambda t: t.update({"optimizer.volume.bias.exp_avg": torch.zeros(3)}),
-    "no step": lambda t: None}
+    "moments of another shape": lambda t: t.update(
+        {"optimizer.volume.bias.exp_avg": torch.zeros(3)}
+    ),
+    "no step": lambda t: None,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_state_that_does_not_fit_is_refused_in_one_sentence(damage, state, tmp_path):
-    """Of another model, of an earlier version or damaged: file, tensor and remedy, and no traceback of torch."""
+    """Of another model, of an earlier version or damaged: file, tensor and remedy, and no traceback
+    of torch.
+    """
     tensors, info = checkpoint.load_tensors(state / "state.safetensors")
     DAMAGE[damage](tensors)
     path = tmp_path / "state.safetensors"

@@ -1,14 +1,27 @@
-"""Checks on held-out demonstrations: whether a policy looks, free-running rollouts, on policies whose answer is known."""
+"""Checks on held-out demonstrations: whether a policy looks, free-running rollouts, on policies
+whose answer is known.
+"""
+
 import numpy as np
 import pytest
 import torch
-
 from conftest import CLOSES, OPENS, SIZE
+
 from data import WaypointDataset
 from data_ar import WindowDataset
 from formats.demos import GRIPPER_STEPS, read_demos
 from formats.smith300 import read_episodes
-from harness.validation import SHIFT_PX, decision_frames, free_run, looks, newest, newest_loss, predict_newest, rollout_summary, to_pixels
+from harness.validation import (
+    SHIFT_PX,
+    decision_frames,
+    free_run,
+    looks,
+    newest,
+    newest_loss,
+    predict_newest,
+    rollout_summary,
+    to_pixels,
+)
 from model import ParaConfig
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from model_voxel_ar import VoxelConfig, VoxelPolicy
@@ -21,13 +34,25 @@ COMMON = dict(backbone="efficientnet_lite0", image_size=SIZE, waypoint_stride=5)
 def dataset(request, synthetic_demos, backbone, tmp_path_factory):
     """Synthetic demonstrations as single frames and as windows."""
     demos, _ = read_demos(synthetic_demos)
-    kind, config = ((WaypointDataset, ParaConfig(**COMMON)) if request.param == "single" else
-                    (WindowDataset, AutoregressiveConfig(**COMMON, context=3)))
-    return kind(synthetic_demos, demos, config, backbone, cache=tmp_path_factory.mktemp("cache"), progress=False)
+    kind, config = (
+        (WaypointDataset, ParaConfig(**COMMON))
+        if request.param == "single"
+        else (WindowDataset, AutoregressiveConfig(**COMMON, context=3))
+    )
+    return kind(
+        synthetic_demos,
+        demos,
+        config,
+        backbone,
+        cache=tmp_path_factory.mktemp("cache"),
+        progress=False,
+    )
 
 
 class Known(Policy):
-    """Answers where the EEF is said to be plus an offset (it never looks), or the mean colour's place (it only looks)."""
+    """Answers where the EEF is said to be plus an offset (it never looks), or the mean colour's
+    place (it only looks).
+    """
 
     def __init__(self, dataset, blind):
         super().__init__(dataset.config)
@@ -37,16 +62,25 @@ class Known(Policy):
         eef = batch["eef_pos"] if batch["eef_pos"].ndim == 3 else batch["eef_pos"][:, None]
         if not self.blind:
             grain = batch["features"][0].double().mean((-1, -2, -3))  # a number of the image alone
-            eef = torch.zeros_like(eef) + torch.tensor([0.0, 0.0, 1.0]) + 0.1 * grain.reshape(*eef.shape[:-1], 1)
-        return {"position": eef, "gripper": torch.zeros(eef.shape[:2], dtype=torch.long),
-                "rotation": torch.eye(3, dtype=torch.float64).expand(*eef.shape[:2], 3, 3)}
+            eef = (
+                torch.zeros_like(eef)
+                + torch.tensor([0.0, 0.0, 1.0])
+                + 0.1 * grain.reshape(*eef.shape[:-1], 1)
+            )
+        return {
+            "position": eef,
+            "gripper": torch.zeros(eef.shape[:2], dtype=torch.long),
+            "rotation": torch.eye(3, dtype=torch.float64).expand(*eef.shape[:2], 3, 3),
+        }
 
 
 def test_looks_tells_a_guesser_from_a_looker(dataset):
-    """A policy that answers from its state moves with it by the whole shift and does not mind blank images; one that looks does
-    not move at all."""
+    """A policy that answers from its state moves with it by the whole shift and does not mind blank
+    images; one that looks does not move at all."""
     guess, look = (looks(Known(dataset, blind), dataset, "cpu") for blind in (True, False))
-    assert guess["shift_px"] == pytest.approx(SHIFT_PX, rel=1e-6) and guess["blank_ratio"] == pytest.approx(1)
+    assert guess["shift_px"] == pytest.approx(SHIFT_PX, rel=1e-6) and guess[
+        "blank_ratio"
+    ] == pytest.approx(1)
     assert look["shift_px"] == 0 and look["blank_ratio"] != 1
 
 
@@ -59,8 +93,9 @@ class Remembers(Known):
 
 
 def test_looks_tells_whether_the_past_matters(dataset):
-    """Without its past a policy that answers from the oldest frame moves by how far the EEF came; one of the newest frame alone does
-    not move, and a policy without a history has no such figure."""
+    """Without its past a policy that answers from the oldest frame moves by how far the EEF came;
+    one of the newest frame alone does not move, and a policy without a history has no such
+    figure."""
     known, remembers = (looks(kind(dataset, True), dataset, "cpu") for kind in (Known, Remembers))
     if isinstance(dataset, WindowDataset):
         assert known["no_past_mm"] == 0 and remembers["no_past_mm"] > 20
@@ -72,13 +107,19 @@ def test_newest_is_the_last_valid_frame(dataset):
     """Windows are scored on their newest frame, on the same labels that a single-frame dataset has."""
     batch = dataset.batch(np.arange(len(dataset)))
     single, out = newest(batch, {"position": batch["target_pos"]})
-    assert single["target_pos"].shape[0] == len(dataset) and torch.equal(out["position"], single["target_pos"])
+    assert single["target_pos"].shape[0] == len(dataset) and torch.equal(
+        out["position"], single["target_pos"]
+    )
     for i in (0, len(dataset) // 2, len(dataset) - 1):
-        np.testing.assert_array_equal(single["eef_pos"][i], dataset.demos[dataset.demo[i]].ee_pos[dataset.frame[i]])
+        np.testing.assert_array_equal(
+            single["eef_pos"][i], dataset.demos[dataset.demo[i]].ee_pos[dataset.frame[i]]
+        )
 
 
 def test_decision_frames_jump_over_gripper_holds(dataset):
-    """Decisions of a free-running rollout start at the first frame, never fall into a hold, and end at the release."""
+    """Decisions of a free-running rollout start at the first frame, never fall into a hold, and end
+    at the release.
+    """
     demo = dataset.demos[1]
     frames, targets = decision_frames(demo, dataset.config)
     assert frames[0] == 0 and targets[-1] == OPENS and CLOSES in targets
@@ -86,35 +127,54 @@ def test_decision_frames_jump_over_gripper_holds(dataset):
 
 
 def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos, backbone):
-    """Fed its own answer, a policy that answers where it is never leaves the start; jerk and coverage say so."""
+    """Fed its own answer, a policy that answers where it is never leaves the start; jerk and
+    coverage say so.
+    """
     demo = dataset.demos[1]
     rollout = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config)
-    np.testing.assert_allclose(rollout["predicted"], np.broadcast_to(demo.ee_pos[0], rollout["predicted"].shape))
+    np.testing.assert_allclose(
+        rollout["predicted"], np.broadcast_to(demo.ee_pos[0], rollout["predicted"].shape)
+    )
     assert rollout["jerk_mm"] == pytest.approx(0, abs=1e-9) and rollout["true_jerk_mm"] > 1
     assert rollout["jitter_mm"] == pytest.approx(rollout["true_jerk_mm"])  # of what it leaves out
     path = to_pixels(rollout["path"], demo.K, demo.E)
     near = np.linalg.norm(path - path[0], axis=1) <= 8
     assert rollout_summary([rollout])["coverage_8px"] == pytest.approx(near.mean())
-    measured = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config, fed="measured")
+    measured = free_run(
+        Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config, fed="measured"
+    )
     np.testing.assert_allclose(measured["predicted"], demo.ee_pos[measured["frames"]])
 
 
 class Chunks(Known):
-    """Answers four waypoints, each a centimetre above the one before, and counts how often it is asked."""
+    """Answers four waypoints, each a centimetre above the one before, and counts how often it is
+    asked.
+    """
+
     asked = 0
 
     def predict(self, batch):
         self.asked += 1
-        eef = batch["eef_pos"].reshape(1, 1, 3) + 0.01 * torch.arange(1, 5)[None, :, None] * torch.tensor([0.0, 0.0, 1.0])
-        return {"position": eef, "gripper": torch.tensor([[0, 1, 0, 1]]), "rotation": torch.eye(3, dtype=torch.float64).expand(1, 4, 3, 3)}
+        eef = batch["eef_pos"].reshape(1, 1, 3) + 0.01 * torch.arange(1, 5)[
+            None, :, None
+        ] * torch.tensor([0.0, 0.0, 1.0])
+        return {
+            "position": eef,
+            "gripper": torch.tensor([[0, 1, 0, 1]]),
+            "rotation": torch.eye(3, dtype=torch.float64).expand(1, 4, 3, 3),
+        }
 
 
 def test_a_chunk_is_used_up_before_the_policy_looks_again(dataset, synthetic_demos, backbone):
-    """Its waypoints come one after another, the next chunk starts from the last; a change of the gripper ends a chunk."""
+    """Its waypoints come one after another, the next chunk starts from the last; a change of the
+    gripper ends a chunk.
+    """
     demo, policy = dataset.demos[1], Chunks(dataset, True).attach(backbone)
     rollout = free_run(policy, synthetic_demos, demo, dataset.config, fed="chunk")
     n = len(rollout["predicted"])
-    np.testing.assert_allclose(rollout["predicted"][:, 2] - demo.ee_pos[0, 2], 0.01 * np.arange(1, n + 1), atol=1e-9)
+    np.testing.assert_allclose(
+        rollout["predicted"][:, 2] - demo.ee_pos[0, 2], 0.01 * np.arange(1, n + 1), atol=1e-9
+    )
     starts, since = [], 0
     for target in rollout["targets"]:
         starts.append(since == 0)
@@ -127,39 +187,61 @@ def test_a_chunk_is_used_up_before_the_policy_looks_again(dataset, synthetic_dem
 def test_free_run_reads_recordings_of_a_robot(dataset, synthetic_episodes, backbone):
     """The same rollout on a smith300 folder, frames from its image files."""
     demo = read_episodes(synthetic_episodes)[0][1]
-    rollout = free_run(Known(dataset, True).attach(backbone), synthetic_episodes, demo, dataset.config, fed="measured")
+    rollout = free_run(
+        Known(dataset, True).attach(backbone),
+        synthetic_episodes,
+        demo,
+        dataset.config,
+        fed="measured",
+    )
     np.testing.assert_allclose(rollout["predicted"], demo.ee_pos[rollout["frames"]])
     assert len(rollout["frames"]) > 3 and 0 < rollout_summary([rollout])["coverage_8px"] <= 1
 
 
 def test_points_outside_the_image_are_counted_apart(dataset, synthetic_demos, backbone):
-    """A path that leaves the image cannot be followed by cells of the image: the summary says what is covered of the rest."""
+    """A path that leaves the image cannot be followed by cells of the image: the summary says what
+    is covered of the rest.
+    """
     demo = dataset.demos[1]
     rollout = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config)
     assert rollout["in_view"].all()
     rollout["in_view"] = np.arange(len(rollout["path"])) >= 4
     rollout["aside"] = np.where(rollout["in_view"], 5.0, 40.0)
     row = rollout_summary([rollout])
-    assert row["coverage_8px"] == pytest.approx(1 - 4 / row["n_points"]) and row["coverage_8px_in_view"] == 1.0
+    assert (
+        row["coverage_8px"] == pytest.approx(1 - 4 / row["n_points"])
+        and row["coverage_8px_in_view"] == 1.0
+    )
     assert row["coverage_4px_in_view"] == 0.0 and row["n_in_view"] == row["n_points"] - 4
 
 
 @pytest.mark.parametrize("dataset", ["windows"], indirect=True)
 @pytest.mark.parametrize("kind", ["A", "B"])
 def test_the_newest_frames_alone_are_the_same(kind, dataset, backbone):
-    """Deciding only about the frames that are scored gives what deciding about all of a window's does; so does the loss."""
+    """Deciding only about the frames that are scored gives what deciding about all of a window's
+    does; so does the loss.
+    """
     torch.manual_seed(0)
-    size = dict(COMMON, context=3, grid=8, n_height_bins=4, dim=16, n_layers=2, n_heads=2, key_width=8)
-    policy = (AutoregressivePolicy(AutoregressiveConfig(patch_grid=4, **size), backbone.channels) if kind == "A" else
-              VoxelPolicy(VoxelConfig(**size), backbone.channels)).eval()
+    size = dict(
+        COMMON, context=3, grid=8, n_height_bins=4, dim=16, n_layers=2, n_heads=2, key_width=8
+    )
+    policy = (
+        AutoregressivePolicy(AutoregressiveConfig(patch_grid=4, **size), backbone.channels)
+        if kind == "A"
+        else VoxelPolicy(VoxelConfig(**size), backbone.channels)
+    ).eval()
     policy.fit_statistics(dataset.statistics())
     batch = dataset.batch([0, 5, len(dataset) - 1])
     with torch.no_grad():
         single, out = predict_newest(policy, batch)
         expected_single, expected = newest(batch, policy.predict(batch))
-        assert out.keys() == expected.keys() and torch.equal(single["target_pos"], expected_single["target_pos"])
+        assert out.keys() == expected.keys() and torch.equal(
+            single["target_pos"], expected_single["target_pos"]
+        )
         for key, value in expected.items():
             torch.testing.assert_close(out[key], value, rtol=1e-5, atol=1e-5)
-        alone = [newest_loss(policy, dataset.batch([i]))["loss"].item() for i in (0, 5, len(dataset) - 1)]
+        alone = [
+            newest_loss(policy, dataset.batch([i]))["loss"].item() for i in (0, 5, len(dataset) - 1)
+        ]
         assert newest_loss(policy, batch)["loss"].item() == pytest.approx(np.mean(alone), rel=1e-4)
     assert batch["mask"].sum() > 3  # the windows have more frames than are scored

@@ -1,25 +1,42 @@
-"""The voxel-token policies B and C: what a step may know, whose camera places its voxels, where positions are measured from."""
+"""The voxel-token policies B and C: what a step may know, whose camera places its voxels, where
+positions are measured from.
+"""
+
 import copy
 
 import numpy as np
 import pytest
 import torch
+from conftest import agentview
 
 import model_voxel_ar
-from conftest import agentview
 from figures import plots
 from model_voxel_ar import VoxelConfig, VoxelPolicy
 from model_voxel_ar_rel import RelativeVoxelConfig, RelativeVoxelPolicy
 from nets import layers_voxel as lv
 from runtime import UserError
 
-SMALL = dict(image_size=64, grid=12, n_height_bins=6, n_rot_bins=6, dim=24, n_layers=2, n_heads=2, mlp_ratio=2, key_width=8, n_waves=5,
-             context=3)
+SMALL = dict(
+    image_size=64,
+    grid=12,
+    n_height_bins=6,
+    n_rot_bins=6,
+    dim=24,
+    n_layers=2,
+    n_heads=2,
+    mlp_ratio=2,
+    key_width=8,
+    n_waves=5,
+    context=3,
+)
 CHANNELS, B, T = [6, 5], 2, 3
-KINDS = {"B": (VoxelPolicy, VoxelConfig, {}), "C window": (RelativeVoxelPolicy, RelativeVoxelConfig, {}),
-         "C xyz": (RelativeVoxelPolicy, RelativeVoxelConfig, {"anchor_axes": "xyz"}),
-         "C last": (RelativeVoxelPolicy, RelativeVoxelConfig, {"anchor": "last"}),
-         "C episode": (RelativeVoxelPolicy, RelativeVoxelConfig, {"anchor": "episode"})}
+KINDS = {
+    "B": (VoxelPolicy, VoxelConfig, {}),
+    "C window": (RelativeVoxelPolicy, RelativeVoxelConfig, {}),
+    "C xyz": (RelativeVoxelPolicy, RelativeVoxelConfig, {"anchor_axes": "xyz"}),
+    "C last": (RelativeVoxelPolicy, RelativeVoxelConfig, {"anchor": "last"}),
+    "C episode": (RelativeVoxelPolicy, RelativeVoxelConfig, {"anchor": "episode"}),
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -39,12 +56,24 @@ def windows(steps=T, seed=0):
     g = torch.Generator().manual_seed(seed)
     K, E = (torch.from_numpy(x).expand(B, steps, *x.shape).clone() for x in agentview(64))
     E[..., :3, 3] += 0.05 * torch.randn(B, steps, 3, generator=g, dtype=torch.float64)
-    path = torch.tensor([0.0, 0.0, 1.05]) + 0.05 * torch.randn(B, steps, 3, generator=g, dtype=torch.float64)
-    return {"features": [torch.randn(B, steps, n, s, s, generator=g).half() for n, s in zip(CHANNELS, (8, 4))],
-            "eef_pos": path, "first_eef": path[:, 0].clone(), "gripper_width": 0.08 * torch.rand(B, steps, generator=g), "K": K, "E": E,
-            "target_pos": path + 0.03, "target_rot": torch.eye(3, dtype=torch.float64).expand(B, steps, 3, 3),
-            "target_gripper": torch.randint(0, 2, (B, steps), generator=g), "mask": torch.ones(B, steps),
-            "valid": torch.ones(B, steps, dtype=torch.bool)}
+    path = torch.tensor([0.0, 0.0, 1.05]) + 0.05 * torch.randn(
+        B, steps, 3, generator=g, dtype=torch.float64
+    )
+    return {
+        "features": [
+            torch.randn(B, steps, n, s, s, generator=g).half() for n, s in zip(CHANNELS, (8, 4))
+        ],
+        "eef_pos": path,
+        "first_eef": path[:, 0].clone(),
+        "gripper_width": 0.08 * torch.rand(B, steps, generator=g),
+        "K": K,
+        "E": E,
+        "target_pos": path + 0.03,
+        "target_rot": torch.eye(3, dtype=torch.float64).expand(B, steps, 3, 3),
+        "target_gripper": torch.randint(0, 2, (B, steps), generator=g),
+        "mask": torch.ones(B, steps),
+        "valid": torch.ones(B, steps, dtype=torch.bool),
+    }
 
 
 @torch.no_grad()
@@ -56,17 +85,22 @@ def logits(policy, batch):
 
 def frames(batch, t):
     """Frame t as `decide` gets it, first item of the batch."""
-    return {k: [m[:1, t] for m in batch[k]] if k == "features" else batch[k][:1, t] for k in ("features", "eef_pos", "gripper_width", "K", "E")}
+    return {
+        k: [m[:1, t] for m in batch[k]] if k == "features" else batch[k][:1, t]
+        for k in ("features", "eef_pos", "gripper_width", "K", "E")
+    }
 
 
 @every_kind
 def test_a_step_knows_nothing_of_later_ones(kind):
-    """Another image, camera, finger width or EEF at t + 1 leaves the answers up to t alone, and changes the one at t + 1."""
+    """Another image, camera, finger width or EEF at t + 1 leaves the answers up to t alone, and
+    changes the one at t + 1.
+    """
     policy, batch = make(kind), windows()
     before = logits(policy, batch)
     for key in ("features", "E", "gripper_width", "eef_pos"):
         other = copy.deepcopy(batch)
-        for x in (other[key] if key == "features" else [other[key]]):
+        for x in other[key] if key == "features" else [other[key]]:
             x[:, 2] += 0.05 * (100 if key == "features" else 1)
         after = logits(policy, other)
         torch.testing.assert_close(after[:, :2], before[:, :2], rtol=0, atol=1e-5)
@@ -75,12 +109,14 @@ def test_a_step_knows_nothing_of_later_ones(kind):
 
 @every_kind
 def test_a_step_reads_its_past_and_its_own_image(kind):
-    """The EEF before moves the answer (history is used); an earlier image or camera does not (keys are the current voxels)."""
+    """The EEF before moves the answer (history is used); an earlier image or camera does not (keys
+    are the current voxels).
+    """
     policy, batch = make(kind), windows()
     before = logits(policy, batch)
     for key, matters in (("eef_pos", True), ("features", False), ("E", False)):
         other = copy.deepcopy(batch)
-        for x in (other[key] if key == "features" else [other[key]]):
+        for x in other[key] if key == "features" else [other[key]]:
             x[:, 1] += 0.05 * (100 if key == "features" else 1)
         assert ((logits(policy, other)[:, 2] - before[:, 2]).abs().max() > 1e-4) == matters, key
 
@@ -88,25 +124,42 @@ def test_a_step_reads_its_past_and_its_own_image(kind):
 @every_kind
 @pytest.mark.parametrize("context", [3, 2])
 def test_acting_equals_training(kind, context):
-    """Decisions one by one, with nothing kept but EEF tokens, equal the last frame of the same window, and go on past the
-    context: what was trained is what acts."""
+    """Decisions one by one, with nothing kept but EEF tokens, equal the last frame of the same
+    window, and go on past the context: what was trained is what acts."""
     policy, batch = make(kind, context=context), windows(5)
     policy.reset()
     for t in range(5):
         out = policy.decide(frames(batch, t))
         span = slice(max(0, t - context + 1), t + 1)
-        window = {k: [m[:1, span] for m in v] if k == "features" else v[:1] if k == "first_eef" else v[:1, span] for k, v in batch.items()}
+        window = {
+            k: [m[:1, span] for m in v]
+            if k == "features"
+            else v[:1]
+            if k == "first_eef"
+            else v[:1, span]
+            for k, v in batch.items()
+        }
         with torch.no_grad():
             last = torch.tensor([window["mask"].shape[1] - 1])
             expected = {k: v[None] for k, v in policy.decided(window, last, acting=True).items()}
-        torch.testing.assert_close(out["position"][0], expected["position"][0, -1:], rtol=0, atol=1e-4)
-        assert out["gripper"].item() == expected["gripper"][0, -1] and out["rotation"].shape == (1, 1, 3, 3)
+        torch.testing.assert_close(
+            out["position"][0], expected["position"][0, -1:], rtol=0, atol=1e-4
+        )
+        assert out["gripper"].item() == expected["gripper"][0, -1] and out["rotation"].shape == (
+            1,
+            1,
+            3,
+            3,
+        )
 
 
-@pytest.mark.parametrize("kind, axes", [("B", ""), ("C window", "xy"), ("C last", "xy"), ("C xyz", "xyz")])
+@pytest.mark.parametrize(
+    "kind, axes", [("B", ""), ("C window", "xy"), ("C last", "xy"), ("C xyz", "xyz")]
+)
 def test_who_survives_a_moved_world(kind, axes):
-    """Robot, camera and heights moved together: C's distribution stays the same to rounding along the axes that it measures
-    from the EEF, and no other; B's along none. That is their whole difference, and it is exact."""
+    """Robot, camera and heights moved together: C's distribution stays the same to rounding along
+    the axes that it measures from the EEF, and no other; B's along none. That is their whole
+    difference, and it is exact."""
     policy, batch = make(kind), windows()
     before, low_high = logits(policy, batch), policy.height_range.clone()
     for i, axis in enumerate("xyz"):
@@ -121,17 +174,21 @@ def test_who_survives_a_moved_world(kind, axes):
 
 
 def test_an_anchor_that_never_changes_is_no_anchor():
-    """C with the episode's first EEF, all episodes starting at one pose as LIBERO's do, is B with turned weights: the same
-    distributions, so that this anchor says nothing about relative coordinates."""
+    """C with the episode's first EEF, all episodes starting at one pose as LIBERO's do, is B with
+    turned weights: the same distributions, so that this anchor says nothing about relative
+    coordinates."""
     relative, absolute, batch = make("C episode"), make("B"), windows()
     batch["first_eef"] = torch.tensor([[-0.2, 0.05, 1.17]], dtype=torch.float64).expand(B, 3)
     weights = copy.deepcopy(relative.state_dict())
     start = relative.anchors(batch["eef_pos"], batch["first_eef"])[0, 0]
-    turn = lambda weight, offset: lv.shift_encoding(weight, -offset, relative.waves)  # Wg R(a): its rows by R(a) transposed
+    # Wg R(a): its rows by R(a) transposed
+    turn = lambda weight, offset: lv.shift_encoding(weight, -offset, relative.waves)
     weights["positional.weight"] = turn(weights["positional.weight"], start)
     weights["height.weight"] = turn(weights["height.weight"], start[2:])
     absolute.load_state_dict(weights)
-    torch.testing.assert_close(logits(absolute, batch), logits(relative, batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(absolute, batch), logits(relative, batch), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_anchors_differ():
@@ -149,7 +206,11 @@ def test_training_noises_the_known_eef_alone(kind):
     assert torch.equal(policy.noised(batch["eef_pos"]), batch["eef_pos"])
     policy.train()
     noise = policy.noised(batch["eef_pos"].expand(B, T, 3)) - batch["eef_pos"]
-    assert noise.abs().max() > 1e-3 and noise.abs().max() < 0.2 and noise.diff(dim=1).abs().max() > 1e-3
+    assert (
+        noise.abs().max() > 1e-3
+        and noise.abs().max() < 0.2
+        and noise.diff(dim=1).abs().max() > 1e-3
+    )
     policy.config.eef_noise_own = 0.0  # common to a window: the moves inside it stay
     noise = policy.noised(batch["eef_pos"].expand(B, T, 3)) - batch["eef_pos"]
     assert noise.abs().max() > 1e-3 and noise.diff(dim=1).abs().max() < 1e-6
@@ -158,7 +219,9 @@ def test_training_noises_the_known_eef_alone(kind):
 
 
 def test_feedback_modes():
-    """measured takes the given EEF; predicted its own waypoints after the first; hybrid:2 changes over after two decisions."""
+    """measured takes the given EEF; predicted its own waypoints after the first; hybrid:2 changes
+    over after two decisions.
+    """
     batch, used = windows(4), {}
     for feedback in ("measured", "predicted", "hybrid:2"):
         policy = make("B", feedback=feedback)
@@ -169,19 +232,29 @@ def test_feedback_modes():
             answers.append(policy.decide(frames(batch, t))["position"][0])
             used[feedback].append(torch.equal(policy.past[-1][0], batch["eef_pos"][:1, t]))
             assert used[feedback][-1] or torch.equal(policy.past[-1][0], answers[t - 1])
-    assert used == {"measured": [True] * 4, "predicted": [True] + [False] * 3, "hybrid:2": [True, True, False, False]}
+    assert used == {
+        "measured": [True] * 4,
+        "predicted": [True] + [False] * 3,
+        "hybrid:2": [True, True, False, False],
+    }
     with pytest.raises(UserError, match="hybrid"):
         make("B", feedback="hybrid:0").check()
 
 
 @every_kind
 def test_the_fixed_camera_is_remembered_by_value(kind):
-    """The table of a camera that stands still is kept, and a camera or height range that changes makes a new one."""
+    """The table of a camera that stands still is kept, and a camera or height range that changes
+    makes a new one.
+    """
     policy, batch = make(kind), windows()
     still = {**batch, "E": batch["E"][:1, :1].expand(B, T, 4, 4)}
     one = logits(policy, still)
     kept = dict(policy._tables)
-    assert len(kept) == 1 and torch.equal(logits(policy, still), one) and all(policy._tables[k] is v for k, v in kept.items())
+    assert (
+        len(kept) == 1
+        and torch.equal(logits(policy, still), one)
+        and all(policy._tables[k] is v for k, v in kept.items())
+    )
     other = logits(policy, batch)
     assert not torch.equal(other, one)
     policy.height_range += 0.05
@@ -189,33 +262,53 @@ def test_the_fixed_camera_is_remembered_by_value(kind):
 
 
 def test_each_camera_s_table_is_made_once(monkeypatch):
-    """Batches that hold other cameras of a dataset every time make no camera's table anew; beyond the limit the oldest goes."""
+    """Batches that hold other cameras of a dataset every time make no camera's table anew; beyond
+    the limit the oldest goes.
+    """
     policy, batch, made = make("B"), windows(), []
     new_table = policy.new_table
     monkeypatch.setattr(policy, "new_table", lambda K, E: made.append(1) or new_table(K, E))
-    at = lambda b: {**batch, "E": batch["E"][b:b + 1, :1].expand(B, T, 4, 4)}
+    at = lambda b: {**batch, "E": batch["E"][b : b + 1, :1].expand(B, T, 4, 4)}
     moved = at(0)["E"].clone()
     moved[..., 0, 3] += 0.01
     views = [at(0), {**batch, "E": moved}, {**batch, "E": torch.cat([at(0)["E"][:1], moved[1:]])}]
     first = [logits(policy, view) for view in views]
-    assert len(made) == 2 and all(torch.equal(logits(policy, v), f) for v, f in zip(views, first)) and len(made) == 2
+    assert (
+        len(made) == 2
+        and all(torch.equal(logits(policy, v), f) for v, f in zip(views, first))
+        and len(made) == 2
+    )
     monkeypatch.setattr(model_voxel_ar, "MAX_TABLES", 1)
     logits(policy, views[0])
     assert len(policy._tables) == 1 and len(made) == 2
 
 
-@pytest.mark.parametrize("changes", [{"gripper_head": "separate"}, {"eef_mark": False}, {"dilations": "1,2"}, {"sample": True},
-                                     {"target": "hard", "decode": "argmax"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gripper_head": "separate"},
+        {"eef_mark": False},
+        {"dilations": "1,2"},
+        {"sample": True},
+        {"target": "hard", "decode": "argmax"},
+    ],
+    ids=str,
+)
 def test_variants_learn_and_predict(changes):
     """Every flag's other value trains all its parameters and predicts finite waypoints."""
     policy, batch = make("C window", **changes).train(), windows()
     policy(batch)["loss"].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in policy.parameters())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0
+        for p in policy.parameters()
+    )
     assert policy.eval().predict(batch)["position"].isfinite().all()
 
 
 def test_acting_never_answers_here():
-    """In use no waypoint lies where the EEF already is with the command already given: such an answer would stay for ever."""
+    """In use no waypoint lies where the EEF already is with the command already given: such an
+    answer would stay for ever.
+    """
     policy, batch = make("B"), windows()
     with torch.no_grad():
         policy.prior.mul_(0)
@@ -226,25 +319,36 @@ def test_acting_never_answers_here():
         frame["eef_pos"], frame["gripper_width"] = policy.points(zyx, frame), torch.tensor([0.08])
         policy.reset()
         out = policy.decide(frame)
-    assert (out["position"][0, 0] - frame["eef_pos"][0]).norm() > 0.5 * policy.config.min_travel or out["gripper"].item() == 1
+    assert (
+        out["position"][0, 0] - frame["eef_pos"][0]
+    ).norm() > 0.5 * policy.config.min_travel or out["gripper"].item() == 1
 
 
 @every_kind
 def test_pictures_show_distributions(kind, tmp_path):
-    """What train.py draws are distributions: over voxels and over the pixels that the query reads, and drawing them works."""
+    """What train.py draws are distributions: over voxels and over the pixels that the query reads,
+    and drawing them works.
+    """
     policy, batch = make(kind), windows()
     with torch.no_grad():
         volume, heat = policy.distribution(batch), policy.attention(batch)
-    assert volume.shape == (B, T, *policy.volume_shape) and heat.shape == (B, T, SMALL["grid"], SMALL["grid"])
+    assert volume.shape == (B, T, *policy.volume_shape) and heat.shape == (
+        B,
+        T,
+        SMALL["grid"],
+        SMALL["grid"],
+    )
     for x, dims in ((volume, (2, 3, 4)), (heat, (2, 3))):
         torch.testing.assert_close(x.sum(dims), torch.ones(B, T), rtol=1e-4, atol=1e-4)
-    plots.volume_projections(np.zeros((T, 64, 64, 3), np.uint8), volume[0].numpy(), range(T), tmp_path / "volume.png")
+    plots.volume_projections(
+        np.zeros((T, 64, 64, 3), np.uint8), volume[0].numpy(), range(T), tmp_path / "volume.png"
+    )
     assert (tmp_path / "volume.png").stat().st_size > 5000
 
 
 def test_trained_frames_are_drawn_anew():
-    """With --trained_frames a step is about so many frames of each window, masked ones left out, others each time; validation
-    is about all of them."""
+    """With --trained_frames a step is about so many frames of each window, masked ones left out,
+    others each time; validation is about all of them."""
     policy, mask = make("C window", trained_frames=2), torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0]])
     assert policy.trained_rows(mask).tolist() == [0, 1, 2, 3, 4]
     policy.train()

@@ -1,4 +1,7 @@
-"""The worker pool: no job is lost when a worker dies, raises or is recycled. Workers are spawned for real."""
+"""The worker pool: no job is lost when a worker dies, raises or is recycled. Workers are spawned
+for real.
+"""
+
 import os
 import signal
 import subprocess
@@ -134,27 +137,42 @@ def test_a_crashed_worker_is_replaced_and_its_job_repeated(tmp_path):
 
 def test_a_job_that_always_crashes_is_given_up(tmp_path):
     """After its tries a job is reported with how its worker died, and the others are done."""
-    outcomes = {o.job: o for o in run_jobs(["always", 1, 3], Crash, (str(tmp_path),), n_workers=1, tries=2)}
+    outcomes = {
+        o.job: o for o in run_jobs(["always", 1, 3], Crash, (str(tmp_path),), n_workers=1, tries=2)
+    }
     assert "exited with code 3" in outcomes["always"].error
     assert outcomes[1].result[0] == 1 and outcomes[3].result[0] == 9
 
 
 def test_a_job_that_hangs_times_out_and_is_tried_again(tmp_path):
-    """A stuck EGL call would stop a run for ever. The hung worker is killed, its job is done by another."""
+    """A stuck EGL call would stop a run for ever. The hung worker is killed, its job is done by
+    another.
+    """
     outcomes = list(run_jobs([1, 2, 3], Hang, (str(tmp_path),), n_workers=2, timeout=4))
-    assert sorted((o.job, o.result[0], o.died) for o in outcomes) == [(1, 1, False), (2, 4, False), (3, 9, False)]
+    assert sorted((o.job, o.result[0], o.died) for o in outcomes) == [
+        (1, 1, False),
+        (2, 4, False),
+        (3, 9, False),
+    ]
     assert (tmp_path / "2.tried").exists()
 
 
 def test_a_job_that_always_hangs_is_given_up(tmp_path):
-    """After its tries it is reported as a worker's death, no exception of its own, and the others are done."""
-    outcomes = {o.job: o for o in run_jobs(["always", 1], Hang, (str(tmp_path),), n_workers=1, tries=1, timeout=4)}
+    """After its tries it is reported as a worker's death, no exception of its own, and the others
+    are done.
+    """
+    outcomes = {
+        o.job: o
+        for o in run_jobs(["always", 1], Hang, (str(tmp_path),), n_workers=1, tries=1, timeout=4)
+    }
     assert "no answer for 4 s" in outcomes["always"].error and outcomes["always"].died
     assert outcomes[1].result[0] == 1
 
 
 def test_a_result_that_waits_for_the_caller_is_no_hang(tmp_path):
-    """A caller that writes a video for longer than a job may take finds the next result, not a killed worker."""
+    """A caller that writes a video for longer than a job may take finds the next result, not a
+    killed worker.
+    """
     outcomes = []
     for outcome in run_jobs([1, 3, 4], Hang, (str(tmp_path),), n_workers=2, tries=1, timeout=4):
         outcomes.append(outcome)
@@ -162,8 +180,17 @@ def test_a_result_that_waits_for_the_caller_is_no_hang(tmp_path):
     assert all(o.error is None for o in outcomes) and len(outcomes) == 3
 
 
-@pytest.mark.parametrize("name, value", [("n_workers", 0), ("n_workers", -1), ("recycle", 0), ("tries", 0), ("timeout", 0),
-                                         ("timeout", float("nan"))])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("n_workers", 0),
+        ("n_workers", -1),
+        ("recycle", 0),
+        ("tries", 0),
+        ("timeout", 0),
+        ("timeout", float("nan")),
+    ],
+)
 def test_numbers_out_of_range_are_refused(name, value):
     """No worker does no job, and a worker that is replaced after zero jobs is replaced for ever."""
     with pytest.raises(UserError, match=f"--{name.removeprefix('n_')} "):
@@ -175,14 +202,20 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
     """SIGKILL of a collection leaves no simulator behind, working for nobody."""
     code = f"from sim.workers import run_jobs; from test_workers import Sleep; list(run_jobs([1, 2], Sleep, ({str(tmp_path)!r},)))"
     here = Path(__file__).resolve().parent
-    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{here}:{here.parents[1]}"})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{here}:{here.parents[1]}"}
+    )
     deadline = time.time() + 60
     while len(list(tmp_path.iterdir())) < 2 and time.time() < deadline:
         time.sleep(0.05)
     pids = [int(path.name) for path in tmp_path.iterdir()]
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    alive = lambda: [p for p in pids if Path(f"/proc/{p}/stat").exists() and " Z " not in Path(f"/proc/{p}/stat").read_text()]
+    alive = lambda: [
+        p
+        for p in pids
+        if Path(f"/proc/{p}/stat").exists() and " Z " not in Path(f"/proc/{p}/stat").read_text()
+    ]
     deadline = time.time() + 10
     while (left := alive()) and time.time() < deadline:
         time.sleep(0.05)
@@ -192,7 +225,9 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
 
 
 def test_a_worker_that_dies_between_jobs_is_replaced(tmp_path):
-    """A worker may also die while the caller is busy with its result; the next job then goes to a new one."""
+    """A worker may also die while the caller is busy with its result; the next job then goes to a
+    new one.
+    """
     outcomes = []
     for outcome in run_jobs([1, 2, 3], DiesIdle, (str(tmp_path),), n_workers=1):
         outcomes.append(outcome)
@@ -203,7 +238,9 @@ def test_a_worker_that_dies_between_jobs_is_replaced(tmp_path):
 def test_a_job_that_raises_is_reported():
     """An exception comes back as its traceback, on the first try, and the other jobs go on."""
     outcomes = {o.job: o for o in run_jobs(range(3), Raise, n_workers=1)}
-    assert "ValueError: job one is no good" in outcomes[1].error and "Traceback" in outcomes[1].error
+    assert (
+        "ValueError: job one is no good" in outcomes[1].error and "Traceback" in outcomes[1].error
+    )
     assert outcomes[1].result is None and outcomes[0].result[0] == 0 and outcomes[2].result[0] == 4
 
 
@@ -213,16 +250,26 @@ def test_recycling_changes_the_process():
     assert pids[0] == pids[1] and pids[2] == pids[3] and len(set(pids)) == 3
 
 
-@pytest.mark.parametrize("factory, reason", [(Unmakeable, "OSError: no EGL here"), (DiesAtStart, "exited with code 5"),
-                                             (HangsAtStart, "no answer for 1 s")])
+@pytest.mark.parametrize(
+    "factory, reason",
+    [
+        (Unmakeable, "OSError: no EGL here"),
+        (DiesAtStart, "exited with code 5"),
+        (HangsAtStart, "no answer for 1 s"),
+    ],
+)
 def test_a_worker_that_cannot_start_ends_the_run(factory, reason):
-    """A simulator that never starts is said with its own reason, instead of being tried, or waited for, for ever."""
+    """A simulator that never starts is said with its own reason, instead of being tried, or waited
+    for, for ever.
+    """
     with pytest.raises(RuntimeError, match=reason):
         list(run_jobs(range(3), factory, n_workers=1, timeout=1 if factory is HangsAtStart else 60))
 
 
 def test_workers_have_one_thread_each_and_the_parent_is_left_alone(monkeypatch):
-    """Two workers of two threads each are ten times slower on two cores; the caller's own settings come back."""
+    """Two workers of two threads each are ten times slower on two cores; the caller's own settings
+    come back.
+    """
     monkeypatch.setenv("MKL_NUM_THREADS", "7")
     before = {name: os.environ.get(name) for name in THREADS}
     assert [o.result for o in run_jobs([0], Threads)] == [THREADS]
@@ -232,6 +279,7 @@ def test_workers_have_one_thread_each_and_the_parent_is_left_alone(monkeypatch):
 def test_leaving_early_ends_the_workers():
     """A caller that stops listening leaves no process behind."""
     import multiprocessing
+
     jobs = run_jobs(range(10), Square, n_workers=2)
     next(jobs)
     jobs.close()
