@@ -1,11 +1,15 @@
-# make setup: the environment; make demo: from nothing to a page with success rates; make test: everything checked; make docs: the site.
+# make setup   the environment
+# make demo    from nothing to a page with success rates
+# make test    everything checked
+# make lint    style, format and imports
+# make docs    the site
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: setup demo test gpu bench docs clean-demo
+.PHONY: setup demo test lint gpu bench docs clean-demo
 
 setup: $(STAMP)
 	@$(PY) -m sim.check_setup
@@ -21,6 +25,12 @@ $(STAMP): requirements.txt
 
 demo: setup
 	@PY=$(PY) ./demo.sh $(DEMO)
+
+# .pre-commit-config.yaml has the same three
+lint: setup
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 test: setup
 	@$(PY) -m pytest tests -q -m 'not gpu' -n 2 --dist loadfile --no-loadscope-reorder --durations=15
