@@ -18,17 +18,78 @@ from runtime import UserError, started_as
 LARGEST = 10**9  # of counts and seeds: what NumPy, torch and a day have room for
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: one sentence, not the names of 70 flags first."""
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's help, with short words for values and the default behind each text."""
 
-    def __init__(self, description, **options):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26)
+
+    def _get_default_metavar_for_optional(self, action):
+        if isinstance(action.type, Number):
+            return "N" if action.type.kind is int else "X"
+        return "PATH" if action.type in (Path, new_folder) else action.dest.upper()
+
+    def _get_help_string(self, action):
+        # a text that ends with a bracket names its default, or what stands in for it
+        silent = action.help.endswith(")") or action.default is argparse.SUPPRESS
+        if silent or action.default is None or isinstance(action.default, bool):
+            return action.help
+        return f"{action.help} (%(default)s)"
+
+
+class HelpAll(argparse.Action):
+    """--help_all: every flag, group by group."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(parser.format_all(), end="")
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: one sentence, not 70 names of flags first.
+
+    first: names of the flags that a user needs first, as "dataset out seed". --help shows these, in
+    this order; --help_all shows every flag under the group (`add_argument_group`) it was added to.
+    """
+
+    def __init__(self, description, first="", **options):
+        options.setdefault("formatter_class", Formatter)
         if len(started_as()) == 2:
             options.setdefault("prog", shlex.join(["python", *started_as()]))
         super().__init__(description=description, **options)
+        self.first = first.split()
+        if self.first:
+            text = "show every flag, in groups, and exit"
+            self.add_argument("--help_all", action=HelpAll, nargs=0, help=text)
 
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+    def format_help(self):
+        """The text of --help."""
+        if not self.first:
+            return super().format_help()
+        by_name = {action.dest: action for action in self._actions}
+        shown = [by_name[name] for name in self.first]
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        formatter.start_section("flags that are needed first")
+        formatter.add_arguments(shown)
+        formatter.end_section()
+        n_flags = sum(action.help is not argparse.SUPPRESS for action in self._actions)
+        formatter.add_text(f"--help_all shows all {n_flags} flags, in groups.")
+        return formatter.format_help()
+
+    def format_all(self):
+        """The text of --help_all: no usage line first, which would name every flag once more."""
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        return formatter.format_help()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +214,7 @@ def _writable(path):
     try:
         above = next(p for p in (path, *path.absolute().parents) if p.exists())
     except OSError as error:  # a name that is too long
-        raise argparse.ArgumentTypeError(f"{path} cannot be written ({error.strerror})")
+        raise argparse.ArgumentTypeError(f"{path} cannot be written ({error.strerror})") from None
     if above != path and not above.is_dir():
         raise argparse.ArgumentTypeError(f"{path} lies below {above}, which is a file")
     if not os.access(above, os.W_OK):
@@ -165,7 +226,7 @@ def _writable(path):
 
 
 def field_type(kind, low, high, above, below):
-    """The type of a config field: whole numbers start at 1, others at 0, unless a bound says else."""
+    """The type of a config field: without a bound, whole numbers start at 1 and others at 0."""
     if kind not in (int, float):
         return kind
     if low is None and above is None:
@@ -176,7 +237,7 @@ def field_type(kind, low, high, above, below):
 
 
 def check_fields(config):
-    """Raise UserError unless every field of a config dataclass holds what its declaration allows."""
+    """Raise UserError unless every field of a config holds what its declaration allows."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kind, choices = field.metadata["type"], field.metadata["choices"]

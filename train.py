@@ -1,8 +1,8 @@
 """Train a policy.
 
-python train.py --model_type para                     # default dataset; collected first where there is none
+python train.py --model_type para     # default dataset, collected first where it is missing
 python train.py --model_type para --max_steps 2500 --dataset data/x.hdf5 --seed 1
-python train.py --resume runs/NAME                    # go on after a kill or Ctrl-C
+python train.py --resume runs/NAME    # go on after a kill or Ctrl-C
 torchrun --nproc_per_node 2 train.py --model_type para
 """
 
@@ -64,6 +64,10 @@ BUDGETS_ARE_STEPS = (
 )
 
 
+# what --help shows; --help_all shows the rest
+FIRST = "model_type dataset out preset max_steps batch_size lr backbone seed device"
+
+
 class RefuseMinutes(argparse.Action):
     """--max_minutes, which an earlier version had: one sentence instead of an unknown flag."""
 
@@ -72,129 +76,106 @@ class RefuseMinutes(argparse.Action):
 
 
 def build_parser(config_class=None):
-    parser = flags.Parser(__doc__)
-    parser.add_argument("--model_type", default="para", choices=list(REGISTRY))
-    parser.add_argument(
-        "--dataset",
-        type=Path,
-        default=DEFAULT_DATASET,
-        help=f"LIBERO-format HDF5, or a smith300 folder ({DEFAULT_DATASET})",
-    )
-    parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations")
-    parser.add_argument("--out", type=flags.new_folder, help="run folder (runs/MODEL_DATE)")
-    parser.add_argument(
-        "--init_from",
-        type=Path,
-        metavar="CKPT",
-        help="finetune: start from this checkpoint's tensors that fit by name and shape",
-    )
-    parser.add_argument(
-        "--freeze_steps",
-        type=flags.whole,
-        default=500,
-        help="with --init_from: steps in which the volume head stays as it is",
-    )
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RUN",
-        help="go on with this run folder; its own flags are used",
-    )
-    parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
-    parser.add_argument(
-        "--cache",
-        type=flags.new_folder,
-        default=Path("cache/features"),
-        help="folder of cached features",
-    )
-    parser.add_argument(
-        "--cache_only",
-        action="store_true",
-        help="compute the features that this training needs, and stop",
-    )
-    parser.add_argument(
-        "--frame_stride",
-        type=flags.count,
-        default=2,
-        help="train on every k-th frame of a demonstration",
-    )
-    parser.add_argument(
-        "--val_fraction", type=flags.fraction, default=0.15, help="share of demonstrations held out"
-    )
-    parser.add_argument(
-        "--mirror",
-        action="store_true",
-        help="train on each demonstration's reflection in the robot's plane of symmetry too",
-    )
-    parser.add_argument(
-        "--shift_aug",
-        type=flags.not_negative,
-        default=0,
-        metavar="PX",
-        help="train on images moved sideways by up to so many pixels, each by its own",
-    )
-    parser.add_argument(
-        "--turn_back",
-        action="store_true",
-        help="turn each demonstration's world until its camera is where agentview is (--turn_spread)",
-    )
-    parser.add_argument(
-        "--batch_size", type=flags.count, default=16, help="samples a step, over all processes"
-    )
-    parser.add_argument("--lr", type=flags.positive, default=1e-3)
-    parser.add_argument("--weight_decay", type=flags.not_negative, default=0.01)
-    parser.add_argument(
-        "--warmup",
-        type=flags.whole,
-        default=30,
-        help="steps of linear warm-up, then a cosine to zero",
-    )
-    parser.add_argument("--clip", type=flags.positive, default=1.0, help="gradient norm")
-    parser.add_argument(
-        "--max_steps",
-        type=flags.count,
-        default=500,
-        help="steps of the whole training, at whose end the cosine is zero",
-    )
-    parser.add_argument(
-        "--max_minutes", action=RefuseMinutes, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
-    parser.add_argument("--val_every", type=flags.count, default=100, help="steps")
-    parser.add_argument(
-        "--val_samples",
-        type=flags.count,
-        default=400,
-        help="frames that a validation looks at, a third as many windows",
-    )
-    parser.add_argument("--save_every", type=flags.count, default=100, help="steps")
-    parser.add_argument("--seed", type=flags.whole, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", "fp32", "bf16"),
-        help="auto: bf16 on a GPU, and on a CPU that has it",
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the policy")
-    parser.add_argument("--wandb", default="offline", choices=("online", "offline", "off"))
+    """Flags of a training; with a policy's config class, that policy's own too."""
+    parser = flags.Parser(__doc__, first=FIRST)
+    add_run_flags(parser.add_argument_group("run"))
+    add_data_flags(parser.add_argument_group("data"))
+    add_training_flags(parser.add_argument_group("training"))
     if config_class:
         add_config_flags(parser, config_class)
         if config_class.presets:
-            parser.add_argument(
-                "--preset",
-                choices=["auto", *config_class.presets],
-                default="auto",
-                help="sizes: "
-                + "; ".join(f"{k} {v or 'the defaults'}" for k, v in config_class.presets.items())
-                + "; auto: small without a GPU",
-            )
+            add_preset_flag(parser.add_argument_group("sizes"), config_class.presets)
     return parser
+
+
+def add_run_flags(group):
+    """What is trained, where it is written, and on what machine."""
+    add = group.add_argument
+    names = ", ".join(REGISTRY)
+    add(
+        "--model_type",
+        default="para",
+        choices=list(REGISTRY),
+        metavar="NAME",
+        help=f"{names} (para)",
+    )
+    add("--out", type=flags.new_folder, help="run folder (runs/MODEL_DATE)")
+    add("--resume", type=Path, metavar="RUN", help="go on with a run folder, by its own flags")
+    add("--seed", type=flags.whole, default=0, help="of weights, samples and noise")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    precisions = ("auto", "fp32", "bf16")
+    add("--precision", default="auto", choices=precisions, help="auto: bf16 where it is fast")
+    add("--compile", action="store_true", help="torch.compile the policy")
+    add("--wandb", default="offline", choices=("online", "offline", "off"), help="log there too")
+
+
+def add_data_flags(group):
+    """What is trained on."""
+    add = group.add_argument
+    what = "LIBERO-format HDF5, or a smith300 folder"
+    add("--dataset", type=Path, default=DEFAULT_DATASET, help=what)
+    add("--n_demos", type=flags.count, help="use only the first N demonstrations")
+    what = "share of demonstrations held out"
+    add("--val_fraction", type=flags.fraction, default=0.15, help=what)
+    what = "train on every k-th frame of a demonstration"
+    add("--frame_stride", type=flags.count, default=2, help=what)
+    what = "train on each demonstration's reflection in the robot's plane of symmetry too"
+    add("--mirror", action="store_true", help=what)
+    what = "train on images moved sideways by up to so many pixels, each by its own"
+    add("--shift_aug", type=flags.not_negative, default=0, metavar="PX", help=what)
+    what = "turn each demonstration's world until its camera is where agentview is (--turn_spread)"
+    add("--turn_back", action="store_true", help=what)
+    add("--backbone_weights", type=Path, help="local file of backbone weights")
+    default = Path("cache/features")
+    add("--cache", type=flags.new_folder, default=default, help="folder of cached features")
+    what = "compute the features that this training needs, and stop"
+    add("--cache_only", action="store_true", help=what)
+
+
+def add_training_flags(group):
+    """How long, how fast, and from which weights on."""
+    add = group.add_argument
+    what = "steps of the whole training (the preset's)"
+    add("--max_steps", type=flags.count, default=500, help=what)
+    add("--max_minutes", action=RefuseMinutes, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    what = "samples a step, over all processes (the preset's)"
+    add("--batch_size", type=flags.count, default=16, help=what)
+    add("--lr", type=flags.positive, default=1e-3, help="highest learning rate (the preset's)")
+    what = "steps of linear warm-up, then a cosine to zero (30, or the preset's)"
+    add("--warmup", type=flags.whole, default=30, help=what)
+    add("--weight_decay", type=flags.not_negative, default=0.01, help="of AdamW")
+    add("--clip", type=flags.positive, default=1.0, help="largest gradient norm")
+    what = "steps between validations (100, or the preset's)"
+    add("--val_every", type=flags.count, default=100, help=what)
+    what = "frames that a validation looks at, a third as many windows"
+    add("--val_samples", type=flags.count, default=400, help=what)
+    what = "steps between checkpoints (100, or the preset's)"
+    add("--save_every", type=flags.count, default=100, help=what)
+    what = "finetune: start from this checkpoint's tensors that fit by name and shape"
+    add("--init_from", type=Path, metavar="CKPT", help=what)
+    what = "with --init_from: steps in which the volume head stays as it is"
+    add("--freeze_steps", type=flags.whole, default=500, help=what)
+
+
+def add_preset_flag(group, presets):
+    """--preset; what each preset sets stands above it."""
+    sizes = []
+    for name, values in presets.items():
+        words = " ".join(f"--{flag} {value}" for flag, value in values.items())
+        sizes.append(f"{name}: {words or 'the defaults'}")
+    group.description = "\n".join(sizes)
+    what = "sizes; auto: full on a GPU, small without"
+    group.add_argument("--preset", choices=["auto", *presets], default="auto", help=what)
 
 
 def parse_args(argv=None):
     """Flags, --model_type first because it decides which others there are -> (args, config)."""
     first, _ = build_parser().parse_known_args(
-        [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")]
+        [
+            a
+            for a in (sys.argv[1:] if argv is None else argv)
+            if a not in ("-h", "--help", "--help_all")
+        ]
     )
     if first.resume:
         stored = first.resume / "config.json"

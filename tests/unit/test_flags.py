@@ -153,6 +153,28 @@ def test_every_number_of_every_parser_has_a_range():
                 )
 
 
+@pytest.mark.parametrize("name", REGISTRY)
+def test_help_is_read_in_a_minute(name, monkeypatch):
+    """Two hundred lines hide the ten flags that a user needs first."""
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = train.build_parser(look_up(name).config)
+    lines = parser.format_help().splitlines()
+    assert len(lines) <= 26 and "--help_all shows all" in lines[-1]
+    assert sum(line.startswith("  --") for line in lines) == len(parser.first) == 10
+
+
+def test_help_all_shows_every_flag(monkeypatch, capsys):
+    """A flag that neither text names is found by reading the code alone."""
+    with pytest.raises(SystemExit) as left:
+        train.parse_args(["--model_type", "act", "--help_all"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and "\ntraining:\n" in text and "\nActConfig:\n" in text
+    for action in train.build_parser(look_up("act").config)._actions:
+        times = sum(line.startswith(f"  {action.option_strings[0]}") for line in text.splitlines())
+        hidden = action.help is argparse.SUPPRESS
+        assert hidden or times >= 1, action.option_strings
+
+
 def test_presets_lie_in_their_ranges():
     """What --preset sets is not parsed, so nothing else would refuse it."""
     for name in REGISTRY:
