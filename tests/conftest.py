@@ -1,9 +1,9 @@
 """Shared fixtures: small synthetic demonstrations with a true camera, a small backbone, an
-unreachable hub.
-"""
+unreachable hub."""
 
 import os
 import pickle
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -62,15 +62,13 @@ PUSHED = (3, 4)  # perturbed frames of the even demos
 
 def agentview(size=SIZE):
     """(K, E) of a camera like agentview: one metre from the table's middle, looking down at it from
-    the front.
-    """
+    the front."""
     return intrinsics(45, size), look_at([0.75, 0.0, 1.65], [0.0, 0.0, 1.0])
 
 
 def pick_and_place(rng, steps=STEPS):
     """EEF positions (T,3) m of one smooth pick and place that stands still while the gripper moves,
-    commands (T,).
-    """
+    commands (T,)."""
     start, pick, place = (
         rng.uniform([-0.15, -0.2, z], [0.15, 0.2, z + 0.03]) for z in (1.15, 0.95, 0.98)
     )
@@ -104,8 +102,7 @@ def write_synthetic_demos(
     path, n_demos=4, steps=STEPS, size=SIZE, seed=0, pushes=True, orientation="upright"
 ):
     """Write a valid demonstration file like collect_demos.py's, without a simulator; return its
-    path.
-    """
+    path."""
     K, E = agentview(size)
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
@@ -165,7 +162,7 @@ def write_synthetic_episodes(
     sides of the frames.
     """
     K, E = agentview(size)
-    K = K + [[0, 0, wide], [0, 0, 0], [0, 0, 0]]
+    K = [*K, [0, 0, wide], [0, 0, 0], [0, 0, 0]]
     for i in range(n_episodes):
         rng = np.random.default_rng([seed, i])
         position, gripper = pick_and_place(rng, steps)
@@ -198,7 +195,8 @@ def write_synthetic_episodes(
 
 
 def with_basis(path, space="so3"):
-    """Write the rotation basis of a dataset of either format beside it; return the dataset's path."""
+    """Write the rotation basis of a dataset of either format beside it; return the dataset's
+    path."""
     demos_, _ = smith300.read_dataset(path)
     rotations = rotvec_to_matrix(np.concatenate([d.ee_ori for d in demos_]))
     provenance = {
@@ -211,7 +209,8 @@ def with_basis(path, space="so3"):
 
 @pytest.fixture(scope="session")
 def synthetic_demos(tmp_path_factory):
-    """A valid small demonstration file, its rotation basis beside it. Shared: do not write to it."""
+    """A valid small demonstration file, its rotation basis beside it. Shared: do not write to
+    it."""
     return with_basis(write_synthetic_demos(tmp_path_factory.mktemp("demos") / "synthetic.hdf5"))
 
 
@@ -246,8 +245,7 @@ def no_hub(monkeypatch, tmp_path):
 
 def made_once(tmp_path_factory, name, make):
     """What `make(folder)` returns, made by the first of the test processes that asks and read by
-    the others.
-    """
+    the others."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     stored = root / f"{name}.pickle"
@@ -276,19 +274,9 @@ def collected(tmp_path_factory):
     third."""
 
     def collect(folder):
-        arguments = (
-            "collect_demos.py",
-            "--n_demos",
-            3,
-            "--seed",
-            7,
-            "--image_size",
-            helpers.SIZE,
-            "--clean_scene",
-            "--workers",
-            1,
-            "--out",
-            "demos.hdf5",
+        arguments = shlex.split(
+            f"collect_demos.py --n_demos 3 --seed 7 --image_size {helpers.SIZE} "
+            "--clean_scene --workers 1 --out demos.hdf5"
         )
         parts = folder / "demos.hdf5.parts"
         code = helpers.interrupt(

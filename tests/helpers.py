@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import select
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -69,19 +70,18 @@ def warm():
 
 def started(script):
     """What Python is given to start a script in the root (train.py) or one in a package
-    (study.bench).
-    """
+    (study.bench)."""
     return [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
 
 
 def start(arguments, cwd, files):
     """Start a script of the repository in `cwd`, its output and its errors into `files` -> a
-    process.
+    process. arguments: words, or a command as it is typed.
 
     Where the environment was changed, which libraries read when they are imported, it is a fresh
     interpreter.
     """
-    script, *rest = arguments
+    script, *rest = shlex.split(arguments) if isinstance(arguments, str) else arguments
     if hasattr(os, "fork") and sys.platform == "linux" and environment() == warm()[1]:
         return Forked(warm()[0], [*started(script), *rest], cwd, files)
     with open(files[0], "wb") as out, open(files[1], "wb") as err:
@@ -97,11 +97,11 @@ def start(arguments, cwd, files):
 
 def run(*arguments, cwd, ok=True, timeout=400):
     """Run a script of the repository in `cwd` -> CompletedProcess; its output is shown when it
-    fails.
-    """
+    fails. arguments: words, or one string, the command as it is typed."""
+    command = arguments[0] if len(arguments) == 1 else arguments
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
-        process = start(arguments, cwd, files)
+        process = start(command, cwd, files)
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -125,32 +125,10 @@ def interrupt(arguments, cwd, when, number, timeout=300):
 
 
 def train_flags(dataset, folder, steps):
-    return (
-        "train.py",
-        "--dataset",
-        dataset,
-        "--image_size",
-        SIZE,
-        "--grid",
-        14,
-        "--width",
-        8,
-        "--max_steps",
-        steps,
-        "--backbone",
-        "efficientnet_lite0",
-        "--batch_size",
-        4,
-        "--val_every",
-        3,
-        "--save_every",
-        2,
-        "--wandb",
-        "off",
-        "--out",
-        folder,
-        "--precision",
-        "fp32",
+    return shlex.split(
+        f"train.py --dataset {dataset} --image_size {SIZE} --grid 14 --width 8 "
+        f"--max_steps {steps} --backbone efficientnet_lite0 --batch_size 4 --val_every 3 "
+        f"--save_every 2 --wandb off --out {folder} --precision fp32"
     )
 
 

@@ -30,7 +30,7 @@ def become(request):
         file = os.open(path, flags)
         os.dup2(file, number)
         os.close(file)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - it stays open while the script runs
     np.random.seed()  # a fork has its parent's state
     script, *rest = request["arguments"]
     if script == "-m":  # `python -m study.bench`, from the repository's root

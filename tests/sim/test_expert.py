@@ -1,6 +1,5 @@
 """The grasp around the rim, in the real simulator without rendering: its yaw follows the objects
-and is really reached.
-"""
+and is really reached."""
 
 import ctypes
 import gc
@@ -59,8 +58,7 @@ def test_a_rebuilt_scene_leaves_no_memory_behind(scene):
 
 def test_rim_angle_known_values():
     """Plate straight ahead in +x: no turn. 15 degrees aside: twice that. Far aside: the limit, on
-    the same side.
-    """
+    the same side."""
     assert rim_angle([0, 0, 0.9], [0.2, 0, 0.9]) == 0
     aside = [np.cos(np.radians(15)), np.sin(np.radians(15)), 0.3]
     assert rim_angle([0, 0, 0.9], aside) == pytest.approx(np.radians(30))
@@ -73,8 +71,7 @@ def test_rim_angle_known_values():
 
 def test_servo_action_turns_only_when_asked():
     """Without a rotation the action is what it was; with one it is the log of the remaining turn in
-    units of half a radian, clipped.
-    """
+    units of half a radian, clipped."""
     at, to, now = np.zeros(3), np.array([0.01, 0, 0]), euler_to_matrix(np.array([np.pi, 0, 0.2]))
     np.testing.assert_array_equal(servo_action(at, to, OPEN)[3:6], 0)
     small = servo_action(
@@ -91,8 +88,7 @@ def test_servo_action_turns_only_when_asked():
 @pytest.mark.parametrize("degrees", YAWS)
 def test_the_rim_expert_turns_and_succeeds(scene, degrees, tmp_path):
     """Bowl placed and released, grasped with the yaw that the layout asks for, by the fingers' own
-    measured orientation.
-    """
+    measured orientation."""
     state = layout(scene, degrees)
     path = expert_path(scene, state, tmp_path, grasp="rim")
     assert path.success and scene.observe(image=False).gripper_width > OPEN_WIDTH
@@ -108,8 +104,7 @@ def test_the_rim_expert_turns_and_succeeds(scene, degrees, tmp_path):
 
 def test_the_oracle_needs_the_rotation(scene, tmp_path):
     """The yaw matters: an oracle that follows the rim expert with its rotations places the bowl,
-    without them it does not.
-    """
+    without them it does not."""
     state = layout(scene, 27)
     path = expert_path(scene, state, tmp_path, grasp="rim")
     turned, _, _ = run_episode(

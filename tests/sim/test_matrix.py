@@ -1,6 +1,5 @@
 """The matrix: which commands, what counts as done, the table's numbers; and one row and column of
-it for real.
-"""
+it for real."""
 
 import json
 import shlex
@@ -33,8 +32,7 @@ def write_evaluation(
     commit="0123456789",
 ):
     """An evaluation as eval.py leaves it: success and released (n,) bool. extra: flags of the
-    evaluation that run_matrix.py has not.
-    """
+    evaluation that run_matrix.py has not."""
     out, layout, trained = folder / "evals" / cell, cell.split("-")[1], cell.count("-") == 2
     known = cell.split("-")[0] in run_matrix.ROWS
     evaluated, training = (
@@ -130,23 +128,20 @@ def table_of(folder):
 
 
 # -- numbers
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("better, worse", [(1, 9), (0, 5), (7, 7), (0, 0), (30, 12), (121, 59)])
 def test_mcnemar_is_the_exact_binomial_test(better, worse):
     """p is that of the two-sided binomial test of the discordant pairs."""
     expected = binomtest(better, better + worse).pvalue if better + worse else 1.0
-    assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9) and mcnemar(
-        better, worse
-    ) == mcnemar(worse, better)
+    assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar(better, worse) == mcnemar(worse, better)
     assert mcnemar(0, 5) == 0.0625 and mcnemar(1, 9) == 22 / 1024
 
 
 def test_cells_pool_seeds_and_keep_them_apart(results):
     """n counts the episodes of all seeds; crashed ones are no failures; every number comes from the
-    rows.
-    """
+    rows."""
     found, cells = table_of(results)
     para, b = cells["para", "shifted"], cells["b", "shifted"]
     assert (para["n"], para["success"]["rate"], para["released"]["rate"]) == (
@@ -155,27 +150,19 @@ def test_cells_pool_seeds_and_keep_them_apart(results):
         pytest.approx(24 / 40),
     )
     low, high = para["success"]["interval"]
-    assert (
-        low <= wilson(26, 40)[0]
-        and high >= wilson(26, 40)[1]
-        and para["success"]["by_seed"] == {"s0": 0.6, "s1": 0.7}
-    )
+    assert low <= wilson(26, 40)[0]
+    assert high >= wilson(26, 40)[1]
+    assert para["success"]["by_seed"] == {"s0": 0.6, "s1": 0.7}
     assert b["success"]["interval"] == list(wilson(18, 20))
     assert para["outcomes"] == {"miss": 14, "grasp": 0, "place": 2, "released": 24, "error": 0}
-    assert (
-        (b["n"], b["crashes"]) == (20, 1)
-        and b["steps"] == (18 * 100 + 2 * 600) / 20
-        and b["jerk_mm"] == pytest.approx(2.9)
-    )
-    assert (
-        b["coverage_16px"] == 1.0
-        and b["train_minutes"] == 5.0
-        and b["decisions_per_second"] == pytest.approx(10)
-    )
-    assert (
-        cells["blind", "shifted"]["train_minutes"] is None
-        and cells["blind", "shifted"]["decisions_per_second"] is None
-    )
+    assert (b["n"], b["crashes"]) == (20, 1)
+    assert b["steps"] == (18 * 100 + 2 * 600) / 20
+    assert b["jerk_mm"] == pytest.approx(2.9)
+    assert b["coverage_16px"] == 1.0
+    assert b["train_minutes"] == 5.0
+    assert b["decisions_per_second"] == pytest.approx(10)
+    assert cells["blind", "shifted"]["train_minutes"] is None
+    assert cells["blind", "shifted"]["decisions_per_second"] is None
     assert found["minutes"] == {"train": 1.5, "eval": 0.5}
     assert list(cells) == [
         ("blind", "shifted"),
@@ -191,16 +178,13 @@ def test_pairs_are_the_same_episodes_of_the_same_seed(results):
     _, cells = table_of(results)
     # wins 2..19, PARA's seed 0 wins 0..11
     b = cells["b", "shifted"]["success"]["against_reference"]
-    assert (b["n"], b["better"], b["worse"], b["difference"]) == (20, 8, 2, 0.3) and b[
-        "p"
-    ] == mcnemar(8, 2)
+    assert (b["n"], b["better"], b["worse"], b["difference"]) == (20, 8, 2, 0.3)
+    assert b["p"] == mcnemar(8, 2)
     blind = cells["blind", "shifted"]["success"]["against_reference"]
-    assert (blind["n"], blind["better"], blind["worse"]) == (20, 0, 14) and blind[
-        "difference"
-    ] == pytest.approx(-0.65)
-    assert blind["p"] == mcnemar(0, 14) and [
-        blind["by_seed"][s]["worse"] for s in ("s0", "s1")
-    ] == [12, 14]
+    assert (blind["n"], blind["better"], blind["worse"]) == (20, 0, 14)
+    assert blind["difference"] == pytest.approx(-0.65)
+    assert blind["p"] == mcnemar(0, 14)
+    assert [blind["by_seed"][s]["worse"] for s in ("s0", "s1")] == [12, 14]
     # two comparisons
     assert blind["p_holm"] == pytest.approx(2 * blind["p"]) and b["p_holm"] == b["p"]
     assert cells["para", "shifted"]["success"]["against_reference"] is None
@@ -212,8 +196,7 @@ def test_pairs_are_the_same_episodes_of_the_same_seed(results):
 
 def test_rates_within_280_steps_stand_beside_those_at_the_end(results):
     """Published rates stop at 280 control steps: the table says both, from the step of the first
-    success, old rows too.
-    """
+    success, old rows too."""
     rows = results / "evals" / "b-position-s0" / "episodes.jsonl"
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     late = [
@@ -243,19 +226,22 @@ def test_what_other_commands_made_is_marked_and_not_pooled(results):
     copied = next(c for c in cells if c["row"] == "c")
     assert "copied from runs/elsewhere" in copied["otherwise"]["s0"] and copied["uncommitted"]
     text = (results / "table.md").read_text()
-    assert (
-        "| para | shifted |" in text
-        and "| para* | shifted |" in text
-        and "| c*+ | shifted |" in text
-    )
+    assert "| para | shifted |" in text
+    assert "| para* | shifted |" in text
+    assert "| c*+ | shifted |" in text
 
 
 def test_budgets_and_places_are_no_other_command():
     """Where results lie and how long a training took are columns or names, not another recipe; all
-    that decides the policy is.
-    """
-    asked = "python train.py --model_type para --dataset a/demos/position.hdf5 --max_steps 2500 --seed 0 --out a/runs/x"
-    same = "python train.py --seed 0 --model_type para --dataset b/position.hdf5 --max_steps 1000000 --max_minutes 8 --out b/runs/x"
+    that decides the policy is."""
+    asked = (
+        "python train.py --model_type para --dataset a/demos/position.hdf5 --max_steps 2500 "
+        "--seed 0 --out a/runs/x"
+    )
+    same = (
+        "python train.py --seed 0 --model_type para --dataset b/position.hdf5 "
+        "--max_steps 1000000 --max_minutes 8 --out b/runs/x"
+    )
     ignored = matrix_table.INCIDENTAL | matrix_table.BUDGET
     assert matrix_table.differing(same, asked, ignored) == ""
     for other in (
@@ -268,15 +254,12 @@ def test_budgets_and_places_are_no_other_command():
 
 def test_the_committed_table_is_that_of_its_rows(tmp_path):
     """results/matrix/table.json follows from the committed episodes: eight evaluations that were
-    copied in are marked.
-    """
+    copied in are marked."""
     shutil.copytree(ROOT / "results" / "matrix" / "evals", tmp_path / "evals")
     found, _ = table_of(tmp_path)
     committed = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())
-    assert (
-        found["cells"] == committed["cells"]
-        and sum(len(c["otherwise"]) for c in found["cells"]) == 8
-    )
+    assert found["cells"] == committed["cells"]
+    assert sum(len(c["otherwise"]) for c in found["cells"]) == 8
 
 
 def test_one_backbone_for_the_whole_table(results):
@@ -294,7 +277,6 @@ def test_a_foreign_folder_is_named(results):
 
 
 # -- as Markdown, picture, page
-# --------------------------------------------------------------------------------------------
 
 
 def test_table_goes_into_the_readme(results, tmp_path):
@@ -307,11 +289,9 @@ def test_table_goes_into_the_readme(results, tmp_path):
     assert text.startswith("# Title\n\n<!-- matrix -->\n| policy | shifted | position |")
     assert text.endswith("<!-- /matrix -->\n\nThe end.\n")
     assert "old" not in text and text.count("<!-- matrix -->") == 1
-    assert (
-        "| para | 65 / 65% (43-85), n = 40 | - |" in text
-        and "| +30 (8:2), p 0.11 |" in text
-        and "2 in all" in text
-    )
+    assert "| para | 65 / 65% (43-85), n = 40 | - |" in text
+    assert "| +30 (8:2), p 0.11 |" in text
+    assert "2 in all" in text
 
 
 def test_readme_without_marks_is_left_alone(results, tmp_path):
@@ -324,7 +304,8 @@ def test_readme_without_marks_is_left_alone(results, tmp_path):
 
 
 def test_page_shows_a_failure_of_each_cell(results):
-    """The page holds the tables, the picture and one film a cell: a failure where one was filmed."""
+    """The page holds the tables, the picture and one film a cell: a failure where one was
+    filmed."""
     videos = results / "evals" / "b-shifted-s0" / "videos"
     videos.mkdir()
     (videos / "000_miss.mp4").write_bytes(b"lost")
@@ -332,11 +313,9 @@ def test_page_shows_a_failure_of_each_cell(results):
     (videos / "003_miss.mp4").write_bytes(b"left over from another run")  # its row says released
     table_of(results)
     page = (results / "report.html").read_text()
-    assert (
-        page.count("<video") == 1
-        and "b, shifted s0, episode 0: miss" in page
-        and "65 / 65% (43-85), n = 40" in page
-    )
+    assert page.count("<video") == 1
+    assert "b, shifted s0, episode 0: miss" in page
+    assert "65 / 65% (43-85), n = 40" in page
     assert "data:image/png" in page and "evals/b-shifted-s0\n" in page and 'src="http' not in page
     assert (results / "table.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -348,9 +327,8 @@ def test_export_takes_small_files_only(results, tmp_path):
     (videos / "000_miss.mp4").write_bytes(b"x")
     target = tmp_path / "committed"
     run_matrix.main(["--table", "--out", str(results), "--export", str(target)])
-    assert (target / "evals" / "b-shifted-s0" / "episodes.jsonl").exists() and not list(
-        target.rglob("*.mp4")
-    )
+    assert (target / "evals" / "b-shifted-s0" / "episodes.jsonl").exists()
+    assert not list(target.rglob("*.mp4"))
     again, _ = table_of(target)
     first = json.loads((results / "table.json").read_text())
     assert again["cells"] == first["cells"] and again["minutes"] == first["minutes"]
@@ -363,7 +341,6 @@ def test_no_evaluation_is_said(tmp_path):
 
 
 # -- which commands, and what counts as done
-# -------------------------------------------------------------------------------
 
 
 def plan(*flags):
@@ -372,8 +349,7 @@ def plan(*flags):
 
 def test_the_whole_matrix_is_planned(tmp_path):
     """Every row in every column; a collection a setting, a cache a kind of samples, in_dist's two
-    layouts from one training.
-    """
+    layouts from one training."""
     nodes = plan("--out", str(tmp_path), "--seeds", "0", "1")
     kinds = {
         kind: sorted(n for n in nodes if n.startswith(kind))
@@ -395,37 +371,27 @@ def test_the_whole_matrix_is_planned(tmp_path):
     assert nodes["cache-in_dist-windows8"].deps == ("collect-in_dist",)
     assert nodes["eval-blind-position"].deps == ()
     command = shlex.join(nodes["train-a_mlp-viewpoint-s1"].command)
-    for words in (
-        "--head mlp",
-        "--seed 1",
-        "--max_steps 2500",
-        "--preset small",
-        "--backbone efficientnet_lite0",
-    ):
-        assert words in command
+    for flag in ("--head mlp", "--seed 1", "--max_steps 2500", "--preset small"):
+        assert flag in command
+    assert "--backbone efficientnet_lite0" in command
     assert "--setting viewpoint" in shlex.join(nodes["collect-viewpoint"].command)
     assert "--layout position --n_episodes 100" in shlex.join(nodes["eval-oracle-position"].command)
 
 
 def test_reflections_are_rows_of_their_own(tmp_path):
     """An attempt is asked for by name, is trained with --mirror, and fills a cache of its own from
-    the same demonstrations.
-    """
+    the same demonstrations."""
     nodes = plan("--out", str(tmp_path), "--rows", "b", "b_mirror", "--columns", "position")
-    assert (
-        "--mirror" in nodes["train-b_mirror-position-s0"].command
-        and "--mirror" not in nodes["train-b-position-s0"].command
-    )
+    assert "--mirror" in nodes["train-b_mirror-position-s0"].command
+    assert "--mirror" not in nodes["train-b-position-s0"].command
     assert nodes["train-b_mirror-position-s0"].deps == ("cache-position-windows8-mirrored",)
-    assert sum(n.startswith("collect") for n in nodes) == 1 and not [
-        n for n in plan("--out", str(tmp_path)) if "mirror" in n
-    ]
+    assert sum(n.startswith("collect") for n in nodes) == 1
+    assert not [n for n in plan("--out", str(tmp_path)) if "mirror" in n]
 
 
 def test_other_starts_are_demonstrations_of_their_own(tmp_path):
     """The attempt with shifted images is trained on demonstrations that start elsewhere and tested
-    on the same cell as PARA.
-    """
+    on the same cell as PARA."""
     nodes = plan(
         "--out", str(tmp_path), "--rows", "para", "para_shift_aug", "--columns", "position"
     )
@@ -433,14 +399,10 @@ def test_other_starts_are_demonstrations_of_their_own(tmp_path):
         nodes["collect-position_starts"].command,
         nodes["train-para_shift_aug-position_starts-s0"].command,
     )
-    assert (
-        "--start_spread 0.3" in shlex.join(collect)
-        and collect[-1] == train[train.index("--dataset") + 1]
-    )
-    assert (
-        "--shift_aug 128" in shlex.join(train)
-        and "--start_spread" not in nodes["collect-position"].command
-    )
+    assert "--start_spread 0.3" in shlex.join(collect)
+    assert collect[-1] == train[train.index("--dataset") + 1]
+    assert "--shift_aug 128" in shlex.join(train)
+    assert "--start_spread" not in nodes["collect-position"].command
     assert nodes["eval-para_shift_aug-position-s0"].deps == (
         "train-para_shift_aug-position_starts-s0",
     )
@@ -457,14 +419,10 @@ def test_other_starts_are_demonstrations_of_their_own(tmp_path):
     assert "--start_spread 0.3 --turn_spread 40" in shlex.join(
         turned["collect-position_turns"].command
     )
-    assert (
-        turned["train-a_turned-position_turns-s0"].deps[0].startswith("cache-position_turns")
-        and "eval-para_turned-position-s0" in turned
-    )
-    assert (
-        "--turn_back" in turned["train-b_turned-position_turns-s0"].command
-        and "--turn_back" not in turned["train-a_turned-position_turns-s0"].command
-    )
+    assert turned["train-a_turned-position_turns-s0"].deps[0].startswith("cache-position_turns")
+    assert "eval-para_turned-position-s0" in turned
+    assert "--turn_back" in turned["train-b_turned-position_turns-s0"].command
+    assert "--turn_back" not in turned["train-a_turned-position_turns-s0"].command
     given = plan(
         "--out",
         str(tmp_path),
@@ -505,10 +463,8 @@ def test_pro_suites_and_other_splits_are_columns(tmp_path):
         "collect-position_near_far",
         "collect-viewpoint_hemisphere",
     ]
-    assert (
-        sum(n.startswith("train") for n in nodes) == 4
-        and sum(n.startswith("eval") for n in nodes) == 2 * 7
-    )
+    assert sum(n.startswith("train") for n in nodes) == 4
+    assert sum(n.startswith("eval") for n in nodes) == 2 * 7
     asked = {name: shlex.join(node.command) for name, node in nodes.items()}
     for cell, suite in (("swap", "libero_spatial_swap"), ("object", "libero_spatial_object")):
         assert nodes[f"eval-para-benchmark_{cell}-s0"].deps == ("train-para-in_dist-s0",)
@@ -533,16 +489,13 @@ def test_pro_suites_and_other_splits_are_columns(tmp_path):
         assert "--split" not in asked[name] and "--task_suite" not in asked[name]
     for name in (n for n in nodes if n.startswith("eval")):
         args = evaluation.build_parser().parse_args(nodes[name].command[2:])
-        assert (
-            settings.conditions(*evaluation.LAYOUTS[args.layout], args.split)
-            and name.split("-")[2] in run_matrix.CELLS
-        )
+        assert settings.conditions(*evaluation.LAYOUTS[args.layout], args.split)
+        assert name.split("-")[2] in run_matrix.CELLS
 
 
 def test_flags_reach_their_commands(tmp_path):
     """Overrides go where they belong: a given dataset is not collected, a row's flags reach that
-    row alone.
-    """
+    row alone."""
     data = tmp_path / "mine.hdf5"
     data.touch()
     nodes = plan(
@@ -570,11 +523,9 @@ def test_flags_reach_their_commands(tmp_path):
     )
     assert not [n for n in nodes if n.startswith("collect")]
     para, act = (nodes[f"train-{r}-in_dist-s0"] for r in ("para", "act"))
-    assert (
-        "--lr" not in para.command
-        and shlex.join(act.command).count("--lr 5e-4") == 1
-        and act.gpus == 0.5
-    )
+    assert "--lr" not in para.command
+    assert shlex.join(act.command).count("--lr 5e-4") == 1
+    assert act.gpus == 0.5
     for node in (para, act):
         assert all(
             f in shlex.join(node.command)
@@ -602,8 +553,7 @@ def test_bad_flags_are_refused_in_one_sentence(flags, words):
 @pytest.fixture
 def finished(tmp_path):
     """A finished training and evaluation of PARA, as the commands leave them -> (flags, {node: its
-    files' folder}).
-    """
+    files' folder})."""
     flags = ["--out", str(tmp_path), "--rows", "para", "--columns", "position", "--n_episodes", "5"]
     nodes = plan(*flags)
     train, test = nodes["train-para-position-s0"], nodes["eval-para-position-s0"]
@@ -633,16 +583,14 @@ def rewritten(path, **changes):
 
 def test_a_done_cell_is_not_done_again(finished):
     """Same flags, same n: nothing to do, also with other numbers of workers and films, and with the
-    demonstrations gone.
-    """
+    demonstrations gone."""
     flags, _, _ = finished
     assert todo(*flags) == [] and todo(*flags, "--workers", "7", "--n_videos", "0") == []
 
 
 def test_what_an_unfinished_cell_needs_is_done(finished):
     """More episodes, a crashed one, an unfinished training: the cell runs again, its training only
-    where it is unfinished.
-    """
+    where it is unfinished."""
     flags, run_folder, out = finished
     assert todo(*flags, "--n_episodes", "6") == ["eval-para-position-s0"]
     rewritten(out / "summary.json", n=4, crashes=1)
@@ -656,14 +604,13 @@ def test_what_an_unfinished_cell_needs_is_done(finished):
     ]
     nodes = plan(*flags)
     path, command = nodes["train-para-position-s0"].resume
-    assert path == str(run_folder / "state.safetensors") and command[-2:] == [
-        "--resume",
-        str(run_folder),
-    ]
+    assert path == str(run_folder / "state.safetensors")
+    assert command[-2:] == ["--resume", str(run_folder)]
 
 
 def test_a_run_of_other_flags_is_not_taken_for_this_one(finished):
-    """A folder that other flags made is named with both commands, and neither used nor overwritten."""
+    """A folder that other flags made is named with both commands, and neither used nor
+    overwritten."""
     flags, _, out = finished
     (out / "summary.json").unlink()
     with pytest.raises(
@@ -675,8 +622,7 @@ def test_a_run_of_other_flags_is_not_taken_for_this_one(finished):
 
 def test_an_evaluation_of_another_training_is_not_done(finished):
     """The same evaluation command on a policy that was trained by other flags is another cell; a
-    resumed training is the same.
-    """
+    resumed training is the same."""
     flags, run_folder, out = finished
     summary = json.loads((out / "summary.json").read_text())
     rewritten(
@@ -691,47 +637,28 @@ def test_an_evaluation_of_another_training_is_not_done(finished):
 
 
 # -- for real
-# --------------------------------------------------------------------------------------------------------------
 
 
 def test_matrix_runs_resumes_and_tables(collected, tmp_path):
     """PARA in distribution through the real commands: trained, evaluated, tabled; a row whose flags
     are wrong fails alone, with its log's last line and exit code 1; a second call without that row
     runs nothing and exits with 0."""
-    flags = [
-        "run_matrix.py",
-        "--columns",
-        "in_dist",
-        "--dataset",
-        f"in_dist={collected[0]}",
-        "--n_episodes",
-        1,
-        "--n_videos",
-        1,
-        "--workers",
-        1,
-        "--out",
-        "out",
-        "--train_flags",
-        f"--max_steps 2 --image_size {SIZE} --batch_size 2",
-        "--eval_flags",
-        "--max_steps 10",
-    ]
+    flags = shlex.split(
+        f"run_matrix.py --columns in_dist --dataset in_dist={collected[0]} --n_episodes 1 "
+        "--n_videos 1 --workers 1 --out out "
+        f"--train_flags '--max_steps 2 --image_size {SIZE} --batch_size 2' "
+        "--eval_flags '--max_steps 10'"
+    )
     done = run(
         *flags,
-        "--rows",
-        "para",
-        "act",
-        "--row_flags",
-        "para=--grid 14 --width 8",
-        "act=--dim 7",
+        *shlex.split("--rows para act --row_flags 'para=--grid 14 --width 8' 'act=--dim 7'"),
         cwd=tmp_path,
         ok=False,
     )
-    assert (
-        done.returncode == 1
-        and "train-act-in_dist-s0: exit code 2: error: --dim 7 is no multiple" in done.stderr
-    ), done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "train-act-in_dist-s0: exit code 2: error: --dim 7 is no multiple" in done.stderr, (
+        done.stderr
+    )
     assert "eval-act-shifted-s0: not started" in done.stderr and "Traceback" not in done.stderr
     found = {
         (c["row"], c["layout"]): c

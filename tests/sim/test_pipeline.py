@@ -1,8 +1,8 @@
 """The scripts as users run them: real simulator, real kills, resumes, bad input. Small images and
-few steps, same code.
-"""
+few steps, same code."""
 
 import json
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -21,7 +21,6 @@ from sim import settings
 from sim.libero_env import Scene, env_metadata
 
 # -- collect_demos.py
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_collect_resumes_after_kill(collected):
@@ -30,16 +29,13 @@ def test_collect_resumes_after_kill(collected):
     assert kept and "3 demonstrations" in done.stdout
     found, attributes = demo_files.read_demos(path, int(SIZE))
     assert len(found) == 3 and not path.with_name(path.name + ".parts").exists()
-    assert (
-        attributes["image_orientation"] == "upright"
-        and {"mujoco", "renderer"} <= json.loads(attributes["versions"]).keys()
-    )
+    assert attributes["image_orientation"] == "upright"
+    assert {"mujoco", "renderer"} <= json.loads(attributes["versions"]).keys()
 
 
 def test_demonstrations_are_successful_pick_and_places(collected):
     """The expert's demos close once and open once, lift the gripper from the grasp, and differ from
-    each other.
-    """
+    each other."""
     found, _ = demo_files.read_demos(collected[0])
     starts = []
     for demo in found:
@@ -54,51 +50,26 @@ def test_demonstrations_can_start_beside_the_start(tmp_path):
     """--start_spread: the first recorded frame finds the EEF up to that far to the side of where it
     otherwise starts, near its height, and the demonstration is whole from there on."""
     run(
-        "collect_demos.py",
-        "--start_spread",
-        0.3,
-        "--clean_scene",
-        "--n_demos",
-        2,
-        "--image_size",
-        SIZE,
-        "--workers",
-        1,
-        "--push_rate",
-        0,
-        "--out",
-        "wide.hdf5",
+        f"collect_demos.py --start_spread 0.3 --clean_scene --n_demos 2 --image_size {SIZE} "
+        "--workers 1 --push_rate 0 --out wide.hdf5",
         cwd=tmp_path,
     )
     starts = np.stack(
         [d.ee_pos[0] for d in demo_files.read_demos(tmp_path / "wide.hdf5", int(SIZE))[0]]
     )
     moved = starts - [-0.2085, 0.0, 1.1733]  # libero_spatial's own
-    assert (
-        (np.abs(moved[:, 1]) < 0.35).all()
-        and np.abs(moved[:, 1]).max() > 0.05
-        and (np.abs(moved[:, 0]) < 0.15).all()
-        and (np.abs(moved[:, 2]) < 0.05).all()
-    )
+    assert (np.abs(moved[:, 1]) < 0.35).all()
+    assert np.abs(moved[:, 1]).max() > 0.05
+    assert (np.abs(moved[:, 0]) < 0.15).all()
+    assert (np.abs(moved[:, 2]) < 0.05).all()
 
 
 def test_demonstrations_can_be_seen_from_cameras_turned_about_the_robot(tmp_path):
     """--turn_spread: cameras of their own, as far from the robot's base as agentview, as high and
     as steep, whose images show the robot where they say."""
     run(
-        "collect_demos.py",
-        "--turn_spread",
-        40,
-        "--n_demos",
-        2,
-        "--image_size",
-        SIZE,
-        "--workers",
-        1,
-        "--push_rate",
-        0,
-        "--out",
-        "turned.hdf5",
+        f"collect_demos.py --turn_spread 40 --n_demos 2 --image_size {SIZE} --workers 1 "
+        "--push_rate 0 --out turned.hdf5",
         cwd=tmp_path,
     )
     path, base, (_, E) = tmp_path / "turned.hdf5", np.array([-0.66, 0.0]), settings.default_camera()
@@ -106,9 +77,8 @@ def test_demonstrations_can_be_seen_from_cameras_turned_about_the_robot(tmp_path
     away = cameras[:, :2, 3] - base
     turns = np.degrees(np.arctan2(away[:, 1], away[:, 0]))
     assert (np.abs(turns) < 40).all() and np.ptp(turns) > 3
-    assert np.allclose(np.linalg.norm(away, axis=1), E[0, 3] - base[0], atol=0.01) and np.allclose(
-        cameras[:, 2], E[2], atol=1e-3
-    )
+    assert np.allclose(np.linalg.norm(away, axis=1), E[0, 3] - base[0], atol=0.01)
+    assert np.allclose(cameras[:, 2], E[2], atol=1e-3)
     for camera, turn in zip(cameras, turns):
         assert np.allclose(settings.turned(E, turn, base), camera, atol=0.01)
     test_images_show_the_eef_where_the_camera_says([path])
@@ -141,8 +111,7 @@ def test_images_show_the_eef_where_the_camera_says(collected):
 @pytest.fixture
 def full_scene(tmp_path):
     """A file of twelve frames of the full scene, fixtures and distractors in it, in which the arm
-    comes down.
-    """
+    comes down."""
     scene = Scene(image_size=int(SIZE))
     scene.begin_episode(scene.init_states()[0])
     recorder = Recorder(scene)
@@ -163,8 +132,7 @@ def full_scene(tmp_path):
 
 def test_replay_restores_official_files(full_scene, tmp_path):
     """An official-style file (no cameras, other image size, images bottom first) is re-rendered
-    from its states.
-    """
+    from its states."""
     official = tmp_path / "official_demo.hdf5"
     with h5py.File(full_scene) as source, h5py.File(official, "w") as target:
         data = target.create_group("data")
@@ -174,22 +142,12 @@ def test_replay_restores_official_files(full_scene, tmp_path):
         for key in ("actions", "states"):
             group[key] = source["data/demo_0"][key][()]
     done = run(
-        "collect_demos.py",
-        "--replay",
-        official,
-        "--image_size",
-        SIZE,
-        "--workers",
-        1,
-        "--out",
-        "replayed.hdf5",
+        f"collect_demos.py --replay {official} --image_size {SIZE} --workers 1 --out replayed.hdf5",
         cwd=tmp_path,
     )
     new, attributes = demo_files.read_demos(tmp_path / "replayed.hdf5", int(SIZE))
-    assert (
-        "MuJoCo of an unknown version" in done.stdout
-        and demo_files.simulated_with(attributes) == {}
-    )
+    assert "MuJoCo of an unknown version" in done.stdout
+    assert demo_files.simulated_with(attributes) == {}
     old, _ = demo_files.read_demos(full_scene)
     # while it moves, MuJoCo's body poses are one physics step (2 ms) older than its state, in
     # LIBERO's own files as well
@@ -210,28 +168,22 @@ def test_collect_leaves_an_existing_file_alone(collected):
     done = run(
         "collect_demos.py", "--n_demos", 1, "--out", collected[0], cwd=collected[0].parent, ok=False
     )
-    assert (
-        done.returncode == 2
-        and "--overwrite" in done.stderr
-        and collected[0].read_bytes() == before
-    )
+    assert done.returncode == 2
+    assert "--overwrite" in done.stderr
+    assert collected[0].read_bytes() == before
 
 
 # -- train.py
-# --------------------------------------------------------------------------------------------------------------
 
 
 def test_run_folder_holds_everything(trained):
     """A run can be told apart and looked at later: config, commit, versions, metrics, curve,
-    overlays, profile.
-    """
+    overlays, profile."""
     folder, done = trained
     config = json.loads((folder / "config.json").read_text())
     assert config["commit"] and config["versions"]["torch"] and config["args"]["seed"] == 0
-    assert (
-        config["backbone_identity"].startswith("efficientnet_lite0")
-        and config["dataset"]["versions"]["renderer"]
-    )
+    assert config["backbone_identity"].startswith("efficientnet_lite0")
+    assert config["dataset"]["versions"]["renderer"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any("val/cm_median" in r for r in rows) and any("train/loss" in r for r in rows)
     assert any(0 <= r.get("free/coverage_8px", -1) <= 1 for r in rows)
@@ -240,9 +192,8 @@ def test_run_folder_holds_everything(trained):
         for name in ("loss.png", "overlay_0.png", "rollout_0.png")
     )
     profile = json.loads((folder / "profile.jsonl").read_text().splitlines()[0])["rows"]
-    assert [r["batch"] for r in profile] == [2, 4] and all(
-        r["step_ms"] > 0 and r["memory_mb"] > 0 for r in profile
-    )
+    assert [r["batch"] for r in profile] == [2, 4]
+    assert all(r["step_ms"] > 0 and r["memory_mb"] > 0 for r in profile)
     assert "batch 2" in done.stdout
 
 
@@ -288,9 +239,8 @@ def test_train_refuses_bad_input_in_one_sentence(collected, tmp_path, flags, wor
     """Bad input: exit code 2, one line that names the thing and the remedy, no traceback."""
     done = run(*train_flags(collected[0], "refused", 2), *flags, cwd=tmp_path, ok=False)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in done.stderr and all(word in done.stderr for word in words), (
-        done.stderr
-    )
+    assert "Traceback" not in done.stderr, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
 
 
 def test_validation_conditions_are_not_trained_on(synthetic_demos, tmp_path):
@@ -299,13 +249,11 @@ def test_validation_conditions_are_not_trained_on(synthetic_demos, tmp_path):
     with h5py.File(path, "r+") as file:
         file["data"].attrs["part"] = "val"
     done = run(*train_flags(path, "refused", 2), "--image_size", 64, cwd=tmp_path, ok=False)
-    assert done.returncode == 2 and "--part val" in done.stderr.strip().splitlines()[-1], (
-        done.stderr
-    )
+    assert done.returncode == 2, done.stderr
+    assert "--part val" in done.stderr.strip().splitlines()[-1], done.stderr
 
 
 # -- eval.py
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def summary(folder):
@@ -314,22 +262,10 @@ def summary(folder):
 
 def test_expert_succeeds_through_eval_and_eval_resumes(tmp_path):
     """The real closed loop works end to end, and a killed evaluation goes on without repeating an
-    episode.
-    """
-    flags = (
-        "eval.py",
-        "--policy",
-        "expert",
-        "--n_episodes",
-        3,
-        "--n_videos",
-        0,
-        "--image_size",
-        SIZE,
-        "--workers",
-        1,
-        "--out",
-        "cell",
+    episode."""
+    flags = shlex.split(
+        f"eval.py --policy expert --n_episodes 3 --n_videos 0 --image_size {SIZE} "
+        "--workers 1 --out cell"
     )
     rows = tmp_path / "cell" / "episodes.jsonl"
     interrupt(flags, tmp_path, lambda: rows.exists() and rows.stat().st_size > 0, signal.SIGKILL)
@@ -337,9 +273,8 @@ def test_expert_succeeds_through_eval_and_eval_resumes(tmp_path):
     run(*flags, cwd=tmp_path)
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert rows.read_text().splitlines()[0] == first
-    assert sorted(r["episode"] for r in found) == [0, 1, 2] and sorted(
-        r["init_state"] for r in found
-    ) == [0, 1, 2]
+    assert sorted(r["episode"] for r in found) == [0, 1, 2]
+    assert sorted(r["init_state"] for r in found) == [0, 1, 2]
     cell = summary(tmp_path / "cell")
     assert cell["released_rate"] == 1.0 and cell["n"] == 3 and 0.4 < cell["interval"][0] < 0.5
     assert {"model_type", "setting", "success_rate", "command", "commit", "seed"} <= cell.keys()
@@ -354,68 +289,37 @@ def test_expert_succeeds_through_eval_and_eval_resumes(tmp_path):
 
 def test_checkpoint_runs_in_closed_loop(trained, tmp_path):
     """A trained checkpoint acts in the simulator, on the shifted layout too, and leaves rows, video
-    and sheet.
-    """
+    and sheet."""
     done = run(
-        "eval.py",
-        "--ckpt",
-        trained[0] / "checkpoint.safetensors",
-        "--teleport",
-        "--zero_rotation",
-        "--max_steps",
-        25,
-        "--layout",
-        "shifted",
-        "--n_episodes",
-        2,
-        "--n_videos",
-        1,
-        "--workers",
-        1,
-        "--out",
-        "cell",
+        f"eval.py --ckpt {trained[0] / 'checkpoint.safetensors'} --teleport "
+        "--zero_rotation --max_steps 25 --layout shifted --n_episodes 2 --n_videos 1 "
+        "--workers 1 --out cell",
         cwd=tmp_path,
     )
     cell = summary(tmp_path / "cell")
-    assert (
-        cell["n"] == 2
-        and cell["model_type"] == "para"
-        and "training_frame_difference" in done.stdout + done.stderr
-    )
+    assert cell["n"] == 2
+    assert cell["model_type"] == "para"
+    assert "training_frame_difference" in done.stdout + done.stderr
     assert cell["demos_mujoco"] == cell["versions"]["mujoco"] and "warning" not in done.stdout
-    assert (
-        list((tmp_path / "cell" / "videos").glob("*.mp4"))
-        and (tmp_path / "cell" / "sheet.jpg").exists()
-    )
+    assert list((tmp_path / "cell" / "videos").glob("*.mp4"))
+    assert (tmp_path / "cell" / "sheet.jpg").exists()
     assert cell["seconds_per_episode"]["features"] > 0
     page = run(
         "figures.report", "--run", trained[0], "--evals", "cell", "--out", "page.html", cwd=tmp_path
     )
     html = (tmp_path / "page.html").read_text()
-    assert (
-        "page.html" in page.stdout
-        and "data:video/mp4" in html
-        and 'src="http' not in html
-        and "para" in html
-    )
+    assert "page.html" in page.stdout
+    assert "data:video/mp4" in html
+    assert 'src="http' not in html
+    assert "para" in html
 
 
 def test_rotation_and_plain_actions_run(trained, tmp_path):
-    """Without --teleport and --zero_rotation the same checkpoint sends delta actions and rotations."""
+    """Without --teleport and --zero_rotation the same checkpoint sends delta actions and
+    rotations."""
     run(
-        "eval.py",
-        "--ckpt",
-        trained[0] / "checkpoint.safetensors",
-        "--max_steps",
-        20,
-        "--n_episodes",
-        1,
-        "--n_videos",
-        0,
-        "--workers",
-        1,
-        "--out",
-        "cell",
+        f"eval.py --ckpt {trained[0] / 'checkpoint.safetensors'} --max_steps 20 --n_episodes 1 "
+        "--n_videos 0 --workers 1 --out cell",
         cwd=tmp_path,
     )
     assert summary(tmp_path / "cell")["mean_steps"] == 20
@@ -436,8 +340,6 @@ def test_rotation_and_plain_actions_run(trained, tmp_path):
 def test_eval_refuses_bad_input_in_one_sentence(tmp_path, flags, words):
     """Bad input: exit code 2, one line that names the thing and the remedy, no traceback."""
     done = run("eval.py", *flags, cwd=tmp_path, ok=False)
-    assert (
-        done.returncode == 2
-        and "Traceback" not in done.stderr
-        and all(w in done.stderr for w in words)
-    ), done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert all(w in done.stderr for w in words), done.stderr

@@ -1,6 +1,5 @@
 """The premise of every evaluation: the benchmark's init states come to rest as their tasks say,
-under the pinned MuJoCo.
-"""
+under the pinned MuJoCo."""
 
 import copy
 import json
@@ -23,22 +22,19 @@ PINNED = re.search(r"^mujoco==(\S+)", (ROOT / "requirements.txt").read_text(), r
 )
 def test_init_states_come_to_rest_as_their_task_says(suite, task):
     """From MuJoCo 3.4.0 on the bowl of libero_spatial's task 5 slides off its ramekin; a published
-    checkpoint falls from 98% to 12%.
-    """
+    checkpoint falls from 98% to 12%."""
     row = premise.measure_task(suite, task, 5)
     (entry,) = premise.verdict([row])
     assert entry["states"] == 5 and entry["failing_states"] == [], {
         k: v for k, v in entry["failed"].items() if v
     }
-    assert any(o["of_interest"] for o in entry["objects"].values()) and all(
-        max(o["tilt_deg"]) < 20 for o in row["objects"].values()
-    )
+    assert any(o["of_interest"] for o in entry["objects"].values())
+    assert all(max(o["tilt_deg"]) < 20 for o in row["objects"].values())
 
 
 def test_settling_without_a_controller_is_settling_with_it():
     """premise.settle stands for LIBERO's own steps, in a quarter of their time: objects within 0.05
-    mm, the EEF within 0.5.
-    """
+    mm, the EEF within 0.5."""
     scene = Scene("libero_spatial", 5, image_size=64, rendering=False)
     state = scene.init_states()[7]
     ends = []
@@ -53,15 +49,13 @@ def test_settling_without_a_controller_is_settling_with_it():
 
 def test_the_committed_table_covers_every_installed_suite():
     """Each suite that the package holds was measured, whole, with the pinned MuJoCo; the pin cannot
-    move without the table.
-    """
+    move without the table."""
     table = (ROOT / "docs" / "premise.md").read_text()
     for suite, n_tasks in installed_suites()[0].items():
         stored = json.loads((ROOT / "results" / "premise" / f"{suite}.json").read_text())
         assert stored["versions"]["mujoco"] == PINNED == versions()["mujoco"], suite
-        assert [t["task_id"] for t in stored["tasks"]] == list(
-            range(n_tasks)
-        ) and f"| {suite} | {n_tasks} |" in table, suite
+        assert [t["task_id"] for t in stored["tasks"]] == list(range(n_tasks)), suite
+        assert f"| {suite} | {n_tasks} |" in table, suite
         assert all(t["mujoco"] == PINNED for t in stored["tasks"]), suite
 
 
@@ -93,8 +87,7 @@ ROW = {
 
 def test_what_rests_alike_in_every_state_is_the_task():
     """The bowl on the ramekin rests 16 degrees tilted and 15 mm off where it is stored, in every
-    state: so the task is.
-    """
+    state: so the task is."""
     assert premise.judge(ROW, {("table", "bowl", "ramekin"): 0.93})["failing_states"] == []
 
 
@@ -111,7 +104,8 @@ def test_what_rests_alike_in_every_state_is_the_task():
     ],
 )
 def test_each_criterion_is_seen(criterion, key, value):
-    """One state in which one number is beyond its limit fails by that criterion, and by no other."""
+    """One state in which one number is beyond its limit fails by that criterion, and by no
+    other."""
     row = copy.deepcopy(ROW)
     row["objects"]["bowl_1"][key][3] = value
     entry = premise.judge(row, {("table", "bowl", "ramekin"): 0.93})
@@ -133,8 +127,7 @@ def test_what_topples_in_every_state_fails_in_every_state():
 
 def test_goals_and_facts_count_for_the_task():
     """A state that is solved before it begins, or whose drawer is not open, fails whatever the
-    objects do.
-    """
+    objects do."""
     row = {
         **copy.deepcopy(ROW),
         "goal": [0, 1, 0, 0, 0],

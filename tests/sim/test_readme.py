@@ -1,4 +1,5 @@
-"""Every command of the README and of docs/ runs as written, only smaller, so that none goes stale."""
+"""Every command of the README and of docs/ runs as written, only smaller, so that none goes
+stale."""
 
 import os
 import re
@@ -25,37 +26,16 @@ LINES = [
 # one that stands in several places runs once
 COMMANDS = list(dict.fromkeys(" ".join(line.split()) for line in LINES))
 PYTHON = [c for c in COMMANDS if c.startswith("python ")]
-TRAIN = [
-    "--max_steps",
-    "2",
-    "--image_size",
-    SIZE,
-    "--grid",
-    "14",
-    "--backbone",
-    "efficientnet_lite0",
-    "--batch_size",
-    "2",
-    "--wandb",
-    "off",
-]
+TRAIN = shlex.split(
+    f"--max_steps 2 --image_size {SIZE} --grid 14 --backbone efficientnet_lite0 "
+    "--batch_size 2 --wandb off"
+)
 MODEL = {
     "para": ["--width", "8"],
     "dino_volume_kv_full": ["--dim", "16"],
-    "autoregressive": [
-        "--context",
-        "3",
-        "--dim",
-        "16",
-        "--n_layers",
-        "2",
-        "--n_heads",
-        "2",
-        "--patch_grid",
-        "4",
-        "--key_width",
-        "8",
-    ],
+    "autoregressive": shlex.split(
+        "--context 3 --dim 16 --n_layers 2 --n_heads 2 --patch_grid 4 --key_width 8"
+    ),
 }
 SMALL = {
     "collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_rate", "0"],
@@ -68,15 +48,9 @@ SMALL = {
     "study.diagnose": ["--n_demos", "1"],
     "deploy_dino_kv.py": [],
     "study.compare_rotation": [
-        "--seeds",
-        "1",
-        "--max_steps",
-        "1",
-        "--n_episodes",
-        "1",
+        *shlex.split("--seeds 1 --max_steps 1 --n_episodes 1"),
         *TRAIN[2:],
-        "--dim",
-        "16",
+        *shlex.split("--dim 16"),
     ],
 }
 
@@ -90,8 +64,7 @@ def test_readme_names_the_users_commands():
 
 def test_no_command_is_left_untried():
     """What stands in a block is run below, or is a make target, a torchrun of a command that is, or
-    the activation.
-    """
+    the activation."""
     rest = [c for c in COMMANDS if c not in PYTHON and c != "source .venv/bin/activate"]
     targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text())
     for command in rest:
@@ -106,19 +79,8 @@ def evaluated(trained, tmp_path_factory):
     """Two tiny evaluations, A and B: the one that ran, and its copy."""
     folder = tmp_path_factory.mktemp("evaluated")
     run(
-        "eval.py",
-        "--ckpt",
-        trained[0] / "checkpoint.safetensors",
-        "--n_episodes",
-        1,
-        "--max_steps",
-        6,
-        "--n_videos",
-        0,
-        "--workers",
-        1,
-        "--out",
-        "A",
+        f"eval.py --ckpt {trained[0] / 'checkpoint.safetensors'} --n_episodes 1 --max_steps 6 "
+        "--n_videos 0 --workers 1 --out A",
         cwd=folder,
     )
     shutil.copytree(folder / "A", folder / "B")
@@ -127,7 +89,8 @@ def evaluated(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Features and expert's paths, computed by the first command that asks, as in a user's folder."""
+    """Features and expert's paths, computed by the first command that asks, as in a user's
+    folder."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -136,8 +99,7 @@ def test_readme_command_runs(
     line, collected, trained, synthetic_episodes, cache, tmp_path, request
 ):
     """A README command as a subprocess: the same flags, then fewer steps and smaller images (the
-    last of two flags wins).
-    """
+    last of two flags wins)."""
     words = [word for word in shlex.split(line)[1:] if word != "-m"]
     script = words[0]
     if "--policy" in words and "expert" in words or "--survey" in words:
@@ -188,17 +150,7 @@ def test_bare_eval_says_which_checkpoint(trained, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(trained[0])
     done = run(
-        "eval.py",
-        "--teleport",
-        "--zero_rotation",
-        "--max_steps",
-        8,
-        "--n_episodes",
-        1,
-        "--n_videos",
-        0,
-        "--workers",
-        1,
+        "eval.py --teleport --zero_rotation --max_steps 8 --n_episodes 1 --n_videos 0 --workers 1",
         cwd=tmp_path,
     )
     assert "newest run's checkpoint, runs/mine/checkpoint.safetensors" in done.stdout
@@ -206,8 +158,7 @@ def test_bare_eval_says_which_checkpoint(trained, tmp_path):
 
 def test_bare_train_collects_the_default_dataset_first(tmp_path):
     """`python train.py` without data starts the collection, with a bar, where users would look for
-    it.
-    """
+    it."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--model_type", "para", "--wandb", "off"],
         cwd=tmp_path,

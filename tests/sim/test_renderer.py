@@ -1,6 +1,5 @@
 """The renderer's environment: each variable that robosuite cannot use is named in one sentence, or
-made to work.
-"""
+made to work."""
 
 import os
 import subprocess
@@ -42,8 +41,7 @@ def start(*words, **variables):
 )
 def test_check_setup_names_the_variable(variable, value):
     """One line with the variable and its value; without the check forty lines of traceback end
-    elsewhere.
-    """
+    elsewhere."""
     done = start("-m", "sim.check_setup", **{variable: value})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"{variable}={value}" in done.stderr and "unset" in done.stderr
@@ -51,22 +49,21 @@ def test_check_setup_names_the_variable(variable, value):
 
 def test_an_evaluation_is_refused_before_its_workers_start():
     """eval.py and its siblings ask before anything starts, not in the first worker half a minute
-    later.
-    """
+    later."""
     done = start("eval.py", "--policy", "expert", "--n_episodes", "1", MUJOCO_EGL_DEVICE_ID="99")
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and "MUJOCO_EGL_DEVICE_ID=99" in done.stderr
-    ), done.stderr
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "MUJOCO_EGL_DEVICE_ID=99" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("visible", ["", "3", "GPU-8f7e0000-0000", "0,1"])
 def test_robosuite_renders_whatever_cuda_devices_are_visible(visible):
     """No GPU, one other than the first, a UUID, several: robosuite asserts or fails on int('')
-    unless we choose its device.
-    """
-    code = "from sim.libero_env import rendered_by; import os; print(rendered_by(), repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    unless we choose its device."""
+    code = (
+        "from sim.libero_env import rendered_by; import os; "
+        "print(rendered_by(), repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    )
     done = start("-c", code, CUDA_VISIBLE_DEVICES=visible)
     # torch finds it as the user set it
     assert done.returncode == 0 and done.stdout.split()[-1] == repr(visible), done.stderr
@@ -76,11 +73,9 @@ def test_check_setup_says_what_simulates_and_what_renders():
     """A user on a GPU machine whose images come from llvmpipe, the CPU, must see that here."""
     done = start("-m", "sim.check_setup")
     name = rendered_by()
-    assert (
-        done.returncode == 0
-        and f"{name}: {kind_of(name)}" in done.stdout
-        and "mujoco 3.3." in done.stdout
-    ), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{name}: {kind_of(name)}" in done.stdout, done.stdout + done.stderr
+    assert "mujoco 3.3." in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -130,8 +125,7 @@ def test_an_empty_variable_counts_as_unset():
 
 def test_the_visible_devices_come_back(monkeypatch):
     """They are hidden only while robosuite is imported, also where that fails: torch needs them
-    afterwards.
-    """
+    afterwards."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(RuntimeError), all_devices_visible():
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
@@ -141,8 +135,7 @@ def test_the_visible_devices_come_back(monkeypatch):
 
 def test_asking_for_the_renderer_leaves_a_scene_rendering():
     """Its context must not stay current, nor leave none: the scene's next image would be another's,
-    or a segmentation fault.
-    """
+    or a segmentation fault."""
     scene = Scene(image_size=32, clean=True)
     before = scene.render()
     rendered_by.__wrapped__()

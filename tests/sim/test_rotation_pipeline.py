@@ -1,8 +1,8 @@
 """The rotation scripts as users run them, on demonstrations from the real simulator: collect, gate,
-train, finetune, deploy, evaluate.
-"""
+train, finetune, deploy, evaluate."""
 
 import json
+import shlex
 import signal
 
 import numpy as np
@@ -13,62 +13,25 @@ from safetensors.torch import load_file
 from formats.smith300 import read_episodes
 from rot_utils import BASIS_FILE, load_basis, load_stats
 
-COLLECT = (
-    "collect_demos.py",
-    "--grasp",
-    "rim",
-    "--layout_spread",
-    0.05,
-    "--push_rate",
-    0,
-    "--clean_scene",
-    "--image_size",
-    SIZE,
-    "--n_demos",
-    3,
-    "--workers",
-    1,
+COLLECT = shlex.split(
+    "collect_demos.py --grasp rim --layout_spread 0.05 --push_rate 0 --clean_scene "
+    f"--image_size {SIZE} --n_demos 3 --workers 1"
 )
 
 
 def train_flags(dataset, out, *flags):
-    return (
-        "train.py",
-        "--model_type",
-        "dino_volume_kv_full",
-        "--dataset",
-        dataset,
-        "--backbone",
-        "efficientnet_lite0",
-        "--image_size",
-        SIZE,
-        "--grid",
-        14,
-        "--width",
-        8,
-        "--dim",
-        16,
-        "--batch_size",
-        4,
-        "--val_every",
-        2,
-        "--save_every",
-        2,
-        "--wandb",
-        "off",
-        "--precision",
-        "fp32",
-        "--out",
-        out,
-        *flags,
+    command = (
+        f"train.py --model_type dino_volume_kv_full --dataset {dataset} --out {out} "
+        f"--backbone efficientnet_lite0 --image_size {SIZE} --grid 14 --width 8 --dim 16 "
+        "--batch_size 4 --val_every 2 --save_every 2 --wandb off --precision fp32"
     )
+    return [*shlex.split(command), *flags]
 
 
 @pytest.fixture(scope="session")
 def rim(tmp_path_factory):
     """A smith300 folder of three grasps around the rim, collected through a SIGKILL, with its basis
-    -> (path, part kept).
-    """
+    -> (path, part kept)."""
     folder = tmp_path_factory.mktemp("rim")
     arguments = (*COLLECT, "--format", "smith300", "--out", "izzy")
     parts = folder / "izzy.parts"
@@ -109,15 +72,12 @@ def v7(rim, tmp_path_factory):
 
 def test_collected_episodes_are_valid_and_turn(rim):
     """The simulator's episodes are read like a robot's, survive a kill, and their grasps have yaws
-    of their own.
-    """
+    of their own."""
     path, kept = rim
     demos, attributes = read_episodes(path, int(SIZE))
-    assert (
-        len(demos) == 3
-        and attributes["grasp"] == "rim"
-        and attributes["task_suite"] == "libero_spatial"
-    )
+    assert len(demos) == 3
+    assert attributes["grasp"] == "rim"
+    assert attributes["task_suite"] == "libero_spatial"
     assert all((path / name).stat().st_mtime_ns == time for name, time in kept.items())
     assert sorted(
         p.name for p in path.iterdir() if not p.name.startswith(("episode", "rotation"))
@@ -136,8 +96,7 @@ def test_collected_episodes_are_valid_and_turn(rim):
 
 def test_v7_trains_from_scratch(v7):
     """The clean path: checkpoint and statistics, parts of the top-1 and rotation errors among the
-    metrics.
-    """
+    metrics."""
     rows = [json.loads(line) for line in (v7 / "metrics.jsonl").read_text().splitlines()]
     last = [r for r in rows if "val/volume_ce" in r][-1]
     assert {
@@ -168,11 +127,9 @@ def test_finetune_freezes_then_thaws_and_deploys(v7, rim, tmp_path):
         1,
     )
     done = run(*flags, cwd=tmp_path)
-    assert (
-        "dropped: " in done.stdout
-        and "rotation_head.weight" in done.stdout
-        and "one axis explains" in done.stdout
-    )
+    assert "dropped: " in done.stdout
+    assert "rotation_head.weight" in done.stdout
+    assert "one axis explains" in done.stdout
     assert "volume loss on held-out demonstrations" in done.stdout + done.stderr
     rows = [
         json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
@@ -183,35 +140,21 @@ def test_finetune_freezes_then_thaws_and_deploys(v7, rim, tmp_path):
     before, after = (load_file(p / "checkpoint.safetensors") for p in (v7, tmp_path / "new"))
     assert not np.array_equal(before["model.key.weight"], after["model.key.weight"])
     stats = load_stats(tmp_path / "new" / "checkpoint_stats.json")
-    assert (
-        stats["rotation"]["kind"] == "pca"
-        and stats["height_range"] == before["model.height_range"].tolist()
-    )
+    assert stats["rotation"]["kind"] == "pca"
+    assert stats["height_range"] == before["model.height_range"].tolist()
     answer = run(
-        "deploy_dino_kv.py",
-        "--ckpt",
-        tmp_path / "new" / "checkpoint.safetensors",
-        "--source",
-        rim[0] / "episode_00000",
-        "--limit",
-        2,
+        f"deploy_dino_kv.py --ckpt {tmp_path / 'new' / 'checkpoint.safetensors'} "
+        f"--source {rim[0] / 'episode_00000'} --limit 2",
         cwd=tmp_path,
     )
     assert len(answer.stdout.splitlines()) == 2 and " ms (" in answer.stderr
     run(
-        "study.compare_rotation",
-        "--run",
-        f"v7={v7}",
-        "--run",
-        "new=new",
-        "--out",
-        "comparison",
-        "--n_episodes",
-        1,
+        f"study.compare_rotation --run v7={v7} --run new=new --out comparison --n_episodes 1",
         cwd=tmp_path,
     )
     cells = json.loads((tmp_path / "comparison" / "summary.json").read_text())["cells"]
-    assert set(cells) == {"v7", "new"} and cells["new"]["top1_joint"] == [
+    assert set(cells) == {"v7", "new"}
+    assert cells["new"]["top1_joint"] == [
         [r for r in rows if "val/top1_joint" in r][-1]["val/top1_joint"]
     ]
     assert {p.name for p in (tmp_path / "comparison").glob("*.png")} == {
@@ -230,23 +173,8 @@ def test_it_acts_in_the_simulator_with_its_rotation(v7, tmp_path):
     """A policy trained on smith300 episodes is evaluated in LIBERO, without --zero_rotation,
     against the rim expert's path, after a training frame was rendered again from its state."""
     run(
-        "eval.py",
-        "--ckpt",
-        v7 / "checkpoint.safetensors",
-        "--teleport",
-        "--max_steps",
-        15,
-        "--n_episodes",
-        1,
-        "--n_videos",
-        0,
-        "--workers",
-        1,
-        "--layout",
-        "shifted",
-        "--clean_scene",
-        "--out",
-        "cell",
+        f"eval.py --ckpt {v7 / 'checkpoint.safetensors'} --teleport --max_steps 15 --n_episodes 1 "
+        "--n_videos 0 --workers 1 --layout shifted --clean_scene --out cell",
         cwd=tmp_path,
     )
     cell = json.loads((tmp_path / "cell" / "summary.json").read_text())
@@ -260,11 +188,8 @@ def test_it_acts_in_the_simulator_with_its_rotation(v7, tmp_path):
 
 def test_training_without_a_basis_stops(collected, tmp_path):
     """No basis beside the file: exit code 2 and the command that makes it, before any feature is
-    computed.
-    """
+    computed."""
     done = run(*train_flags(collected[0], "stopped", "--max_steps", 2), cwd=tmp_path, ok=False)
-    assert (
-        done.returncode == 2
-        and "precompute_rotation_pca.py" in done.stderr
-        and not (tmp_path / "cache").exists()
-    )
+    assert done.returncode == 2
+    assert "precompute_rotation_pca.py" in done.stderr
+    assert not (tmp_path / "cache").exists()

@@ -1,8 +1,8 @@
 """The settings: splits are disjoint, excluded views are those that cannot be decoded, and the
-simulator really follows.
-"""
+simulator really follows."""
 
 import json
+import shlex
 from pathlib import Path
 
 import h5py
@@ -35,8 +35,7 @@ def direction(condition):
 
 def apart(a, b):
     """How far two conditions differ: degrees between their views, or steps of the grid of
-    positions.
-    """
+    positions."""
     turned = np.degrees(np.arccos(np.clip(direction(a) @ direction(b), -1, 1)))
     steps = max(abs(a.dx - b.dx) / np.ptp(settings.DX), abs(a.dy - b.dy) / np.ptp(settings.DY)) * 15
     return max(turned, steps)
@@ -45,8 +44,7 @@ def apart(a, b):
 @pytest.mark.parametrize("setting, split", VARIED)
 def test_splits_are_disjoint(setting, split):
     """Nothing that trains or tunes is tested: conditions differ by at least 2 degrees or a grid
-    step, validation from tests by two.
-    """
+    step, validation from tests by two."""
     parts = {part: settings.conditions(setting, part, split) for part in settings.PARTS}
     for a, b, least in (("train", "test", 1), ("train", "val", 1), ("val", "test", 2)):
         found = min(apart(x, y) for x in parts[a] for y in parts[b])
@@ -55,7 +53,8 @@ def test_splits_are_disjoint(setting, split):
 
 
 def test_splits_are_those_of_the_settings():
-    """Inner trains, outer is tested; left trains, right is tested; and the others say what they do."""
+    """Inner trains, outer is tested; left trains, right is tested; and the others say what they
+    do."""
     get = settings.conditions
     assert (
         max(c.theta for c in get("viewpoint", "train"))
@@ -69,15 +68,14 @@ def test_splits_are_those_of_the_settings():
     assert [len(get("position", part)) for part in settings.PARTS] == [128, 8, 20]
     seen = {
         part: [
-            project(settings.BOWL + [c.dx, c.dy, 0], K, DEFAULT)[0] for c in get("position", part)
+            project([*settings.BOWL, c.dx, c.dy, 0], K, DEFAULT)[0] for c in get("position", part)
         ]
         for part in settings.PARTS
     }
     assert max(c.dy for c in get("position", "train")) < min(c.dy for c in get("position", "test"))
     # y is the image's right
-    assert max(seen["train"]) < np.median(seen["test"]) and np.mean(seen["train"]) < min(
-        seen["test"]
-    )
+    assert max(seen["train"]) < np.median(seen["test"])
+    assert np.mean(seen["train"]) < min(seen["test"])
     assert max(c.dx for c in get("position", "train", "near_far")) < min(
         c.dx for part in ("val", "test") for c in get("position", part, "near_far")
     )
@@ -89,8 +87,7 @@ def test_splits_are_those_of_the_settings():
 @pytest.mark.parametrize("setting, split", VARIED)
 def test_the_first_demonstrations_cover_the_conditions(setting, split):
     """A quarter of the demonstrations already spreads over the whole training half, not over its
-    first row.
-    """
+    first row."""
     conditions = settings.conditions(setting, "train", split)
     first, numbers = (
         conditions[: len(conditions) // 4],
@@ -98,15 +95,13 @@ def test_the_first_demonstrations_cover_the_conditions(setting, split):
     )
     for name in numbers:
         few, all_ = ([getattr(c, name) for c in some] for some in (first, conditions))
-        assert np.ptp(few) > 0.8 * np.ptp(all_) and abs(
-            np.mean(few) - np.mean(all_)
-        ) < 0.15 * np.ptp(all_)
+        assert np.ptp(few) > 0.8 * np.ptp(all_)
+        assert abs(np.mean(few) - np.mean(all_)) < 0.15 * np.ptp(all_)
 
 
 def test_orbit_is_one():
     """Theta 0 is the default camera; every other view is theta away, as far off, looks at the same
-    point, and stands upright.
-    """
+    point, and stands upright."""
     np.testing.assert_allclose(settings.orbit(DEFAULT, 0, 90), DEFAULT, atol=1e-12)
     pivot = (
         DEFAULT[:3, 3] + DEFAULT[:3, 2] * (settings.PIVOT_HEIGHT - DEFAULT[2, 3]) / DEFAULT[2, 2]
@@ -114,9 +109,8 @@ def test_orbit_is_one():
     for theta, phi in ((5, 0), (12, 45), (25, 90), (25, 180), (20, 300)):
         E = settings.orbit(DEFAULT, theta, phi)
         u, v, depth = project(pivot, K, E)
-        assert np.hypot(u - 224, v - 224) < 1e-3 and depth == pytest.approx(
-            np.linalg.norm(DEFAULT[:3, 3] - pivot), abs=1e-6
-        )
+        assert np.hypot(u - 224, v - 224) < 1e-3
+        assert depth == pytest.approx(np.linalg.norm(DEFAULT[:3, 3] - pivot), abs=1e-6)
         assert np.degrees(np.arccos(E[:3, 2] @ DEFAULT[:3, 2])) == pytest.approx(theta, abs=1e-3)
         np.testing.assert_allclose(E[:3, :3] @ E[:3, :3].T, np.eye(3), atol=1e-12)
         assert abs(E[2, 0]) < 1e-6
@@ -126,12 +120,9 @@ def test_orbit_is_one():
 
 def test_excluded_views_are_those_that_cannot_be_decoded():
     """Level with the path a cell and a height bin are metres off; what remains decodes within 3 cm
-    and sees bowl, plate and path.
-    """
-    assert (
-        settings.decode_error(settings.orbit(DEFAULT, 25, 0)) > 1
-        and settings.decode_error(DEFAULT) < 0.025
-    )
+    and sees bowl, plate and path."""
+    assert settings.decode_error(settings.orbit(DEFAULT, 25, 0)) > 1
+    assert settings.decode_error(DEFAULT) < 0.025
     for split in settings.SPLITS["viewpoint"]:
         left_out = [c for _, c, _ in settings.excluded(split)]
         kept = [c for part in settings.PARTS for c in settings.conditions("viewpoint", part, split)]
@@ -215,17 +206,14 @@ def test_no_seed_of_a_collection_meets_a_tested_layout():
         for layout in ("position", "val_position")
         for index in range(100)
     }
-    assert (
-        len(collected) == 2 * 30 * 12
-        and not collected & (tested | positions)
-        and not tested & positions
-    )
+    assert len(collected) == 2 * 30 * 12
+    assert not collected & (tested | positions)
+    assert not tested & positions
 
 
 def test_every_purpose_draws_numbers_of_its_own():
     """Purpose, seed, index and attempt, each makes another seed; so do those of which sums and
-    multiples are alike.
-    """
+    multiples are alike."""
     found = {
         tuple(settings.random_seed(purpose, seed, index, attempt))
         for purpose in settings.PURPOSES
@@ -237,13 +225,11 @@ def test_every_purpose_draws_numbers_of_its_own():
 
 
 # -- in the simulator
-# --------------------------------------------------------------------------------------------------
 
 
 def test_the_shifted_test_layouts_stay_what_they_were(scene):
     """The layouts that every published figure on `shifted` is about: bowl and plate where commit
-    17f3cfb had them.
-    """
+    17f3cfb had them."""
     state, _ = evaluation.episode_state(scene, "shifted", 7)
     before = scene.init_states()[7]
     moved = [
@@ -255,8 +241,7 @@ def test_the_shifted_test_layouts_stay_what_they_were(scene):
 
 def test_viewpoint_episodes_are_seen_from_elsewhere(scene):
     """The rendering camera really moves, objects are seen where the moved camera says, the layout
-    stays the benchmark's; and it moves back.
-    """
+    stays the benchmark's; and it moves back."""
     state, condition = evaluation.episode_state(scene, "viewpoint", 3)
     assert condition == settings.conditions("viewpoint", "test")[3] and condition.theta > 12.5
     np.testing.assert_array_equal(state, scene.init_states()[3])
@@ -276,8 +261,7 @@ def test_viewpoint_episodes_are_seen_from_elsewhere(scene):
 
 def test_position_episodes_stand_elsewhere(scene):
     """Bowl and plate really are where the position says, together; five episodes at a position
-    differ in jitter alone.
-    """
+    differ in jitter alone."""
     positions = settings.conditions("position", "test")
     found = []
     for index in (1, 21):
@@ -286,7 +270,7 @@ def test_position_episodes_stand_elsewhere(scene):
         scene.begin_episode(state)
         for name, nominal in ((scene.pick, settings.BOWL), (scene.place, settings.PLATE)):
             np.testing.assert_allclose(
-                scene.position(name)[:2], nominal[:2] + [condition.dx, condition.dy], atol=0.025
+                scene.position(name)[:2], [*nominal[:2], condition.dx, condition.dy], atol=0.025
             )
         found.append(state)
     assert np.abs(found[0] - found[1]).max() > 1e-3
@@ -294,8 +278,7 @@ def test_position_episodes_stand_elsewhere(scene):
 
 def test_a_perturbation_that_does_nothing_is_an_error(scene, monkeypatch):
     """A camera or an object that does not follow stops the evaluation: its figures would be those
-    of another setting.
-    """
+    of another setting."""
     state = scene.init_states()[0]
     monkeypatch.setattr(scene, "_settle", lambda shifted, watch: np.array(state))
     with pytest.raises(RuntimeError, match="was not shifted"):
@@ -325,9 +308,9 @@ def test_libero_pro_suites_differ_as_they_say(scene):
             name: np.linalg.norm((swap.position(name) - scene.position(name))[:2])
             for name in scene.objects
         }
-        assert (
-            swap.objects == scene.objects and moved[scene.place] > 0.13 and moved[scene.pick] < 0.05
-        ), moved
+        assert swap.objects == scene.objects, moved
+        assert moved[scene.place] > 0.13, moved
+        assert moved[scene.pick] < 0.05, moved
         np.testing.assert_allclose(*poses, atol=2e-3)
         assert np.abs(images[0] - images[1]).mean() < 1 < np.abs(swap.render() - images[1]).mean()
     finally:
@@ -343,92 +326,48 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
     own recorded view and camera, the clean scene and the orbited camera of the training frame are
     followed without a flag; and a replay keeps views."""
     run(
-        "collect_demos.py",
-        "--setting",
-        "viewpoint",
-        "--n_demos",
-        2,
-        "--image_size",
-        SIZE,
-        "--push_rate",
-        0,
-        "--workers",
-        1,
-        "--out",
-        "views.hdf5",
+        f"collect_demos.py --setting viewpoint --n_demos 2 --image_size {SIZE} --push_rate 0 "
+        "--workers 1 --out views.hdf5",
         cwd=tmp_path,
     )
     found, attributes = demos.read_demos(tmp_path / "views.hdf5")
-    assert (
-        attributes["setting"] == "viewpoint"
-        and attributes["clean_scene"]
-        and attributes["split"] == "outer"
-    )
+    assert attributes["setting"] == "viewpoint"
+    assert attributes["clean_scene"]
+    assert attributes["split"] == "outer"
     for demo, condition in zip(found, settings.conditions("viewpoint", "train")):
-        assert (demo.attrs["theta"], demo.attrs["phi"]) == (
-            condition.theta,
-            condition.phi,
-        ) and demo.attrs["setting"] == "viewpoint"
+        assert (demo.attrs["theta"], demo.attrs["phi"]) == (condition.theta, condition.phi)
+        assert demo.attrs["setting"] == "viewpoint"
         np.testing.assert_allclose(
             demo.E, settings.orbit(DEFAULT, condition.theta, condition.phi), atol=1e-6
         )
     run(*train_flags("views.hdf5", "run", 2), cwd=tmp_path)
     done = run(
-        "eval.py",
-        "--ckpt",
-        "run/checkpoint.safetensors",
-        "--teleport",
-        "--zero_rotation",
-        "--max_steps",
-        20,
-        "--n_episodes",
-        1,
-        "--n_videos",
-        0,
-        "--workers",
-        1,
-        "--layout",
-        "viewpoint",
-        "--out",
-        "cell",
+        "eval.py --ckpt run/checkpoint.safetensors --teleport --zero_rotation "
+        "--max_steps 20 --n_episodes 1 --n_videos 0 --workers 1 --layout viewpoint "
+        "--out cell",
         cwd=tmp_path,
     )
     assert "training_frame_difference" in done.stdout + done.stderr
     summary = json.loads((tmp_path / "cell" / "summary.json").read_text())
     row = json.loads((tmp_path / "cell" / "episodes.jsonl").read_text())
-    assert (
-        summary["clean_scene"] is True
-        and summary["split"] == "outer"
-        and summary["setting"] == "viewpoint"
-    )
+    assert summary["clean_scene"] is True
+    assert summary["split"] == "outer"
+    assert summary["setting"] == "viewpoint"
     assert row["theta"] == settings.conditions("viewpoint", "test")[0].theta
     # else views that were trained on would be tested
     with pytest.raises(UserError, match="trained on split outer"):
         evaluation.prepare(
             evaluation.build_parser().parse_args(
-                [
-                    "--ckpt",
-                    str(tmp_path / "run" / "checkpoint.safetensors"),
-                    "--layout",
-                    "viewpoint",
-                    "--split",
-                    "hemisphere",
-                ]
+                shlex.split(
+                    f"--ckpt {tmp_path / 'run' / 'checkpoint.safetensors'} --layout viewpoint "
+                    "--split hemisphere"
+                )
             )
         )
     with h5py.File(tmp_path / "views.hdf5", "r+") as file:
         del file["data/demo_0"]
         file["data"].attrs["part"] = "val"
-    run(
-        "collect_demos.py",
-        "--replay",
-        "views.hdf5",
-        "--image_size",
-        64,
-        "--out",
-        "small.hdf5",
-        cwd=tmp_path,
-    )
+    run("collect_demos.py --replay views.hdf5 --image_size 64 --out small.hdf5", cwd=tmp_path)
     again, kept = demos.read_demos(tmp_path / "small.hdf5", 64)
     # else what judges would be trained on
     assert kept["part"] == "val" and kept["setting"] == "viewpoint"

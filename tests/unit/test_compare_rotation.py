@@ -30,12 +30,10 @@ from study.compare_rotation import (
 
 def test_measures():
     """A guesser's nats are the labels' entropy, averaged over the axes; transitions and turns are
-    counted frame by frame.
-    """
+    counted frame by frame."""
     sure = np.eye(8)[np.array([[0, 7], [1, 7], [2, 7], [3, 7]])]  # (4,2,8)
-    assert guess_nats(sure[:, :1]) == pytest.approx(np.log(4)) and guess_nats(
-        sure
-    ) == pytest.approx(np.log(4) / 2)
+    assert guess_nats(sure[:, :1]) == pytest.approx(np.log(4))
+    assert guess_nats(sure) == pytest.approx(np.log(4) / 2)
     assert guess_nats(np.full((3, 1, 8), 1 / 8)) == pytest.approx(0)
     assert transitions(np.array([0, 0, 1, 1, 0, 1, 1])) == (2, 1)
     yaw = np.radians([0.0, 3.0, 3.0, -3.0])
@@ -94,8 +92,7 @@ def test_nats_do_not_depend_on_the_number_of_bins_or_angles(setting):
 
 def test_what_a_robot_executes_is_what_it_decides(setting):
     """A flicker between two decisions is never executed, one at a decision is; held commands cover
-    every frame up to the end.
-    """
+    every frame up to the end."""
     demo, config = setting.demos[1], setting.policy().config
     frames, _ = decision_frames(demo, config)
     commands = (demo.actions[:, 6] > 0).astype(int)
@@ -108,11 +105,9 @@ def test_what_a_robot_executes_is_what_it_decides(setting):
     np.testing.assert_array_equal(
         np.flatnonzero(executed(flicker, demo, config)[0] != decided), [1]
     )
-    assert (
-        len(held) == len(demo)
-        and held[frames[2]] == decided[2]
-        and held[frames[3] - 1] == decided[2]
-    )
+    assert len(held) == len(demo)
+    assert held[frames[2]] == decided[2]
+    assert held[frames[3] - 1] == decided[2]
 
 
 @pytest.fixture
@@ -147,7 +142,8 @@ def test_finished_trainings_are_left_alone(done, monkeypatch):
 
 
 def test_runs_with_other_flags_are_refused(done):
-    """Results of one --lr never pass for those of another: the folder and both commands are named."""
+    """Results of one --lr never pass for those of another: the folder and both commands are
+    named."""
     args, _ = done
     with pytest.raises(UserError, match="v7_0: was trained with .*--lr 0.002.*give another --runs"):
         train_cells(args, [])

@@ -46,8 +46,7 @@ def small_config(entry, **changes):
 
 class Case:
     """A policy of one type, fitted to the synthetic demos and not trained, with its dataset and
-    observations.
-    """
+    observations."""
 
     def __init__(self, name, path, backbone, cache):
         self.name, self.path, self.backbone = name, path, backbone
@@ -126,7 +125,6 @@ def loss(policy, batch):
 
 
 # -- every policy
-# --------------------------------------------------------------------------------------------------
 
 
 def test_loss_is_finite_and_differentiable(case):
@@ -138,8 +136,7 @@ def test_loss_is_finite_and_differentiable(case):
 
 def test_every_parameter_learns(case):
     """Each trainable parameter gets a finite gradient that is not zero: one without breaks DDP, or
-    never learns.
-    """
+    never learns."""
     policy = case.policy()
     with torch.no_grad():
         for p in policy.parameters():
@@ -194,9 +191,8 @@ def test_rotation_labels_are_soft(case):
     rotation = case.batch()["target_rot"].flatten(0, -3)[:1]
     bins = policy.rotation_bins(rotation)
     targets = policy.rotation_targets(rotation)
-    assert targets.shape == (*bins.shape, config.n_rot_bins) and torch.equal(
-        targets.argmax(-1), bins
-    )
+    assert targets.shape == (*bins.shape, config.n_rot_bins)
+    assert torch.equal(targets.argmax(-1), bins)
     torch.testing.assert_close(targets.sum(-1), torch.ones(bins.shape))
     assert policy.rotation_loss(targets.log(), rotation).item() == pytest.approx(0, abs=1e-5)
     toward = torch.where(bins < config.n_rot_bins // 2, 1, -1)
@@ -207,8 +203,7 @@ def test_rotation_labels_are_soft(case):
 
 def test_rotation_bins_are_those_of_numpy(case):
     """Bins are computed on the device, and are the ones that NumPy's geometry, which decodes them
-    on a robot, gives.
-    """
+    on a robot, gives."""
     policy, rotation = case.policy(), case.batch(20)["target_rot"].flatten(0, -3)
     if hasattr(policy, "rotation_basis"):
         expected = policy.basis.encode(rotation.numpy(), case.config.n_rot_bins)[..., None]
@@ -224,7 +219,8 @@ def test_rotation_bins_are_those_of_numpy(case):
 
 
 def test_the_batch_is_left_alone(case):
-    """Neither loss nor predict changes the batch, which the data loader or the next call may hold."""
+    """Neither loss nor predict changes the batch, which the data loader or the next call may
+    hold."""
     policy, batch = case.policy(), case.batch()
     before = copy.deepcopy(batch)
     loss(policy, batch)["loss"].backward()
@@ -250,8 +246,7 @@ def test_predict_gives_the_documented_tensors(case):
 
 def test_targets_do_not_leak_into_predictions(case):
     """A prediction never looks at the answer: with other targets, masks and commands it stays the
-    same to the bit.
-    """
+    same to the bit."""
     policy, batch = case.policy(), case.batch()
     other = dict(batch)
     other["target_pos"] = batch["target_pos"].flip(0) + 0.05
@@ -281,15 +276,13 @@ def test_masked_targets_do_not_train(case):
 
 def test_a_wholly_masked_batch_is_finite(case):
     """A batch with nothing to learn gives a finite loss and gradient, no 0/0 that would ruin the
-    weights.
-    """
+    weights."""
     policy, batch = case.policy(), case.batch()
     batch["mask"] = torch.zeros_like(batch["mask"])
     out = loss(policy, batch)["loss"]
     out.backward()
-    assert torch.isfinite(out) and all(
-        torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None
-    )
+    assert torch.isfinite(out)
+    assert all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
 
 
 def test_the_same_seed_gives_the_same_numbers(case):
@@ -308,7 +301,8 @@ def test_the_same_seed_gives_the_same_numbers(case):
 
 
 def test_loss_falls_on_a_fixed_batch(case):
-    """Sixty steps on one batch bring the loss down well: labels, loss and gradient belong together."""
+    """Sixty steps on one batch bring the loss down well: labels, loss and gradient belong
+    together."""
     policy, batch = case.policy(), case.batch()
     optimizer = torch.optim.AdamW(policy.param_groups(0.01), lr=3e-3)
     losses = []
@@ -324,8 +318,7 @@ def test_loss_falls_on_a_fixed_batch(case):
 
 def test_act_answers_in_the_world(case):
     """act gives a Waypoint: the trajectory's first point, a proper rotation, a command of -1 or +1;
-    and its time.
-    """
+    and its time."""
     policy = case.policy()
     for waypoint in answers(policy, case.observations()):
         assert waypoint.position.shape == (3,) and np.isfinite(waypoint.trajectory).all()
@@ -348,21 +341,18 @@ def test_reset_starts_afresh(case):
 
 def test_the_features_matter(case):
     """With another sample's features the loss differs: a policy that only knows the EEF would pass
-    the other tests.
-    """
+    the other tests."""
     policy, batch = case.policy(), case.batch()
     swapped = {**batch, "features": [m.flip(0) for m in batch["features"]]}
     assert abs(loss(policy, batch)["loss"].item() - loss(policy, swapped)["loss"].item()) > 1e-5
 
 
 # -- checkpoints
-# ---------------------------------------------------------------------------------------------------
 
 
 def test_checkpoint_round_trip(case, tmp_path, capsys):
     """A loaded policy answers exactly like the saved one, brings its provenance and extras, and is
-    ready to act.
-    """
+    ready to act."""
     policy, path = case.policy(), tmp_path / "checkpoint.safetensors"
     expected = answers(policy, case.observations())
     checkpoint.save_policy(path, policy, case.name, {"command": "test"}, {"ema": torch.arange(3.0)})
@@ -441,8 +431,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_bad_checkpoint_is_named(damage, saved, para):
     """One sentence names the file and what is wrong with it: a robot must not move on half a
-    policy.
-    """
+    policy."""
     change, word = DAMAGE[damage]
     change(saved)
     with pytest.raises(UserError) as error:
@@ -478,8 +467,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(saved, para, monkeypatch):
 
 def test_newest_checkpoint(tmp_path):
     """Without --ckpt the newest run's file is taken, then a committed one, and none is said with
-    the remedy.
-    """
+    the remedy."""
     runs, committed = tmp_path / "runs", tmp_path / "checkpoints"
     with pytest.raises(UserError, match="train.py"):
         checkpoint.newest_checkpoint(runs, committed)

@@ -1,6 +1,5 @@
 """Labels and samples: where the EEF will be, clipped at gripper changes, without pushed or held
-frames.
-"""
+frames."""
 
 from copy import copy
 from dataclasses import replace
@@ -59,7 +58,7 @@ def dataset(synthetic_demos, backbone, tmp_path_factory):
 
 def test_gripper_segments():
     """The change frame is the first with the new command."""
-    closed, changes = gripper_segments(track(OPEN_CLOSE + [-1, -1]).actions)
+    closed, changes = gripper_segments(track([*OPEN_CLOSE, -1, -1]).actions)
     assert changes.tolist() == [6, 20]
     assert closed.tolist() == [0] * 6 + [1] * 14 + [0, 0]
 
@@ -80,16 +79,14 @@ def test_gripper_segments():
 )
 def test_targets_are_clipped_at_the_gripper_change_and_at_the_end(stride, frame, expected):
     """A waypoint lies neither beyond the next gripper change (the robot would cut the grasp) nor
-    beyond the end.
-    """
+    beyond the end."""
     target, _, _, _ = waypoint_labels(track(OPEN_CLOSE), stride, 3)
     assert target[frame].tolist() == expected
 
 
 def test_gripper_label_is_the_command_at_the_waypoint():
     """Until the change the gripper stays open; the waypoint at the change, and the change frame
-    itself, say close.
-    """
+    itself, say close."""
     _, gripper, _, _ = waypoint_labels(track(OPEN_CLOSE), 2, 3)
     assert gripper[0].tolist() == [0, 0, 1]  # waypoints 2, 4, 6
     assert gripper[3].tolist() == [0, 1, 1]  # waypoints 5, 6, 6
@@ -99,8 +96,7 @@ def test_gripper_label_is_the_command_at_the_waypoint():
 
 def test_held_frames_are_left_out():
     """While the gripper moves the image is the same and the command is done: only the change frame
-    of a hold trains.
-    """
+    of a hold trains."""
     *_, usable = waypoint_labels(track(OPEN_CLOSE), 5, 3)
     held = range(7, 6 + GRIPPER_STEPS)
     assert np.flatnonzero(~usable).tolist() == [*held, 19]
@@ -108,8 +104,7 @@ def test_held_frames_are_left_out():
 
 def test_frames_that_stand_still_are_left_out():
     """A label "stay" with no gripper change to come teaches a fixed point; before a change it is
-    the grasp itself.
-    """
+    the grasp itself."""
     demo = track([-1] * 8 + [1] * 22)
     demo.ee_pos[4:9] = demo.ee_pos[8]  # waits for the grasp
     demo.ee_pos[20:] = demo.ee_pos[20]  # waits for nothing
@@ -119,8 +114,7 @@ def test_frames_that_stand_still_are_left_out():
 
 def test_the_retreat_is_left_out_unless_asked_for():
     """After the last release a memoryless policy would learn the approach backwards; a demo that
-    ends closed has no retreat.
-    """
+    ends closed has no retreat."""
     commands = [-1] * 5 + [1] * 20 + [-1] * 25
     *_, usable = waypoint_labels(track(commands), 5, 3)
     *_, whole = waypoint_labels(track(commands), 5, 3, retreat=True)
@@ -139,9 +133,8 @@ def test_staying_at_the_end_is_trained_where_it_is_an_answer():
     plain, _, _, without = waypoint_labels(demo, 5, 3, min_travel=0.05)
     retreat = waypoint_labels(demo, 5, 3, min_travel=0.05, retreat=True)[3]
     first = 38  # 4 cm before it stays: nowhere on the rest of the path is it 5 cm away
-    assert (target[first:, 0] == np.minimum(np.arange(first, 60) + 5, 59)).all() and not gripper[
-        first:
-    ].any()
+    assert (target[first:, 0] == np.minimum(np.arange(first, 60) + 5, 59)).all()
+    assert not gripper[first:].any()
     assert usable[35:].all() and not without[26:].any() and not retreat[40:].any()
     np.testing.assert_array_equal(target[:first, 0], plain[:first, 0])
     np.testing.assert_array_equal(usable[:26], without[:26])
@@ -149,8 +142,7 @@ def test_staying_at_the_end_is_trained_where_it_is_an_answer():
 
 def test_pushed_ways_are_masked():
     """A waypoint reached over a pushed frame is no answer to the image; the ones before the push
-    still are.
-    """
+    still are."""
     demo = track([-1] * 12, pushed=[4, 5])
     target, _, mask, usable = waypoint_labels(demo, 2, 3)
     assert target[0].tolist() == [2, 4, 6] and mask[0].tolist() == [True, True, False]
@@ -163,8 +155,7 @@ def test_pushed_ways_are_masked():
 @pytest.mark.parametrize("seed", range(5))
 def test_labels_against_a_plain_loop(seed):
     """Any pattern of changes and pushes: the vectorised labels equal a frame-by-frame reading of
-    their definition.
-    """
+    their definition."""
     rng = np.random.default_rng(seed)
     length, stride, n_window = 60, int(rng.integers(1, 7)), 4
     demo = track(np.repeat(rng.choice([-1, 1], 6), 10), pushed=rng.integers(0, length, 8))
@@ -190,7 +181,6 @@ def test_a_single_stretch_has_no_label_beyond_the_end():
 
 
 # -- samples
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_dataset_holds_the_usable_frames(dataset):
@@ -205,8 +195,7 @@ def test_dataset_holds_the_usable_frames(dataset):
 
 def test_batch_has_the_documented_shapes_and_types(dataset):
     """The batch is what policy.py's docstring says: metres in float64, masks in {0, 1}, features in
-    float16.
-    """
+    float16."""
     batch = dataset.batch([0, 5, len(dataset) - 1, 2])
     B, T = 4, CONFIG.n_window
     expected = {
@@ -235,8 +224,7 @@ def test_batch_has_the_documented_shapes_and_types(dataset):
 
 def test_samples_carry_their_own_frame(dataset):
     """Position, targets, rotation and features of a sample belong to its demo and frame, none
-    shifted by one.
-    """
+    shifted by one."""
     everything = dataset.batch(np.arange(len(dataset)))
     for index, (d, frame) in enumerate(zip(dataset.demo, dataset.frame)):
         demo = dataset.demos[d]
@@ -278,9 +266,8 @@ def test_images_moved_sideways_are_the_same_geometry(kind, request):
     draws = np.random.default_rng(0).random(len(before["K"]))
     kept = {"K": before["K"].clone(), "features": [m.clone() for m in before["features"]]}
     after = shifted_sideways(before, limit, draws, SIZE)
-    assert torch.equal(before["K"], kept["K"]) and all(
-        map(torch.equal, before["features"], kept["features"])
-    )
+    assert torch.equal(before["K"], kept["K"])
+    assert all(map(torch.equal, before["features"], kept["features"]))
     lead = lambda x, n: x.reshape(len(before["K"]), -1, *x.shape[-n:])
     moved, found = [], set()
     for key in ("eef_pos", "target_pos"):
@@ -308,7 +295,8 @@ def test_images_moved_sideways_are_the_same_geometry(kind, request):
 
 
 def test_demonstrations_of_one_name_keep_their_own_features(dataset, tmp_path):
-    """Two files both have a demo_0: with features kept by name the last one's would be everybody's."""
+    """Two files both have a demo_0: with features kept by name the last one's would be
+    everybody's."""
     first, second = dataset.demos[0], dataset.demos[1]
     # has fewer usable frames
     half = replace(second, name=first.name, perturbed=np.arange(len(second)) < len(second) // 2)
@@ -319,16 +307,14 @@ def test_demonstrations_of_one_name_keep_their_own_features(dataset, tmp_path):
         dataset.path, [first], CONFIG, dataset.backbone, cache=tmp_path, progress=False
     )
     indices = np.arange(len(alone))
-    assert len(both) > len(alone) and all(
-        map(torch.equal, both.features(indices), alone.features(indices))
-    )
+    assert len(both) > len(alone)
+    assert all(map(torch.equal, both.features(indices), alone.features(indices)))
 
 
 @pytest.mark.parametrize("kind", ["dataset", "windows"])
 def test_features_kept_on_a_device_are_the_same(kind, request):
     """Batches of features kept in memory, as on a GPU, are those read from files one by one,
-    padding included.
-    """
+    padding included."""
     dataset = request.getfixturevalue(kind)
     kept, indices = copy(dataset), np.arange(0, len(dataset), 3)
     kept.keep_on("cpu")
@@ -365,8 +351,7 @@ def test_window_and_stride_come_from_the_config(dataset, tmp_path):
 
 def test_statistics_span_the_data(dataset):
     """Ranges hold every height and every unwrapped Euler angle: roll crosses +-pi and must not span
-    a whole turn.
-    """
+    a whole turn."""
     statistics = dataset.statistics()
     heights = np.concatenate([d.ee_pos[:, 2] for d in dataset.demos])
     assert tuple(statistics["height_range"]) == (heights.min(), heights.max())
@@ -374,9 +359,9 @@ def test_statistics_span_the_data(dataset):
     assert (high - low < 1.5).all() and high[0] - low[0] > 0.05
     assert low[0] < np.pi < high[0] or low[0] < -np.pi < high[0]
     for (mean, std), channels in zip(statistics["features"], dataset.backbone.channels):
-        assert (
-            mean.shape == std.shape == (channels,) and np.isfinite(mean).all() and (std > 0).all()
-        )
+        assert mean.shape == std.shape == (channels,)
+        assert np.isfinite(mean).all()
+        assert (std > 0).all()
 
 
 def test_a_wholly_pushed_demo_is_survived(tmp_path, backbone):

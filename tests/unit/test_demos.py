@@ -1,6 +1,5 @@
 """The demonstration format: bad files are named with key and remedy, official ones are turned
-upright, splits hold.
-"""
+upright, splits hold."""
 
 import dataclasses
 import re
@@ -170,8 +169,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_file_is_named_with_key_and_remedy(case, tmp_path):
     """One sentence says which file and which key are wrong and what to do, instead of a traceback
-    hours into a run.
-    """
+    hours into a run."""
     mutate, key, remedy = CASES[case]
     with pytest.raises(UserError) as error:
         demos.read_demos(write_bad(tmp_path, mutate))
@@ -185,9 +183,9 @@ def test_image_size_is_compared_with_the_one_asked_for(tmp_path):
     path = write_bad(tmp_path, lambda file: None)
     with pytest.raises(UserError, match=re.escape("--image_size 448")) as error:
         demos.read_demos(path, image_size=448)
-    assert (
-        NAME in str(error.value) and demos.IMAGE in str(error.value) and "16 px" in str(error.value)
-    )
+    assert NAME in str(error.value)
+    assert demos.IMAGE in str(error.value)
+    assert "16 px" in str(error.value)
     assert demos.read_demos(path, image_size=16)[0][0].image_size == 16
 
 
@@ -223,15 +221,14 @@ def test_damaged_image_chunk_is_named(tmp_path):
     path.write_bytes(content)
     with demos.open_demos(path) as file, pytest.raises(UserError, match="damaged") as error:
         demos.read_images(path, file, "demo_0", [6, 7])
-    assert (
-        NAME in str(error.value) and demos.IMAGE in str(error.value) and COLLECT in str(error.value)
-    )
+    assert NAME in str(error.value)
+    assert demos.IMAGE in str(error.value)
+    assert COLLECT in str(error.value)
 
 
 def test_valid_file_is_read_back(synthetic_demos):
     """What was written is what is read: names in numerical order, lengths, pushes, attributes and
-    camera.
-    """
+    camera."""
     read, attributes = demos.read_demos(synthetic_demos, image_size=SIZE)
     assert [d.name for d in read] == [f"demo_{i}" for i in range(4)]
     assert attributes["format"] == demos.FORMAT and read[0].attrs["source"] == "synthetic"
@@ -267,8 +264,7 @@ def test_file_without_pushes_is_undisturbed(tmp_path):
 @pytest.mark.parametrize("orientation", ["upright", "flipped", None])
 def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthetic_demos):
     """Official files hold rows bottom first and do not say so; what is read is upright: the blob is
-    at the EEF.
-    """
+    at the EEF."""
     path = write_synthetic_demos(tmp_path / "official.hdf5", orientation=orientation or "flipped")
     with h5py.File(path, "r+") as file:
         if orientation is None:  # nor do they have this repository's format
@@ -290,8 +286,7 @@ def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthe
 @pytest.mark.parametrize("fraction", [0.05, 0.15, 0.5])
 def test_split_is_by_demo(n, fraction):
     """No demo trains and validates, none is lost, both parts have one, and the split is the same
-    every time.
-    """
+    every time."""
     train, val = demos.split_demos(list(range(n)), fraction)
     assert not set(train) & set(val) and sorted(train + val) == list(range(n))
     assert train and val

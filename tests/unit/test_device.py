@@ -1,6 +1,7 @@
 """--device: what it means, and one sentence at once where it cannot be had."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -27,23 +28,19 @@ def gpus(monkeypatch):
 
 def test_a_gpu_without_a_number_is_this_process_s(gpus, monkeypatch):
     """--device cuda has no index, which torch.cuda.set_device refuses: it is the local rank's, as
-    of auto.
-    """
+    of auto."""
     gpus()
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert choose_device("cuda") == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("PARA_DEVICE")
-    assert (
-        choose_device("cuda") == choose_device("auto") == "cuda:1"
-        and choose_device("cuda:0") == "cuda:0"
-    )
+    assert choose_device("cuda") == choose_device("auto") == "cuda:1"
+    assert choose_device("cuda:0") == "cuda:0"
 
 
 def test_auto(gpus, monkeypatch):
     """A GPU where there is one, the CPU elsewhere and wherever PARA_DEVICE says so, as in these
-    tests.
-    """
+    tests."""
     gpus()
     assert choose_device() == "cpu"
     monkeypatch.delenv("PARA_DEVICE")
@@ -101,8 +98,7 @@ def test_evaluation_takes_the_gpu_by_default():
 
 def test_the_gpu_tests_own_code_runs(tmp_path):
     """`make gpu` is for machines that are rarely at hand: what it runs is tried on the CPU, at
-    small sizes.
-    """
+    small sizes."""
     environment = {**os.environ, "PARA_GPU_TEST_DEVICE": "cpu"}
     for command in (
         [
@@ -115,17 +111,9 @@ def test_the_gpu_tests_own_code_runs(tmp_path):
             "-k",
             "not training and not two_ranks",
         ],
-        [
-            "-m",
-            "study.bench_gpu",
-            "--device",
-            "cpu",
-            "--quick",
-            "--rounds",
-            "1",
-            "--out",
-            str(tmp_path / "cpu.json"),
-        ],
+        shlex.split(
+            f"-m study.bench_gpu --device cpu --quick --rounds 1 --out {tmp_path / 'cpu.json'}"
+        ),
     ):
         done = subprocess.run(
             [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -1,6 +1,7 @@
 """One-step errors apart by phase and by part of the answer."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -66,11 +67,9 @@ def test_a_known_error_is_found_in_its_own_part(synthetic_demos, policy, monkeyp
         lambda *a, **k: answer(unproject(u, v, true[:, 2] + 0.01, demo.K, demo.E)),
     )
     high = one_step(policy, synthetic_demos, demo)
-    assert (
-        aside["phase"][0] == 0
-        and set(aside["phase"]) == {0, 1}
-        and (np.diff(aside["phase"]) >= 0).all()
-    )
+    assert aside["phase"][0] == 0
+    assert set(aside["phase"]) == {0, 1}
+    assert (np.diff(aside["phase"]) >= 0).all()
     for phase in (0, 1):
         a, h = phase_row(aside, phase), phase_row(high, phase)
         np.testing.assert_allclose(
@@ -85,33 +84,21 @@ def test_a_known_error_is_found_in_its_own_part(synthetic_demos, policy, monkeyp
 
 def test_the_command_writes_table_and_picture(synthetic_demos, policy, tmp_path, capsys):
     """Both phases of each checkpoint are in errors.json and errors.md, the picture is there; two
-    runs of one name are refused.
-    """
+    runs of one name are refused."""
     path = tmp_path / "mine" / "checkpoint.safetensors"
     checkpoint.save_policy(
         path, policy, "para", {"args": {}, "backbone_asked": policy.config.backbone}
     )
     diagnose.main(
-        [
-            "--ckpt",
-            str(path),
-            "--dataset",
-            str(synthetic_demos),
-            "--n_demos",
-            "2",
-            "--out",
-            str(tmp_path / "out"),
-        ]
+        shlex.split(
+            f"--ckpt {path} --dataset {synthetic_demos} --n_demos 2 --out {tmp_path / 'out'}"
+        )
     )
     found = json.loads((tmp_path / "out" / "errors.json").read_text())
-    assert (
-        set(found["rows"]["mine"]) == {"reach", "carry"}
-        and found["n_demos"] == 2
-        and found["rows"]["mine"]["reach"]["n"] > 2
-    )
-    assert (
-        "| mine | reach |" in (tmp_path / "out" / "errors.md").read_text()
-        and (tmp_path / "out" / "errors.png").stat().st_size > 5000
-    )
+    assert set(found["rows"]["mine"]) == {"reach", "carry"}
+    assert found["n_demos"] == 2
+    assert found["rows"]["mine"]["reach"]["n"] > 2
+    assert "| mine | reach |" in (tmp_path / "out" / "errors.md").read_text()
+    assert (tmp_path / "out" / "errors.png").stat().st_size > 5000
     with pytest.raises(UserError, match="one name"):
         names_of([path, path])

@@ -1,6 +1,5 @@
 """DinoVolumeKV and DinoVolumeKVFull beyond the contract: the factored volume, both configurations,
-finetuning, deployment.
-"""
+finetuning, deployment."""
 
 import dataclasses
 import io
@@ -95,13 +94,11 @@ def train_steps(policy, batch, steps, lr=3e-3, hold=0):
 
 
 # -- the volume
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_every_logit_is_query_times_key(setting):
     """logits[t,z,y,x] = query(t,z) . key(y,x) / sqrt(dim): the fast convolution says what the
-    formula says, axes in order.
-    """
+    formula says, axes in order."""
     policy = setting.policy(parent=True)
     features = torch.randn(2, SMALL["width"], 16, 16)
     with torch.no_grad():
@@ -118,29 +115,22 @@ def test_every_logit_is_query_times_key(setting):
 
 def test_the_default_volume_is_as_specified():
     """Eight waypoints of 32 x 56 x 56 bins; v7 and the new head by flags, five layers and one
-    linear layer over 48 bins by default.
-    """
+    linear layer over 48 bins by default."""
     config = DinoVolumeKVFullConfig()
     policy = DinoVolumeKVFull(config, [4])
-    assert (
-        (config.n_window, *policy.volume_shape) == (8, 32, 56, 56)
-        and config.dim == 128
-        and config.n_heads == 4
-    )
+    assert (config.n_window, *policy.volume_shape) == (8, 32, 56, 56)
+    assert config.dim == 128
+    assert config.n_heads == 4
     assert len(policy.token_blocks) == 5 and isinstance(policy.rotation_head, torch.nn.Linear)
-    assert (
-        policy.rotation_head.out_features == 48
-        and policy.token_blocks[0].mlp[0].out_features == 4 * 128
-    )
+    assert policy.rotation_head.out_features == 48
+    assert policy.token_blocks[0].mlp[0].out_features == 4 * 128
     v7 = DinoVolumeKVFull(
         DinoVolumeKVFullConfig(tf_layers=2, token_enc="learned", rotation="euler", n_rot_bins=32),
         [4],
     )
-    assert (
-        len(v7.token_blocks) == 2
-        and v7.rotation_head.out_features == 3 * 32
-        and v7.token_height.table.shape == (32, 128)
-    )
+    assert len(v7.token_blocks) == 2
+    assert v7.rotation_head.out_features == 3 * 32
+    assert v7.token_height.table.shape == (32, 128)
 
 
 def test_sinusoids_tell_indices_apart():
@@ -155,18 +145,15 @@ def test_sinusoids_tell_indices_apart():
 @pytest.mark.parametrize("kind", ["sin", "learned"])
 def test_query_encodings_by_flag(setting, kind):
     """height_enc and time_enc choose their encoding each, and heights and times are not
-    interchangeable in the queries.
-    """
+    interchangeable in the queries."""
     policy = setting.policy(parent=True, height_enc=kind, time_enc="sin")
-    assert hasattr(policy.height_code, "table") == (kind == "learned") and not hasattr(
-        policy.time_code, "table"
-    )
+    assert hasattr(policy.height_code, "table") == (kind == "learned")
+    assert not hasattr(policy.time_code, "table")
     queries = policy.queries()
     assert queries.shape == (4, 8, 32) and (queries[1, 2] - queries[2, 1]).abs().max() > 1e-3
 
 
 # -- the tokens
-# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -174,8 +161,7 @@ def test_query_encodings_by_flag(setting, kind):
 )
 def test_both_configurations_learn(setting, flags):
     """v7, the new head and its ablation each fit one batch, every parameter gets a gradient, and
-    rotation is decoded from it.
-    """
+    rotation is decoded from it."""
     policy = setting.policy(**flags)
     batch = setting.batch(policy)
     policy.train()(batch)["loss"].backward()
@@ -220,8 +206,7 @@ def test_rotation_targets_peak_at_the_bin(setting, flags):
 
 def test_tokens_read_the_keypoint_they_are_told(setting):
     """Teacher forcing: the rotation logits of a waypoint change with its keypoint's cell and its
-    height, in use as in training.
-    """
+    height, in use as in training."""
     policy = setting.policy(**NEW).eval()
     features, kp = (
         torch.randn(1, 16, 16, 16),
@@ -236,8 +221,7 @@ def test_tokens_read_the_keypoint_they_are_told(setting):
 
 def test_cells_matter_only_with_the_flag(setting):
     """Without y and x embeddings the same feature at another cell gives the same answer; with them
-    it does not.
-    """
+    it does not."""
     for flag in (False, True):
         policy = setting.policy(**NEW, yx_embedding=flag).eval()
         features, kp = torch.ones(1, 16, 16, 16), torch.tensor([[[1, 2, 3]] * 4])
@@ -250,8 +234,7 @@ def test_cells_matter_only_with_the_flag(setting):
 
 def test_masked_tokens_are_seen_by_nobody(setting):
     """A waypoint beyond a push does not reach the others' gripper and rotation through the
-    attention.
-    """
+    attention."""
     policy = setting.policy(**NEW).eval()
     features, kp = torch.randn(1, 16, 16, 16), torch.randint(0, 8, (1, 4, 3))
     other = kp.clone()
@@ -284,8 +267,7 @@ def test_the_basis_travels_as_a_buffer(setting):
 
 def test_a_policy_for_one_axis_needs_a_basis(setting, synthetic_episodes, tmp_path):
     """Without the basis the one-axis configuration stops at once and says how to compute it; v7
-    does not ask.
-    """
+    does not ask."""
     config = DinoVolumeKVFullConfig(**{**SMALL, **NEW, "basis": str(tmp_path / "absent.npz")})
     with pytest.raises(UserError, match="precompute_rotation_pca.py"):
         setting.dataset(config)
@@ -293,7 +275,6 @@ def test_a_policy_for_one_axis_needs_a_basis(setting, synthetic_episodes, tmp_pa
 
 
 # -- finetuning
-# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -337,8 +318,7 @@ def test_the_volume_head_loads_unchanged(setting, v7_file, capsys):
 
 def test_the_freeze_really_freezes(setting, v7_file):
     """While held, the volume stays to the bit, weight decay included, and the heads learn;
-    afterwards it moves again.
-    """
+    afterwards it moves again."""
     policy = setting.policy(1, **NEW)
     finetune.init_from(policy, v7_file[0])
     batch = setting.batch(policy)
@@ -360,8 +340,7 @@ def test_the_freeze_really_freezes(setting, v7_file):
 )
 def test_another_volume_is_refused(setting, v7_file, changes, word):
     """Sinusoidal queries fit by shape for any grid: a volume that would mean something else is
-    refused all the same.
-    """
+    refused all the same."""
     with pytest.raises(UserError, match=word):
         finetune.init_from(setting.policy(**{**NEW, **changes}), v7_file[0])
 
@@ -389,8 +368,7 @@ def test_unrelated_and_damaged_checkpoints_are_refused(setting, v7_file, tmp_pat
 
 def test_a_creeping_volume_loss_is_reported():
     """Held-out loss after the freeze against the loss at its end: a rise is called a creep, a fall
-    is not, too early says nothing.
-    """
+    is not, too early says nothing."""
     row = lambda step, value: {"step": step, "val/volume_ce": value}
     assert finetune.volume_creep([row(100, 5.0), {"step": 500, "train/loss": 1.0}], 500) is None
     sentence, creeps = finetune.volume_creep([row(500, 5.0), row(600, 4.5), row(700, 5.3)], 500)
@@ -399,7 +377,6 @@ def test_a_creeping_volume_loss_is_reported():
 
 
 # -- deployment
-# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -416,15 +393,12 @@ def deploy(*flags):
 
 def test_stats_are_read_with_numpy_alone(deployed):
     """<ckpt>_stats.json holds bins, ranges and basis; rot_utils decodes the policy's rotation bins
-    from it as the policy does.
-    """
+    from it as the policy does."""
     path, policy = deployed
     stats = load_stats(checkpoint.stats_path(path))
-    assert (
-        stats["n_window"] == 4
-        and stats["height_range"] == policy.height_range.tolist()
-        and stats["rotation"]["n_bins"] == 48
-    )
+    assert stats["n_window"] == 4
+    assert stats["height_range"] == policy.height_range.tolist()
+    assert stats["rotation"]["n_bins"] == 48
     logits = torch.randn(3, 1, 48)
     ours = stats["rotation"]["basis"].decode(policy.decoded_bins(logits)[:, 0].numpy(), 48)
     np.testing.assert_allclose(ours, policy.decode_rotation(logits).numpy(), atol=1e-12)
@@ -437,13 +411,10 @@ def test_stats_are_read_with_numpy_alone(deployed):
 @pytest.mark.parametrize("true", [0.0, 0.4, 3.3, 20.0, 46.7, 47.0])
 def test_rotations_are_decoded_between_bins(true):
     """A Gaussian's own centre comes back, in the middle closer than the bin's centre, which may be
-    half a bin off; near an end never farther.
-    """
+    half a bin off; near an end never farther."""
     logits = -0.5 * ((torch.arange(48) - true) / 2.0) ** 2
-    assert (
-        abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.45
-        and abs(symmetric_soft_argmax(logits, 0).item() - true) <= 0.5
-    )
+    assert abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.45
+    assert abs(symmetric_soft_argmax(logits, 0).item() - true) <= 0.5
     if 5 < true < 42:
         assert abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.15
 
@@ -469,20 +440,16 @@ def test_damaged_stats_are_refused(content, tmp_path):
 
 def test_an_episode_becomes_json_lines(deployed, synthetic_episodes, capsys):
     """Folder in, one line a frame out: the policy's own trajectory, rotation as Euler angles,
-    commands; latency on standard error.
-    """
+    commands; latency on standard error."""
     path, policy = deployed
     deploy("--ckpt", path, "--source", synthetic_episodes / "episode_00001", "--limit", 3)
     captured = capsys.readouterr()
     rows = [json.loads(line) for line in captured.out.splitlines()]
-    assert (
-        [r["frame"] for r in rows] == [0, 1, 2]
-        and captured.err.count("ms (features") == 3
-        and "median" in captured.err
-    )
-    assert np.shape(rows[0]["xyz"]) == np.shape(rows[0]["euler"]) == (4, 3) and set(
-        rows[0]["gripper"]
-    ) <= {-1, 1}
+    assert [r["frame"] for r in rows] == [0, 1, 2]
+    assert captured.err.count("ms (features") == 3
+    assert "median" in captured.err
+    assert np.shape(rows[0]["xyz"]) == np.shape(rows[0]["euler"]) == (4, 3)
+    assert set(rows[0]["gripper"]) <= {-1, 1}
     from formats import smith300
 
     demo = smith300.read_episode(synthetic_episodes / "episode_00001", SIZE)
@@ -510,8 +477,7 @@ def test_an_episode_becomes_json_lines(deployed, synthetic_episodes, capsys):
 
 def test_standard_input_gives_the_same_answers(deployed, synthetic_episodes, capsys, monkeypatch):
     """The live path answers like the recorded one; the camera is given once, images by path or by
-    their bytes.
-    """
+    their bytes."""
     import base64
 
     path, _ = deployed
@@ -560,8 +526,7 @@ def test_a_bad_line_stops_with_its_number(
 
 def test_foreign_stats_and_other_policies_are_refused(deployed, setting, tmp_path):
     """Statistics of another run would turn the gripper by another axis; another kind of policy has
-    none.
-    """
+    none."""
     path, _ = deployed
     stats = json.loads(checkpoint.stats_path(path).read_text())
     stats["rotation"]["basis"]["low"] -= 0.1

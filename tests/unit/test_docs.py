@@ -53,7 +53,8 @@ def test_every_page_is_in_the_sites_menu():
 
 
 def test_readmes_success_rates_are_those_of_the_table():
-    """The README's small table says what results/matrix/table.json says, rounded to whole percents."""
+    """The README's small table says what results/matrix/table.json says, rounded to whole
+    percents."""
     names = {
         "PARA": "para",
         "ACT": "act",

@@ -1,6 +1,5 @@
 """Command lines: absurd values are refused in one sentence when they are typed, by every script and
-every policy's config.
-"""
+every policy's config."""
 
 import argparse
 import dataclasses
@@ -26,50 +25,49 @@ SCRIPTS = (
     "figures.report",
     "run_matrix",
 )
-NUMBERS = (
-    "--val_fraction 0",
-    "--val_fraction 2",
-    "--seed -1",
-    "--lr nan",
-    "--lr -1",
-    "--lr inf",
-    "--warmup -5",
-    "--max_steps 0",
-    "--max_steps 1.5",
-    "--n_demos 0",
-    "--grid 0",
-    "--n_height_bins 0",
-    "--width 0",
-    "--dilations a,b",
-    "--dilations 1,,2",
-    "--dilations 0",
-    "--image_size 0",
-    "--image_size 100000",
-    "--min_travel nan",
-    "--min_travel -1",
-    "--waypoint_stride 0",
-    "--n_window 0",
-    "--sigma 0",
-    "--batch_size 0",
-    "--shift_aug nan",
-    "--clip 0",
-    "--save_every 0",
-)
-OTHERS = {
-    "autoregressive": (
-        "--n_heads 0",
-        "--context 0",
-        "--temperature nan",
-        "--temperature 0",
-        "--recent_hires -1",
-        "--smooth_weight inf",
-    ),
-    "act": ("--n_rot_bins 0", "--dropout 1", "--dropout nan", "--eef_noise_share 2"),
-    "voxel_ar": ("--shortest_wave 0", "--n_waves 0"),
-    "dino_volume_kv_full": ("--rotation_sigma nan", "--tf_layers 0", "--rotation_weight -1"),
+# values by flag, of every policy and of single ones
+NUMBERS = {
+    "--val_fraction": "0 2",
+    "--seed": "-1",
+    "--lr": "nan -1 inf",
+    "--warmup": "-5",
+    "--max_steps": "0 1.5",
+    "--n_demos": "0",
+    "--grid": "0",
+    "--n_height_bins": "0",
+    "--width": "0",
+    "--dilations": "a,b 1,,2 0",
+    "--image_size": "0 100000",
+    "--min_travel": "nan -1",
+    "--waypoint_stride": "0",
+    "--n_window": "0",
+    "--sigma": "0",
+    "--batch_size": "0",
+    "--shift_aug": "nan",
+    "--clip": "0",
+    "--save_every": "0",
 }
-TRAINING = [("para", words) for words in NUMBERS] + [
-    (name, words) for name, some in OTHERS.items() for words in some
+OTHERS = {
+    "autoregressive": {
+        "--n_heads": "0",
+        "--context": "0",
+        "--temperature": "nan 0",
+        "--recent_hires": "-1",
+        "--smooth_weight": "inf",
+    },
+    "act": {"--n_rot_bins": "0", "--dropout": "1 nan", "--eef_noise_share": "2"},
+    "voxel_ar": {"--shortest_wave": "0", "--n_waves": "0"},
+    "dino_volume_kv_full": {
+        "--rotation_sigma": "nan",
+        "--tf_layers": "0",
+        "--rotation_weight": "-1",
+    },
+}
+TRAINING = [
+    (name, flag, value)
+    for name, refused in {"para": NUMBERS, **OTHERS}.items()
+    for flag, values in refused.items()
+    for value in values.split()
 ]
 
 
@@ -85,12 +83,10 @@ def parsers():
     }
 
 
-@pytest.mark.parametrize("model_type, words", TRAINING)
-def test_training_refuses_an_absurd_value(model_type, words):
+@pytest.mark.parametrize("model_type, flag, value", TRAINING)
+def test_training_refuses_an_absurd_value(model_type, flag, value):
     """Minutes of collecting and caching would pass before a traceback, or a run without a gradient
-    to its end.
-    """
-    flag, value = words.split()
+    to its end."""
     with pytest.raises(UserError) as error:
         train.parse_args(["--model_type", model_type, flag, value])
     message = str(error.value)
@@ -218,8 +214,7 @@ def test_a_range_says_itself():
 )
 def test_a_file_is_no_folder_to_write(script, flag, tmp_path):
     """`--out FILE` was found out after training, or after the workers had started; so was `--out
-    .`.
-    """
+    .`."""
     (tmp_path / "file").touch()
     for value in (str(tmp_path / "file"), str(tmp_path / "file" / "below"), "."):
         with pytest.raises(UserError, match=flag):

@@ -52,7 +52,6 @@ class FrozenFeatures(torch.nn.Module):
 
 
 # -- inputs: how each is written, and what a reader makes of it as numbers that can be compared
-# -----------------------------
 
 
 def write_run(folder):
@@ -279,7 +278,6 @@ KINDS = {
 
 
 # -- damages
-# --------------------------------------------------------------------------------------------------------------
 
 
 def damage_bytes(path, rng):
@@ -307,8 +305,7 @@ def damage_bytes(path, rng):
 
 def damaged_array(value, rng):
     """An array that is retyped, reshaped, emptied, cut or full of NaN -> (array or text, what was
-    done).
-    """
+    done)."""
     value = np.asarray(value)
     choices = {
         "text": lambda: np.full(value.shape, b"x"),
@@ -338,8 +335,7 @@ def damaged_array(value, rng):
 
 def damage_hdf5(path, rng):
     """Damage what an HDF5 file is made of: its arrays, groups, links and attributes -> (what was
-    done, whether it may pass unseen).
-    """
+    done, whether it may pass unseen)."""
     with h5py.File(path, "r+") as file:
         nodes = [None]
         file.visit(nodes.append)
@@ -401,7 +397,7 @@ def damage_hdf5(path, rng):
         del parent[key]
         if what == "array" and value is not None:
             changed, how = damaged_array(value, rng)
-            if getattr(changed, "dtype", None) == object:
+            if getattr(changed, "dtype", None) == np.dtype(object):
                 parent.create_dataset(key, data=["a", "b"], dtype=h5py.string_dtype())
             else:
                 parent[key] = changed
@@ -446,8 +442,7 @@ def damage_npz(path, rng):
 
 def damaged_value(value, rng):
     """A JSON value with one thing of it dropped, retyped, emptied, made NaN or exchanged -> (value,
-    what was done).
-    """
+    what was done)."""
     value = copy.deepcopy(value)
     here, path = value, []
     while isinstance(here, (dict, list)) and here:
@@ -489,10 +484,9 @@ def damage_json(path, rng):
 
 def damage_safetensors(path, rng):
     """Damage a checkpoint's header or tensors; half of the time with no digest, as an older file ->
-    (what, whether it may pass).
-    """
+    (what, whether it may pass)."""
     with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file}
     key = str(rng.choice(list(tensors)))
     what = str(rng.choice(["header", "header", "text", "drop", "dtype", "shape", "NaN"]))
     old = rng.random() < 0.7
@@ -537,7 +531,6 @@ def damage(path, rng):
 
 
 # -- the test
-# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -601,8 +594,7 @@ def attempt(kind, number, sound, folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_input_ends_in_success_or_one_sentence(kind, sound, tmp_path, capsys):
     """Another exception is a traceback for the user; other numbers in silence train a policy on
-    what nobody recorded.
-    """
+    what nobody recorded."""
     place = list(KINDS).index(kind)
     numbers = range(place, N, len(KINDS))
     wrong = [

@@ -29,12 +29,12 @@ UNIT, QUAT = unit(3), unit(4)
 
 
 # -- camera
-# ----------------------------------------------------------------------------------------------------------
 
 
 @given(POINT, EYE, st.floats(30, 75))
 def test_project_unproject_round_trip(point, eye, fovy):
-    """A point comes back from its pixel and height: labels are made one way and decoded the other."""
+    """A point comes back from its pixel and height: labels are made one way and decoded the
+    other."""
     K, E = camera.intrinsics(fovy, SIZE), look_at(eye, [0, 0, 1.0])
     u, v, depth = camera.project(point, K, E)
     assert depth > 0
@@ -44,8 +44,7 @@ def test_project_unproject_round_trip(point, eye, fovy):
 @given(st.floats(0, SIZE), st.floats(0, SIZE), st.floats(LOW, HIGH), EYE)
 def test_unproject_project_round_trip(u, v, height, eye):
     """A pixel comes back from its point, and the point has the height asked for, wherever the ray
-    goes down.
-    """
+    goes down."""
     K, E = camera.intrinsics(45, SIZE), look_at(eye, [0, 0, 1.0])
     ray = E[:3, :3] @ [(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], 1.0]
     point = camera.unproject(u, v, np.float64(height), K, E)
@@ -57,8 +56,7 @@ def test_unproject_project_round_trip(u, v, height, eye):
 
 def test_project_known_values():
     """The optical axis hits the image's centre; right is +u, down is +v; the field of view ends at
-    the border.
-    """
+    the border."""
     K, E = camera.intrinsics(90, 100), np.eye(4)
     np.testing.assert_allclose(camera.project(np.array([0, 0, 2.0]), K, E), (50, 50, 2))
     np.testing.assert_allclose(camera.project(np.array([2.0, 0, 2.0]), K, E), (100, 50, 2))
@@ -117,8 +115,7 @@ def test_numpy_and_torch_agree(points, eye):
 @given(POINT)
 def test_quantise_error_is_bounded(point):
     """The oracle that a perfect classifier reaches is off by at most half a cell and half a bin,
-    not more.
-    """
+    not more."""
     K, E = agentview(SIZE)
     snapped = camera.quantise(point, K, E, GRID, SIZE, LOW, HIGH, BINS)
     assert abs(snapped[2] - point[2]) <= (HIGH - LOW) / BINS / 2 + 1e-9
@@ -132,7 +129,8 @@ def test_quantise_error_is_bounded(point):
 
 @given(st.floats(0, SIZE), st.floats(200, SIZE), st.floats(LOW, HIGH), st.floats(LOW, HIGH))
 def test_ray_is_affine_in_height(u, v, low, high):
-    """Along one pixel's ray the point is affine in its height: the mean height is the mean point."""
+    """Along one pixel's ray the point is affine in its height: the mean height is the mean
+    point."""
     K, E = agentview(SIZE)
     at = lambda h: camera.unproject(u, v, np.float64(h), K, E)
     np.testing.assert_allclose(at((low + high) / 2), (at(low) + at(high)) / 2, atol=1e-9)
@@ -142,7 +140,6 @@ def test_ray_is_affine_in_height(u, v, low, high):
 
 
 # -- rotations
-# -------------------------------------------------------------------------------------------------------
 
 
 @given(QUAT)
@@ -162,8 +159,7 @@ AWKWARD = st.sampled_from([0.0, 1e-12, 1e-8, 1e-4, np.pi - 1e-4, np.pi - 1e-8, n
 @given(UNIT, st.one_of(st.floats(0, np.pi), AWKWARD))
 def test_rotvec_round_trip(axis, angle):
     """Axis-angle survives the trip at every angle, also near 0 and near pi (a gripper that points
-    down).
-    """
+    down)."""
     matrix = rot_utils.rotvec_to_matrix(axis * angle)
     back = rot_utils.matrix_to_rotvec(matrix)
     np.testing.assert_allclose(rot_utils.rotvec_to_matrix(back), matrix, atol=1e-9)
@@ -186,8 +182,7 @@ def test_rotations_known_values():
 @given(st.floats(-np.pi, np.pi), st.floats(-1.5, 1.5), st.floats(-np.pi, np.pi))
 def test_euler_round_trip(roll, pitch, yaw):
     """Euler -> matrix -> Euler up to whole turns, away from pitch +-90 degrees where it has no
-    answer.
-    """
+    answer."""
     euler = np.array([roll, pitch, yaw])
     back = rot_utils.matrix_to_euler(rot_utils.euler_to_matrix(euler))
     assert np.abs(rot_utils.wrap_angle(back - euler)).max() < 1e-8
@@ -239,7 +234,6 @@ def test_rotation_angle(quat, axis, angle):
 
 
 # -- metrics
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,7 +253,8 @@ def test_wilson_known_values(wins, n, low, high):
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_holds_the_rate(case):
-    """The interval lies in [0, 1], holds the observed rate and mirrors when wins and losses swap."""
+    """The interval lies in [0, 1], holds the observed rate and mirrors when wins and losses
+    swap."""
     wins, n = case
     low, high = metrics.wilson(wins, n)
     assert 0 <= low <= wins / n + 1e-12 and wins / n - 1e-12 <= high <= 1
@@ -269,8 +264,7 @@ def test_wilson_holds_the_rate(case):
 
 def test_jerk_known_values():
     """A straight line at constant speed has none, t^2 has its second difference 2, a short path has
-    none.
-    """
+    none."""
     t = np.arange(10.0)
     assert metrics.jerk(np.outer(t, [1.0, -2.0, 0.5])) == pytest.approx(0, abs=1e-12)
     assert metrics.jerk(np.stack([t**2, 0 * t, 3 * t], -1)) == pytest.approx(2)
@@ -280,8 +274,7 @@ def test_jerk_known_values():
 
 def test_the_third_difference_is_told_apart():
     """t^2 has a second difference and no third one, t^3 has its third difference 6: "jerk" of old
-    is an acceleration.
-    """
+    is an acceleration."""
     t = np.arange(10.0)
     assert metrics.jerk(np.stack([t**2, 0 * t], -1), 3) == pytest.approx(0, abs=1e-9)
     assert metrics.jerk(np.stack([t**3, 0 * t], -1), 3) == pytest.approx(6)
@@ -290,8 +283,7 @@ def test_the_third_difference_is_told_apart():
 
 def test_wandering_costs():
     """A path that follows the truth and then wanders off covers it whole; how much of it is near
-    the truth, and how long it is, tell.
-    """
+    the truth, and how long it is, tell."""
     truth = np.stack([np.arange(11.0), np.zeros(11)], -1)
     wandering = np.concatenate([truth, np.stack([np.full(40, 10.0), np.arange(1.0, 41)], -1)])
     assert metrics.coverage(truth, wandering, 1.0) == 1.0
@@ -301,16 +293,14 @@ def test_wandering_costs():
 
 def test_holm_known_values():
     """The values of R's p.adjust: each p times what is left to test, never less than a smaller
-    one's, at most 1.
-    """
+    one's, at most 1."""
     np.testing.assert_allclose(metrics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     assert metrics.holm([0.6, 0.9]) == [1.0, 1.0] and metrics.holm([]) == []
 
 
 def test_an_interval_over_seeds_knows_that_seeds_differ():
     """Two trainings at 20% and 80% are no 50 +- 7%: the interval reaches both. Alike ones are as
-    good as their episodes; one is Wilson's.
-    """
+    good as their episodes; one is Wilson's."""
     outcome = lambda wins, n=100: {i: i < wins for i in range(n)}
     low, high = metrics.seeds_interval([outcome(20), outcome(80)])
     assert low < 0.25 and high > 0.75
@@ -322,24 +312,19 @@ def test_an_interval_over_seeds_knows_that_seeds_differ():
 
 def test_success_within_so_many_steps():
     """Success by 280 steps is read off the step of the first success, a release off the end of its
-    episode in old rows.
-    """
+    episode in old rows."""
     late = {"success": True, "first_success": 281, "released": True, "steps": 290}
-    assert (
-        metrics.within(late, "success")
-        and not metrics.within(late, "success", 280)
-        and metrics.within(late, "success", 281)
-    )
-    assert not metrics.within(late, "released", 280) and metrics.within(
-        {**late, "first_release": 280}, "released", 280
-    )
+    assert metrics.within(late, "success")
+    assert not metrics.within(late, "success", 280)
+    assert metrics.within(late, "success", 281)
+    assert not metrics.within(late, "released", 280)
+    assert metrics.within({**late, "first_release": 280}, "released", 280)
     assert metrics.within({"success": False, "first_success": None}, "success", 280) is False
 
 
 def test_coverage_identical_and_corner_cut():
     """A copied trajectory covers all; one that cuts the corner of an L loses the points about the
-    corner.
-    """
+    corner."""
     corner = np.array([(x, 0.0) for x in range(11)] + [(10.0, y) for y in range(1, 11)])
     assert metrics.coverage(corner, corner, 0.0) == 1
     # the chord from (0,0) to (10,10) is k/sqrt(2) from the point (k,0): within 2 px for k = 0, 1, 2
@@ -351,8 +336,7 @@ def test_coverage_identical_and_corner_cut():
 
 def test_coverage_counts_the_segments_between_points():
     """The prediction is a line, not its vertices: two ends of a straight stretch cover what lies
-    between.
-    """
+    between."""
     line = np.stack([np.linspace(0, 100, 50), np.full(50, 7.0)], -1)
     assert metrics.coverage(line, line[[0, -1]], 1e-6) == 1
     distances = metrics.distance_to_polyline([[50, 10.0], [-4, 4.0], [103, 11]], line[[0, -1]])

@@ -1,6 +1,5 @@
 """The graph of commands, with real ones: order, resumption, failures, kills; on this machine and on
-a Ray cluster.
-"""
+a Ray cluster."""
 
 import os
 import signal
@@ -23,7 +22,8 @@ def shell(line):
 
 
 def makes(folder, name, *deps, line="", **rest):
-    """A node that writes its name into the file `name`, after `line`; done once the file is there."""
+    """A node that writes its name into the file `name`, after `line`; done once the file is
+    there."""
     path = folder / name
     needed = "".join(f"test -f {d} || exit 9; " for d in deps)
     return Node(
@@ -53,20 +53,18 @@ def test_each_node_runs_once_after_what_it_needs(tmp_path):
         makes(tmp_path, "a"),
     ]
     assert go(nodes, tmp_path, jobs=2) == {}
-    assert (
-        sorted(order(tmp_path)) == list("abcd")
-        and order(tmp_path)[0] == "a"
-        and order(tmp_path)[-1] == "d"
-    )
+    assert sorted(order(tmp_path)) == list("abcd")
+    assert order(tmp_path)[0] == "a"
+    assert order(tmp_path)[-1] == "d"
     assert go(nodes, tmp_path) == {} and len(order(tmp_path)) == 4
     rows = read_jsonl(tmp_path / "out" / "nodes.jsonl")
-    assert sorted(r["node"] for r in rows) == list("abcd") and all(
-        r["code"] == 0 and r["seconds"] >= 0 for r in rows
-    )
+    assert sorted(r["node"] for r in rows) == list("abcd")
+    assert all(r["code"] == 0 and r["seconds"] >= 0 for r in rows)
 
 
 def test_nothing_starts_beside_what_it_needs(tmp_path):
-    """With places to spare a chain, in whatever order it is given, still runs one after the other."""
+    """With places to spare a chain, in whatever order it is given, still runs one after the
+    other."""
     for name, turn in (("forwards", 1), ("backwards", -1)):
         folder = tmp_path / name
         folder.mkdir()
@@ -92,8 +90,7 @@ def test_what_is_done_is_asked_of_the_results(tmp_path):
 
 def test_a_node_without_results_runs_with_those_that_need_it(tmp_path):
     """A step that only fills a cache runs before what is still to do, and not at all when nothing
-    is.
-    """
+    is."""
     made = tmp_path / "a"
     nodes = [
         Node("warm", shell("echo warm >> order")),
@@ -111,8 +108,7 @@ def test_a_node_without_results_runs_with_those_that_need_it(tmp_path):
 
 def test_a_failure_is_reported_and_the_rest_goes_on(tmp_path):
     """The failed node is named with its log's last line, what needs it with its cause, and
-    everything else is done.
-    """
+    everything else is done."""
     nodes = [
         makes(tmp_path, "good"),
         makes(tmp_path, "bad", line="echo all went well; echo no space on the moon; exit 3"),
@@ -125,13 +121,8 @@ def test_a_failure_is_reported_and_the_rest_goes_on(tmp_path):
     assert "exit code 3: no space on the moon" in failed["bad"] and "bad.log" in failed["bad"]
     assert "bad failed" in failed["after"] and "after failed" in failed["later"]
     nodes[1].command = makes(tmp_path, "bad").command
-    assert go(nodes, tmp_path) == {} and order(tmp_path) == [
-        "good",
-        "other",
-        "bad",
-        "after",
-        "later",
-    ]
+    assert go(nodes, tmp_path) == {}
+    assert order(tmp_path) == ["good", "other", "bad", "after", "later"]
 
 
 def test_success_without_results_is_a_failure(tmp_path):
@@ -143,17 +134,14 @@ def test_success_without_results_is_a_failure(tmp_path):
 def test_a_command_that_does_not_exist_fails_alone(tmp_path):
     """A mistyped program is one failed node, not the end of the run."""
     failed = go([Node("typo", ["no-such-program-here"]), makes(tmp_path, "a")], tmp_path)
-    assert (
-        failed.keys() == {"typo"}
-        and "no-such-program-here" in failed["typo"]
-        and order(tmp_path) == ["a"]
-    )
+    assert failed.keys() == {"typo"}
+    assert "no-such-program-here" in failed["typo"]
+    assert order(tmp_path) == ["a"]
 
 
 def test_a_killed_command_is_tried_again_and_goes_on(tmp_path):
     """A command ended by a signal, as by the out-of-memory killer, starts again, with the command
-    that resumes.
-    """
+    that resumes."""
     node = makes(
         tmp_path,
         "a",
@@ -206,8 +194,7 @@ def gone(pid, seconds=10):
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
 def test_commands_die_with_the_run(tmp_path):
     """After a SIGKILL of the run its command is not left at work: the next run would meet it in the
-    same files.
-    """
+    same files."""
     code = (
         "import sys; from study.graph import *; "
         "run_graph([Node('long', ['sh', '-c', 'echo $$ > pid; exec sleep 60'])], Local(), 'out')"
@@ -225,9 +212,10 @@ def test_commands_die_with_the_run(tmp_path):
 
 def test_a_run_that_is_ended_records_what_it_cut_off(tmp_path):
     """SIGTERM lets a command save, and the time that it took has its row."""
+    shell = 'trap "echo > saved; exit 0" TERM; echo > up; sleep 60 & wait'
     code = (
         "from study.graph import *; "
-        "run_graph([Node('long', ['sh', '-c', 'trap \"echo > saved; exit 0\" TERM; echo > up; sleep 60 & wait'])], Local(), 'out')"
+        f"run_graph([Node('long', {['sh', '-c', shell]!r})], Local(), 'out')"
     )
     run = subprocess.Popen(
         [sys.executable, "-c", code],

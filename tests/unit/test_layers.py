@@ -1,6 +1,5 @@
 """The import layers: each file imports only from below, and a laptop needs neither torch nor the
-simulator.
-"""
+simulator."""
 
 import ast
 import shutil
@@ -166,8 +165,7 @@ def test_one_file_knows_the_simulator():
 )
 def test_light_imports_stay_light(names, absent):
     """A fresh interpreter that imports these has not loaded those: a laptop or a spawned worker
-    starts in no time.
-    """
+    starts in no time."""
     code = (
         f"import sys\nimport {', '.join(names)}\nprint(*[m for m in {absent} if m in sys.modules])"
     )

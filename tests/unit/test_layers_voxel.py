@@ -46,8 +46,7 @@ def geometry(K, E, dtype=torch.float64, heights=HEIGHTS, side=SIDE):
 
 def weights(dtype=torch.float64, seed=0, batch=3, queries=2, projected=True, pixels=SIDE**2):
     """Inputs of voxel_attention, scaled so that the softmax is neither flat nor one-hot, all with
-    gradients.
-    """
+    gradients."""
     generator = torch.Generator().manual_seed(seed)
     make = lambda *shape, scale=1.0: (
         (scale * torch.randn(*shape, generator=generator, dtype=torch.float64))
@@ -67,8 +66,7 @@ def weights(dtype=torch.float64, seed=0, batch=3, queries=2, projected=True, pix
 
 def naive_attention(query, xyz, image, positional, key, value, projection=None, anchor=None):
     """The twin: each query's V tokens are built, then projected to keys and values. Same outputs as
-    voxel_attention.
-    """
+    voxel_attention."""
     B, Q, h, width = query.shape
     xyz = xyz[:, None].expand(-1, Q, -1, -1, -1)  # (B,Q,Z,N,3)
     if anchor is not None:
@@ -103,8 +101,7 @@ def compare(found, expected, tolerance):
 @pytest.mark.parametrize("anchored", [True, False], ids=["an anchor per query", "no anchor"])
 def test_absorbed_attention_is_exact(same, projected, anchored):
     """Outputs, log-sum-exp, pixel map, loss and all gradients equal the twin's to 1e-10: absorbing
-    is no approximation.
-    """
+    is no approximation."""
     table, xyz = geometry(*cameras(3, same))
     inputs = weights(projected=projected)
     anchor = (
@@ -124,8 +121,7 @@ def test_absorbed_attention_is_exact(same, projected, anchored):
 
 def test_gradients_are_the_slopes_of_the_outputs():
     """The hand-written backward pass agrees with finite differences, so that twin and function
-    cannot share an error.
-    """
+    cannot share an error."""
     table, _ = geometry(*cameras(2, False))
     inputs = weights(batch=2, queries=1)
     assert torch.autograd.gradcheck(
@@ -138,8 +134,7 @@ def test_gradients_are_the_slopes_of_the_outputs():
 @pytest.mark.parametrize("chunk", [1, 13, 60, 10**6])
 def test_the_chunk_does_not_matter(chunk):
     """Any number of scores at a time gives the same numbers: the online softmax forgets nothing at
-    a seam.
-    """
+    a seam."""
     table, _ = geometry(*cameras(3, False))
     inputs = weights()
     one, other = (lv.voxel_attention(table=table, chunk=c, **inputs) for c in (None, chunk))
@@ -150,8 +145,7 @@ def test_the_chunk_does_not_matter(chunk):
 @pytest.mark.parametrize("anchored", [True, False], ids=["an anchor per query", "no anchor"])
 def test_whole_volumes_equal_the_chunks(anchored):
     """What a GPU computes with all scores in memory at once is what a CPU computes chunk by chunk:
-    outputs and gradients.
-    """
+    outputs and gradients."""
     table, _ = geometry(*cameras(3, False))
     inputs = weights()
     anchor = (
@@ -171,8 +165,7 @@ def test_whole_volumes_equal_the_chunks(anchored):
 @pytest.mark.parametrize("scale", [60, 1000])
 def test_rising_scores_renew_the_shift(scale, dtype):
     """Later pixels that score hundreds more than the first neither overflow nor lose what came
-    before.
-    """
+    before."""
     table, xyz = geometry(*cameras(3, True), dtype=dtype)
     inputs = weights(dtype)
     ramp = torch.linspace(0, scale, SIDE**2, dtype=dtype)
@@ -189,8 +182,7 @@ def test_rising_scores_renew_the_shift(scale, dtype):
 
 def test_fp32_tolerance():
     """In fp32 outputs agree with the float64 twin to 1e-4, gradients to 1e-3 of their largest
-    entry.
-    """
+    entry."""
     table, xyz = geometry(*cameras(3, False), dtype=torch.float32)
     inputs, exact = weights(torch.float32), weights()
     found, expected = lv.voxel_attention(table=table, **inputs), naive_attention(xyz=xyz, **exact)
@@ -223,8 +215,7 @@ def test_bf16_autocast_tolerance():
 
 def test_relative_positions_are_a_rotation():
     """R(a) PE(x) = PE(x - a), R(-a) is its transpose, and one anchor for all queries equals moving
-    the camera by it.
-    """
+    the camera by it."""
     x, a = torch.rand(2, 6, 3, dtype=torch.float64)
     code = lv.encode_position(x, WAVES)
     compare([lv.shift_encoding(code, a, WAVES)], [lv.encode_position(x - a, WAVES)], EXACT)
@@ -246,8 +237,7 @@ def test_relative_positions_are_a_rotation():
 
 def test_rays_are_affine_in_height():
     """Two heights of a pixel's ray give its x and y at all others, through a tilted camera too: the
-    table may rely on it.
-    """
+    table may rely on it."""
     table, xyz = geometry(*cameras(1, True))
     expected = lv.encode_position(xyz[0, ..., :2], WAVES)  # (Z,N,4F)
     compare([table.xy[0].transpose(1, 2)], [expected], EXACT)
@@ -258,12 +248,8 @@ def test_cameras_share_tables_by_value():
     """Frames of one camera share one table, and each frame of several cameras gets its own."""
     assert len(geometry(*cameras(4, True))[0].xy) == 1
     table, _ = geometry(*cameras(4, False))
-    assert len(table.xy) == 3 and sorted(i for item in table.items for i in item.tolist()) == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert len(table.xy) == 3
+    assert sorted(i for item in table.items for i in item.tolist()) == [0, 1, 2, 3]
 
 
 def test_a_ray_level_with_the_camera_is_finite():
@@ -331,8 +317,7 @@ def test_merged_attention_is_one_joint_softmax():
 @pytest.mark.parametrize("anchored", [True, False], ids=["an anchor per query", "no anchor"])
 def test_logits_equal_the_product_with_every_token(same, anchored):
     """The factorised readout equals query . token with all tokens written out, plus the height's
-    own view of the image.
-    """
+    own view of the image."""
     table, xyz = geometry(*cameras(3, same))
     generator = torch.Generator().manual_seed(2)
     make = lambda *shape: torch.randn(
@@ -362,8 +347,7 @@ def test_logits_equal_the_product_with_every_token(same, anchored):
 
 def test_heights_see_the_image():
     """p(height | pixel) changes with the image at that pixel: the additive score alone could not
-    say that.
-    """
+    say that."""
     table, _ = geometry(*cameras(1, True))
     generator = torch.Generator().manual_seed(2)
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -379,8 +363,7 @@ def test_heights_see_the_image():
 
 def test_nothing_of_a_token_volume_is_stored():
     """Memory between forward and backward stays below a hundredth of the tokens': the reason for
-    the whole file.
-    """
+    the whole file."""
     K, E = cameras(1, True)
     table, _ = geometry(K, E, torch.float32, heights=16, side=40)
     inputs = weights(torch.float32, batch=1, queries=1, pixels=1600)
@@ -398,8 +381,10 @@ from nets import layers_voxel as lv, layers_voxel_triton as fused
 device = "cpu"
 torch.manual_seed(0)
 for M, N, Z, F in ((21, 77, 3, 8), (5, 32, 2, 5)):
-    table = lv.VoxelTable(torch.rand(1, N, 2), torch.rand(1, N, 2), torch.linspace(0.9, 1.3, Z), lv.wavelengths(F))
-    code, scores, d_pooled, d_pixels, shift = (torch.randn(M, *s) for s in ((6 * F,), (N,), (6 * F,), (N,), ()))
+    heights = torch.linspace(0.9, 1.3, Z)
+    table = lv.VoxelTable(torch.rand(1, N, 2), torch.rand(1, N, 2), heights, lv.wavelengths(F))
+    shapes = ((6 * F,), (N,), (6 * F,), (N,), ())
+    code, scores, d_pooled, d_pixels, shift = (torch.randn(M, *s) for s in shapes)
     scores[:, 50:] += 90  # a block that drowns the others
     move = lambda *xs: [x.to(device) for x in xs]
     plain = lv.forward_rows(code, scores, table.xy[0], table.z, None)

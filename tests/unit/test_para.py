@@ -68,7 +68,8 @@ def test_a_cell_knows_where_its_ray_passes_and_rises(fitted):
 
 
 def test_rays_are_finite_above_the_horizon(fitted):
-    """A camera level with the table looks at rays that never descend: their numbers stay bounded."""
+    """A camera level with the table looks at rays that never descend: their numbers stay
+    bounded."""
     policy, batch = fitted
     level = {**batch, "E": batch["E"].clone()}
     # looks along -x, image rows downwards
@@ -78,8 +79,7 @@ def test_rays_are_finite_above_the_horizon(fitted):
 
 def test_with_rays_a_moved_camera_changes_the_answer(fitted):
     """Image, EEF cell and height being the same, PARA answers alike whatever the camera is; with
-    --rays it does not, and it learns them.
-    """
+    --rays it does not, and it learns them."""
     policy, batch = fitted
     K, E = batch["K"], batch["E"].clone()
     u, v, _ = camera.project(batch["eef_pos"], K, E)

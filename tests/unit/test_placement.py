@@ -1,6 +1,5 @@
 """Tensors lie where `.to()` puts them, and new ones are made where their inputs lie: checked
-without a GPU.
-"""
+without a GPU."""
 
 import copy
 
@@ -18,8 +17,7 @@ def case(request, synthetic_demos, backbone, tmp_path_factory):
 
 def tensors(value, path, seen):
     """(path, tensor) of all tensors that an object holds: parameters, buffers, attributes, those
-    inside lists, dicts and objects.
-    """
+    inside lists, dicts and objects."""
     if id(value) in seen or isinstance(value, (str, bytes, int, float, bool, type(None), type)):
         return
     seen.add(id(value))
@@ -37,8 +35,7 @@ def tensors(value, path, seen):
 
 def used(case):
     """A policy with a backbone of its own that has trained a step and acted, so that whatever it
-    keeps is there.
-    """
+    keeps is there."""
     policy = case.policy()
     policy.attach(copy.deepcopy(case.backbone))
     policy.train()(case.batch(2))["loss"].backward()
@@ -50,8 +47,7 @@ def used(case):
 
 def test_every_tensor_moves(case):
     """After `.to()` no tensor of a policy is left behind: the backbone's, a table, a constant, the
-    episode's history.
-    """
+    episode's history."""
     policy = used(case).to("meta")
     found = list(tensors(policy, case.name, set()))
     assert len(found) > len(list(policy.parameters())) + len(list(policy.backbone.parameters()))
@@ -60,8 +56,7 @@ def test_every_tensor_moves(case):
 
 def test_the_backbone_stays_out_of_the_checkpoint(case):
     """The frozen features move with the policy and are no part of its state dict or of what is
-    trained.
-    """
+    trained."""
     policy = case.policy()
     assert not [k for k in policy.state_dict() if "backbone" in k]
     own = {id(p) for p in policy.parameters()}

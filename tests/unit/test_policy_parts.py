@@ -1,4 +1,5 @@
-"""Targets, loss and decoding of the volume: what turns a coordinate into a distribution and back."""
+"""Targets, loss and decoding of the volume: what turns a coordinate into a distribution and
+back."""
 
 import argparse
 from dataclasses import dataclass
@@ -30,8 +31,7 @@ def unflatten(index):
 
 def test_flat_index_is_row_major():
     """Flat indices address logits flattened by torch: one wrong order here and every target is
-    elsewhere.
-    """
+    elsewhere."""
     volume = torch.arange(8 * 12 * 16).view(SHAPE)
     bins = torch.tensor([[0, 0, 0], [1, 2, 3], [7, 11, 15]])
     assert flat_index(bins, SHAPE).tolist() == [volume[tuple(b)].item() for b in bins]
@@ -40,8 +40,7 @@ def test_flat_index_is_row_major():
 @given(ANYWHERE, st.sampled_from([0.0, 0.3, 0.7, 1.5]))
 def test_soft_targets_are_a_distribution(point, sigma):
     """Weights are nonnegative and sum to one, and indices stay inside, wherever the coordinate
-    lies.
-    """
+    lies."""
     index, weight = soft_targets(point, SHAPE, sigma)
     assert (weight >= 0).all() and weight.sum().item() == pytest.approx(1, abs=1e-9)
     assert (index >= 0).all() and (index < 8 * 12 * 16).all()
@@ -58,8 +57,7 @@ def test_hard_target_is_the_nearest_bin(point):
 @given(INTERIOR)
 def test_soft_target_expectation_is_the_coordinate(point):
     """A soft target says where between the bins the coordinate lies: that is what decoding
-    recovers.
-    """
+    recovers."""
     index, weight = soft_targets(point, SHAPE, 0.7)
     mean = (unflatten(index) * weight[..., None]).sum(1)
     assert (mean - point).abs().max() < 0.05
@@ -67,7 +65,8 @@ def test_soft_target_expectation_is_the_coordinate(point):
 
 @pytest.mark.parametrize("sigma", [0.0, 0.7])
 def test_targets_outside_are_clamped_to_the_border(sigma):
-    """A point outside the volume trains the border bin next to it, and never one at the other side."""
+    """A point outside the volume trains the border bin next to it, and never one at the other
+    side."""
     index, weight = soft_targets(torch.tensor([[-5.0, 20.0, 3.0]]), SHAPE, sigma)
     assert unflatten(index[0, weight[0].argmax()]).tolist() == [0, 11, 3]
     far = unflatten(index)[weight > 0]
@@ -77,8 +76,7 @@ def test_targets_outside_are_clamped_to_the_border(sigma):
 @given(st.lists(ANYWHERE, min_size=1, max_size=3), st.sampled_from([0.0, 0.7]), st.integers(0, 99))
 def test_sparse_cross_entropy_equals_dense(points, sigma, seed):
     """The loss is the ordinary cross-entropy against the same target written out over the whole
-    volume.
-    """
+    volume."""
     index, weight = soft_targets(torch.cat(points), SHAPE, sigma)
     logits = 3 * torch.randn(
         len(points), 8 * 12 * 16, generator=torch.Generator().manual_seed(seed)
@@ -93,8 +91,7 @@ def test_sparse_cross_entropy_equals_dense(points, sigma, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_rows_at_once_cost_what_single_ones_do(dtype, monkeypatch):
     """A GPU takes all rows of logits in one operation and a CPU one after the other: loss and
-    gradient are the same.
-    """
+    gradient are the same."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 700, generator=generator).to(dtype).requires_grad_()
     index, weight = (
@@ -123,8 +120,7 @@ def test_local_soft_argmax_recovers_a_subcell_centre(point, sigma):
 @given(INTERIOR)
 def test_decoding_a_perfect_prediction_gives_the_label(point):
     """Targets and decoding fit each other: the logits of the target itself decode to the
-    coordinate.
-    """
+    coordinate."""
     index, weight = soft_targets(point, SHAPE, 0.7)
     logits = torch.full((1, 8 * 12 * 16), -40.0, dtype=torch.float64).scatter(
         1, index, weight.log()
@@ -140,8 +136,7 @@ def test_radius_zero_is_the_argmax():
 
 def test_a_second_mode_does_not_pull_the_answer():
     """Two modes: the answer is the higher one, not the empty place between them as a global
-    soft-argmax would say.
-    """
+    soft-argmax would say."""
     logits = torch.full(SHAPE, -20.0)
     logits[1, 2, 3], logits[6, 9, 12] = 5.0, 4.9
     assert (
@@ -160,8 +155,7 @@ def test_decoding_stays_inside_at_a_corner():
 
 def test_config_fields_are_flags():
     """Each config field is a flag of its own type and default: a field that no flag reaches cannot
-    be ablated.
-    """
+    be ablated."""
 
     @dataclass
     class Config(PolicyConfig):
@@ -182,8 +176,7 @@ def test_config_fields_are_flags():
 
 def test_finger_heads_share_no_weight():
     """What a head learns with open fingers leaves its answer with closed ones as it was, and one
-    state is a plain linear layer.
-    """
+    state is a plain linear layer."""
     torch.manual_seed(0)
     layer, x = FingerLinear(5, 3, n_states=2), torch.randn(4, 5)
     before = layer(x, torch.ones(4, dtype=torch.long)).detach()

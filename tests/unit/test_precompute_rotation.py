@@ -1,6 +1,5 @@
 """The gate before the 1D rotation target: it stops data with several axes, says what to do, and
-writes a basis that loads.
-"""
+writes a basis that loads."""
 
 import shutil
 
@@ -42,8 +41,7 @@ def script(*flags):
 @pytest.mark.parametrize("space", ["so3", "euler"])
 def test_a_libero_file_gets_its_basis(space, tmp_path, capsys):
     """Yaw alone varies: both spaces are tabled, the chosen one is written beside the file, with
-    picture and provenance.
-    """
+    picture and provenance."""
     path = write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=3)
     assert script("--dataset", path, "--space", space) == 0
     out, err = capsys.readouterr()
@@ -72,9 +70,8 @@ def test_validation_demonstrations_stay_unseen(tmp_path, capsys):
     assert script("--dataset", path, "--val_fraction", 0.25) == 0
     assert "1 demonstrations held out" in capsys.readouterr().out
     after = load_basis(tmp_path / BASIS_FILE)
-    assert (before.low, before.high) == (after.low, after.high) and np.array_equal(
-        before.axis, after.axis
-    )
+    assert (before.low, before.high) == (after.low, after.high)
+    assert np.array_equal(before.axis, after.axis)
     demos, config = read_demos(path)[0], DinoVolumeKVFullConfig()
     for part in (demos[:3], demos[3:]):
         assert find_basis(path, part, config).low == after.low
@@ -87,8 +84,7 @@ def test_validation_demonstrations_stay_unseen(tmp_path, capsys):
 
 def test_the_gate_stops(tmp_path, capsys):
     """Motion about several axes: non-zero exit, nothing written, and what to do; the override
-    writes it and says so in the file.
-    """
+    writes it and says so in the file."""
     path = several_axes(write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=3))
     assert script("--dataset", path) == 3 and left(tmp_path) == []
     err = capsys.readouterr().err
@@ -109,10 +105,8 @@ def test_a_dataset_that_fails_in_euler_passes_in_so3(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "trade places" in err and "--space so3 passes" in err
     assert script("--dataset", path) == 0
-    assert load_basis(path / BASIS_FILE).ev_ratio[0] > 0.95 and left(path) == [
-        BASIS_FILE,
-        "rotation_pca_basis.png",
-    ]
+    assert load_basis(path / BASIS_FILE).ev_ratio[0] > 0.95
+    assert left(path) == [BASIS_FILE, "rotation_pca_basis.png"]
 
 
 def test_an_old_basis_survives_a_stopped_run(tmp_path):
@@ -129,8 +123,8 @@ def test_bad_data_is_refused_in_one_sentence(synthetic_episodes, tmp_path):
     path = shutil.copytree(synthetic_episodes, tmp_path / "izzy")
     (path / "episode_00002" / "episode.npz").unlink()
     done = run("precompute_rotation_pca.py", "--dataset", path, cwd=tmp_path, ok=False)
-    assert (
-        done.returncode == 2 and "episode_00002" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2
+    assert "episode_00002" in done.stderr
+    assert "Traceback" not in done.stderr
     with pytest.raises(UserError, match="no such file"):
         script("--dataset", tmp_path / "absent.hdf5")

@@ -1,6 +1,5 @@
 """Which simulator a dataset, a checkpoint and a result come from, and that a change of MuJoCo
-between them is said.
-"""
+between them is said."""
 
 import json
 

@@ -1,6 +1,5 @@
 """The 1D rotation basis: encode and decode are inverse to half a bin, wrap, clamp; foreign and
-damaged files are refused.
-"""
+damaged files are refused."""
 
 import subprocess
 import sys
@@ -51,17 +50,18 @@ def so3_basis(mean, axis, low, width):
 
 def euler_basis(yaw, low, width):
     """Turns about the vertical, of a gripper that points down: roll sits at the cut between +pi and
-    -pi.
-    """
+    -pi."""
     return RotationBasis(
-        "euler", DOWN + [0, 0, yaw], np.array([0.0, 0, 1]), low, low + width, np.array([1.0, 0, 0])
+        "euler", [*DOWN, 0, 0, yaw], np.array([0.0, 0, 1]), low, low + width, np.array([1.0, 0, 0])
     )
 
 
-def turning(rng, n=400, pitch=0.0, yaw=np.radians(60), noise=np.radians(1)):
+YAW, TREMOR = np.radians(60), np.radians(1)
+
+
+def turning(rng, n=400, pitch=0.0, yaw=YAW, noise=TREMOR):
     """Rotations (n,3,3) of a gripper at a pitch that turns about the vertical by +-yaw, with a
-    tremor.
-    """
+    tremor."""
     turns = euler_to_matrix(np.stack([0 * (t := rng.uniform(-yaw, yaw, n)), 0 * t, t], -1))
     return (
         turns
@@ -94,8 +94,7 @@ def test_round_trip_to_half_a_bin(basis, share, n_bins):
 @given(BASES, BINS)
 def test_bins_are_fixed_points(basis, n_bins):
     """What decodes from a bin encodes to that bin, for every bin, the first and the last among
-    them.
-    """
+    them."""
     bins = np.arange(n_bins)
     np.testing.assert_array_equal(basis.encode(basis.decode(bins, n_bins), n_bins), bins)
 
@@ -121,8 +120,7 @@ def test_known_bins(share, n_bins, expected):
 @given(BASES, st.floats(0.01, 0.5), st.integers(2, 64))
 def test_values_outside_are_clamped_to_the_nearer_end(basis, beyond, n_bins):
     """A rotation a little outside the range trains and decodes as the end that it lies beyond,
-    never as the other end.
-    """
+    never as the other end."""
     if basis.high - basis.low > 4:  # nearly a whole turn: beyond one end lies the other
         return
     ends = basis.encode(basis.rotation(np.array([basis.low - beyond, basis.high + beyond])), n_bins)
@@ -132,8 +130,7 @@ def test_values_outside_are_clamped_to_the_nearer_end(basis, beyond, n_bins):
 @given(ROTVEC, unit(), st.floats(-3, 3), st.integers(-2, 2))
 def test_so3_values_wrap(mean, axis, value, turns):
     """A value and the same plus whole turns are one rotation: they encode alike, also where the log
-    map would jump at pi.
-    """
+    map would jump at pi."""
     basis = so3_basis(mean, axis, -3.1, 6.2)
     shifted = RotationBasis("so3", basis.mean, axis, 1.0, 5.0, basis.ev_ratio)  # a range across pi
     assert wrap_angle(
@@ -144,7 +141,8 @@ def test_so3_values_wrap(mean, axis, value, turns):
 
 
 def test_euler_is_unwrapped_about_the_mean():
-    """A gripper that points down has roll +pi in one frame and -pi in the next: that is no motion."""
+    """A gripper that points down has roll +pi in one frame and -pi in the next: that is no
+    motion."""
     rng = np.random.default_rng(0)
     euler = DOWN + np.stack(
         [rng.normal(0, 0.02, 300), rng.normal(0, 0.02, 300), rng.uniform(-1, 1, 300)], -1
@@ -158,7 +156,8 @@ def test_euler_is_unwrapped_about_the_mean():
 
 @given(ROTVEC, unit(), ROTVEC)
 def test_the_value_is_the_nearest_on_the_axis(mean, axis, other):
-    """A rotation off the axis is encoded as the nearest one on it: no neighbouring value is closer."""
+    """A rotation off the axis is encoded as the nearest one on it: no neighbouring value is
+    closer."""
     basis = so3_basis(mean, axis, -np.pi, 2 * np.pi)
     R = rotvec_to_matrix(other)
     best = rotation_angle(basis.rotation(basis.value(R)), R)
@@ -169,8 +168,7 @@ def test_the_value_is_the_nearest_on_the_axis(mean, axis, other):
 @given(ROTVEC, st.integers(0, 99))
 def test_frechet_mean_is_the_centre(centre, seed):
     """The logs at the mean add up to nothing, wherever the rotations lie, and its frame turns along
-    with them.
-    """
+    with them."""
     spread = rotvec_to_matrix(np.random.default_rng(seed).normal(scale=0.5, size=(40, 3)))
     mean = frechet_mean(rotvec_to_matrix(centre) @ spread)
     assert (
@@ -190,16 +188,13 @@ def test_log_map_works_on_stacks(rotvecs):
 @pytest.mark.parametrize("space", rot_utils.SPACES)
 def test_fit_finds_the_axis(space):
     """A gripper turned about the vertical: the axis is the vertical, the range is the turn's,
-    little is lost.
-    """
+    little is lost."""
     R = turning(np.random.default_rng(1)) @ euler_to_matrix(DOWN)
     basis = fit_basis(R, space)
     vertical = basis.axis if space == "euler" else basis.mean @ basis.axis
-    assert (
-        abs(vertical[2]) > 0.99
-        and basis.ev_ratio[0] > 0.98
-        and basis.ev_ratio.sum() == pytest.approx(1)
-    )
+    assert abs(vertical[2]) > 0.99
+    assert basis.ev_ratio[0] > 0.98
+    assert basis.ev_ratio.sum() == pytest.approx(1)
     assert basis.high - basis.low == pytest.approx(np.radians(120), abs=0.1)
     assert np.degrees(np.median(reconstruction_error(basis, R))) < 2
 
@@ -231,7 +226,6 @@ def test_rotations_that_stand_still_are_refused():
 
 
 # -- the file
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,8 +270,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_impossible_basis_is_named(change, saved):
     """One sentence names file, key and remedy: a robot must not turn by a basis that means
-    something else.
-    """
+    something else."""
     path, _ = saved
     with np.load(path) as f:
         arrays_ = dict(f)
@@ -286,11 +279,9 @@ def test_an_impossible_basis_is_named(change, saved):
     np.savez(path, **arrays_)
     with pytest.raises(UserError) as error:
         load_basis(path)
-    assert (
-        path.name in str(error.value)
-        and word in str(error.value)
-        and "precompute_rotation_pca.py" in str(error.value)
-    )
+    assert path.name in str(error.value)
+    assert word in str(error.value)
+    assert "precompute_rotation_pca.py" in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"hello\n" * 50, None])
@@ -304,8 +295,7 @@ def test_a_damaged_or_missing_basis_is_named(content, saved):
 
 def test_a_foreign_basis_is_refused(saved):
     """A basis of other demonstrations has another mean and range: labels would be clamped without a
-    word.
-    """
+    word."""
     with pytest.raises(UserError, match="foreign basis, computed from mine"):
         load_basis(saved[0], ["a", "c"])
     ori = np.random.default_rng(0).normal(size=(9, 3))
@@ -314,7 +304,8 @@ def test_a_foreign_basis_is_refused(saved):
 
 def test_a_laptop_needs_numpy_alone():
     """rot_utils imports neither torch nor SciPy nor HDF5."""
-    code = "import sys, rot_utils; print(*[m for m in ('torch', 'scipy', 'h5py', 'matplotlib') if m in sys.modules])"
+    heavy = ("torch", "scipy", "h5py", "matplotlib")
+    code = f"import sys, rot_utils; print(*[m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

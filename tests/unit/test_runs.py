@@ -1,6 +1,5 @@
 """runs/*.sh hold the commands behind the tables: each names a script that exists and flags that it
-takes.
-"""
+takes."""
 
 import importlib
 import re

@@ -1,6 +1,5 @@
 """Real-robot recordings: what is written is read, and whatever is wrong with an episode is named
-with its remedy.
-"""
+with its remedy."""
 
 import shutil
 from dataclasses import dataclass
@@ -47,8 +46,7 @@ def add_states(path, steps=30):
 
 def change(key, function):
     """A mutation of the second episode's episode.npz: key becomes function(value), or goes where
-    that is None.
-    """
+    that is None."""
 
     def mutate(path):
         file = path / "episode_00001" / "episode.npz"
@@ -176,8 +174,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_episode_is_named_with_key_and_remedy(case, dataset):
     """One sentence says which episode and which key are wrong and what to do, before anything is
-    trained.
-    """
+    trained."""
     mutate, *words = CASES[case]
     mutate(dataset)
     with pytest.raises(UserError) as error:
@@ -194,8 +191,7 @@ def test_small_frames_are_refused(dataset):
 
 def test_a_frame_damaged_inside_is_named(dataset):
     """A half-copied frame has a good header; it is found when it is decoded, not fed to the policy
-    grey.
-    """
+    grey."""
     cut("frames/000007.png", 0.5)(dataset)
     with pytest.raises(UserError, match="000007.png: truncated"):
         read_frames(dataset / EPISODE, [6, 7], 32)
@@ -203,12 +199,10 @@ def test_a_frame_damaged_inside_is_named(dataset):
 
 def test_a_written_episode_is_read_back(synthetic_episodes):
     """Positions, rotations, commands and camera come back as they were written; labels see the
-    gripper's two changes.
-    """
+    gripper's two changes."""
     demos, attributes = read_episodes(synthetic_episodes, SIZE)
-    assert [d.name for d in demos] == [f"episode_{i:05d}" for i in range(4)] and attributes[
-        "task_suite"
-    ] == "libero_spatial"
+    assert [d.name for d in demos] == [f"episode_{i:05d}" for i in range(4)]
+    assert attributes["task_suite"] == "libero_spatial"
     for demo in demos:
         with np.load(synthetic_episodes / demo.name / "episode.npz") as f:
             np.testing.assert_array_equal(demo.ee_pos, f["eef_pos_t"])
@@ -228,8 +222,7 @@ def test_a_written_episode_is_read_back(synthetic_episodes):
 @pytest.mark.parametrize("video, wide", [(False, 0), (False, 20), (True, 0), (True, 20)])
 def test_the_eef_is_seen_where_the_camera_says(video, wide, tmp_path):
     """Frame t belongs to row t, and cutting out the square moves K along: the blob is at the EEF's
-    pixel, in PNG and in video.
-    """
+    pixel, in PNG and in video."""
     path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=1, video=video, wide=wide)
     demos, _ = read_episodes(path, SIZE // 2)
     frames = [25, 3, 14]
@@ -242,7 +235,8 @@ def test_the_eef_is_seen_where_the_camera_says(video, wide, tmp_path):
 
 
 def test_a_damaged_video_is_named(tmp_path):
-    """A video without its index, as a crash of the recorder leaves it, is refused in one sentence."""
+    """A video without its index, as a crash of the recorder leaves it, is refused in one
+    sentence."""
     path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=1, video=True)
     file = path / "episode_00000" / "video.mp4"
     file.write_bytes(file.read_bytes()[:2000])
@@ -252,8 +246,7 @@ def test_a_damaged_video_is_named(tmp_path):
 
 def test_an_episode_is_replaced_whole(tmp_path):
     """Written twice, as by a worker that outlived its parent, an episode is the second one, with no
-    frame of the first.
-    """
+    frame of the first."""
     arrays = {"eef_pos_t": np.zeros((3, 3))}
     for n in (5, 3):
         smith300.write_episode(
@@ -266,7 +259,7 @@ def test_an_episode_is_replaced_whole(tmp_path):
 
 def test_a_failed_write_leaves_no_episode(tmp_path):
     """A kill in the middle of writing leaves no folder that looks like an episode."""
-    with pytest.raises(Exception):
+    with pytest.raises((TypeError, ValueError, AttributeError)):
         smith300.write_episode(
             tmp_path / "episode_00000", {"eef_pos_t": np.zeros((2, 3))}, ["no image"]
         )
@@ -274,33 +267,27 @@ def test_a_failed_write_leaves_no_episode(tmp_path):
 
 
 # -- the dataset
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_the_dataset_has_the_interface_of_the_others(synthetic_episodes, backbone, tmp_path):
     """Eight waypoints in metres with rotations and commands, the frame's own features, and
-    statistics with the basis.
-    """
+    statistics with the basis."""
     import torch
 
     path = synthetic_episodes
     demos, _ = VolumeDataset.read(path, SIZE)
     dataset = VolumeDataset(path, demos, CONFIG, backbone, cache=tmp_path / "cache", progress=False)
     batch = dataset.batch([0, 5, 9])
-    assert (
-        batch["target_pos"].shape == (3, 8, 3)
-        and batch["target_rot"].shape == (3, 8, 3, 3)
-        and batch["mask"].all()
-    )
+    assert batch["target_pos"].shape == (3, 8, 3)
+    assert batch["target_rot"].shape == (3, 8, 3, 3)
+    assert batch["mask"].all()
     demo, frame = dataset.demos[dataset.demo[5]], dataset.frame[5]
     np.testing.assert_array_equal(batch["eef_pos"][1], demo.ee_pos[frame])
     live = backbone(torch.from_numpy(read_frames(path / demo.name, [frame], SIZE)))
     assert all(torch.equal(a[1], b[0]) for a, b in zip(batch["features"], live))
     statistics = dataset.statistics()
-    assert (
-        statistics["rotation_basis"].ev_ratio[0] > 0.95
-        and statistics["height_range"][0] < statistics["height_range"][1]
-    )
+    assert statistics["rotation_basis"].ev_ratio[0] > 0.95
+    assert statistics["height_range"][0] < statistics["height_range"][1]
 
 
 def test_a_missing_basis_stops_before_the_features(dataset, backbone, tmp_path):
@@ -328,8 +315,7 @@ def test_libero_files_are_read_too(synthetic_demos):
 
 def test_a_simulators_states_come_along(dataset):
     """A recording made in the simulator keeps its states, which eval.py's protocol check renders; a
-    robot's has none.
-    """
+    robot's has none."""
     demos, _ = read_episodes(dataset)
     assert demos[0].states.size == 0 and len(demos[0].states) == 30
     np.testing.assert_array_equal(demos[1].states[2], [10, 11, 12, 13, 14])

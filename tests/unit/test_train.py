@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -21,40 +22,21 @@ from runtime import Distributed, UserError, write_json
 
 def flags(dataset, folder, steps, *further):
     """argv of a training of seconds on the synthetic demonstrations."""
-    return [
-        "train.py",
-        "--dataset",
-        dataset,
-        "--image_size",
-        SIZE,
-        "--grid",
-        14,
-        "--max_steps",
-        steps,
-        "--backbone",
-        "efficientnet_lite0",
-        "--batch_size",
-        4,
-        "--wandb",
-        "off",
-        "--precision",
-        "fp32",
-        "--out",
-        folder,
-        *further,
-    ]
+    command = (
+        f"train.py --dataset {dataset} --out {folder} --max_steps {steps} --image_size {SIZE} "
+        "--grid 14 --backbone efficientnet_lite0 --batch_size 4 --wandb off --precision fp32"
+    )
+    return [*shlex.split(command), *further]
 
 
 # -- budgets
-# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["small", "full"])
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_preset_names_its_own_steps_and_rate(name, preset):
     """A preset that leaves them to the parser trains 500 steps at 1e-3, whatever its size: on a GPU
-    fewer than the small one.
-    """
+    fewer than the small one."""
     args, config = train.parse_args(["--model_type", name, "--preset", preset])
     assert {"max_steps", "lr"} <= config.presets[preset].keys()
     small, full = (config.presets[p]["max_steps"] for p in ("small", "full"))
@@ -63,8 +45,7 @@ def test_every_preset_names_its_own_steps_and_rate(name, preset):
 
 def test_a_budget_in_minutes_is_refused(tmp_path):
     """With the wall clock in it a slower machine ends with another policy: one sentence says what
-    to give instead.
-    """
+    to give instead."""
     with pytest.raises(UserError, match="--max_minutes 5: budgets are steps.*--max_steps"):
         train.parse_args(["--model_type", "para", "--max_minutes", "5"])
     write_json(
@@ -106,19 +87,13 @@ def test_training_says_how_long_it_will_take(synthetic_demos, tmp_path):
 
 
 # -- several processes
-# ---------------------------------------------------------------------------------------------------
 
 
 def torchrun(*arguments, cwd, processes=2):
     """Run a script of the repository under torchrun -> CompletedProcess."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-    ]
+    launch = shlex.split(
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {processes}"
+    )
     return subprocess.run(
         [*launch, str(ROOT / arguments[0]), *map(str, arguments[1:])],
         cwd=cwd,
@@ -129,26 +104,10 @@ def torchrun(*arguments, cwd, processes=2):
     )
 
 
-A = [
-    "--model_type",
-    "autoregressive",
-    "--context",
-    3,
-    "--dim",
-    16,
-    "--n_layers",
-    2,
-    "--n_heads",
-    2,
-    "--patch_grid",
-    4,
-    "--key_width",
-    8,
-    "--trained_frames",
-    2,
-    "--n_height_bins",
-    8,
-]
+A = shlex.split(
+    "--model_type autoregressive --context 3 --dim 16 --n_layers 2 --n_heads 2 "
+    "--patch_grid 4 --key_width 8 --trained_frames 2 --n_height_bins 8"
+)
 
 
 def test_two_processes_end_with_the_weights_of_one(synthetic_demos, tmp_path):
@@ -164,13 +123,15 @@ def test_two_processes_end_with_the_weights_of_one(synthetic_demos, tmp_path):
     alone, pair = (
         load_file(tmp_path / name / "checkpoint.safetensors") for name in ("alone", "pair")
     )
-    assert (
-        alone.keys() == pair.keys()
-        and checkpoint.load_policy(tmp_path / "pair" / "checkpoint.safetensors")[1]["step"] == 4
-    )
+    assert alone.keys() == pair.keys()
+    assert checkpoint.load_policy(tmp_path / "pair" / "checkpoint.safetensors")[1]["step"] == 4
     for name, value in alone.items():
         torch.testing.assert_close(
-            pair[name].double(), value.double(), rtol=0, atol=2e-5, msg=lambda m: f"{name}: {m}"
+            pair[name].double(),
+            value.double(),
+            rtol=0,
+            atol=2e-5,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
     losses = [
         [
@@ -185,8 +146,7 @@ def test_two_processes_end_with_the_weights_of_one(synthetic_demos, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_every_process(synthetic_demos, tmp_path):
     """One process alone that leaves would hang the others in a collective: each says so, and the
-    last saved state stays.
-    """
+    last saved state stays."""
     done = torchrun(
         *flags(
             synthetic_demos,
@@ -203,10 +163,10 @@ def test_a_loss_that_is_not_finite_ends_every_process(synthetic_demos, tmp_path)
         ),
         cwd=tmp_path,
     )
-    assert (
-        done.returncode
-        and done.stderr.count("error: the loss or its gradient is not finite at step") == 2
-    ), done.stderr
+    assert done.returncode, done.stderr
+    assert done.stderr.count("error: the loss or its gradient is not finite at step") == 2, (
+        done.stderr
+    )
     assert '/train.py", line' not in done.stderr  # torchrun's own traceback is all that there is
     assert all(
         torch.isfinite(v).all()
@@ -216,8 +176,7 @@ def test_a_loss_that_is_not_finite_ends_every_process(synthetic_demos, tmp_path)
 
 def test_a_process_that_comes_second_waits_at_a_file(tmp_path):
     """Features are computed before the processes join, by one of them, however long it takes: no
-    barrier with a time-out.
-    """
+    barrier with a time-out."""
     lock, seen = tmp_path / "cache" / "x.lock", []
     pair = Distributed(1, 2)
     slow = lambda progress: (time.sleep(0.3), seen.append(("first", progress)))
@@ -231,7 +190,6 @@ def test_a_process_that_comes_second_waits_at_a_file(tmp_path):
 
 
 # -- state
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +202,7 @@ def state(synthetic_demos, tmp_path_factory):
 
 def test_a_state_holds_no_generator(state):
     """Noise follows from (seed, step), on every device and in every process: there is nothing to
-    save, and nothing to miss.
-    """
+    save, and nothing to miss."""
     tensors = load_file(state / "state.safetensors")
     assert "rng" not in tensors and "optimizer.volume.weight.exp_avg" in tensors
 
@@ -266,8 +223,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_state_that_does_not_fit_is_refused_in_one_sentence(damage, state, tmp_path):
     """Of another model, of an earlier version or damaged: file, tensor and remedy, and no traceback
-    of torch.
-    """
+    of torch."""
     tensors, info = checkpoint.load_tensors(state / "state.safetensors")
     DAMAGE[damage](tensors)
     path = tmp_path / "state.safetensors"

@@ -1,6 +1,5 @@
 """Checks on held-out demonstrations: whether a policy looks, free-running rollouts, on policies
-whose answer is known.
-"""
+whose answer is known."""
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from model_voxel_ar import VoxelConfig, VoxelPolicy
 from policy import Policy
 
-COMMON = dict(backbone="efficientnet_lite0", image_size=SIZE, waypoint_stride=5)
+COMMON = {"backbone": "efficientnet_lite0", "image_size": SIZE, "waypoint_stride": 5}
 
 
 @pytest.fixture(scope="module", params=["single", "windows"])
@@ -51,8 +50,7 @@ def dataset(request, synthetic_demos, backbone, tmp_path_factory):
 
 class Known(Policy):
     """Answers where the EEF is said to be plus an offset (it never looks), or the mean colour's
-    place (it only looks).
-    """
+    place (it only looks)."""
 
     def __init__(self, dataset, blind):
         super().__init__(dataset.config)
@@ -78,9 +76,8 @@ def test_looks_tells_a_guesser_from_a_looker(dataset):
     """A policy that answers from its state moves with it by the whole shift and does not mind blank
     images; one that looks does not move at all."""
     guess, look = (looks(Known(dataset, blind), dataset, "cpu") for blind in (True, False))
-    assert guess["shift_px"] == pytest.approx(SHIFT_PX, rel=1e-6) and guess[
-        "blank_ratio"
-    ] == pytest.approx(1)
+    assert guess["shift_px"] == pytest.approx(SHIFT_PX, rel=1e-6)
+    assert guess["blank_ratio"] == pytest.approx(1)
     assert look["shift_px"] == 0 and look["blank_ratio"] != 1
 
 
@@ -104,12 +101,12 @@ def test_looks_tells_whether_the_past_matters(dataset):
 
 
 def test_newest_is_the_last_valid_frame(dataset):
-    """Windows are scored on their newest frame, on the same labels that a single-frame dataset has."""
+    """Windows are scored on their newest frame, on the same labels that a single-frame dataset
+    has."""
     batch = dataset.batch(np.arange(len(dataset)))
     single, out = newest(batch, {"position": batch["target_pos"]})
-    assert single["target_pos"].shape[0] == len(dataset) and torch.equal(
-        out["position"], single["target_pos"]
-    )
+    assert single["target_pos"].shape[0] == len(dataset)
+    assert torch.equal(out["position"], single["target_pos"])
     for i in (0, len(dataset) // 2, len(dataset) - 1):
         np.testing.assert_array_equal(
             single["eef_pos"][i], dataset.demos[dataset.demo[i]].ee_pos[dataset.frame[i]]
@@ -118,8 +115,7 @@ def test_newest_is_the_last_valid_frame(dataset):
 
 def test_decision_frames_jump_over_gripper_holds(dataset):
     """Decisions of a free-running rollout start at the first frame, never fall into a hold, and end
-    at the release.
-    """
+    at the release."""
     demo = dataset.demos[1]
     frames, targets = decision_frames(demo, dataset.config)
     assert frames[0] == 0 and targets[-1] == OPENS and CLOSES in targets
@@ -128,8 +124,7 @@ def test_decision_frames_jump_over_gripper_holds(dataset):
 
 def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos, backbone):
     """Fed its own answer, a policy that answers where it is never leaves the start; jerk and
-    coverage say so.
-    """
+    coverage say so."""
     demo = dataset.demos[1]
     rollout = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config)
     np.testing.assert_allclose(
@@ -148,8 +143,7 @@ def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos
 
 class Chunks(Known):
     """Answers four waypoints, each a centimetre above the one before, and counts how often it is
-    asked.
-    """
+    asked."""
 
     asked = 0
 
@@ -167,8 +161,7 @@ class Chunks(Known):
 
 def test_a_chunk_is_used_up_before_the_policy_looks_again(dataset, synthetic_demos, backbone):
     """Its waypoints come one after another, the next chunk starts from the last; a change of the
-    gripper ends a chunk.
-    """
+    gripper ends a chunk."""
     demo, policy = dataset.demos[1], Chunks(dataset, True).attach(backbone)
     rollout = free_run(policy, synthetic_demos, demo, dataset.config, fed="chunk")
     n = len(rollout["predicted"])
@@ -200,18 +193,15 @@ def test_free_run_reads_recordings_of_a_robot(dataset, synthetic_episodes, backb
 
 def test_points_outside_the_image_are_counted_apart(dataset, synthetic_demos, backbone):
     """A path that leaves the image cannot be followed by cells of the image: the summary says what
-    is covered of the rest.
-    """
+    is covered of the rest."""
     demo = dataset.demos[1]
     rollout = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config)
     assert rollout["in_view"].all()
     rollout["in_view"] = np.arange(len(rollout["path"])) >= 4
     rollout["aside"] = np.where(rollout["in_view"], 5.0, 40.0)
     row = rollout_summary([rollout])
-    assert (
-        row["coverage_8px"] == pytest.approx(1 - 4 / row["n_points"])
-        and row["coverage_8px_in_view"] == 1.0
-    )
+    assert row["coverage_8px"] == pytest.approx(1 - 4 / row["n_points"])
+    assert row["coverage_8px_in_view"] == 1.0
     assert row["coverage_4px_in_view"] == 0.0 and row["n_in_view"] == row["n_points"] - 4
 
 
@@ -219,8 +209,7 @@ def test_points_outside_the_image_are_counted_apart(dataset, synthetic_demos, ba
 @pytest.mark.parametrize("kind", ["A", "B"])
 def test_the_newest_frames_alone_are_the_same(kind, dataset, backbone):
     """Deciding only about the frames that are scored gives what deciding about all of a window's
-    does; so does the loss.
-    """
+    does; so does the loss."""
     torch.manual_seed(0)
     size = dict(
         COMMON, context=3, grid=8, n_height_bins=4, dim=16, n_layers=2, n_heads=2, key_width=8
@@ -235,9 +224,8 @@ def test_the_newest_frames_alone_are_the_same(kind, dataset, backbone):
     with torch.no_grad():
         single, out = predict_newest(policy, batch)
         expected_single, expected = newest(batch, policy.predict(batch))
-        assert out.keys() == expected.keys() and torch.equal(
-            single["target_pos"], expected_single["target_pos"]
-        )
+        assert out.keys() == expected.keys()
+        assert torch.equal(single["target_pos"], expected_single["target_pos"])
         for key, value in expected.items():
             torch.testing.assert_close(out[key], value, rtol=1e-5, atol=1e-5)
         alone = [

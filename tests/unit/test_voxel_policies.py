@@ -1,6 +1,5 @@
 """The voxel-token policies B and C: what a step may know, whose camera places its voxels, where
-positions are measured from.
-"""
+positions are measured from."""
 
 import copy
 
@@ -16,19 +15,19 @@ from model_voxel_ar_rel import RelativeVoxelConfig, RelativeVoxelPolicy
 from nets import layers_voxel as lv
 from runtime import UserError
 
-SMALL = dict(
-    image_size=64,
-    grid=12,
-    n_height_bins=6,
-    n_rot_bins=6,
-    dim=24,
-    n_layers=2,
-    n_heads=2,
-    mlp_ratio=2,
-    key_width=8,
-    n_waves=5,
-    context=3,
-)
+SMALL = {
+    "image_size": 64,
+    "grid": 12,
+    "n_height_bins": 6,
+    "n_rot_bins": 6,
+    "dim": 24,
+    "n_layers": 2,
+    "n_heads": 2,
+    "mlp_ratio": 2,
+    "key_width": 8,
+    "n_waves": 5,
+    "context": 3,
+}
 CHANNELS, B, T = [6, 5], 2, 3
 KINDS = {
     "B": (VoxelPolicy, VoxelConfig, {}),
@@ -94,8 +93,7 @@ def frames(batch, t):
 @every_kind
 def test_a_step_knows_nothing_of_later_ones(kind):
     """Another image, camera, finger width or EEF at t + 1 leaves the answers up to t alone, and
-    changes the one at t + 1.
-    """
+    changes the one at t + 1."""
     policy, batch = make(kind), windows()
     before = logits(policy, batch)
     for key in ("features", "E", "gripper_width", "eef_pos"):
@@ -110,8 +108,7 @@ def test_a_step_knows_nothing_of_later_ones(kind):
 @every_kind
 def test_a_step_reads_its_past_and_its_own_image(kind):
     """The EEF before moves the answer (history is used); an earlier image or camera does not (keys
-    are the current voxels).
-    """
+    are the current voxels)."""
     policy, batch = make(kind), windows()
     before = logits(policy, batch)
     for key, matters in (("eef_pos", True), ("features", False), ("E", False)):
@@ -145,12 +142,8 @@ def test_acting_equals_training(kind, context):
         torch.testing.assert_close(
             out["position"][0], expected["position"][0, -1:], rtol=0, atol=1e-4
         )
-        assert out["gripper"].item() == expected["gripper"][0, -1] and out["rotation"].shape == (
-            1,
-            1,
-            3,
-            3,
-        )
+        assert out["gripper"].item() == expected["gripper"][0, -1]
+        assert out["rotation"].shape == (1, 1, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +185,8 @@ def test_an_anchor_that_never_changes_is_no_anchor():
 
 
 def test_anchors_differ():
-    """--anchor window, last and episode are three different models once the path leaves its start."""
+    """--anchor window, last and episode are three different models once the path leaves its
+    start."""
     batch = windows()
     batch["first_eef"] = batch["first_eef"] + 0.1
     found = [logits(make(kind), batch)[:, 1:] for kind in ("C window", "C last", "C episode")]
@@ -201,16 +195,15 @@ def test_anchors_differ():
 
 @every_kind
 def test_training_noises_the_known_eef_alone(kind):
-    """In training the EEF is noised wherever it enters, in use never; the targets are not touched."""
+    """In training the EEF is noised wherever it enters, in use never; the targets are not
+    touched."""
     policy, batch = make(kind), windows()
     assert torch.equal(policy.noised(batch["eef_pos"]), batch["eef_pos"])
     policy.train()
     noise = policy.noised(batch["eef_pos"].expand(B, T, 3)) - batch["eef_pos"]
-    assert (
-        noise.abs().max() > 1e-3
-        and noise.abs().max() < 0.2
-        and noise.diff(dim=1).abs().max() > 1e-3
-    )
+    assert noise.abs().max() > 1e-3
+    assert noise.abs().max() < 0.2
+    assert noise.diff(dim=1).abs().max() > 1e-3
     policy.config.eef_noise_own = 0.0  # common to a window: the moves inside it stay
     noise = policy.noised(batch["eef_pos"].expand(B, T, 3)) - batch["eef_pos"]
     assert noise.abs().max() > 1e-3 and noise.diff(dim=1).abs().max() < 1e-6
@@ -220,8 +213,7 @@ def test_training_noises_the_known_eef_alone(kind):
 
 def test_feedback_modes():
     """measured takes the given EEF; predicted its own waypoints after the first; hybrid:2 changes
-    over after two decisions.
-    """
+    over after two decisions."""
     batch, used = windows(4), {}
     for feedback in ("measured", "predicted", "hybrid:2"):
         policy = make("B", feedback=feedback)
@@ -244,17 +236,14 @@ def test_feedback_modes():
 @every_kind
 def test_the_fixed_camera_is_remembered_by_value(kind):
     """The table of a camera that stands still is kept, and a camera or height range that changes
-    makes a new one.
-    """
+    makes a new one."""
     policy, batch = make(kind), windows()
     still = {**batch, "E": batch["E"][:1, :1].expand(B, T, 4, 4)}
     one = logits(policy, still)
     kept = dict(policy._tables)
-    assert (
-        len(kept) == 1
-        and torch.equal(logits(policy, still), one)
-        and all(policy._tables[k] is v for k, v in kept.items())
-    )
+    assert len(kept) == 1
+    assert torch.equal(logits(policy, still), one)
+    assert all(policy._tables[k] is v for k, v in kept.items())
     other = logits(policy, batch)
     assert not torch.equal(other, one)
     policy.height_range += 0.05
@@ -263,8 +252,7 @@ def test_the_fixed_camera_is_remembered_by_value(kind):
 
 def test_each_camera_s_table_is_made_once(monkeypatch):
     """Batches that hold other cameras of a dataset every time make no camera's table anew; beyond
-    the limit the oldest goes.
-    """
+    the limit the oldest goes."""
     policy, batch, made = make("B"), windows(), []
     new_table = policy.new_table
     monkeypatch.setattr(policy, "new_table", lambda K, E: made.append(1) or new_table(K, E))
@@ -273,11 +261,9 @@ def test_each_camera_s_table_is_made_once(monkeypatch):
     moved[..., 0, 3] += 0.01
     views = [at(0), {**batch, "E": moved}, {**batch, "E": torch.cat([at(0)["E"][:1], moved[1:]])}]
     first = [logits(policy, view) for view in views]
-    assert (
-        len(made) == 2
-        and all(torch.equal(logits(policy, v), f) for v, f in zip(views, first))
-        and len(made) == 2
-    )
+    assert len(made) == 2
+    assert all(torch.equal(logits(policy, v), f) for v, f in zip(views, first))
+    assert len(made) == 2
     monkeypatch.setattr(model_voxel_ar, "MAX_TABLES", 1)
     logits(policy, views[0])
     assert len(policy._tables) == 1 and len(made) == 2
@@ -307,8 +293,7 @@ def test_variants_learn_and_predict(changes):
 
 def test_acting_never_answers_here():
     """In use no waypoint lies where the EEF already is with the command already given: such an
-    answer would stay for ever.
-    """
+    answer would stay for ever."""
     policy, batch = make("B"), windows()
     with torch.no_grad():
         policy.prior.mul_(0)
@@ -327,17 +312,12 @@ def test_acting_never_answers_here():
 @every_kind
 def test_pictures_show_distributions(kind, tmp_path):
     """What train.py draws are distributions: over voxels and over the pixels that the query reads,
-    and drawing them works.
-    """
+    and drawing them works."""
     policy, batch = make(kind), windows()
     with torch.no_grad():
         volume, heat = policy.distribution(batch), policy.attention(batch)
-    assert volume.shape == (B, T, *policy.volume_shape) and heat.shape == (
-        B,
-        T,
-        SMALL["grid"],
-        SMALL["grid"],
-    )
+    assert volume.shape == (B, T, *policy.volume_shape)
+    assert heat.shape == (B, T, SMALL["grid"], SMALL["grid"])
     for x, dims in ((volume, (2, 3, 4)), (heat, (2, 3))):
         torch.testing.assert_close(x.sum(dims), torch.ones(B, T), rtol=1e-4, atol=1e-4)
     plots.volume_projections(

@@ -1,6 +1,5 @@
 """The worker pool: no job is lost when a worker dies, raises or is recycled. Workers are spawned
-for real.
-"""
+for real."""
 
 import os
 import signal
@@ -146,8 +145,7 @@ def test_a_job_that_always_crashes_is_given_up(tmp_path):
 
 def test_a_job_that_hangs_times_out_and_is_tried_again(tmp_path):
     """A stuck EGL call would stop a run for ever. The hung worker is killed, its job is done by
-    another.
-    """
+    another."""
     outcomes = list(run_jobs([1, 2, 3], Hang, (str(tmp_path),), n_workers=2, timeout=4))
     assert sorted((o.job, o.result[0], o.died) for o in outcomes) == [
         (1, 1, False),
@@ -159,8 +157,7 @@ def test_a_job_that_hangs_times_out_and_is_tried_again(tmp_path):
 
 def test_a_job_that_always_hangs_is_given_up(tmp_path):
     """After its tries it is reported as a worker's death, no exception of its own, and the others
-    are done.
-    """
+    are done."""
     outcomes = {
         o.job: o
         for o in run_jobs(["always", 1], Hang, (str(tmp_path),), n_workers=1, tries=1, timeout=4)
@@ -171,8 +168,7 @@ def test_a_job_that_always_hangs_is_given_up(tmp_path):
 
 def test_a_result_that_waits_for_the_caller_is_no_hang(tmp_path):
     """A caller that writes a video for longer than a job may take finds the next result, not a
-    killed worker.
-    """
+    killed worker."""
     outcomes = []
     for outcome in run_jobs([1, 3, 4], Hang, (str(tmp_path),), n_workers=2, tries=1, timeout=4):
         outcomes.append(outcome)
@@ -200,7 +196,10 @@ def test_numbers_out_of_range_are_refused(name, value):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_leave_when_their_parent_is_killed(tmp_path):
     """SIGKILL of a collection leaves no simulator behind, working for nobody."""
-    code = f"from sim.workers import run_jobs; from test_workers import Sleep; list(run_jobs([1, 2], Sleep, ({str(tmp_path)!r},)))"
+    code = (
+        "from sim.workers import run_jobs; from test_workers import Sleep; "
+        f"list(run_jobs([1, 2], Sleep, ({str(tmp_path)!r},)))"
+    )
     here = Path(__file__).resolve().parent
     parent = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{here}:{here.parents[1]}"}
@@ -226,8 +225,7 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
 
 def test_a_worker_that_dies_between_jobs_is_replaced(tmp_path):
     """A worker may also die while the caller is busy with its result; the next job then goes to a
-    new one.
-    """
+    new one."""
     outcomes = []
     for outcome in run_jobs([1, 2, 3], DiesIdle, (str(tmp_path),), n_workers=1):
         outcomes.append(outcome)
@@ -238,9 +236,8 @@ def test_a_worker_that_dies_between_jobs_is_replaced(tmp_path):
 def test_a_job_that_raises_is_reported():
     """An exception comes back as its traceback, on the first try, and the other jobs go on."""
     outcomes = {o.job: o for o in run_jobs(range(3), Raise, n_workers=1)}
-    assert (
-        "ValueError: job one is no good" in outcomes[1].error and "Traceback" in outcomes[1].error
-    )
+    assert "ValueError: job one is no good" in outcomes[1].error
+    assert "Traceback" in outcomes[1].error
     assert outcomes[1].result is None and outcomes[0].result[0] == 0 and outcomes[2].result[0] == 4
 
 
@@ -260,16 +257,14 @@ def test_recycling_changes_the_process():
 )
 def test_a_worker_that_cannot_start_ends_the_run(factory, reason):
     """A simulator that never starts is said with its own reason, instead of being tried, or waited
-    for, for ever.
-    """
+    for, for ever."""
     with pytest.raises(RuntimeError, match=reason):
         list(run_jobs(range(3), factory, n_workers=1, timeout=1 if factory is HangsAtStart else 60))
 
 
 def test_workers_have_one_thread_each_and_the_parent_is_left_alone(monkeypatch):
     """Two workers of two threads each are ten times slower on two cores; the caller's own settings
-    come back.
-    """
+    come back."""
     monkeypatch.setenv("MKL_NUM_THREADS", "7")
     before = {name: os.environ.get(name) for name in THREADS}
     assert [o.result for o in run_jobs([0], Threads)] == [THREADS]
