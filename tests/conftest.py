@@ -162,7 +162,7 @@ def write_synthetic_episodes(
     sides of the frames.
     """
     K, E = agentview(size)
-    K = [*K, [0, 0, wide], [0, 0, 0], [0, 0, 0]]
+    K = K + np.array([[0, 0, wide], [0, 0, 0], [0, 0, 0]])
     for i in range(n_episodes):
         rng = np.random.default_rng([seed, i])
         position, gripper = pick_and_place(rng, steps)

@@ -68,7 +68,8 @@ def test_splits_are_those_of_the_settings():
     assert [len(get("position", part)) for part in settings.PARTS] == [128, 8, 20]
     seen = {
         part: [
-            project([*settings.BOWL, c.dx, c.dy, 0], K, DEFAULT)[0] for c in get("position", part)
+            project(settings.BOWL + np.array([c.dx, c.dy, 0]), K, DEFAULT)[0]
+            for c in get("position", part)
         ]
         for part in settings.PARTS
     }
@@ -270,7 +271,9 @@ def test_position_episodes_stand_elsewhere(scene):
         scene.begin_episode(state)
         for name, nominal in ((scene.pick, settings.BOWL), (scene.place, settings.PLATE)):
             np.testing.assert_allclose(
-                scene.position(name)[:2], [*nominal[:2], condition.dx, condition.dy], atol=0.025
+                scene.position(name)[:2],
+                nominal[:2] + np.array([condition.dx, condition.dy]),
+                atol=0.025,
             )
         found.append(state)
     assert np.abs(found[0] - found[1]).max() > 1e-3

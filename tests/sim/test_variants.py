@@ -48,8 +48,8 @@ def account(*phases, aside=0.0):
     for (arm, bowl), gripper, steps in phases:
         for _ in range(steps):
             once.note(
-                [*REST, aside if once.lifts else 0, 0, bowl],
-                [*REST, 0, 0, GRASP[2] + arm],
+                REST + np.array([aside if once.lifts else 0, 0, bowl]),
+                REST + np.array([0, 0, GRASP[2] + arm]),
                 gripper,
                 0.04 - 0.04 * gripper,
             )

@@ -3,13 +3,9 @@ sentence with file, key and remedy."""
 
 import io
 import json
-import os
-import resource
 import shutil
-import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -20,16 +16,13 @@ from helpers import ROOT
 from PIL import Image
 
 import deploy_dino_kv
-import precompute_rotation_pca
 import rot_utils
-import run_matrix
 import runtime
 from figures import plots
-from formats import demos, parts, smith300
+from formats import demos, smith300
 from harness import checkpoint, records
 from runtime import UserError
 from sim import rollout
-from study import survey
 
 CASES = ROOT / "tests" / "cases"
 
@@ -510,155 +503,3 @@ def test_a_path_of_the_cache_that_is_cut_short_is_computed_anew(tmp_path):
     (tmp_path / "p.npz").write_bytes((tmp_path / "p.npz").read_bytes()[:200])
     assert rollout.stored_path(tmp_path / "p.npz") is None
     assert rollout.stored_path(tmp_path / "absent.npz") is None
-
-
-# -- writing
-
-
-WRITERS = {
-    "json": lambda p: runtime.write_json(p, {"a": "x" * 9000}),
-    "jsonl": lambda p: runtime.append_jsonl(p, {"a": "x" * 9000}),
-    "checkpoint": lambda p: checkpoint.save_tensors(p, {"w": torch.zeros(9000)}, {}),
-    "picture": lambda p: plots.write_png(
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)), p
-    ),
-    "episode": lambda p: smith300.write_episode(
-        p, {"a": np.random.default_rng(0).random(9000)}, []
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_is_one_sentence_and_loses_nothing(name, tmp_path):
-    """A traceback after hours before. The disk is 'full' above 4 kB a file."""
-    path = tmp_path / "out.png"
-    path.mkdir() if name == "episode" else path.write_bytes(b"kept\n")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    import signal
-
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        refused(lambda: WRITERS[name](path), "out.png", "cannot be written")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-    assert path.is_dir() or path.read_bytes().startswith(b"kept\n")
-    assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_path_below_a_file_is_one_sentence(name, tmp_path):
-    """NotADirectoryError before, as of a read-only folder."""
-    (tmp_path / "file").touch()
-    refused(lambda: WRITERS[name](tmp_path / "file" / "out.png"), "out.png", "cannot be written")
-
-
-def test_a_checkpoint_has_the_mode_of_the_umask(tmp_path):
-    """Mode 600 whatever the umask: colleagues on a cluster could not read a run."""
-    before = os.umask(0o022)
-    try:
-        checkpoint.save_tensors(tmp_path / "c.safetensors", {"w": torch.zeros(2)}, {})
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "c.safetensors").stat().st_mode) == 0o644
-
-
-def test_a_stored_command_can_be_typed_again(monkeypatch):
-    """With a space in a path it could not; commands stored before are still known for the same."""
-    monkeypatch.setattr(sys, "argv", ["/x/train.py", "--out", "my runs/a"])
-    assert runtime.command_line() == "python train.py --out 'my runs/a'"
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "study" / "bench.py"), "voxel"])
-    assert runtime.command_line() == "python -m study.bench voxel"
-    argv = [sys.executable, "/x/train.py", "--out", "my runs/a"]
-    assert run_matrix.same("python train.py --out 'my runs/a'", argv)
-    assert run_matrix.same("python train.py --out my runs/a", argv)
-    assert not run_matrix.same("python train.py --out other", argv)
-
-
-# -- what may be replaced
-
-
-def test_only_a_dataset_of_this_program_is_overwritten(tmp_path):
-    """`--overwrite --format smith300 --out FOLDER` removed any folder, whatever was in it."""
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "thesis.tex").write_text("years")
-    refused(lambda: parts.check_replaceable(home, True, "smith300"), "thesis.tex", "left alone")
-    dataset = write_synthetic_episodes(tmp_path / "izzy", 1, 40, 16)
-    parts.check_replaceable(dataset, True, "smith300")
-    refused(lambda: parts.check_replaceable(dataset, False, "smith300"), "--overwrite")
-    refused(lambda: parts.check_replaceable(dataset, True, "libero"), "is a folder")
-    (dataset / "notes.txt").touch()
-    refused(lambda: parts.check_replaceable(dataset, True, "smith300"), "notes.txt")
-    (tmp_path / "notes.hdf5").write_text("no dataset")
-    refused(
-        lambda: parts.check_replaceable(tmp_path / "notes.hdf5", True, "libero"),
-        "no file of demonstrations",
-    )
-    parts.check_replaceable(
-        Path(shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")), True, "libero"
-    )
-    refused(lambda: parts.check_replaceable(Path("."), True, "libero"), "--out")
-
-
-def test_only_a_basis_is_replaced_by_a_basis(synthetic_demos, tmp_path):
-    """`precompute_rotation_pca.py --out FILE` replaced any file, a dataset too."""
-    target = tmp_path / "basis.npz"
-    np.savez(target, eef_pos_t=np.zeros(3))
-    before = target.read_bytes()
-    run = lambda *flags: precompute_rotation_pca.precompute(
-        precompute_rotation_pca.build_parser().parse_args(
-            ["--dataset", str(synthetic_demos), *map(str, flags)]
-        )
-    )
-    refused(lambda: run("--out", target), "basis.npz", "no rotation basis")
-    assert target.read_bytes() == before
-    refused(lambda: run("--out", synthetic_demos), "--out")
-    target.unlink()
-    target.with_suffix(".png").touch()
-    refused(lambda: run("--out", target), "basis.png")
-
-
-# -- commands
-
-
-def test_an_unknown_suite_is_said_at_once(monkeypatch):
-    """`--survey nope` started simulators and ran for a minute before it said so."""
-    monkeypatch.setattr(survey, "run_jobs", lambda *a, **k: pytest.fail("a worker was started"))
-    refused(lambda: survey.survey("nope", 2, 1, 1, 60), "nope")
-    refused(lambda: survey.survey("libero_spatial", 11, 1, 1, 60), "10")
-
-
-def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path, monkeypatch):
-    """From another working directory there was no checkpoint."""
-    monkeypatch.chdir(tmp_path)
-    assert checkpoint.newest_checkpoint()[0].is_file()
-
-
-def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):
-    """`deploy ... | head -1` was a BrokenPipeError."""
-    code = (
-        "import runtime\n"
-        "def main():\n    for i in range(10**6): print(i, flush=True)\n"
-        "runtime.run_script(main)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(timeout=60) != 0
-
-
-def test_wandb_without_a_login_is_one_sentence(tmp_path, monkeypatch):
-    """A traceback after the features were computed."""
-    for name, value in (
-        ("WANDB_API_KEY", ""),
-        ("HOME", str(tmp_path)),
-        ("NETRC", str(tmp_path / "netrc")),
-        ("WANDB_BASE_URL", "http://localhost:9"),
-        ("WANDB_INIT_TIMEOUT", "2"),
-    ):
-        monkeypatch.setenv(name, value)
-    refused(lambda: runtime.RunLogger(tmp_path, "online", {}), "--wandb online", "wandb login")

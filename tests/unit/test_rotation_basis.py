@@ -52,7 +52,12 @@ def euler_basis(yaw, low, width):
     """Turns about the vertical, of a gripper that points down: roll sits at the cut between +pi and
     -pi."""
     return RotationBasis(
-        "euler", [*DOWN, 0, 0, yaw], np.array([0.0, 0, 1]), low, low + width, np.array([1.0, 0, 0])
+        "euler",
+        DOWN + np.array([0, 0, yaw]),
+        np.array([0.0, 0, 1]),
+        low,
+        low + width,
+        np.array([1.0, 0, 0]),
     )
 
 

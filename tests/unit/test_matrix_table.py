@@ -1,0 +1,253 @@
+"""The matrix's table: rates and pairs of evaluations, as Markdown, picture and page."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from evaluations import outcomes, write_evaluation
+from helpers import ROOT
+from scipy.stats import binomtest
+
+import run_matrix
+from harness.metrics import mcnemar, wilson
+from runtime import UserError, append_jsonl
+from study import matrix_table
+
+
+@pytest.fixture
+def results(tmp_path):
+    """PARA with two seeds, B with one, blind: on one layout; B on another one too, without PARA."""
+    write_evaluation(tmp_path, "para-shifted-s0", outcomes(12), released=outcomes(10))
+    write_evaluation(tmp_path, "para-shifted-s1", outcomes(14))
+    write_evaluation(tmp_path, "b-shifted-s0", np.roll(outcomes(18), 2), crashes=1)
+    write_evaluation(tmp_path, "blind-shifted", outcomes(0))
+    write_evaluation(tmp_path, "b-position-s0", outcomes(5))
+    append_jsonl(
+        tmp_path / "nodes.jsonl",
+        {"node": "train-b-in_dist-s0", "code": 0, "started": 1, "seconds": 90},
+    )
+    append_jsonl(
+        tmp_path / "nodes.jsonl",
+        {"node": "eval-b-shifted-s0", "code": 1, "started": 1, "seconds": 30},
+    )
+    return tmp_path
+
+
+def table_of(folder):
+    run_matrix.main(["--table", "--out", str(folder)])
+    found = json.loads((folder / "table.json").read_text())
+    return found, {(c["row"], c["layout"]): c for c in found["cells"]}
+
+
+# -- numbers
+
+
+@pytest.mark.parametrize("better, worse", [(1, 9), (0, 5), (7, 7), (0, 0), (30, 12), (121, 59)])
+def test_mcnemar_is_the_exact_binomial_test(better, worse):
+    """p is that of the two-sided binomial test of the discordant pairs."""
+    expected = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar(better, worse) == mcnemar(worse, better)
+    assert mcnemar(0, 5) == 0.0625 and mcnemar(1, 9) == 22 / 1024
+
+
+def test_cells_pool_seeds_and_keep_them_apart(results):
+    """n counts the episodes of all seeds; crashed ones are no failures; every number comes from the
+    rows."""
+    found, cells = table_of(results)
+    para, b = cells["para", "shifted"], cells["b", "shifted"]
+    assert (para["n"], para["success"]["rate"], para["released"]["rate"]) == (
+        40,
+        pytest.approx(26 / 40),
+        pytest.approx(24 / 40),
+    )
+    low, high = para["success"]["interval"]
+    assert low <= wilson(26, 40)[0]
+    assert high >= wilson(26, 40)[1]
+    assert para["success"]["by_seed"] == {"s0": 0.6, "s1": 0.7}
+    assert b["success"]["interval"] == list(wilson(18, 20))
+    assert para["outcomes"] == {"miss": 14, "grasp": 0, "place": 2, "released": 24, "error": 0}
+    assert (b["n"], b["crashes"]) == (20, 1)
+    assert b["steps"] == (18 * 100 + 2 * 600) / 20
+    assert b["jerk_mm"] == pytest.approx(2.9)
+    assert b["coverage_16px"] == 1.0
+    assert b["train_minutes"] == 5.0
+    assert b["decisions_per_second"] == pytest.approx(10)
+    assert cells["blind", "shifted"]["train_minutes"] is None
+    assert cells["blind", "shifted"]["decisions_per_second"] is None
+    assert found["minutes"] == {"train": 1.5, "eval": 0.5}
+    assert list(cells) == [
+        ("blind", "shifted"),
+        ("para", "shifted"),
+        ("b", "shifted"),
+        ("b", "position"),
+    ]
+
+
+def test_pairs_are_the_same_episodes_of_the_same_seed(results):
+    """B (one seed) is compared with PARA's same seed; an untrained policy with all of PARA's, its
+    20 episodes once each and not once a seed; nothing with itself."""
+    _, cells = table_of(results)
+    # wins 2..19, PARA's seed 0 wins 0..11
+    b = cells["b", "shifted"]["success"]["against_reference"]
+    assert (b["n"], b["better"], b["worse"], b["difference"]) == (20, 8, 2, 0.3)
+    assert b["p"] == mcnemar(8, 2)
+    blind = cells["blind", "shifted"]["success"]["against_reference"]
+    assert (blind["n"], blind["better"], blind["worse"]) == (20, 0, 14)
+    assert blind["difference"] == pytest.approx(-0.65)
+    assert blind["p"] == mcnemar(0, 14)
+    assert [blind["by_seed"][s]["worse"] for s in ("s0", "s1")] == [12, 14]
+    # two comparisons
+    assert blind["p_holm"] == pytest.approx(2 * blind["p"]) and b["p_holm"] == b["p"]
+    assert cells["para", "shifted"]["success"]["against_reference"] is None
+    # PARA was not evaluated there
+    assert cells["b", "position"]["success"]["against_reference"] is None
+    released = cells["b", "shifted"]["released"]["against_reference"]
+    assert (released["better"], released["worse"]) == (10, 2)
+
+
+def test_rates_within_280_steps_stand_beside_those_at_the_end(results):
+    """Published rates stop at 280 control steps: the table says both, from the step of the first
+    success, old rows too."""
+    rows = results / "evals" / "b-position-s0" / "episodes.jsonl"
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    late = [
+        {**r, "first_success": 300, "steps": 310} if r["episode"] in (0, 1) else r for r in found
+    ]
+    rows.write_text("".join(json.dumps(r) + "\n" for r in late))
+    cell = table_of(results)[1]["b", "position"]
+    for key in ("success", "released"):
+        assert (cell[key]["early"]["rate"], cell[key]["rate"]) == (3 / 20, 5 / 20)
+    assert "15 / 25% (11-47), n = 20" in (results / "table.md").read_text()
+
+
+def test_what_other_commands_made_is_marked_and_not_pooled(results):
+    """An evaluation with another flag, or copied in under another name, is a row of its own with a
+    star and its reason; what is pooled and compared is what run_matrix.py makes. A dirty checkout
+    has a plus."""
+    shutil.rmtree(results / "evals" / "para-shifted-s1")
+    write_evaluation(results, "para-shifted-s1", outcomes(20), extra=" --feedback predicted")
+    write_evaluation(
+        results, "c-shifted-s0", outcomes(5), extra=" --out runs/elsewhere", commit="0123456789+"
+    )
+    cells = json.loads(json.dumps(table_of(results)[0]["cells"]))
+    own, other = [c for c in cells if (c["row"], c["layout"]) == ("para", "shifted")]
+    assert (own["n"], own["success"]["rate"], own["otherwise"]) == (20, 0.6, {})
+    assert other["n"] == 20 and "--feedback predicted for left out" in other["otherwise"]["s1"]
+    assert not other["success"]["against_reference"]
+    copied = next(c for c in cells if c["row"] == "c")
+    assert "copied from runs/elsewhere" in copied["otherwise"]["s0"] and copied["uncommitted"]
+    text = (results / "table.md").read_text()
+    assert "| para | shifted |" in text
+    assert "| para* | shifted |" in text
+    assert "| c*+ | shifted |" in text
+
+
+def test_budgets_and_places_are_no_other_command():
+    """Where results lie and how long a training took are columns or names, not another recipe; all
+    that decides the policy is."""
+    asked = (
+        "python train.py --model_type para --dataset a/demos/position.hdf5 --max_steps 2500 "
+        "--seed 0 --out a/runs/x"
+    )
+    same = (
+        "python train.py --seed 0 --model_type para --dataset b/position.hdf5 "
+        "--max_steps 1000000 --max_minutes 8 --out b/runs/x"
+    )
+    ignored = matrix_table.INCIDENTAL | matrix_table.BUDGET
+    assert matrix_table.differing(same, asked, ignored) == ""
+    for other in (
+        same + " --mirror",
+        same.replace("position", "position_turns"),
+        same + " --seed 1",
+    ):
+        assert matrix_table.differing(other, asked, ignored)
+
+
+def test_the_committed_table_is_that_of_its_rows(tmp_path):
+    """results/matrix/table.json follows from the committed episodes: eight evaluations that were
+    copied in are marked."""
+    shutil.copytree(ROOT / "results" / "matrix" / "evals", tmp_path / "evals")
+    found, _ = table_of(tmp_path)
+    committed = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())
+    assert found["cells"] == committed["cells"]
+    assert sum(len(c["otherwise"]) for c in found["cells"]) == 8
+
+
+def test_one_backbone_for_the_whole_table(results):
+    """Rows that saw different features are no comparison: refused, with both named."""
+    write_evaluation(results, "c-shifted-s0", outcomes(3), features="dinov2-448px-9999")
+    with pytest.raises(UserError, match="one backbone.*0123.*9999|one backbone.*9999.*0123"):
+        table_of(results)
+
+
+def test_a_foreign_folder_is_named(results):
+    """An evaluation under a name that is no cell is not silently left out."""
+    write_evaluation(results, "parrot-shifted-s0", outcomes(3))
+    with pytest.raises(UserError, match="parrot-shifted-s0"):
+        table_of(results)
+
+
+# -- as Markdown, picture, page
+
+
+def test_table_goes_into_the_readme(results, tmp_path):
+    """The text between the marks is replaced, the rest stays to the byte, twice gives the same."""
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n\n<!-- matrix -->\nold\n<!-- /matrix -->\n\nThe end.\n")
+    for _ in range(2):
+        run_matrix.main(["--table", "--out", str(results), "--readme", str(readme)])
+        text = readme.read_text()
+    assert text.startswith("# Title\n\n<!-- matrix -->\n| policy | shifted | position |")
+    assert text.endswith("<!-- /matrix -->\n\nThe end.\n")
+    assert "old" not in text and text.count("<!-- matrix -->") == 1
+    assert "| para | 65 / 65% (43-85), n = 40 | - |" in text
+    assert "| +30 (8:2), p 0.11 |" in text
+    assert "2 in all" in text
+
+
+def test_readme_without_marks_is_left_alone(results, tmp_path):
+    """A file without the marks is refused in one sentence, and not written."""
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing here <!-- matrix --> and no end")
+    with pytest.raises(UserError, match="/matrix"):
+        run_matrix.main(["--table", "--out", str(results), "--readme", str(readme)])
+    assert readme.read_text() == "nothing here <!-- matrix --> and no end"
+
+
+def test_page_shows_a_failure_of_each_cell(results):
+    """The page holds the tables, the picture and one film a cell: a failure where one was
+    filmed."""
+    videos = results / "evals" / "b-shifted-s0" / "videos"
+    videos.mkdir()
+    (videos / "000_miss.mp4").write_bytes(b"lost")
+    (videos / "002_released.mp4").write_bytes(b"won")
+    (videos / "003_miss.mp4").write_bytes(b"left over from another run")  # its row says released
+    table_of(results)
+    page = (results / "report.html").read_text()
+    assert page.count("<video") == 1
+    assert "b, shifted s0, episode 0: miss" in page
+    assert "65 / 65% (43-85), n = 40" in page
+    assert "data:image/png" in page and "evals/b-shifted-s0\n" in page and 'src="http' not in page
+    assert (results / "table.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_export_takes_small_files_only(results, tmp_path):
+    """What is committed: table and rows, no films; and the table can be made again from it."""
+    videos = results / "evals" / "b-shifted-s0" / "videos"
+    videos.mkdir()
+    (videos / "000_miss.mp4").write_bytes(b"x")
+    target = tmp_path / "committed"
+    run_matrix.main(["--table", "--out", str(results), "--export", str(target)])
+    assert (target / "evals" / "b-shifted-s0" / "episodes.jsonl").exists()
+    assert not list(target.rglob("*.mp4"))
+    again, _ = table_of(target)
+    first = json.loads((results / "table.json").read_text())
+    assert again["cells"] == first["cells"] and again["minutes"] == first["minutes"]
+
+
+def test_no_evaluation_is_said(tmp_path):
+    """--table without anything to table names the folder."""
+    with pytest.raises(UserError, match="evals"):
+        run_matrix.main(["--table", "--out", str(tmp_path)])
