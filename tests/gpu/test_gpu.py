@@ -61,7 +61,7 @@ def case(request, synthetic_demos, backbone, tmp_path_factory):
     return Case(request.param, synthetic_demos, backbone, tmp_path_factory.mktemp("cache"))
 
 
-def test_backbone(backbone, device):
+def test_the_backbone_gives_the_cpus_features(backbone, device):
     """Half precision on the GPU: features within 2% of the largest."""
     images = torch.from_numpy(pictures(4))
     moved = copy.deepcopy(backbone).to(device)
@@ -71,7 +71,7 @@ def test_backbone(backbone, device):
         assert far(ours, theirs) < 0.02
 
 
-def test_loss_and_gradients(case, device):
+def test_losses_and_gradients_are_the_cpus(case, device):
     """In fp32, every parameter's gradient within a hundredth of its largest entry."""
     found = []
     for where in ("cpu", device):
@@ -92,7 +92,7 @@ def test_loss_and_gradients(case, device):
     }
 
 
-def test_predictions(case, device):
+def test_predictions_are_the_cpus(case, device):
     """The same features decide the same waypoints, within a millimetre."""
     batch, expected = case.batch(), None
     for where in ("cpu", device):
@@ -103,7 +103,7 @@ def test_predictions(case, device):
     assert (position - expected).norm(dim=-1).median() < 1e-3
 
 
-def test_act(case, device):
+def test_act_answers_as_on_the_cpu(case, device):
     """An episode's decisions run on the GPU, features and all, and answer in the world."""
     policy = case.policy().attach(copy.deepcopy(case.backbone)).to(device).eval()
     policy.reset()
@@ -115,7 +115,7 @@ def test_act(case, device):
 
 @pytest.mark.parametrize("recent", [0, 2])
 @pytest.mark.parametrize("n", [7, 18])
-def test_compiled_attention(recent, n, device):
+def test_compiled_attention_equals_dense_attention(recent, n, device):
     """FlexAttention, compiled, forward and backward, against a call of scaled_dot_product_attention
     a frame."""
     rule = layers.Resolutions(recent, n - 2, n - 4) if recent else layers.Resolutions()
@@ -133,7 +133,7 @@ def test_compiled_attention(recent, n, device):
 
 
 @pytest.mark.parametrize("way", ["whole", "fused"])
-def test_voxel_attention(way, device):
+def test_fused_voxel_attention_equals_plain_torch(way, device):
     """Whole volumes of scores and the Triton kernels against the CPU's chunks, forward and
     backward."""
     if way == "fused" and device == "cpu":
@@ -179,7 +179,9 @@ def apart(one, other):
     return max(far(one[k], v) for k, v in other.items() if v.is_floating_point())
 
 
-def test_training_and_resuming(synthetic_demos, tmp_path, device):
+def test_a_training_learns_on_the_gpu_and_a_finished_one_is_left_alone(
+    synthetic_demos, tmp_path, device
+):
     """A training learns on the GPU, and --resume finds a finished run finished."""
     weights = trained(tmp_path / "run", synthetic_demos, device, "--max_steps", "8")
     rows = [
@@ -196,7 +198,7 @@ def test_training_and_resuming(synthetic_demos, tmp_path, device):
     assert apart(load_file(tmp_path / "run" / "checkpoint.safetensors"), weights) == 0
 
 
-def test_two_ranks_are_one(synthetic_demos, tmp_path, device):
+def test_two_ranks_end_with_the_weights_of_one(synthetic_demos, tmp_path, device):
     """Two processes, each on a GPU of its own, end with one process's weights."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

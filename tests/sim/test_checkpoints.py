@@ -71,6 +71,6 @@ def test_a_committed_checkpoint_solves_shifted_layouts(name):
     assert sum(row["success"] for row in rows) >= 2, [row["outcome"] for row in rows]
 
 
-def test_there_are_checkpoints():
+def test_the_checkpoint_tests_have_checkpoints_to_test():
     """The tests above run at all, and each checkpoint is small enough to be committed."""
     assert CHECKPOINTS and all(p.stat().st_size < 10e6 for p in CHECKPOINTS)

@@ -56,7 +56,7 @@ def test_a_rebuilt_scene_leaves_no_memory_behind(scene):
     assert held - megabytes() < 100
 
 
-def test_rim_angle_known_values():
+def test_the_rim_angle_is_twice_the_plates_up_to_its_limit():
     """Plate straight ahead in +x: no turn. 15 degrees aside: twice that. Far aside: the limit, on
     the same side."""
     assert rim_angle([0, 0, 0.9], [0.2, 0, 0.9]) == 0

@@ -176,7 +176,7 @@ def test_collect_leaves_an_existing_file_alone(collected):
 # -- train.py
 
 
-def test_run_folder_holds_everything(trained):
+def test_a_run_can_be_told_apart_and_looked_at_later(trained):
     """A run can be told apart and looked at later: config, commit, versions, metrics, curve,
     overlays, profile."""
     folder, done = trained

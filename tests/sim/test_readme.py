@@ -179,7 +179,7 @@ def test_bare_train_collects_the_default_dataset_first(tmp_path):
     assert "collecting it" in seen and (tmp_path / "data" / "libero_spatial_0.hdf5.parts").is_dir()
 
 
-def test_make_targets_exist():
+def test_the_make_targets_exist_and_ci_calls_the_tests():
     """`make setup`, `make demo` and `make test` are real targets, and CI calls the tests."""
     for target in ("setup", "demo", "test"):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)

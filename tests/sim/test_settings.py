@@ -100,7 +100,7 @@ def test_the_first_demonstrations_cover_the_conditions(setting, split):
         assert abs(np.mean(few) - np.mean(all_)) < 0.15 * np.ptp(all_)
 
 
-def test_orbit_is_one():
+def test_an_orbit_keeps_the_distance_and_the_gaze():
     """Theta 0 is the default camera; every other view is theta away, as far off, looks at the same
     point, and stands upright."""
     np.testing.assert_allclose(settings.orbit(DEFAULT, 0, 90), DEFAULT, atol=1e-12)
@@ -141,7 +141,7 @@ def test_every_position_is_in_the_image():
     assert not settings.in_image(DEFAULT, (0.0, 0.5))
 
 
-def test_the_line_is_the_experts():
+def test_views_are_judged_by_the_experts_own_poses():
     """The points by which views are judged are the expert's key poses, not somebody's."""
     poses = key_poses(settings.BOWL, settings.PLATE, PLATE_RISE)
     np.testing.assert_allclose(settings.KEY_POINTS, [position for position, _ in poses], atol=1e-4)

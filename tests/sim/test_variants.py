@@ -82,7 +82,7 @@ LIFT = [(REACH, OPEN, 5), (BACK, OPEN, 3), (LIFTING, CLOSE, 9), (BACK, CLOSE, 3)
         ),
     ],
 )
-def test_account_of_an_episode(phases, lifts, outcome):
+def test_only_one_lift_put_back_and_left_counts(phases, lifts, outcome):
     """Only exactly one lift, put back, and then the arm out for OUT_STEPS without reaching down
     again is a success."""
     once = account(*phases)
@@ -162,7 +162,7 @@ def test_the_variant_travels_from_data_to_evaluation(tmp_path):
 # -- the real simulator
 
 
-def test_the_same_image_before_and_after(scene):
+def test_one_image_does_not_tell_before_from_after_the_lift(scene):
     """The expert hovers at one pose twice, before its grasp and after its release, and the images
     are alike, far more than the first is like what the next waypoint shows: a policy of one frame
     cannot tell whether to go down or to stay."""

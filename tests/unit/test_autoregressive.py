@@ -337,7 +337,7 @@ def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
     assert torch.isfinite(staying.elsewhere(logits, fine)).all()
 
 
-def test_feedback(windows, synthetic_demos):
+def test_the_known_eef_is_the_one_that_feedback_names(windows, synthetic_demos):
     """measured: each decision knows the observed EEF; predicted: its own last waypoint; hybrid:N
     changes over after N."""
     policy = policy_of(windows)
@@ -461,7 +461,7 @@ def test_attention_can_be_chosen(windows):
     assert losses[0] == losses[1] == pytest.approx(losses[2], rel=1e-5)
 
 
-def test_flex_needs_wide_heads(windows):
+def test_flex_attention_of_narrow_heads_is_refused(windows):
     """Heads that compiled FlexAttention does not support are refused where it is asked for, in one
     sentence, and are no error else."""
     with pytest.raises(UserError, match="--attention flex: heads are 4 wide .* needs 16; use sdpa"):

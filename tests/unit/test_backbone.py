@@ -59,7 +59,7 @@ def tiny_weights(tmp_path_factory):
     return path, weights
 
 
-def test_shipped_backbone_at_full_size():
+def test_the_shipped_backbone_gives_the_documented_maps():
     """At 448 px the shipped backbone gives the two maps that the table promises, finite and not
     constant."""
     backbone = Backbone("efficientnet_lite0", 448)
@@ -116,7 +116,7 @@ def test_backbone_is_frozen(backbone):
     assert backbone.identity.startswith(f"efficientnet_lite0-{SIZE}px-")
 
 
-def test_cache_equals_live_and_is_read_the_second_time(backbone, tmp_path):
+def test_cached_features_equal_live_ones_and_are_read_the_second_time(backbone, tmp_path):
     """Training sees exactly the numbers that the robot will, and pays for them once."""
     counting, images = Counting(backbone), pictures()
     first = cached_features(counting, images, tmp_path)
@@ -132,7 +132,7 @@ def test_cache_equals_live_and_is_read_the_second_time(backbone, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
 
 
-def test_cache_key_changes_with_one_pixel(backbone, tmp_path):
+def test_one_pixel_makes_another_cache_entry(backbone, tmp_path):
     """Other images are never answered with an old entry, however small the difference."""
     counting, images = Counting(backbone), pictures(2)
     cached_features(counting, images, tmp_path)
@@ -141,7 +141,7 @@ def test_cache_key_changes_with_one_pixel(backbone, tmp_path):
     assert counting.calls == 4 and len(list(tmp_path.rglob("*.npy"))) == 2 * len(backbone.channels)
 
 
-def test_cache_key_changes_with_the_backbone(backbone, tmp_path):
+def test_another_backbone_makes_another_cache_entry(backbone, tmp_path):
     """Another backbone's entry is never used."""
     counting, other, images = Counting(backbone), Counting(backbone), pictures(2)
     other.identity += "-other"
@@ -170,7 +170,7 @@ def test_a_killed_computation_leaves_no_entry(backbone, tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_feature_cache_by_name(backbone, tmp_path):
+def test_features_come_back_under_their_demos_name(backbone, tmp_path):
     """Many demos: each name gets its own images' features."""
     a, b = pictures(2, seed=1), pictures(3, seed=2)
     maps = feature_cache(backbone, [("a", lambda: a), ("b", lambda: b)], tmp_path, progress=False)
@@ -196,21 +196,21 @@ def one_sentence(error, *words):
     assert "\n" not in message and all(w in message for w in words), message
 
 
-def test_missing_weights_file(tmp_path):
+def test_a_missing_weights_file_is_named(tmp_path):
     """A mistyped path is said at once."""
     with pytest.raises(UserError) as error:
         Backbone("efficientnet_lite0", SIZE, tmp_path / "none.pth")
     one_sentence(error, "--backbone_weights", "none.pth", "no such file")
 
 
-def test_unknown_name():
+def test_an_unknown_backbone_is_refused():
     """An unknown name lists the known ones."""
     with pytest.raises(UserError) as error:
         Backbone("resnot50", SIZE)
     one_sentence(error, "resnot50", "efficientnet_lite0", "dinov2_vitb14")
 
 
-def test_dino_without_weights(no_hub):
+def test_dino_without_weights_names_the_remedy(no_hub):
     """Without network or cache, DINOv2 says so and names both ways out."""
     with pytest.raises(UserError) as error:
         Backbone("dinov2_vitb14", SIZE)
@@ -218,7 +218,7 @@ def test_dino_without_weights(no_hub):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
-def test_local_vit_weights(kind, tiny_weights, tmp_path):
+def test_a_local_vit_file_is_what_the_backbone_runs_on(kind, tiny_weights, tmp_path):
     """A local file of either kind is what the backbone runs on: one map of patch tokens, the file's
     own numbers."""
     path, weights = tiny_weights
@@ -255,7 +255,7 @@ def test_identity_follows_the_weights(tiny_weights, tmp_path):
     assert same == Backbone(TINY, SIZE, path).identity and same != changed
 
 
-def test_weights_of_another_model(tiny_weights):
+def test_weights_of_another_model_are_refused(tiny_weights):
     """A file of another architecture is refused in one sentence that names both."""
     with pytest.raises(UserError) as error:
         Backbone("vit_small_patch16_224", SIZE, tiny_weights[0])
@@ -377,7 +377,7 @@ def test_the_shipped_identity_is_the_committed_checkpoints(backbone):
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
-def test_the_backbone_moves(name, network_file):
+def test_the_backbone_moves_with_the_policy(name, network_file):
     """`.to()` moves every tensor of it: a frozen trace kept its weights on the CPU, and no GPU
     could compute a feature."""
     moved = Backbone(name, SIZE, network_file(name)).to("meta")
@@ -403,7 +403,7 @@ def network_file(tmp_path):
     return write
 
 
-def test_batch_norms_are_folded(backbone):
+def test_the_backbone_runs_nothing_that_it_does_not_need(backbone):
     """A pass costs what a frozen trace's did: no batch norm is left, and no block that runs after
     the last map."""
     assert not [m for m in backbone.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -411,12 +411,12 @@ def test_batch_norms_are_folded(backbone):
     assert isinstance(backbone.model.blocks[6], torch.nn.Identity)
 
 
-def test_auto_without_a_hub(no_hub):
+def test_auto_without_a_hub_is_the_shipped_backbone(no_hub):
     """Offline and without weights, auto is the backbone that the install ships."""
     assert resolve_backbone("auto") == "efficientnet_lite0"
 
 
-def test_auto_with_weights(no_hub, tmp_path):
+def test_auto_with_weights_is_dinov2(no_hub, tmp_path):
     """Given weights are DINOv2's, so auto means DINOv2; a real name stays itself."""
     assert resolve_backbone("auto", tmp_path / "dinov2.pth") == "dinov2_vitb14"
     assert resolve_backbone("dinov3_vits16") == "dinov3_vits16"

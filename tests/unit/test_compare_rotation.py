@@ -28,7 +28,7 @@ from study.compare_rotation import (
 )
 
 
-def test_measures():
+def test_a_guesser_scores_the_entropy_and_turns_are_counted_by_frame():
     """A guesser's nats are the labels' entropy, averaged over the axes; transitions and turns are
     counted frame by frame."""
     sure = np.eye(8)[np.array([[0, 7], [1, 7], [2, 7], [3, 7]])]  # (4,2,8)

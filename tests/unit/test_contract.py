@@ -228,7 +228,7 @@ def test_the_batch_is_left_alone(case):
     assert same(batch, before)
 
 
-def test_predict_gives_the_documented_tensors(case):
+def test_predictions_have_the_documented_shapes_and_units(case):
     """Positions in metres, commands in {0, 1}, proper rotations; without targets in the batch."""
     batch = {k: v for k, v in case.batch().items() if k not in TARGETS}
     out = predict(case.policy(), batch)
@@ -339,7 +339,7 @@ def test_reset_starts_afresh(case):
     assert same(answers(policy, case.observations()), first)
 
 
-def test_the_features_matter(case):
+def test_a_policy_that_ignores_the_features_is_noticed(case):
     """With another sample's features the loss differs: a policy that only knows the EEF would pass
     the other tests."""
     policy, batch = case.policy(), case.batch()
@@ -350,7 +350,7 @@ def test_the_features_matter(case):
 # -- checkpoints
 
 
-def test_checkpoint_round_trip(case, tmp_path, capsys):
+def test_a_loaded_policy_answers_as_the_saved_one(case, tmp_path, capsys):
     """A loaded policy answers exactly like the saved one, brings its provenance and extras, and is
     ready to act."""
     policy, path = case.policy(), tmp_path / "checkpoint.safetensors"
@@ -465,7 +465,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(saved, para, monkeypatch):
     assert sorted(p.name for p in saved.parent.iterdir()) == ["policy.json", "policy.safetensors"]
 
 
-def test_newest_checkpoint(tmp_path):
+def test_bare_eval_takes_the_newest_checkpoint(tmp_path):
     """Without --ckpt the newest run's file is taken, then a committed one, and none is said with
     the remedy."""
     runs, committed = tmp_path / "runs", tmp_path / "checkpoints"
@@ -496,7 +496,7 @@ def test_newest_checkpoint(tmp_path):
     assert path == runs / "new" / "checkpoint.safetensors" and str(path) in sentence
 
 
-def test_unknown_model_type():
+def test_an_unknown_model_type_lists_the_known_ones():
     """A mistyped --model_type lists the known ones."""
     with pytest.raises(UserError, match="para"):
         look_up("parra")

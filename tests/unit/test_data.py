@@ -56,7 +56,7 @@ def dataset(synthetic_demos, backbone, tmp_path_factory):
     )
 
 
-def test_gripper_segments():
+def test_gripper_commands_become_segments_and_changes():
     """The change frame is the first with the new command."""
     closed, changes = gripper_segments(track([*OPEN_CLOSE, -1, -1]).actions)
     assert changes.tolist() == [6, 20]
@@ -153,7 +153,7 @@ def test_pushed_ways_are_masked():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_labels_against_a_plain_loop(seed):
+def test_labels_equal_those_of_a_plain_loop(seed):
     """Any pattern of changes and pushes: the vectorised labels equal a frame-by-frame reading of
     their definition."""
     rng = np.random.default_rng(seed)

@@ -190,7 +190,7 @@ def test_image_size_is_compared_with_the_one_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.97])
-def test_truncated_file(keep, tmp_path):
+def test_a_truncated_file_is_named(keep, tmp_path):
     """A half-copied file is called truncated, wherever it ends."""
     path = write_synthetic_demos(tmp_path / NAME, n_demos=2, size=16)
     whole = path.read_bytes()
@@ -200,7 +200,7 @@ def test_truncated_file(keep, tmp_path):
     assert NAME in str(error.value) and COLLECT in str(error.value)
 
 
-def test_missing_file_and_not_hdf5(tmp_path):
+def test_a_missing_file_and_one_that_is_no_hdf5_are_named(tmp_path):
     """A wrong path and a file of another kind are told apart, and each has its remedy."""
     with pytest.raises(UserError, match="no such file") as error:
         demos.read_demos(tmp_path / NAME)
@@ -211,7 +211,7 @@ def test_missing_file_and_not_hdf5(tmp_path):
     assert "bad.txt" in str(error.value) and COLLECT in str(error.value)
 
 
-def test_damaged_image_chunk_is_named(tmp_path):
+def test_a_damaged_image_chunk_is_named(tmp_path):
     """A flipped bit inside an image is found when the image is read, not fed to the policy."""
     path = write_synthetic_demos(tmp_path / NAME, n_demos=2, size=16)
     with h5py.File(path) as file:
@@ -226,7 +226,7 @@ def test_damaged_image_chunk_is_named(tmp_path):
     assert COLLECT in str(error.value)
 
 
-def test_valid_file_is_read_back(synthetic_demos):
+def test_a_valid_file_is_read_back(synthetic_demos):
     """What was written is what is read: names in numerical order, lengths, pushes, attributes and
     camera."""
     read, attributes = demos.read_demos(synthetic_demos, image_size=SIZE)
@@ -284,7 +284,7 @@ def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthe
 
 @pytest.mark.parametrize("n", [2, 3, 7, 20, 48])
 @pytest.mark.parametrize("fraction", [0.05, 0.15, 0.5])
-def test_split_is_by_demo(n, fraction):
+def test_no_demo_is_in_both_parts_of_a_split(n, fraction):
     """No demo trains and validates, none is lost, both parts have one, and the split is the same
     every time."""
     train, val = demos.split_demos(list(range(n)), fraction)
@@ -294,7 +294,7 @@ def test_split_is_by_demo(n, fraction):
     assert n < 20 or abs(len(val) / n - fraction) < 0.06
 
 
-def test_split_needs_two_demos():
+def test_a_split_of_one_demo_is_refused():
     """One demonstration cannot be split, and the message says how many it takes."""
     with pytest.raises(UserError, match="at least 2"):
         demos.split_demos([0])

@@ -38,7 +38,7 @@ def test_a_gpu_without_a_number_is_this_process_s(gpus, monkeypatch):
     assert choose_device("cuda:0") == "cuda:0"
 
 
-def test_auto(gpus, monkeypatch):
+def test_a_gpu_is_taken_where_there_is_one(gpus, monkeypatch):
     """A GPU where there is one, the CPU elsewhere and wherever PARA_DEVICE says so, as in these
     tests."""
     gpus()
@@ -60,7 +60,7 @@ def test_a_device_that_is_not_there_is_one_sentence(device, word, gpus):
         choose_device(device)
 
 
-def test_more_processes_than_gpus(gpus, monkeypatch):
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     """The third process of a job on two GPUs says which one is not there."""
     gpus()
     monkeypatch.setenv("LOCAL_RANK", "2")

@@ -143,7 +143,7 @@ def test_sinusoids_tell_indices_apart():
 
 
 @pytest.mark.parametrize("kind", ["sin", "learned"])
-def test_query_encodings_by_flag(setting, kind):
+def test_the_flag_chooses_the_query_encoding(setting, kind):
     """height_enc and time_enc choose their encoding each, and heights and times are not
     interchangeable in the queries."""
     policy = setting.policy(parent=True, height_enc=kind, time_enc="sin")
@@ -159,7 +159,7 @@ def test_query_encodings_by_flag(setting, kind):
 @pytest.mark.parametrize(
     "flags", [V7, NEW, {**NEW, "yx_embedding": True}], ids=["v7", "new", "new with yx"]
 )
-def test_both_configurations_learn(setting, flags):
+def test_both_volume_heads_learn_with_every_parameter(setting, flags):
     """v7, the new head and its ablation each fit one batch, every parameter gets a gradient, and
     rotation is decoded from it."""
     policy = setting.policy(**flags)

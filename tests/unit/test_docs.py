@@ -27,7 +27,7 @@ def tracked(pattern):
     return [ROOT / name for name in found.stdout.split("\0") if name]
 
 
-def test_readme_fits_on_three_screens():
+def test_the_readme_fits_on_three_screens():
     """What is longer belongs into docs/."""
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 230 and len(text.encode()) <= 14_000
@@ -91,7 +91,7 @@ def test_policies_table_names_every_policy_and_its_file():
         assert REGISTRY[name].policy.__module__ == file.removesuffix(".py")
 
 
-def test_results_stay_light():
+def test_a_clone_stays_light():
     """Pictures are small, and checkpoints lie in checkpoints/ alone: a clone is for reading too."""
     for path in tracked("results/*"):
         if path.suffix in (".png", ".jpg", ".webp"):

@@ -32,7 +32,7 @@ UNIT, QUAT = unit(3), unit(4)
 
 
 @given(POINT, EYE, st.floats(30, 75))
-def test_project_unproject_round_trip(point, eye, fovy):
+def test_unprojecting_a_pixel_gives_the_point_back(point, eye, fovy):
     """A point comes back from its pixel and height: labels are made one way and decoded the
     other."""
     K, E = camera.intrinsics(fovy, SIZE), look_at(eye, [0, 0, 1.0])
@@ -42,7 +42,7 @@ def test_project_unproject_round_trip(point, eye, fovy):
 
 
 @given(st.floats(0, SIZE), st.floats(0, SIZE), st.floats(LOW, HIGH), EYE)
-def test_unproject_project_round_trip(u, v, height, eye):
+def test_projecting_a_point_gives_the_pixel_back(u, v, height, eye):
     """A pixel comes back from its point, and the point has the height asked for, wherever the ray
     goes down."""
     K, E = camera.intrinsics(45, SIZE), look_at(eye, [0, 0, 1.0])
@@ -54,7 +54,7 @@ def test_unproject_project_round_trip(u, v, height, eye):
         np.testing.assert_allclose(back[:2], (u, v), atol=1e-6)
 
 
-def test_project_known_values():
+def test_points_project_where_a_hand_computation_says():
     """The optical axis hits the image's centre; right is +u, down is +v; the field of view ends at
     the border."""
     K, E = camera.intrinsics(90, 100), np.eye(4)
@@ -64,7 +64,7 @@ def test_project_known_values():
     assert camera.project(np.array([0, 0, -1.0]), K, E)[2] < 0
 
 
-def test_extrinsics_from_mujoco_axes():
+def test_mujocos_camera_axes_become_opencvs():
     """MuJoCo's camera looks along its -z with y up, ours along +z with y down."""
     E = camera.extrinsics_from_mujoco([1.0, 2, 3], np.eye(3))
     np.testing.assert_array_equal(E, [[1, 0, 0, 1], [0, -1, 0, 2], [0, 0, -1, 3], [0, 0, 0, 1]])
@@ -143,7 +143,7 @@ def test_ray_is_affine_in_height(u, v, low, high):
 
 
 @given(QUAT)
-def test_quaternion_round_trip(quat):
+def test_quaternions_give_the_rotation_back(quat):
     """Quaternion -> matrix -> quaternion, up to the sign that both stand for."""
     matrix = rot_utils.quat_to_matrix(quat)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-12)
@@ -157,7 +157,7 @@ AWKWARD = st.sampled_from([0.0, 1e-12, 1e-8, 1e-4, np.pi - 1e-4, np.pi - 1e-8, n
 
 
 @given(UNIT, st.one_of(st.floats(0, np.pi), AWKWARD))
-def test_rotvec_round_trip(axis, angle):
+def test_rotation_vectors_give_the_rotation_back(axis, angle):
     """Axis-angle survives the trip at every angle, also near 0 and near pi (a gripper that points
     down)."""
     matrix = rot_utils.rotvec_to_matrix(axis * angle)
@@ -168,7 +168,7 @@ def test_rotvec_round_trip(axis, angle):
     assert np.linalg.norm(back) == pytest.approx(angle, abs=1e-7)
 
 
-def test_rotations_known_values():
+def test_rotations_follow_the_documented_conventions():
     """A quarter turn about z takes x to y in each notation: none of them is transposed."""
     quarter = np.array([[0, -1.0, 0], [1, 0, 0], [0, 0, 1]])
     half = np.sqrt(0.5)
@@ -180,7 +180,7 @@ def test_rotations_known_values():
 
 
 @given(st.floats(-np.pi, np.pi), st.floats(-1.5, 1.5), st.floats(-np.pi, np.pi))
-def test_euler_round_trip(roll, pitch, yaw):
+def test_euler_angles_give_the_rotation_back(roll, pitch, yaw):
     """Euler -> matrix -> Euler up to whole turns, away from pitch +-90 degrees where it has no
     answer."""
     euler = np.array([roll, pitch, yaw])
@@ -210,7 +210,7 @@ def test_batched_rotations_equal_single_ones(quats):
 
 
 @given(ANGLE, st.floats(-np.pi, np.pi))
-def test_wrap_angle(angle, centre):
+def test_angles_wrap_into_half_a_turn_about_the_centre(angle, centre):
     """A wrapped angle is the same direction, within half a turn of the centre."""
     wrapped = rot_utils.wrap_angle(angle, centre)
     assert centre - np.pi - 1e-9 <= wrapped <= centre + np.pi + 1e-9
@@ -224,7 +224,7 @@ def test_circular_mean_does_not_cut_at_pi():
 
 
 @given(QUAT, UNIT, st.floats(0.001, np.pi - 0.001))
-def test_rotation_angle(quat, axis, angle):
+def test_the_angle_between_rotations_is_how_far_one_was_turned(quat, axis, angle):
     """The angle between a rotation and that rotation turned further is how far it was turned."""
     a = rot_utils.quat_to_matrix(quat)
     b = a @ rot_utils.rotvec_to_matrix(axis * angle)
@@ -246,13 +246,13 @@ def test_rotation_angle(quat, axis, angle):
         (1, 1, 0.2065, 1.0),
     ],
 )
-def test_wilson_known_values(wins, n, low, high):
+def test_wilson_intervals_are_those_of_the_literature(wins, n, low, high):
     """The interval beside every success rate has the published values, also at 0% and 100%."""
     np.testing.assert_allclose(metrics.wilson(wins, n), (low, high), atol=5e-5)
 
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_holds_the_rate(case):
+def test_a_wilson_interval_holds_its_rate(case):
     """The interval lies in [0, 1], holds the observed rate and mirrors when wins and losses
     swap."""
     wins, n = case
@@ -262,7 +262,7 @@ def test_wilson_holds_the_rate(case):
     np.testing.assert_allclose((1 - mirrored[1], 1 - mirrored[0]), (low, high), atol=1e-12)
 
 
-def test_jerk_known_values():
+def test_jerk_is_the_mean_second_difference():
     """A straight line at constant speed has none, t^2 has its second difference 2, a short path has
     none."""
     t = np.arange(10.0)
@@ -281,7 +281,7 @@ def test_the_third_difference_is_told_apart():
     assert metrics.jerk(np.zeros((3, 2)), 3) == 0
 
 
-def test_wandering_costs():
+def test_a_path_that_wanders_off_is_told_from_one_that_does_not():
     """A path that follows the truth and then wanders off covers it whole; how much of it is near
     the truth, and how long it is, tell."""
     truth = np.stack([np.arange(11.0), np.zeros(11)], -1)
@@ -291,7 +291,7 @@ def test_wandering_costs():
     assert metrics.path_length(wandering) / metrics.path_length(truth) == 5.0
 
 
-def test_holm_known_values():
+def test_holm_adjusts_as_the_literature_says():
     """The values of R's p.adjust: each p times what is left to test, never less than a smaller
     one's, at most 1."""
     np.testing.assert_allclose(metrics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
@@ -310,7 +310,7 @@ def test_an_interval_over_seeds_knows_that_seeds_differ():
     assert metrics.seeds_interval([outcome(100), outcome(100)]) == metrics.wilson(200, 200)
 
 
-def test_success_within_so_many_steps():
+def test_success_within_280_steps_is_told_from_success_at_the_end():
     """Success by 280 steps is read off the step of the first success, a release off the end of its
     episode in old rows."""
     late = {"success": True, "first_success": 281, "released": True, "steps": 290}
@@ -322,7 +322,7 @@ def test_success_within_so_many_steps():
     assert metrics.within({"success": False, "first_success": None}, "success", 280) is False
 
 
-def test_coverage_identical_and_corner_cut():
+def test_coverage_is_whole_on_the_path_and_less_where_a_corner_is_cut():
     """A copied trajectory covers all; one that cuts the corner of an L loses the points about the
     corner."""
     corner = np.array([(x, 0.0) for x in range(11)] + [(10.0, y) for y in range(1, 11)])

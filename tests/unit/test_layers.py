@@ -176,14 +176,14 @@ def test_light_imports_stay_light(names, absent):
 
 
 @pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
-def test_files_are_short(path):
+def test_a_file_is_read_in_one_go(path):
     """A file can be read in one go: 600 lines at most."""
     name = next(n for n, p in FILES.items() if p == path)
     lines = path.read_text().splitlines()
     assert len(lines) <= 600 or name in LONG
 
 
-def test_there_is_no_utils_file():
+def test_no_file_is_a_drawer_of_helpers():
     """Every helper lives where it belongs by name."""
     assert not {"utils", "helpers", "common", "misc"} & {
         part for name in NAMES for part in name.split(".")

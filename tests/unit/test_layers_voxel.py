@@ -132,7 +132,7 @@ def test_gradients_are_the_slopes_of_the_outputs():
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 60, 10**6])
-def test_the_chunk_does_not_matter(chunk):
+def test_the_chunk_size_changes_no_answer(chunk):
     """Any number of scores at a time gives the same numbers: the online softmax forgets nothing at
     a seam."""
     table, _ = geometry(*cameras(3, False))
@@ -180,7 +180,7 @@ def test_rising_scores_renew_the_shift(scale, dtype):
     assert all(g.isfinite().all() for g in gradients(found, inputs)[1])
 
 
-def test_fp32_tolerance():
+def test_factorised_attention_holds_in_float32():
     """In fp32 outputs agree with the float64 twin to 1e-4, gradients to 1e-3 of their largest
     entry."""
     table, xyz = geometry(*cameras(3, False), dtype=torch.float32)
@@ -191,7 +191,7 @@ def test_fp32_tolerance():
         assert (a.double() - b).abs().max() < 1e-3 * b.abs().max()
 
 
-def test_bf16_autocast_tolerance():
+def test_factorised_attention_holds_under_bf16_autocast():
     """Under bf16 autocast outputs stay within 3% of the largest, gradients within 10%, and
     positions are still seen in fp32: two voxels 1 mm apart, whose encodings bf16 could not tell
     apart, keep their different scores."""
@@ -345,7 +345,7 @@ def test_logits_equal_the_product_with_every_token(same, anchored):
     compare(gradients([found], inputs)[1], gradients([expected], inputs)[1], EXACT)
 
 
-def test_heights_see_the_image():
+def test_heights_at_a_pixel_change_with_its_image():
     """p(height | pixel) changes with the image at that pixel: the additive score alone could not
     say that."""
     table, _ = geometry(*cameras(1, True))

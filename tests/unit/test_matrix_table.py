@@ -192,7 +192,7 @@ def test_a_foreign_folder_is_named(results):
 # -- as Markdown, picture, page
 
 
-def test_table_goes_into_the_readme(results, tmp_path):
+def test_the_table_replaces_the_one_between_the_marks(results, tmp_path):
     """The text between the marks is replaced, the rest stays to the byte, twice gives the same."""
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n\n<!-- matrix -->\nold\n<!-- /matrix -->\n\nThe end.\n")
@@ -216,7 +216,7 @@ def test_readme_without_marks_is_left_alone(results, tmp_path):
     assert readme.read_text() == "nothing here <!-- matrix --> and no end"
 
 
-def test_page_shows_a_failure_of_each_cell(results):
+def test_the_page_shows_a_failure_of_each_cell(results):
     """The page holds the tables, the picture and one film a cell: a failure where one was
     filmed."""
     videos = results / "evals" / "b-shifted-s0" / "videos"

@@ -29,7 +29,7 @@ def unflatten(index):
     return torch.stack(torch.unravel_index(index, SHAPE), -1)
 
 
-def test_flat_index_is_row_major():
+def test_a_flat_index_addresses_what_torch_flattened():
     """Flat indices address logits flattened by torch: one wrong order here and every target is
     elsewhere."""
     volume = torch.arange(8 * 12 * 16).view(SHAPE)
@@ -153,7 +153,7 @@ def test_decoding_stays_inside_at_a_corner():
     ).abs().max() < 1e-6
 
 
-def test_config_fields_are_flags():
+def test_a_config_field_becomes_a_flag():
     """Each config field is a flag of its own type and default: a field that no flag reaches cannot
     be ablated."""
 

@@ -82,7 +82,7 @@ BASES = st.one_of(
 
 
 @given(BASES, SHARE, BINS)
-def test_round_trip_to_half_a_bin(basis, share, n_bins):
+def test_rotations_come_back_from_their_bins_to_half_a_bin(basis, share, n_bins):
     """Over the whole range a rotation comes back within half a bin's angle: a bin encoded by one
     rule and decoded by another (N - 1 against N, as first sketched) is off by up to a whole bin at
     one end."""
@@ -116,7 +116,7 @@ def test_bins_are_fixed_points(basis, n_bins):
         (0.3, 1, 0),
     ],
 )
-def test_known_bins(share, n_bins, expected):
+def test_bins_are_of_equal_width_with_the_top_in_the_last(share, n_bins, expected):
     """min(floor(norm N), N - 1): bins of equal width, the top of the range in the last."""
     basis = so3_basis(np.zeros(3), np.array([0, 0, 1.0]), -1.0, 2.0)
     assert basis.to_bin(-1 + 2 * share, n_bins) == expected

@@ -30,7 +30,7 @@ def commands(path):
     ]
 
 
-def test_every_table_has_its_script():
+def test_every_table_can_be_made_again():
     """A page whose figures nobody can make again."""
     assert {path.stem for path in SCRIPTS} >= {
         "matrix",
@@ -44,7 +44,7 @@ def test_every_table_has_its_script():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
-def test_commands_are_taken(path):
+def test_the_tables_commands_are_taken_by_their_scripts(path):
     """A renamed flag or a moved script is found here, not after an hour of training."""
     assert subprocess.run(["bash", "-n", path]).returncode == 0 and path.stat().st_mode & 0o100
     assert commands(path)

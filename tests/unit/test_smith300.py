@@ -321,7 +321,7 @@ def test_a_simulators_states_come_along(dataset):
     np.testing.assert_array_equal(demos[1].states[2], [10, 11, 12, 13, 14])
 
 
-def test_images_of_either_format(dataset, synthetic_demos):
+def test_images_come_from_either_format(dataset, synthetic_demos):
     """One call reads frames by a demonstration's name, whichever format the dataset has."""
     np.testing.assert_array_equal(
         smith300.read_images(dataset, EPISODE, [3], 32), read_frames(dataset / EPISODE, [3], 32)

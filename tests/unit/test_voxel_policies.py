@@ -184,7 +184,7 @@ def test_an_anchor_that_never_changes_is_no_anchor():
     )
 
 
-def test_anchors_differ():
+def test_each_anchor_is_another_model():
     """--anchor window, last and episode are three different models once the path leaves its
     start."""
     batch = windows()
@@ -211,7 +211,7 @@ def test_training_noises_the_known_eef_alone(kind):
     assert torch.equal(policy.noised(batch["eef_pos"]), batch["eef_pos"])
 
 
-def test_feedback_modes():
+def test_feedback_chooses_the_eef_that_a_step_knows():
     """measured takes the given EEF; predicted its own waypoints after the first; hybrid:2 changes
     over after two decisions."""
     batch, used = windows(4), {}
@@ -280,7 +280,7 @@ def test_each_camera_s_table_is_made_once(monkeypatch):
     ],
     ids=str,
 )
-def test_variants_learn_and_predict(changes):
+def test_every_variant_learns_and_predicts(changes):
     """Every flag's other value trains all its parameters and predicts finite waypoints."""
     policy, batch = make("C window", **changes).train(), windows()
     policy(batch)["loss"].backward()

@@ -122,7 +122,7 @@ def test_every_job_gets_its_result():
     assert all(o.error is None and o.result[1] != os.getpid() for o in outcomes)
 
 
-def test_no_jobs():
+def test_no_jobs_start_no_worker():
     """Nothing to do starts nothing."""
     assert list(run_jobs([], Unmakeable)) == []
 
