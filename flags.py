@@ -60,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         self.first = first.split()
         if self.first:
             text = "show every flag, in groups, and exit"
-            self.add_argument("--help_all", action=HelpAll, nargs=0, help=text)
+            hidden = argparse.SUPPRESS  # among the values that were parsed
+            self.add_argument("--help_all", action=HelpAll, nargs=0, default=hidden, help=text)
 
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")

@@ -6,12 +6,8 @@ python train.py --resume runs/NAME    # go on after a kill or Ctrl-C
 torchrun --nproc_per_node 2 train.py --model_type para
 """
 
-import os
-
-# before torch: huge pages take a third off a CPU step
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 import argparse
+import dataclasses
 import subprocess
 import sys
 import time
@@ -21,22 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 import flags
-from figures import plots
+from figures import heldout, plots
 from formats import demos as demo_files
 from harness import finetune
+from harness.recipe import Recipe
 from harness.records import RESUME, read_metrics
-from harness.trainer import Trainer
-from harness.validation import (
-    free_run,
-    predict_newest,
-    rollout_line,
-    rollout_summary,
-    to_device,
-    to_pixels,
-)
+from harness.trainer import Trainer, spoken
 from nets.backbone import Backbone, resolve_backbone
 from policy import add_config_flags
 from registry import REGISTRY, look_up
@@ -46,12 +34,13 @@ from runtime import (
     UserError,
     append_jsonl,
     choose_device,
+    choose_precision,
     command_line,
     git_commit,
     init_distributed,
     read_json,
     run_script,
-    seed_everything,
+    use_huge_pages,
     versions,
     write_json,
 )
@@ -64,6 +53,19 @@ BUDGETS_ARE_STEPS = (
 )
 
 
+# what a checkpoint says of its dataset
+ABOUT = (
+    "task_suite",
+    "task_id",
+    "language",
+    "command",
+    "num_demos",
+    "grasp",
+    "variant",
+    "setting",
+    "split",
+    "clean_scene",
+)
 # what --help shows; --help_all shows the rest
 FIRST = "model_type dataset out preset max_steps batch_size lr backbone seed device"
 
@@ -169,64 +171,143 @@ def add_preset_flag(group, presets):
 
 
 def parse_args(argv=None):
-    """Flags, --model_type first because it decides which others there are -> (args, config)."""
-    first, _ = build_parser().parse_known_args(
-        [
-            a
-            for a in (sys.argv[1:] if argv is None else argv)
-            if a not in ("-h", "--help", "--help_all")
-        ]
-    )
+    """Flags -> (args, config class). --model_type first: it decides which others there are."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    plain = [word for word in argv if word not in ("-h", "--help", "--help_all")]
+    first, _ = build_parser().parse_known_args(plain)
     if first.resume:
-        stored = first.resume / "config.json"
-        if not stored.is_file():
-            raise UserError(f"--resume {first.resume}: no {stored}, so this is no run folder")
-        values = read_json(stored, "run of train.py", "train again with another --out", RESUME)
-        if any(word.startswith("--max_minutes") for word in values["argv"]):
-            raise UserError(
-                f"--resume {first.resume}: was started with --max_minutes, and {BUDGETS_ARE_STEPS}; "
-                "its checkpoint.safetensors still loads, train anew to go further"
-            )
-        config_class = look_up(values["args"]["model_type"]).config
-        args = with_preset(
-            build_parser(config_class),
-            [
-                *values["argv"],
-                *(["--preset", values["args"]["preset"]] if "preset" in values["args"] else []),
-            ],
+        return resumed_args(first.resume)
+    config_class = look_up(first.model_type).config
+    return with_preset(build_parser(config_class), argv), config_class
+
+
+def resumed_args(run):
+    """`parse_args` of the command that began a run folder."""
+    stored = run / "config.json"
+    if not stored.is_file():
+        raise UserError(f"--resume {run}: no {stored}, so this is no run folder")
+    values = read_json(stored, "run of train.py", "train again with another --out", RESUME)
+    argv = values["argv"]
+    if any(word.startswith("--max_minutes") for word in argv):
+        raise UserError(
+            f"--resume {run}: was started with --max_minutes, and {BUDGETS_ARE_STEPS}; "
+            "its checkpoint.safetensors still loads, train anew to go further"
         )
-        args.resume = args.out = first.resume
-        args.backbone = values["config"]["backbone"]
-    else:
-        config_class = look_up(first.model_type).config
-        args = with_preset(build_parser(config_class), argv)
+    # auto may mean another one by now
+    if "preset" in values["args"]:
+        argv = [*argv, "--preset", values["args"]["preset"]]
+    config_class = look_up(values["args"]["model_type"]).config
+    args = with_preset(build_parser(config_class), argv)
+    args.resume = args.out = run
+    args.backbone = values["config"]["backbone"]
     return args, config_class
 
 
 def with_preset(parser, argv):
     """Parse flags on top of the defaults that the model's --preset sets."""
     args = parser.parse_args(argv)
-    if "preset" in args:
-        if args.preset == "auto":
-            args.preset = "full" if choose_device(args.device).startswith("cuda") else "small"
-        config_class, chosen = look_up(args.model_type).config, args.preset
-        parser.set_defaults(**config_class.presets[chosen])
-        args = parser.parse_args(argv)
-        args.preset = chosen
-        print(f"--preset {chosen}")
+    if "preset" not in args:
+        return args
+    preset = args.preset
+    if preset == "auto":
+        preset = "full" if choose_device(args.device).startswith("cuda") else "small"
+    parser.set_defaults(**look_up(args.model_type).config.presets[preset])
+    args = parser.parse_args(argv)
+    args.preset = preset
+    print(f"--preset {preset}")
     return args
 
 
-def ensure_dataset(args):
-    """Collect the default dataset where it is asked for and not there."""
-    if args.dataset == DEFAULT_DATASET and not args.dataset.is_file():
+# -- what is trained on ---------------------------------------------------------------------------
+
+
+class Prepared(NamedTuple):
+    """What a training is about, before there is a policy."""
+
+    config: object
+    backbone: Backbone
+    backbone_asked: str
+    train_set: object
+    val_set: object
+    train_demos: int
+    val_demos: int
+    attributes: dict  # of the dataset
+    reference: dict  # tensors of `protocol_reference`
+
+
+def prepare(args, config_class, device, progress):
+    """Demonstrations, backbone and their features -> Prepared. Raises UserError for what cannot be
+    trained on.
+    """
+    ensure_dataset(args.dataset)
+    dataset_class = look_up(args.model_type).dataset
+    config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
+    all_demos, attributes = dataset_class.read(args.dataset, config.image_size, args.n_demos)
+    if attributes.get("part") == "val":
+        raise UserError(
+            f"{args.dataset}: holds validation conditions (--part val), by which trained policies "
+            "are judged; collect it without that flag"
+        )
+    if attributes.get("variant") == "lift_once" and not config.stay:
+        config = dataclasses.replace(config, stay=True)
         print(
-            f"{args.dataset} is not there yet: collecting it (48 demonstrations, several minutes)"
+            f"{args.dataset}: its demonstrations end by staying where they are, "
+            "so that is trained too (--stay)"
         )
-        subprocess.run(
-            [sys.executable, Path(__file__).with_name("collect_demos.py"), "--out", args.dataset],
-            check=True,
+    train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
+    moved = "--mirror" if args.mirror else "--turn_back" if args.turn_back else None
+    if moved and getattr(config, "rotation", "euler") == "pca":
+        raise UserError(
+            f"{moved}: turns rotations away from those that the principal axis was computed from; "
+            "leave it out, or give --rotation euler"
         )
+    # before any feature is computed
+    dataset_class.check_split(args.dataset, train_demos, config)
+
+    n_train, n_val, recorded = len(train_demos), len(val_demos), train_demos[0]
+    if args.turn_back:
+        _, E = settings.default_camera()
+        train_demos = [demo_files.turned_back(demo, E) for demo in train_demos]
+        val_demos = [demo_files.turned_back(demo, E) for demo in val_demos]
+    if args.mirror:
+        train_demos = train_demos + [demo_files.mirrored(demo) for demo in train_demos]
+
+    asked = config.backbone
+    config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
+    backbone = Backbone(config.backbone, config.image_size, args.backbone_weights).to(device)
+    train_set, val_set = (
+        dataset_class(
+            args.dataset, demos, config, backbone, args.frame_stride, args.cache, progress
+        )
+        for demos in (train_demos, val_demos)
+    )
+    reference = protocol_reference(train_set, recorded)
+    return Prepared(
+        config, backbone, asked, train_set, val_set, n_train, n_val, attributes, reference
+    )
+
+
+def ensure_dataset(path):
+    """Collect the default dataset where it is asked for and not there."""
+    if path == DEFAULT_DATASET and not path.is_file():
+        print(f"{path} is not there yet: collecting it (48 demonstrations, several minutes)")
+        collect = Path(__file__).with_name("collect_demos.py")
+        subprocess.run([sys.executable, collect, "--out", path], check=True)
+
+
+def protocol_reference(dataset, demo, side=56):
+    """A recorded frame's state, camera and small image. eval.py renders the state and compares: a
+    flip cannot go unnoticed. Recordings of a real robot have no states to render."""
+    if not demo.states.size:
+        return {}
+    image = dataset._images(demo.name, [0])[0]
+    size = len(image) // side * side
+    small = image[:size, :size].reshape(side, size // side, side, size // side, 3).mean((1, 3))
+    return {
+        "protocol_state": torch.from_numpy(demo.states[0]),
+        "protocol_extrinsics": torch.from_numpy(demo.E),
+        "protocol_image": torch.from_numpy(small.round().astype(np.uint8)),
+    }
 
 
 def first_alone(dist, lock, make):
@@ -248,280 +329,158 @@ def first_alone(dist, lock, make):
         return make(False)
 
 
-def protocol_reference(dataset, demo, side=56):
-    """A recorded frame's state, camera and small image. eval.py renders the state and compares: a
-    flip cannot go unnoticed. Recordings of a real robot have no states to render."""
-    if not demo.states.size:
-        return {}
-    image = dataset._images(demo.name, [0])[0]
-    size = len(image) // side * side
-    small = image[:size, :size].reshape(side, size // side, side, size // side, 3).mean((1, 3))
-    return {
-        "protocol_state": torch.from_numpy(demo.states[0]),
-        "protocol_extrinsics": torch.from_numpy(demo.E),
-        "protocol_image": torch.from_numpy(small.round().astype(np.uint8)),
-    }
-
-
-class Prepared(NamedTuple):
-    """What a training is about, before there is a policy."""
-
-    config: object
-    backbone: Backbone
-    train_set: object
-    val_set: object
-    reference: dict  # tensors of `protocol_reference`
-    provenance: dict
-
-
-def prepare(args, config_class, device, progress):
-    """Demonstrations, backbone and their features -> Prepared. Raises UserError for what cannot be
-    trained on.
-    """
-    ensure_dataset(args)
-    entry = look_up(args.model_type)
-    config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
-    all_demos, attributes = entry.dataset.read(args.dataset, config.image_size, args.n_demos)
-    if attributes.get("part") == "val":
-        raise UserError(
-            f"{args.dataset}: holds validation conditions (--part val), by which trained policies are judged; "
-            "collect it without that flag"
-        )
-    if attributes.get("variant") == "lift_once" and not config.stay:
-        config.stay = True
-        print(
-            f"{args.dataset}: its demonstrations end by staying where they are, so that is trained too (--stay)"
-        )
-    train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
-    if (args.mirror or args.turn_back) and getattr(config, "rotation", "euler") == "pca":
-        raise UserError(
-            f"{'--mirror' if args.mirror else '--turn_back'}: turns rotations away from those that the principal axis "
-            "was computed from; leave it out, or give --rotation euler"
-        )
-    entry.dataset.check_split(args.dataset, train_demos, config)  # before any feature is computed
-    recorded = train_demos[0]
-    if args.turn_back:
-        back = lambda demos: [
-            demo_files.turned_back(d, settings.default_camera()[1]) for d in demos
-        ]
-        train_demos, val_demos = back(train_demos), back(val_demos)
-    shown_demos = (
-        train_demos + [demo_files.mirrored(d) for d in train_demos] if args.mirror else train_demos
-    )
-    asked = config.backbone
-    config.backbone = resolve_backbone(asked, args.backbone_weights)
-    backbone = Backbone(config.backbone, config.image_size, args.backbone_weights).to(device)
-    make = lambda part: entry.dataset(
-        args.dataset, part, config, backbone, args.frame_stride, args.cache, progress
-    )
-    train_set, val_set = make(shown_demos), make(val_demos)
-    provenance = {
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "config": vars(config),
-        "command": command_line(),
-        "commit": git_commit(),
-        "versions": versions(),
-        "seed": args.seed,
-        "dataset": {
-            **{
-                k: str(attributes[k])
-                for k in (
-                    "task_suite",
-                    "task_id",
-                    "language",
-                    "command",
-                    "num_demos",
-                    "grasp",
-                    "variant",
-                    "setting",
-                    "split",
-                    "clean_scene",
-                )
-                if k in attributes
-            },
-            "versions": demo_files.simulated_with(attributes),
-        },
-        "train_demos": len(train_demos),
-        "val_demos": len(val_demos),
-        "train_frames": len(train_set),
-        "backbone_asked": asked,
-        "backbone_identity": backbone.identity,
-    }
-    return Prepared(
-        config, backbone, train_set, val_set, protocol_reference(train_set, recorded), provenance
-    )
-
-
-def run_folder(args):
-    """Where the run is written. Raises UserError for one that holds another run."""
-    folder = args.out or Path("runs") / f"{args.model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
-    if (folder / "state.safetensors").exists() and not args.resume:
-        raise UserError(
-            f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, or give another --out"
-        )
-    return folder
-
-
-def build(args, found, dist, folder):
-    """The policy and all that trains it -> Trainer, at the step that the run folder has reached."""
-    policy = (
-        look_up(args.model_type)
-        .policy(found.config, found.backbone.channels)
-        .attach(found.backbone)
-        .to(dist.device)
-    )
-    policy.fit_statistics(found.train_set.statistics())
-    if args.init_from and not args.resume:
-        finetune.init_from(policy, args.init_from)
-    provenance = {**found.provenance, "parameters": sum(p.numel() for p in policy.parameters())}
-    if dist.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            write_json(folder / "config.json", {**provenance, "argv": sys.argv[1:]})
-    logger = RunLogger(folder, args.wandb, provenance, dist.is_main)
-    save_info = {k: v for k, v in provenance.items() if k != "config"}
-    trainer = Trainer(
-        policy,
-        found.train_set,
-        found.val_set,
-        args,
-        dist,
-        folder,
-        logger,
-        save_info,
-        found.reference,
-    )
-    if args.resume:
-        trainer.resume()
-    return trainer
-
-
-def announce(args, found, trainer):
-    """Say what is trained on what, and for how long."""
-    known, folder, basis = (
-        trainer.save_info,
-        trainer.folder,
-        getattr(found.train_set, "basis", None),
-    )
-    print(
-        f"{folder}: {args.model_type}, {known['parameters']:,} parameters, backbone {known['backbone_identity']} "
-        f"(asked for: {known['backbone_asked']}), {known['train_demos']} + {known['val_demos']} demonstrations, "
-        f"{known['train_frames']} training frames, step {trainer.step}"
-    )
-    if basis is not None:
-        trainer.logger.log(trainer.step, {"rotation/ev_ratio": float(basis.ev_ratio[0])})
-        print(
-            f"rotation basis ({basis.space}): one axis explains {basis.ev_ratio[0]:.3f} of the variance, "
-            f"{np.degrees(basis.low):.1f} to {np.degrees(basis.high):.1f} deg"
-        )
-    if not args.resume:
-        append_jsonl(
-            folder / "profile.jsonl", {"device": trainer.dist.device, "rows": trainer.estimate()}
-        )
-
-
-def finish(trainer):
-    """Last validation, checkpoint and pictures."""
-    folder, policy, val_set = trainer.folder, trainer.policy, trainer.val_set
-    if trainer.step % trainer.args.val_every or trainer.metrics is None:
-        trainer.validate()
-    trainer.save()
-    plots.loss_curve(read_metrics(folder), folder / "loss.png")
-    overlays(policy, val_set, trainer.dist.device, folder)
-    trainer.logger.log(trainer.step, free_runs(policy, val_set, folder))
-    print(
-        f"{folder}/checkpoint.safetensors: {trainer.step} steps, {trainer.minutes:.1f} minutes of training and "
-        f"{trainer.validation_minutes:.1f} of validation, "
-        + ", ".join(f"{k[4:]} {v:.3g}" for k, v in trainer.metrics.items())
-    )
+# -- the training ---------------------------------------------------------------------------------
 
 
 def train(args, config_class):
     """Prepare, build, fit, finish."""
     dist = init_distributed(args.device)
     stop = StopSignal()
-    folder = run_folder(args)
+    folder = run_folder(args.out, args.model_type, args.resume)
+    lock = args.cache / f"{args.dataset.name}.lock"
     found = first_alone(
-        dist,
-        args.cache / f"{args.dataset.name}.lock",
-        lambda progress: prepare(args, config_class, dist.device, progress),
+        dist, lock, lambda progress: prepare(args, config_class, dist.device, progress)
     )
     if args.cache_only:
-        print(
-            f"{args.cache}: features of {len(found.train_set)} + {len(found.val_set)} samples, backbone {found.backbone.identity}"
-        )
+        n_samples = f"{len(found.train_set)} + {len(found.val_set)} samples"
+        print(f"{args.cache}: features of {n_samples}, backbone {found.backbone.identity}")
         return
+    recipe = resolve(args, found, dist)
     dist.join()
-    seed_everything(args.seed)
-    trainer = build(args, found, dist, folder)
+    trainer = build(recipe, found, dist, folder, args)
     if dist.is_main:
-        announce(args, found, trainer)
+        announce(trainer, args.resume)
     done = trainer.fit(stop)
     if dist.is_main and done:
         finish(trainer)
     elif dist.is_main:
-        print(
-            f"stopped at step {trainer.step}, saved; go on with `python train.py --resume {folder}`"
-        )
+        again = f"python train.py --resume {folder}"
+        print(f"stopped at step {trainer.step}, saved; go on with `{again}`")
     trainer.logger.close()
     dist.leave()
 
 
-@torch.no_grad()
-def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
-    """Predicted against true trajectories drawn on frames of validation episodes."""
-    policy.eval()
-    for episode in range(min(n_episodes, len(dataset.demos))):
-        rows = np.flatnonzero(dataset.demo == episode)
-        rows = rows[np.linspace(0, len(rows) - 1, min(n_frames, len(rows))).astype(int)]
-        whole = to_device(dataset.batch(rows), device)
-        batch, out = predict_newest(policy, whole)
-        K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
-        to_px = lambda points: to_pixels(points, K, E)
-        images = dataset._images(dataset.demos[episode].name, dataset.frame[rows])
-        plots.trajectory_overlay(
-            images,
-            to_px(batch["eef_pos"].cpu().numpy()[:, None])[:, 0],
-            to_px(batch["target_pos"].cpu().numpy()),
-            to_px(out["position"].double().cpu().numpy()),
-            dataset.frame[rows],
-            folder / f"overlay_{episode}.png",
+def run_folder(out, model_type, resume):
+    """Where the run is written. Raises UserError for one that holds another run."""
+    folder = out or Path("runs") / f"{model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
+    if (folder / "state.safetensors").exists() and not resume:
+        raise UserError(
+            f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, "
+            "or give another --out"
         )
-        last = whole["valid"].sum(1).cpu() - 1 if "valid" in whole else None
-        if hasattr(policy, "attention"):
-            heat = policy.attention(whole)[torch.arange(len(rows)), last].float().cpu().numpy()
-            plots.attention_overlay(
-                images, heat, dataset.frame[rows], folder / f"attention_{episode}.png"
-            )
-        if hasattr(policy, "distribution"):
-            volumes = policy.distribution(whole)[torch.arange(len(rows)), last].cpu().numpy()
-            plots.volume_projections(
-                images, volumes, dataset.frame[rows], folder / f"volume_{episode}.png"
-            )
+    return folder
 
 
-def free_runs(policy, dataset, folder, n_episodes=3):
-    """Open-loop rollouts on validation episodes, own predictions fed back, drawn over the first
-    image -> {"free/coverage_8px" ...}.
-    """
-    found = []
-    for episode, demo in enumerate(
-        tqdm(dataset.demos[:n_episodes], desc="free-running", unit="demo")
-    ):
-        found.append(free_run(policy, dataset.path, demo, dataset.config))
-        plots.paths_overlay(
-            dataset._images(demo.name, [0])[0],
-            to_pixels(found[-1]["path"], demo.K, demo.E),
-            {demo.name: rollout_line(found[-1]["predicted"], demo)},
-            folder / f"rollout_{episode}.png",
+def resolve(args, found, dist):
+    """What was typed, with what "auto" came to -> Recipe."""
+    batch_size = min(args.batch_size, len(found.train_set))
+    if batch_size < dist.world:
+        raise UserError(
+            f"--batch_size {args.batch_size}: {batch_size} samples a step for {dist.world} "
+            "processes; start fewer, or give a larger batch and more demonstrations"
         )
-    row = {k: round(v, 5) for k, v in rollout_summary(found).items()}
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    typed = {name: value for name, value in vars(args).items() if name in names}
+    came_to = {
+        "preset": getattr(args, "preset", None),
+        "dataset": str(args.dataset),
+        "train_demos": found.train_demos,
+        "val_demos": found.val_demos,
+        "train_frames": len(found.train_set),
+        "backbone": found.backbone.identity,
+        "init_from": str(args.init_from) if args.init_from else None,
+        "freeze_steps": args.freeze_steps if args.init_from else 0,
+        "batch_size": batch_size,
+        "device": dist.device,
+        "precision": choose_precision(dist.device, args.precision),
+        "processes": dist.world,
+    }
+    return Recipe(**{**typed, **came_to})
+
+
+def provenance(args, found, recipe):
+    """Where a run comes from, JSON-able: for its config.json, its checkpoints and wandb."""
+    about = {key: str(found.attributes[key]) for key in ABOUT if key in found.attributes}
+    about["versions"] = demo_files.simulated_with(found.attributes)
+    return {
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "config": dataclasses.asdict(found.config),
+        "command": command_line(),
+        "commit": git_commit(),
+        "versions": versions(),
+        "seed": recipe.seed,
+        "dataset": about,
+        "train_demos": recipe.train_demos,
+        "val_demos": recipe.val_demos,
+        "train_frames": recipe.train_frames,
+        "backbone_asked": found.backbone_asked,
+        "backbone_identity": recipe.backbone,
+        "resolved": dataclasses.asdict(recipe),
+    }
+
+
+def build(recipe, found, dist, folder, args):
+    """The policy and all that trains it -> Trainer, at the step that the run folder has reached."""
+    torch.manual_seed(recipe.seed)  # for the first weights; the trainer seeds each step anew
+    policy_class = look_up(recipe.model_type).policy
+    policy = policy_class(found.config, found.backbone.channels).attach(found.backbone)
+    policy = policy.to(dist.device)
+    policy.fit_statistics(found.train_set.statistics())
+    if recipe.init_from and not args.resume:
+        finetune.init_from(policy, recipe.init_from)
+
+    record = provenance(args, found, recipe)
+    record["parameters"] = sum(p.numel() for p in policy.parameters())
+    if dist.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            write_json(folder / "config.json", {**record, "argv": sys.argv[1:]})
+    logger = RunLogger(folder, args.wandb, record, dist.is_main)
+    # a checkpoint has its policy's own config
+    save_info = {key: value for key, value in record.items() if key != "config"}
+    data = (found.train_set, found.val_set)
+    trainer = Trainer(policy, *data, recipe, dist, folder, logger, save_info, found.reference)
+    if args.resume:
+        trainer.resume()
+    return trainer
+
+
+def announce(trainer, resume):
+    """Say what is trained on what, and for how long."""
+    folder, parameters = trainer.folder, trainer.save_info["parameters"]
+    print(f"{folder}: {parameters:,} parameters, step {trainer.step}\n{trainer.recipe}")
+    basis = getattr(trainer.train_set, "basis", None)
+    if basis is not None:
+        explained = float(basis.ev_ratio[0])
+        trainer.logger.log(trainer.step, {"rotation/ev_ratio": explained})
+        print(
+            f"rotation basis ({basis.space}): one axis explains {explained:.3f} of the variance, "
+            f"{np.degrees(basis.low):.1f} to {np.degrees(basis.high):.1f} deg"
+        )
+    if not resume:
+        row = {"device": trainer.dist.device, "rows": trainer.estimate()}
+        append_jsonl(folder / "profile.jsonl", row)
+
+
+def finish(trainer):
+    """Last validation, checkpoint and pictures."""
+    folder, policy, val_set = trainer.folder, trainer.policy, trainer.val_set
+    if trainer.step % trainer.recipe.val_every or trainer.metrics is None:
+        trainer.validate()
+    trainer.save()
+    plots.loss_curve(read_metrics(folder), folder / "loss.png")
+    heldout.overlays(policy, val_set, trainer.dist.device, folder)
+    trainer.logger.log(trainer.step, heldout.free_runs(policy, val_set, folder))
     print(
-        "free-running on validation demonstrations: "
-        + ", ".join(f"{k} {v:.3g}" for k, v in row.items())
+        f"{folder}/checkpoint.safetensors: {trainer.step} steps, {trainer.minutes:.1f} minutes of "
+        f"training and {trainer.validation_minutes:.1f} of validation, {spoken(trainer.metrics)}"
     )
-    return {f"free/{k}": v for k, v in row.items()}
+
+
+def main():
+    use_huge_pages()
+    train(*parse_args())
 
 
 if __name__ == "__main__":
-    run_script(lambda: train(*parse_args()))
+    run_script(main)

@@ -48,10 +48,15 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def learning_rate(args, step):
-    """Linear warm-up, then a cosine to zero at --max_steps."""
-    warm = min(1.0, (step + 1) / max(1, args.warmup))
-    return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.max_steps))
+def spoken(metrics):
+    """Validation metrics in a line."""
+    return ", ".join(f"{name.removeprefix('val/')} {value:.3g}" for name, value in metrics.items())
+
+
+def learning_rate(recipe, step):
+    """Linear warm-up, then a cosine to zero at the last step."""
+    warm = min(1.0, (step + 1) / max(1, recipe.warmup))
+    return recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.max_steps))
 
 
 # -- how long it will take -----------------------------------------------------------------------
@@ -61,35 +66,44 @@ def profile_steps(policy, dataset, device, precision, batch_size):
     """Step time and peak memory of a copy of the policy at batch 2, 4 and the run's own -> rows,
     printed.
     """
-    rows, on_gpu = [], device.startswith("cuda")
+    rows = []
     for size in sorted({2, 4, batch_size}):
-        twin = copy.deepcopy(policy)
-        optimizer = torch.optim.AdamW(twin.parameters())
-        if on_gpu:
+        if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            batch = to_device(dataset.batch(np.arange(size) % len(dataset)), device)
-            with autocast(device, precision):
-                loss = twin(batch)["loss"]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if on_gpu:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        if on_gpu:
-            memory, kind = torch.cuda.max_memory_allocated() / 1e6, "allocated on the GPU"
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-            kind = "peak RSS of the process"
-        milliseconds, memory = round(1000 * float(np.median(times[1:])), 1), round(memory, 1)
+        times = time_steps(copy.deepcopy(policy), dataset, device, precision, size)
+        milliseconds = round(1000 * float(np.median(times[1:])), 1)  # the first one warms up
+        memory, kind = peak_memory(device)
         rows.append(
             {"batch": size, "step_ms": milliseconds, "memory_mb": memory, "memory_kind": kind}
         )
         print(f"batch {size}: {milliseconds} ms a step, {memory} MB {kind}")
     return rows
+
+
+def time_steps(policy, dataset, device, precision, size, n=4):
+    """Train a policy for `n` steps on the first samples -> seconds of each."""
+    optimizer = torch.optim.AdamW(policy.parameters())
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        batch = to_device(dataset.batch(np.arange(size) % len(dataset)), device)
+        with autocast(device, precision):
+            loss = policy(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def peak_memory(device):
+    """-> (MB, what they are)."""
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1), "allocated on the GPU"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(kilobytes / 1e3, 1), "peak RSS of the process"
 
 
 def expected_minutes(rows, batch_size, steps):
@@ -179,88 +193,122 @@ def load_moments(path, tensors, policy, optimizer, advice):
 class Trainer:
     """A policy, its optimizer and its data, in one process of a training.
 
-    args: train.py's flags; dist: this process's place; logger: RunLogger; save_info: provenance of
-    the checkpoint; reference: its further tensors. `step` steps are done, in `minutes` of training
-    and `validation_minutes`.
+    dist: this process's place; logger: RunLogger; save_info: provenance of the checkpoint;
+    reference: its further tensors. `step` steps are done, in `minutes` of training and
+    `validation_minutes`; `metrics` are those of the last validation.
     """
 
     def __init__(
-        self, policy, train_set, val_set, args, dist, folder, logger, save_info, reference
+        self, policy, train_set, val_set, recipe, dist, folder, logger, save_info, reference
     ):
         self.policy, self.train_set, self.val_set = policy, train_set, val_set
-        self.args, self.dist, self.folder, self.logger = args, dist, folder, logger
+        self.recipe, self.dist, self.folder, self.logger = recipe, dist, folder, logger
         self.save_info, self.reference = save_info, reference
         self.state_path = folder / "state.safetensors"
-        self.optimizer = torch.optim.AdamW(policy.param_groups(args.weight_decay), lr=args.lr)
+        self.optimizer = torch.optim.AdamW(policy.param_groups(recipe.weight_decay), lr=recipe.lr)
         for part in (train_set, val_set):
             part.hold(dist.device)
-        self.batches = Batches(args.seed, len(train_set), args.batch_size)
-        self.freeze_steps = args.freeze_steps if args.init_from else 0
+        self.batches = Batches(recipe.seed, len(train_set), recipe.batch_size)
         self.step, self.minutes, self.validation_minutes, self.metrics = 0, 0.0, 0.0, None
-        if self.batches.batch_size < dist.world:
-            raise UserError(
-                f"--batch_size {args.batch_size}: {self.batches.batch_size} samples a step for "
-                f"{dist.world} processes; start fewer, or give a larger batch and more demonstrations"
-            )
 
-    def resume(self):
-        """Go on from the run folder's saved state, if there is one."""
-        if self.state_path.exists():
-            vars(self).update(load_state(self.state_path, self.policy, self.optimizer))
+    def fit(self, stop):
+        """Train to the last step -> True, or until a StopSignal, saved -> False."""
+        recipe, device, is_main = self.recipe, self.dist.device, self.dist.is_main
+        module = self.wrapped_policy()
+        bar = tqdm(total=recipe.max_steps, initial=self.step, unit="step", disable=not is_main)
+        bar.set_description("training")
+        broken = torch.zeros((), dtype=torch.bool, device=device)
+        stopping = False
+        self.policy.train()
+        while self.step < recipe.max_steps and not stopping:
+            started = time.perf_counter()
 
-    def measured_minutes(self):
-        return {k: round(getattr(self, k), 4) for k in ("minutes", "validation_minutes")}
+            # one step: forward, backward, update
+            self.set_learning_rate()
+            batch = self.next_batch()
+            with autocast(device, recipe.precision):
+                parts = module(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            parts["loss"].backward()
+            if self.step < recipe.freeze_steps:
+                finetune.hold_volume(self.policy)
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), recipe.clip)
+            self.optimizer.step()
+            parts = {name: value.detach() for name, value in parts.items()}  # the graph may go
+            self.step += 1
 
-    def estimate(self):
-        """Time a few steps -> rows of `profile_steps`; prints how long the training will take."""
-        share = -(-self.batches.batch_size // self.dist.world)
-        args, device = self.args, self.dist.device
-        rows = profile_steps(self.policy, self.train_set, device, args.precision, share)
-        minutes = expected_minutes(rows, share, args.max_steps)
-        print(
-            f"{args.max_steps} steps of batch {self.batches.batch_size}: about {minutes:.1f} minutes of "
-            "training on this machine as it is now, validation and pictures besides"
-        )
-        return rows
+            # A CPU's numbers are there at once. A GPU still computes: it is waited for only where
+            # something is done with its numbers.
+            broken |= ~torch.isfinite(parts["loss"]) | ~torch.isfinite(norm)
+            logs, validates, saves = self.due()
+            if device == "cpu" or logs or validates or saves:
+                stopping = self.agree_to_stop(stop.raised, broken)
+            self.minutes += (time.perf_counter() - started) / 60
 
-    def share_step(self):
-        """This process's samples of the next step, and what its noise is drawn from."""
-        seed, step, dist = self.args.seed, self.step, self.dist
-        indices = self.batches[step]
-        torch.manual_seed(seed_of(seed, step, 1 + dist.rank))  # for dropout, each process its own
-        same_everywhere = torch.Generator().manual_seed(seed_of(seed, step, 0))
-        self.policy.shard = Shard(dist.rank, dist.world, len(indices), same_everywhere)
-        batch = self.train_set.batch(indices[dist.rank :: dist.world])
-        if self.args.shift_aug > 0:
-            draws = np.random.default_rng([seed, step]).random(len(indices))[
-                dist.rank :: dist.world
-            ]
-            size = self.policy.config.image_size
-            batch = shifted_sideways(batch, self.args.shift_aug, draws, size)
-        return to_device(batch, dist.device)
+            # what the step was good for
+            bar.update()
+            if logs:
+                bar.set_postfix(loss=f"{self.log(parts, norm):.2f}", refresh=False)
+            if validates and not stopping and is_main:
+                self.validate()
+                tqdm.write(f"step {self.step}: {spoken(self.metrics)}")
+            if (saves or stopping) and is_main:
+                self.save()
+        bar.close()
+        self.policy.shard = Shard()
+        return not stopping
 
-    def train_step(self, module):
-        """One step -> ({"loss" and its parts}, gradient norm), which a GPU may still be computing."""
+    def wrapped_policy(self):
+        """What a step calls: the policy, shared with the other processes and compiled as asked."""
+        module = self.policy
+        if self.dist.world > 1:
+            module = torch.nn.parallel.DistributedDataParallel(module)
+        return torch.compile(module) if self.recipe.compile else module
+
+    def set_learning_rate(self):
+        """That of the next step, for all parameters."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.args, self.step)
-        batch = self.share_step()
-        with autocast(self.dist.device, self.args.precision):
-            parts = module(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
-        if self.step < self.freeze_steps:
-            finetune.hold_volume(self.policy)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.args.clip)
-        self.optimizer.step()
-        return {k: v.detach() for k, v in parts.items()}, norm
+            group["lr"] = learning_rate(self.recipe, self.step)
 
-    def agree(self, stopping, broken):
-        """(stopping, broken) as any process says, in all of them: they must leave together."""
-        if self.dist.world == 1:
-            return bool(stopping), bool(broken)
-        flags = torch.tensor([float(stopping), float(broken)], device=self.dist.device)
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        return tuple(bool(f) for f in flags.tolist())
+    def next_batch(self):
+        """This process's samples of the next step, on its device; noise is seeded for it too."""
+        seed, step = self.recipe.seed, self.step
+        rank, world = self.dist.rank, self.dist.world
+        indices = self.batches[step]
+        # for dropout, each process its own
+        torch.manual_seed(seed_of(seed, step, 1 + rank))
+        # for the noise of samples, the same in every process
+        generator = torch.Generator().manual_seed(seed_of(seed, step, 0))
+        self.policy.shard = Shard(rank, world, len(indices), generator)
+        batch = self.train_set.batch(indices[rank::world])
+        if self.recipe.shift_aug > 0:
+            draws = np.random.default_rng([seed, step]).random(len(indices))[rank::world]
+            size = self.policy.config.image_size
+            batch = shifted_sideways(batch, self.recipe.shift_aug, draws, size)
+        return to_device(batch, self.dist.device)
+
+    def due(self):
+        """Whether the step that is reached is (logged, validated, saved)."""
+        step, recipe = self.step, self.recipe
+        logs = step % LOOK_EVERY == 0 or step == 1
+        validates = step % recipe.val_every == 0 or step == recipe.freeze_steps
+        saves = step % recipe.save_every == 0 or step == recipe.max_steps
+        return logs, validates, saves
+
+    def agree_to_stop(self, stopping, broken):
+        """Whether any process says so: they must leave together. Raises UserError in all of them
+        if `broken` is true in one, after a loss or a gradient that is not finite.
+        """
+        if self.dist.world > 1:
+            said = torch.tensor([float(stopping), float(broken)], device=self.dist.device)
+            torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
+            stopping, broken = said.tolist()
+        if broken:
+            raise UserError(
+                f"the loss or its gradient is not finite at step {self.step}; "
+                "the last saved state stays, lower --lr"
+            )
+        return bool(stopping)
 
     def log(self, parts, norm):
         """Log a step's numbers, averaged over the processes -> the loss."""
@@ -268,26 +316,26 @@ class Trainer:
         if self.dist.world > 1:
             torch.distributed.all_reduce(values)
         found = dict(zip(parts, (values / self.dist.world).tolist()))
-        self.logger.log(
-            self.step,
-            {
-                **{f"train/{k}": v for k, v in found.items()},
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "grad_norm": float(norm),
-                **self.measured_minutes(),
-            },
-        )
+        row = {f"train/{name}": value for name, value in found.items()}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["grad_norm"] = float(norm)
+        self.logger.log(self.step, {**row, **self.measured_minutes()})
         return found["loss"]
+
+    def measured_minutes(self):
+        """Minutes of training and of validation, by name."""
+        return {k: round(getattr(self, k), 4) for k in ("minutes", "validation_minutes")}
 
     def validate(self):
         """Metrics on held-out demonstrations, logged; the time that they take is no training."""
         started = time.perf_counter()
-        limit = self.args.val_samples
+        limit = self.recipe.val_samples
         self.metrics = validate(self.policy, self.val_set, self.dist.device, limit=limit)
         self.validation_minutes += (time.perf_counter() - started) / 60
         self.logger.log(self.step, {**self.metrics, **self.measured_minutes()})
-        rows = read_metrics(self.folder) if self.freeze_steps else []
-        creep = finetune.volume_creep(rows, self.freeze_steps)
+        # while a finetuned policy's volume head is free again, its loss may creep up
+        rows = read_metrics(self.folder) if self.recipe.freeze_steps else []
+        creep = finetune.volume_creep(rows, self.recipe.freeze_steps)
         if creep:
             tqdm.write(("warning: " if creep[1] else "") + creep[0])
 
@@ -295,65 +343,25 @@ class Trainer:
         """State and checkpoint of the step that is reached."""
         reached = {k: getattr(self, k) for k in ("step", "minutes", "validation_minutes")}
         save_state(self.state_path, self.policy, self.optimizer, reached)
-        info = {
-            **self.save_info,
-            "step": self.step,
-            **self.measured_minutes(),
-            "metrics": self.metrics or {},
-        }
-        save_policy(
-            self.folder / "checkpoint.safetensors",
-            self.policy,
-            self.args.model_type,
-            info,
-            self.reference,
-        )
+        info = {**self.save_info, **reached, **self.measured_minutes()}
+        info["metrics"] = self.metrics or {}
+        path = self.folder / "checkpoint.safetensors"
+        save_policy(path, self.policy, self.recipe.model_type, info, self.reference)
 
-    def fit(self, stop):
-        """Train to --max_steps -> True, or until a signal (runtime.StopSignal), saved -> False."""
-        args, dist, is_main = self.args, self.dist, self.dist.is_main
-        module = self.policy
-        if dist.world > 1:
-            module = torch.nn.parallel.DistributedDataParallel(module)
-        if args.compile:
-            module = torch.compile(module)
-        stopping, broken = False, torch.zeros((), dtype=torch.bool, device=dist.device)
-        bar = tqdm(
-            total=args.max_steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not is_main,
+    def resume(self):
+        """Go on from the run folder's saved state, if there is one."""
+        if self.state_path.exists():
+            vars(self).update(load_state(self.state_path, self.policy, self.optimizer))
+
+    def estimate(self):
+        """Time a few steps -> rows of `profile_steps`; prints how long the training will take."""
+        recipe, batch_size = self.recipe, self.batches.batch_size
+        share = -(-batch_size // self.dist.world)
+        device, precision = self.dist.device, recipe.precision
+        rows = profile_steps(self.policy, self.train_set, device, precision, share)
+        minutes = expected_minutes(rows, share, recipe.max_steps)
+        print(
+            f"{recipe.max_steps} steps of batch {batch_size}: about {minutes:.1f} minutes of "
+            "training on this machine as it is now, validation and pictures besides"
         )
-        self.policy.train()
-        while self.step < args.max_steps and not stopping:
-            started = time.perf_counter()
-            parts, norm = self.train_step(module)
-            broken |= ~torch.isfinite(parts["loss"]) | ~torch.isfinite(norm)
-            self.step += 1
-            logs = self.step % LOOK_EVERY == 0 or self.step == 1
-            validates = self.step % args.val_every == 0 or self.step == self.freeze_steps
-            saves = self.step % args.save_every == 0 or self.step == args.max_steps
-            # a CPU's numbers are there at once; a GPU is waited for only where something is done
-            # with its
-            looks = dist.device == "cpu" or logs or validates or saves
-            if looks:
-                stopping, ruined = self.agree(stop.raised, broken)
-                if ruined:
-                    raise UserError(
-                        f"the loss or its gradient is not finite at step {self.step}; "
-                        "the last saved state stays, lower --lr"
-                    )
-            self.minutes += (time.perf_counter() - started) / 60
-            bar.update()
-            if logs:
-                bar.set_postfix(loss=f"{self.log(parts, norm):.2f}", refresh=False)
-            if validates and not stopping and is_main:
-                self.validate()
-                found = ", ".join(f"{k[4:]} {v:.3g}" for k, v in self.metrics.items())
-                tqdm.write(f"step {self.step}: {found}")
-            if (saves or stopping) and is_main:
-                self.save()
-        bar.close()
-        self.policy.shard = Shard()
-        return not stopping
+        return rows

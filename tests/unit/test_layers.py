@@ -47,6 +47,7 @@ BESIDE = {
         "harness.validation",
     },
     "harness.validation": {"harness.metrics"},
+    "figures.heldout": {"figures.plots"},
     "figures.plots_rotation": {"figures.plots"},
     "figures.plots_settings": {"figures.plots"},
     "figures.report": {"figures.pages", "figures.plots"},

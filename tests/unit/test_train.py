@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 import train
 from harness import checkpoint, trainer
+from harness.recipe import Recipe
 from registry import REGISTRY
-from runtime import Distributed, UserError, write_json
+from runtime import Distributed, UserError, choose_precision, write_json
 
 
 def flags(dataset, folder, steps, *further):
@@ -84,6 +85,30 @@ def test_training_says_how_long_it_will_take(synthetic_demos, tmp_path):
     info = json.loads((tmp_path / "run" / "checkpoint.json").read_text())
     assert info["minutes"] > 0 and info["validation_minutes"] > 0
     assert "of training and" in done.stdout and "of validation" in done.stdout
+
+
+def test_what_auto_came_to_is_printed_and_stored(state):
+    """A run that says `--precision auto` cannot be repeated on another machine."""
+    folder, printed = state
+    stored = json.loads((folder / "config.json").read_text())
+    resolved = stored["resolved"]
+    assert stored["args"]["device"] == "auto" and resolved["device"] == "cpu"
+    assert stored["args"]["preset"] == resolved["preset"] == "small"
+    assert stored["backbone_identity"] == resolved["backbone"] != stored["args"]["backbone"]
+    assert resolved["precision"] == "fp32" and resolved["max_steps"] == 2
+    assert "auto" not in resolved.values()
+    assert json.loads((folder / "checkpoint.json").read_text())["resolved"] == resolved
+    assert str(Recipe(**resolved)) in printed
+
+
+@pytest.mark.parametrize(
+    "device, asked, found",
+    [("cuda:1", "auto", "bf16"), ("cuda:1", "fp32", "fp32"), ("cpu", "bf16", "bf16")],
+)
+def test_a_precision_is_one_of_two(device, asked, found):
+    """`auto` in a record says nothing."""
+    assert choose_precision(device, asked) == found
+    assert choose_precision("cpu") in ("fp32", "bf16")
 
 
 # -- several processes
@@ -194,16 +219,16 @@ def test_a_process_that_comes_second_waits_at_a_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def state(synthetic_demos, tmp_path_factory):
-    """The run folder of two steps."""
+    """The run folder of two steps, and what was printed."""
     folder = tmp_path_factory.mktemp("state")
-    run(*flags(synthetic_demos, "run", 2), cwd=folder)
-    return folder / "run"
+    done = run(*flags(synthetic_demos, "run", 2), cwd=folder)
+    return folder / "run", done.stdout
 
 
 def test_a_state_holds_no_generator(state):
     """Noise follows from (seed, step), on every device and in every process: there is nothing to
     save, and nothing to miss."""
-    tensors = load_file(state / "state.safetensors")
+    tensors = load_file(state[0] / "state.safetensors")
     assert "rng" not in tensors and "optimizer.volume.weight.exp_avg" in tensors
 
 
@@ -224,6 +249,7 @@ DAMAGE = {
 def test_a_state_that_does_not_fit_is_refused_in_one_sentence(damage, state, tmp_path):
     """Of another model, of an earlier version or damaged: file, tensor and remedy, and no traceback
     of torch."""
+    state, _ = state
     tensors, info = checkpoint.load_tensors(state / "state.safetensors")
     DAMAGE[damage](tensors)
     path = tmp_path / "state.safetensors"
