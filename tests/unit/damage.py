@@ -206,7 +206,9 @@ def damage_safetensors(path, rng):
     """Damage a checkpoint's header or tensors; half of the time with no digest, as an older file ->
     (what, whether it may pass)."""
     with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file}
+        metadata = file.metadata()
+        # safe_open is no dict: it has keys() alone
+        tensors = {key: file.get_tensor(key) for key in list(file.keys())}
     key = str(rng.choice(list(tensors)))
     what = str(rng.choice(["header", "header", "text", "drop", "dtype", "shape", "NaN"]))
     if rng.random() < 0.7:
