@@ -19,14 +19,14 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
 import flags
 from camera import project
 from figures import plots_settings
-from formats import demos, hdf5, smith300
+from formats import hdf5, libero_hdf5, smith300
+from formats.demos import simulated_with
 from formats.parts import check_replaceable, gather, merge, part_path, readable
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, fits, read_json, run_script, write_json
@@ -93,15 +93,17 @@ class Recorder:
         done = np.zeros(len(self.rows), np.uint8)
         done[-1] = 1
         K, E = self.scene.camera()
-        arrays.update({"rewards": done, "dones": done, demos.CAMERA_K: K, demos.CAMERA_E: E})
+        arrays.update(
+            {"rewards": done, "dones": done, libero_hdf5.CAMERA_K: K, libero_hdf5.CAMERA_E: E}
+        )
         arrays["attrs"] = {
             "num_samples": len(self.rows),
             "init_state": arrays["states"][0],
             "fixtures": json.dumps(self.scene.fixtures()),
             **attrs,
         }
-        with atomic_path(path) as scratch, h5py.File(scratch, "w") as file:
-            demos.write_demo(file.create_group("demo"), arrays, np.stack(self.images))
+        with atomic_path(path) as scratch, hdf5.create(scratch) as file:
+            libero_hdf5.write_demo(file.create_group("demo"), arrays, np.stack(self.images))
 
     def write_episode(self, folder, video):
         """Write the demonstration as a smith300 episode folder, atomically."""
@@ -256,18 +258,18 @@ class ReplayWorker:
     def run(self, index):
         """Job: the demo's index -> counts."""
         path = self.args.replay
-        with demos.open_demos(path) as file:
-            name = demos.demo_names(file)[index]
+        with libero_hdf5.open_demos(path) as file:
+            name = libero_hdf5.demo_names(file)[index]
             group = hdf5.group(path, file["data"], name, REPLAYED)
             states = hdf5.array(path, group, "states", REPLAYED, (None,), "f")
             rows = {"actions": hdf5.array(path, group, "actions", REPLAYED, (7,), "f")}
             for key, tail in (("executed_actions", (7,)), ("perturbed", ())):
                 if hdf5.holds(path, group, key, REPLAYED):
                     rows[key] = hdf5.array(path, group, key, REPLAYED, tail)
-            fixtures, E = demos.stored_fixtures(path, group), None
-            if hdf5.holds(path, group, demos.CAMERA_E, REPLAYED):
-                E = hdf5.array(path, group, demos.CAMERA_E, REPLAYED)
-                demos.check_camera(np.eye(3), E, f"{path}: data/{name}")
+            fixtures, E = libero_hdf5.stored_fixtures(path, group), None
+            if hdf5.holds(path, group, libero_hdf5.CAMERA_E, REPLAYED):
+                E = hdf5.array(path, group, libero_hdf5.CAMERA_E, REPLAYED)
+                libero_hdf5.check_camera(np.eye(3), E, f"{path}: data/{name}")
             attributes = hdf5.attributes(path, group, REPLAYED)
             kept = {
                 k: attributes[k]
@@ -334,16 +336,16 @@ def collect(args):
     """Collect or replay into args.out, resuming from its parts."""
     out, made_with = Path(args.out), simulator_versions()
     if args.replay:
-        with demos.open_demos(args.replay) as file:
+        with libero_hdf5.open_demos(args.replay) as file:
             n_demos, attributes = (
-                len(demos.demo_names(file)),
-                demos.file_attributes_of(args.replay, file),
+                len(libero_hdf5.demo_names(file)),
+                libero_hdf5.file_attributes_of(args.replay, file),
             )
         if fault := fits(attributes, REPLAY_FORM):
             raise UserError(f"{args.replay}: data, attributes: {fault}; {REPLAYED}")
         args.variant, simulated = (
             attributes.get("variant", args.variant),
-            demos.simulated_with(attributes),
+            simulated_with(attributes),
         )
         if not n_demos:
             raise UserError(
@@ -367,7 +369,7 @@ def collect(args):
             if args.clean_scene is None
             else args.clean_scene
         )
-        print(demos.replay_note(args.replay, simulated.get("mujoco"), made_with["mujoco"]))
+        print(libero_hdf5.replay_note(args.replay, simulated.get("mujoco"), made_with["mujoco"]))
     else:
         n_conditions = len(settings.conditions(args.setting, args.part, args.split))
         worker, args.n_demos = (
@@ -431,7 +433,7 @@ def collect(args):
         "split": args.split or "",
         "clean_scene": args.clean_scene,
     }
-    attrs = demos.file_attributes(
+    attrs = libero_hdf5.file_attributes(
         task, {**env_metadata(task), **ours}, args.seed, command_line(), made_with
     )
     attrs.update({"replayed_versions": json.dumps(simulated)} if args.replay else {})

@@ -12,14 +12,14 @@ both are trained on: where a demonstration ends by staying, a label is where it 
 `waypoint_stride` steps later.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 import camera
-from formats import demos as demo_files
-from formats import smith300
-from formats.demos import GRIPPER_STEPS
+from formats.demos import GRIPPER_STEPS, next_waypoint
 from nets.backbone import feature_cache
 from rot_utils import circular_mean, matrix_to_euler, rotvec_to_matrix, wrap_angle
 from runtime import UserError
@@ -88,7 +88,7 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
     frames = np.arange(length)
     following = np.searchsorted(changes, frames)  # the next change at or after each frame
     end = np.append(changes, length - 1)[following]
-    following_waypoint = demo_files.next_waypoint(demo.ee_pos, end, stride, min_travel)
+    following_waypoint = next_waypoint(demo.ee_pos, end, stride, min_travel)
     step = np.linalg.norm(demo.ee_pos[following_waypoint] - demo.ee_pos, axis=1)
     # no frame from here to the end is farther
     staying = stay & (following == len(changes)) & (step < max(min_travel, STILL))
@@ -110,40 +110,42 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
     return target, closed[target], mask, usable
 
 
+def paths_of(demos):
+    """The datasets that demonstrations are of, as text."""
+    return ", ".join(sorted({str(d.source.path) for d in demos}))
+
+
 class WaypointDataset(Dataset):
     """Frames of demonstrations with their future waypoints.
 
-    demos: list of Demo from `path`, an HDF5 file or a smith300 folder; config: a PolicyConfig;
-    frame_stride: use every k-th frame. `batch(indices)` gives the dict of tensors described in
-    policy.py.
+    demos: list of Demo, of one dataset or of several; config: a PolicyConfig; frame_stride: use
+    every k-th frame. `batch(indices)` gives the dict of tensors described in policy.py.
     """
 
     def __init__(
-        self, path, demos, config, backbone, frame_stride=1, cache="cache/features", progress=True
+        self, demos, config, backbone, frame_stride=1, cache="cache/features", progress=True
     ):
-        self.path, self.demos, self.config, self.backbone = path, demos, config, backbone
+        self.demos, self.config, self.backbone = demos, config, backbone
         self.held = []  # features on a GPU, see `hold`
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
-        needed = self.label(path, config, frame_stride)
+        needed = self.label(config, frame_stride)
         groups = [
-            (d, lambda demo=demo, frames=frames: self._images(demo.name, frames))
-            for d, (demo, frames) in enumerate(zip(demos, needed))
+            (demo.key, partial(demo.images, frames))
+            for demo, frames in zip(demos, needed)
             if len(frames)
         ]
         maps = feature_cache(backbone, groups, cache, progress)
-        self.maps = [maps.get(d) for d in range(len(demos))]  # by place: every file has a demo_0
-
-    # of either format: (path, image_size, limit) -> (list of Demo, dict of attributes)
-    read = staticmethod(smith300.read_dataset)
+        # by dataset and demonstration: every file has a demo_0
+        self.maps = [maps.get(demo.key) for demo in demos]
 
     @staticmethod
-    def check_split(path, demos, config):
+    def check_split(demos, config):
         """Raise UserError where something beside the data was made from other demonstrations than
         those that are trained on.
         """
 
-    def label(self, path, config, frame_stride):
+    def label(self, config, frame_stride):
         """Set the samples' labels; return for each demo the frames whose features are needed."""
         rows, needed = [], []
         for d, demo in enumerate(self.demos):
@@ -162,7 +164,8 @@ class WaypointDataset(Dataset):
             ]
         if not rows:
             raise UserError(
-                f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations"
+                f"{paths_of(self.demos)}: no usable frame, all are pushed or in gripper holds; "
+                "collect more demonstrations"
             )
         self.demo, self.slot, self.frame, target, gripper, mask = (np.array(c) for c in zip(*rows))
         self.fill(self.demo, self.frame, target, gripper, mask)
@@ -184,9 +187,6 @@ class WaypointDataset(Dataset):
             torch.from_numpy(gripper),
             torch.from_numpy(mask.astype(np.float32)),
         )
-
-    def _images(self, name, frames):
-        return smith300.read_images(self.path, name, frames, self.config.image_size)
 
     def hold(self, device):
         """Keep features and labels on a GPU from now on, features as one fp16 tensor a map, where

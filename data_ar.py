@@ -11,7 +11,7 @@ attention cannot see the padding.
 import numpy as np
 import torch
 
-from data import STILL, WaypointDataset, gripper_segments, held_frames, waypoint_labels
+from data import STILL, WaypointDataset, gripper_segments, held_frames, paths_of, waypoint_labels
 from formats.demos import GRIPPER_STEPS
 from runtime import UserError
 
@@ -69,7 +69,7 @@ class WindowDataset(WaypointDataset):
     ...
     """
 
-    def label(self, path, config, frame_stride):
+    def label(self, config, frame_stride):
         starts, rows = [], []
         self.windows = []
         for d, demo in enumerate(self.demos):
@@ -98,7 +98,8 @@ class WindowDataset(WaypointDataset):
             ]
         if not self.windows:
             raise UserError(
-                f"{path}: no usable frame, all are pushed or in gripper holds; collect more demonstrations"
+                f"{paths_of(self.demos)}: no usable frame, all are pushed or in gripper holds; "
+                "collect more demonstrations"
             )
         row_demo, self.row_slot, row_frame, target, gripper, usable = (
             np.array(c) for c in zip(*rows)

@@ -15,23 +15,25 @@ class VolumeDataset(WaypointDataset):
     missing, damaged, or was computed from other demonstrations.
     """
 
-    def __init__(self, path, demos, config, backbone, *args, **kwargs):
-        self.basis = find_basis(path, demos, config)
-        super().__init__(path, demos, config, backbone, *args, **kwargs)
+    def __init__(self, demos, config, backbone, *args, **kwargs):
+        self.basis = find_basis(demos, config)
+        super().__init__(demos, config, backbone, *args, **kwargs)
 
     @staticmethod
-    def check_split(path, demos, config):
+    def check_split(demos, config):
         """Raise UserError unless the basis was fitted on exactly these demonstrations, those that
         are trained on: one that has seen validation demonstrations knows the range of what is held
         out."""
-        basis = find_basis(path, demos, config)
-        if basis and set(basis.provenance["fingerprints"]) != {
-            fingerprint(d.ee_ori) for d in demos
-        }:
+        basis = find_basis(demos, config)
+        if basis is None:
+            return
+        fitted = set(basis.provenance["fingerprints"])
+        if fitted != {fingerprint(d.ee_ori) for d in demos}:
             raise UserError(
-                f"{config.basis or basis_path(path)}: was fitted on {len(basis.provenance['fingerprints'])} demonstrations, "
-                f"which are not the {len(demos)} that are trained on here; {PRECOMPUTE}, with this training's --n_demos "
-                "and --val_fraction"
+                f"{basis_file(demos, config)}: was fitted on "
+                f"{len(basis.provenance['fingerprints'])} demonstrations, which are not the "
+                f"{len(demos)} that are trained on here; {PRECOMPUTE}, with this training's "
+                "--n_demos and --val_fraction"
             )
 
     def statistics(self, n=256):
@@ -39,10 +41,13 @@ class VolumeDataset(WaypointDataset):
         return {**super().statistics(n), "rotation_basis": self.basis}
 
 
-def find_basis(path, demos, config):
-    """The RotationBasis of a dataset that knows these demonstrations; None where `config` asks for
-    none.
-    """
+def basis_file(demos, config):
+    """Where the basis of demonstrations is: `config.basis`, or beside the dataset of the first."""
+    return config.basis or basis_path(demos[0].source.path)
+
+
+def find_basis(demos, config):
+    """The RotationBasis that knows these demonstrations; None where `config` asks for none."""
     if getattr(config, "rotation", "euler") != "pca":
         return None
-    return load_basis(config.basis or basis_path(path), [fingerprint(d.ee_ori) for d in demos])
+    return load_basis(basis_file(demos, config), [fingerprint(d.ee_ori) for d in demos])

@@ -28,7 +28,7 @@ import numpy as np
 import camera
 import flags
 from formats import smith300
-from formats.demos import FARTHEST, SEEN
+from formats.checks import FARTHEST, SEEN
 from harness.checkpoint import load_policy, stats_path
 from rot_utils import RotationBasis, load_stats, matrix_to_euler
 from runtime import UserError, choose_device, fits, one_line, run_script

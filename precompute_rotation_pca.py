@@ -16,8 +16,8 @@ import numpy as np
 
 import flags
 from figures import plots_rotation
+from formats.dataset import open_dataset
 from formats.demos import split_demos
-from formats.smith300 import read_dataset
 from rot_utils import (
     EV_GATE,
     NEAR_SINGULAR,
@@ -80,7 +80,7 @@ def precompute(args):
     """Fit both spaces, print the table, pass the gate, write basis and picture -> exit code."""
     path = Path(args.out) if args.out else basis_path(args.dataset)
     check_replaceable(path)
-    all_demos, _ = read_dataset(args.dataset, limit=args.n_demos)
+    all_demos = open_dataset(args.dataset, limit=args.n_demos).demos
     # as train.py splits them: validation must stay unseen
     demos, held_out = split_demos(all_demos, args.val_fraction)
     rotations, unseen = (

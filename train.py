@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 import flags
 from figures import heldout, plots
 from formats import demos as demo_files
+from formats.dataset import open_dataset
 from harness import finetune
 from harness.recipe import Recipe
 from harness.records import RESUME, read_metrics
@@ -242,7 +243,8 @@ def prepare(args, config_class, device, progress):
     ensure_dataset(args.dataset)
     dataset_class = look_up(args.model_type).dataset
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
-    all_demos, attributes = dataset_class.read(args.dataset, config.image_size, args.n_demos)
+    recordings = open_dataset(args.dataset, config.image_size, args.n_demos)
+    attributes = recordings.attributes
     if attributes.get("part") == "val":
         raise UserError(
             f"{args.dataset}: holds validation conditions (--part val), by which trained policies "
@@ -254,7 +256,7 @@ def prepare(args, config_class, device, progress):
             f"{args.dataset}: its demonstrations end by staying where they are, "
             "so that is trained too (--stay)"
         )
-    train_demos, val_demos = demo_files.split_demos(all_demos, args.val_fraction)
+    train_demos, val_demos = demo_files.split_demos(recordings.demos, args.val_fraction)
     moved = "--mirror" if args.mirror else "--turn_back" if args.turn_back else None
     if moved and getattr(config, "rotation", "euler") == "pca":
         raise UserError(
@@ -262,7 +264,7 @@ def prepare(args, config_class, device, progress):
             "leave it out, or give --rotation euler"
         )
     # before any feature is computed
-    dataset_class.check_split(args.dataset, train_demos, config)
+    dataset_class.check_split(train_demos, config)
 
     n_train, n_val, recorded = len(train_demos), len(val_demos), train_demos[0]
     if args.turn_back:
@@ -276,12 +278,10 @@ def prepare(args, config_class, device, progress):
     config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights).to(device)
     train_set, val_set = (
-        dataset_class(
-            args.dataset, demos, config, backbone, args.frame_stride, args.cache, progress
-        )
+        dataset_class(demos, config, backbone, args.frame_stride, args.cache, progress)
         for demos in (train_demos, val_demos)
     )
-    reference = protocol_reference(train_set, recorded)
+    reference = protocol_reference(recorded)
     return Prepared(
         config, backbone, asked, train_set, val_set, n_train, n_val, attributes, reference
     )
@@ -295,12 +295,12 @@ def ensure_dataset(path):
         subprocess.run([sys.executable, collect, "--out", path], check=True)
 
 
-def protocol_reference(dataset, demo, side=56):
+def protocol_reference(demo, side=56):
     """A recorded frame's state, camera and small image. eval.py renders the state and compares: a
     flip cannot go unnoticed. Recordings of a real robot have no states to render."""
     if not demo.states.size:
         return {}
-    image = dataset._images(demo.name, [0])[0]
+    image = demo.images([0])[0]
     size = len(image) // side * side
     small = image[:size, :size].reshape(side, size // side, side, size // side, 3).mean((1, 3))
     return {

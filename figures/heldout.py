@@ -25,7 +25,7 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
         rows = np.flatnonzero(dataset.demo == episode)
         rows = rows[np.linspace(0, len(rows) - 1, min(n_frames, len(rows))).astype(int)]
         frames = dataset.frame[rows]
-        images = dataset._images(dataset.demos[episode].name, frames)
+        images = dataset.demos[episode].images(frames)
         whole = to_device(dataset.batch(rows), device)
         picture = lambda kind, episode=episode: folder / f"{kind}_{episode}.png"
 
@@ -60,9 +60,9 @@ def free_runs(policy, dataset, folder, n_episodes=3):
     found = []
     bar = tqdm(dataset.demos[:n_episodes], desc="free-running", unit="demo")
     for episode, demo in enumerate(bar):
-        run = free_run(policy, dataset.path, demo, dataset.config)
+        run = free_run(policy, demo, dataset.config)
         found.append(run)
-        first = dataset._images(demo.name, [0])[0]
+        first = demo.images([0])[0]
         path = to_pixels(run["path"], demo.K, demo.E)
         lines = {demo.name: rollout_line(run["predicted"], demo)}
         plots.paths_overlay(first, path, lines, folder / f"rollout_{episode}.png")

@@ -26,11 +26,12 @@ def guarded(where, remedy):
         yield
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # KeyError, OSError, RuntimeError, MemoryError: it depends on the byte
+    except Exception as error:
+        # KeyError, OSError, RuntimeError, MemoryError: it depends on the byte
         reason = one_line(error)
-        raise UserError(f"{where}: cannot be read, the file is damaged ({reason}); {remedy}")
+        raise UserError(
+            f"{where}: cannot be read, the file is damaged ({reason}); {remedy}"
+        ) from error
 
 
 def open_file(path, remedy):
@@ -45,15 +46,42 @@ def open_file(path, remedy):
     try:
         return h5py.File(path, "r")
     except PermissionError:
-        raise UserError(f"{path}: may not be read by you; ask its owner")
+        raise UserError(f"{path}: may not be read by you; ask its owner") from None
     except Exception as error:
         text = one_line(error)
         if isinstance(error, BlockingIOError) or "unable to lock" in text or "already open" in text:
             raise UserError(
                 f"{path}: another program has it open for writing ({text}); wait until it "
                 "has closed it, and leave the file alone meanwhile"
-            )
-        raise UserError(f"{path}: truncated or not an HDF5 file ({text}); {remedy}")
+            ) from error
+        raise UserError(f"{path}: truncated or not an HDF5 file ({text}); {remedy}") from error
+
+
+def create(path):
+    """A new HDF5 file for writing.
+
+    Of the layout of HDF5 1.10 on, in which headers, indices and links carry checksums too: in the
+    one that h5py takes by itself a flipped bit in the index of an array makes it read as zeros.
+    """
+    return h5py.File(path, "w", libver=("v110", "v110"))
+
+
+def write_array(parent, key, value):
+    """Write an array with a checksum: a flipped bit of a position is an error, no other one."""
+    checked = {"fletcher32": True} if np.ndim(value) and np.size(value) else {}
+    parent.create_dataset(key, data=value, **checked)
+
+
+def set_attributes(node, values):
+    """Write {name: value} as attributes of a node.
+
+    Text is stored with its length, inside the header: text of any length, which is what h5py makes
+    of a str, lies in a heap that has no checksum.
+    """
+    for name, value in values.items():
+        if isinstance(value, str) and value:
+            value = np.array(value.encode(), h5py.string_dtype("utf-8", len(value.encode())))
+        node.attrs[name] = value
 
 
 def group(path, parent, key, remedy):
@@ -98,12 +126,17 @@ def _check_storage(found, where, remedy):
             f"of which {in_file} are in the file; {remedy}"
         )
     if found.chunks:
-        expected = math.prod(-(-n // c) for n, c in zip(found.shape, found.chunks))
-        written = found.id.get_num_chunks()
-        if written < expected:
+        sizes = found.shape, found.chunks
+        expected = math.prod(-(-n // c) for n, c in zip(*sizes))
+        places = set()
+        found.id.chunk_iter(lambda chunk: places.add(chunk.chunk_offset))
+        # of a damaged index: where no part can begin
+        astray = [p for p in places if any(i % c or i >= n for i, n, c in zip(p, *sizes))]
+        missing = expected - len(places) + len(astray)
+        if missing:
             raise UserError(
-                f"{where}: {expected - written} of its {expected} parts were never written, "
-                f"they would read as zeros; {remedy}"
+                f"{where}: {missing} of its {expected} parts were never written or are lost, they "
+                f"would read as zeros; {remedy}"
             )
 
 

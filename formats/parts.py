@@ -5,7 +5,8 @@ import shutil
 
 import h5py
 
-from formats import demos, hdf5, smith300
+from formats import hdf5, libero_hdf5, smith300
+from formats.demos import RECOLLECT
 from runtime import UserError, atomic_path
 
 # what a smith300 folder holds beside its episodes
@@ -14,15 +15,14 @@ WRITTEN = ("dataset.json", "rotation_pca_basis.npz", "rotation_pca_basis.png")
 
 def merge(parts, out, attrs, counts):
     """Join the finished parts into one file, atomically, then drop them."""
-    with atomic_path(out) as scratch, h5py.File(scratch, "w") as file:
+    with atomic_path(out) as scratch, hdf5.create(scratch) as file:
         data = file.create_group("data")
         total = 0
         for i, part in enumerate(parts):
             with h5py.File(part, "r") as source:
                 source.copy("demo", data, f"demo_{i}")
             total += data[f"demo_{i}"].attrs["num_samples"]
-        for key, value in {**attrs, "num_demos": len(parts), "total": total, **counts}.items():
-            data.attrs[key] = value
+        hdf5.set_attributes(data, {**attrs, "num_demos": len(parts), "total": total, **counts})
 
 
 def part_path(folder, index, form="libero"):
@@ -62,9 +62,11 @@ def check_replaceable(out, overwrite, form):
             )
         return
     try:
-        demos.open_demos(out).close()
+        libero_hdf5.open_demos(out).close()
     except UserError:
-        raise UserError(f"--overwrite --out {out}: is no file of demonstrations; {by_hand}")
+        raise UserError(
+            f"--overwrite --out {out}: is no file of demonstrations; {by_hand}"
+        ) from None
 
 
 def gather(folder, parts, out, attrs):
@@ -83,9 +85,9 @@ def readable(part):
     if not part.suffix:
         return part.is_dir()  # renamed into place once it was
     try:
-        with hdf5.open_file(part, demos.RECOLLECT) as file:
-            demo = hdf5.group(part, file, "demo", demos.RECOLLECT)
-            hdf5.dataset(part, demo, demos.IMAGE, demos.RECOLLECT)
+        with hdf5.open_file(part, RECOLLECT) as file:
+            demo = hdf5.group(part, file, "demo", RECOLLECT)
+            hdf5.dataset(part, demo, libero_hdf5.IMAGE, RECOLLECT)
             return True
     except UserError:
         return False

@@ -39,8 +39,9 @@ import numpy as np
 from PIL import Image
 
 import camera
-from formats.demos import MIRRORED, Demo, check_dataset, check_values, open_demos, read_demos
-from formats.demos import read_images as read_demo_images
+from formats.checks import check_values
+from formats.demos import Demo
+from formats.interface import Demonstrations
 from rot_utils import euler_to_matrix, matrix_to_rotvec
 from runtime import UserError, one_line, read_json, write_json, writing
 
@@ -56,8 +57,24 @@ OPEN_GRIPPER = 0.08  # metres between open fingers, where the width was not reco
 AGAIN = "record this episode again, or move its folder out of the dataset"
 
 
-# -- reading
-# -----------------------------------------------------------------------------------------------------------
+class EpisodeFolder(Demonstrations):
+    """The episodes of a folder, as demonstrations."""
+
+    format = "smith300"
+
+    @staticmethod
+    def accepts(path):
+        return not path.is_file()
+
+    def read(self, image_size, limit):
+        folders = episode_folders(self.path)[:limit]
+        stamp = self.path / "dataset.json"
+        said = read_stamp(stamp) if stamp.exists() else {}
+        found = [read_episode(folder, image_size) for folder in folders]
+        return found, {"num_demos": len(folders), **said}
+
+    def images(self, demo, frames):
+        return read_frames(self.path / demo.name, frames, demo.image_size)
 
 
 def episode_folders(path):
@@ -67,13 +84,13 @@ def episode_folders(path):
     path = Path(path)
     if not path.is_dir():
         raise UserError(
-            f"{path}: no such folder; a smith300 dataset is a folder of episode folders, see formats/smith300.py"
+            f"{path}: no such folder; a smith300 dataset is a folder of episode folders, see "
+            "formats/smith300.py"
         )
     stamp = path / "dataset.json"
-    if stamp.exists() and read_stamp(stamp).get("format") != FORMAT:
-        raise UserError(
-            f"{stamp}: format is {read_stamp(stamp).get('format')!r}, '{FORMAT}' is expected; convert the dataset"
-        )
+    said = read_stamp(stamp).get("format") if stamp.exists() else FORMAT
+    if said != FORMAT:
+        raise UserError(f"{stamp}: format is {said!r}, '{FORMAT}' is expected; convert the dataset")
     found = in_order(p for p in path.iterdir() if p.is_dir() and p.name.startswith("episode"))
     if not found:
         raise UserError(
@@ -85,13 +102,12 @@ def episode_folders(path):
 
 def in_order(paths):
     """Paths by name, numbers in names by value: 2.png comes before 10.png."""
-    return sorted(
-        paths,
-        key=lambda p: [
-            (int(part), "") if part.isdecimal() else (-1, part)
-            for part in re.split("([0-9]+)", p.name)
-        ],
-    )
+
+    def by_value(path):
+        parts = re.split("([0-9]+)", path.name)
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+    return sorted(paths, key=by_value)
 
 
 def read_stamp(path):
@@ -119,7 +135,7 @@ def load_arrays(path):
     ) as error:  # zipfile, zlib, NumPy and the system each have their own for a damaged file
         raise UserError(
             f"{path}: truncated or not an npz file ({type(error).__name__}: {error}); {AGAIN}"
-        )
+        ) from error
     for key, shape in {**ROWS, **OPTIONAL_ROWS, **CAMERA}.items():
         if key not in arrays:
             if key in OPTIONAL_ROWS:
@@ -141,7 +157,7 @@ def load_arrays(path):
         if not np.isfinite(value).all():
             first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
             raise UserError(f"{path}: {key} has NaN or Inf, first at index {first}; {AGAIN}")
-        if key in REAL and value.dtype.kind != "f" or value.dtype == np.float16:
+        if (key in REAL and value.dtype.kind != "f") or value.dtype == np.float16:
             raise UserError(
                 f"{path}: {key} has dtype {value.dtype}, which rounds metres and radians; {AGAIN}"
             )
@@ -207,7 +223,7 @@ def video_reader(path):
     try:
         return imageio.get_reader(path, format="FFMPEG")
     except Exception as error:  # imageio wraps ffmpeg's failures in several types
-        raise UserError(f"{path}: truncated or no video ({one_line(error)}); {AGAIN}")
+        raise UserError(f"{path}: truncated or no video ({one_line(error)}); {AGAIN}") from error
 
 
 def frame_sizes(source):
@@ -217,7 +233,9 @@ def frame_sizes(source):
         try:
             return reader.count_frames(), {tuple(reader.get_meta_data()["size"])}
         except Exception as error:
-            raise UserError(f"{source}: truncated or no video ({one_line(error)}); {AGAIN}")
+            raise UserError(
+                f"{source}: truncated or no video ({one_line(error)}); {AGAIN}"
+            ) from error
         finally:
             reader.close()
     sizes = set()
@@ -251,7 +269,7 @@ def open_image(file, where, remedy):
     except UserError:
         raise
     except Exception as error:  # OSError, SyntaxError, ValueError, DecompressionBombError: PIL has one for each format
-        raise UserError(f"{where}: truncated or no image ({one_line(error)}); {remedy}")
+        raise UserError(f"{where}: truncated or no image ({one_line(error)}); {remedy}") from error
 
 
 def square_intrinsics(K, width, height, size):
@@ -339,40 +357,6 @@ def check_camera(K, E, where, size):
         )
 
 
-def read_episodes(path, image_size=None, limit=None):
-    """Validate a smith300 dataset -> (list of Demo, dict of its dataset.json). Raises UserError as
-    `read_episode`.
-    """
-    folders = episode_folders(path)[:limit]
-    stamp = Path(path) / "dataset.json"
-    attributes = {"num_demos": len(folders), **(read_stamp(stamp) if stamp.exists() else {})}
-    found = [read_episode(folder, image_size) for folder in folders]
-    check_dataset(found, path)
-    return found, attributes
-
-
-def read_dataset(path, image_size=None, limit=None):
-    """Validate a dataset of either format, by what the path is -> (list of Demo, dict of
-    attributes).
-    """
-    path = Path(path)
-    is_file = path.is_file() or path.suffix and not path.is_dir()
-    return (read_demos if is_file else read_episodes)(path, image_size, limit)
-
-
-def read_images(path, name, indices, size):
-    """Images (N,size,size,3) uint8, upright, of a demonstration's frames in a dataset of either
-    format, of a mirrored one turned left to right. Raises UserError."""
-    if name.endswith(MIRRORED):
-        return np.ascontiguousarray(
-            read_images(path, name.removesuffix(MIRRORED), indices, size)[:, :, ::-1]
-        )
-    if Path(path).is_dir():
-        return read_frames(Path(path) / name, indices, size)
-    with open_demos(path) as file:
-        return read_demo_images(path, file, name, indices)
-
-
 def iterate_frames(source, size):
     """Central squares (size,size,3) uint8 of all frames of `frame_files`, in order. Raises
     UserError where one cannot be decoded.
@@ -386,7 +370,9 @@ def iterate_frames(source, size):
         for i, frame in enumerate(reader):
             yield square_image(frame, size)
     except Exception as error:
-        raise UserError(f"{source}: cannot be decoded at frame {i} ({one_line(error)}); {AGAIN}")
+        raise UserError(
+            f"{source}: cannot be decoded at frame {i} ({one_line(error)}); {AGAIN}"
+        ) from error
     finally:
         reader.close()
 
@@ -411,10 +397,6 @@ def read_frames(folder, indices, size):
         if len(images) == len(wanted):
             return np.stack([images[i] for i in indices])
     raise UserError(f"{source}: ends before frame {max(wanted)}; {AGAIN}")
-
-
-# -- writing
-# -----------------------------------------------------------------------------------------------------------
 
 
 def write_episode(folder, arrays, images, video=False, fps=20):

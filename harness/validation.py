@@ -8,7 +8,6 @@ import torch
 from camera import project, unproject
 from data import gripper_segments, waypoint_labels
 from data_ar import following_frames
-from formats import smith300
 from harness.metrics import coverage, distance_to_polyline, jerk
 
 SHIFT_PX = 20.0  # the EEF input's displacement in `looks`
@@ -237,7 +236,7 @@ def decision_frames(demo, config):
 
 
 @torch.no_grad()
-def free_run(policy, path, demo, config, fed="predicted"):
+def free_run(policy, demo, config, fed="predicted"):
     """Open-loop rollout on a demonstration from its first frame on: at each of its decisions the
     policy sees the recorded image and, as the last known EEF position, its own previous waypoint
     (fed="predicted") or the recorded one ("measured"). fed="chunk": a policy of several waypoints
@@ -252,7 +251,7 @@ def free_run(policy, path, demo, config, fed="predicted"):
     """
     frames, targets = decision_frames(demo, config)
     device = next(policy.parameters()).device
-    images = smith300.read_images(path, demo.name, frames, config.image_size)
+    images = demo.images(frames)
     policy.eval().reset()
     tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
     _, changes = gripper_segments(demo.actions)

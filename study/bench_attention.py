@@ -5,6 +5,7 @@ voxel tokens that are never built.
 import tempfile
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -175,13 +176,12 @@ def random_windows(config, folder, n_demos=2, steps=60):
     from data_ar import WindowDataset
     from formats.demos import Demo
 
-    class Windows(WindowDataset):
-        # of which only the bytes count: they are the key of the cache
-        def _images(self, name, frames):
-            return np.stack(
-                [np.full((1, 1, 3), 100 * int(name) + f, np.uint16).view(np.uint8) for f in frames]
-            )
+    def images(demo, frames):
+        """Of which only the bytes count: they are the key of the cache."""
+        number = lambda f: np.full((1, 1, 3), 100 * int(demo.name) + f, np.uint16)
+        return np.stack([number(f).view(np.uint8) for f in frames])
 
+    source = SimpleNamespace(path="random", fingerprint="random", images=images)
     E = np.diag([1.0, -1.0, -1.0, 1.0])
     E[:3, 3] = 0, 0, 2.0
     demos = []
@@ -206,9 +206,10 @@ def random_windows(config, folder, n_demos=2, steps=60):
                 E,
                 config.image_size,
                 {},
+                source,
             )
         )
-    return Windows("random", demos, config, RandomBackbone(), cache=folder, progress=False)
+    return WindowDataset(demos, config, RandomBackbone(), cache=folder, progress=False)
 
 
 def training_steps(policy, dataset, batch, precision, n):

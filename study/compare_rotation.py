@@ -23,8 +23,8 @@ import flags
 from data import waypoint_labels
 from figures import plots_rotation
 from figures.pages import markdown_table
-from formats import demos as demo_files
-from formats import smith300
+from formats.dataset import open_dataset
+from formats.demos import split_demos
 from harness.checkpoint import load_policy
 from harness.records import read_metrics
 from harness.validation import decision_frames, to_pixels
@@ -234,10 +234,10 @@ def training_record(folder):
 
 
 def held_out(info, policy):
-    """(dataset's path, validation demonstrations) that a run has held out."""
-    args, path = info["args"], Path(info["args"]["dataset"])
-    demos, _ = smith300.read_dataset(path, policy.config.image_size, args.get("n_demos"))
-    return path, demo_files.split_demos(demos, args["val_fraction"])[1]
+    """The demonstrations that a run has held out for validation."""
+    args = info["args"]
+    demos = open_dataset(args["dataset"], policy.config.image_size, args.get("n_demos")).demos
+    return split_demos(demos, args["val_fraction"])[1]
 
 
 def measure(policy, demos, features):
@@ -328,7 +328,7 @@ def closing_directions(position, rotation, demo):
     return to_pixels(ends, demo.K, demo.E)
 
 
-def draw(predictions, policies, demos, path, basis, out):
+def draw(predictions, policies, demos, basis, out):
     """The pictures of the first seeds. predictions, policies: {name: of one run}."""
     episodes = []
     for i, demo in enumerate(demos):
@@ -376,7 +376,7 @@ def draw(predictions, policies, demos, path, basis, out):
             segments[name] = closing_directions(
                 p[i]["position"][shown], p[i]["rotation"][shown], demo
             )
-        images = smith300.read_images(path, demo.name, shown, config.image_size)
+        images = demo.images(shown)
         plots_rotation.rotation_overlay(images, segments, shown, out / "overlay.png")
     for key, label, name in (
         ("gripper", "close", "gripper"),
@@ -395,24 +395,21 @@ def compare(args, runs):
             raise UserError(f"--run {text}: NAME=FOLDER of a train.py run is expected")
         folders[name].append(Path(folder))
     records = {name: [training_record(f) for f in some] for name, some in folders.items()}
-    summary, first, policies, path, backbone = {}, {}, {}, None, None
+    summary, first, policies, backbone = {}, {}, {}, None
     for name, some in folders.items():
         rows = []
         for folder in some:
             policy, info, _ = load_policy(
                 folder / "checkpoint.safetensors", weights=args.backbone_weights, backbone=backbone
             )
-            if path is None:
-                backbone, (path, val) = policy.backbone, held_out(info, policy)
+            if backbone is None:
+                backbone, val = policy.backbone, held_out(info, policy)
                 demos, basis, dataset = (
                     val[: args.n_episodes],
-                    load_basis(basis_path(path)),
+                    load_basis(basis_path(val[0].source.path)),
                     info["args"]["dataset"],
                 )
-                images = (
-                    smith300.read_images(path, d.name, range(len(d)), policy.config.image_size)
-                    for d in demos
-                )
+                images = (d.images(range(len(d))) for d in demos)
                 features = [
                     [torch.cat(m) for m in zip(*(backbone(torch.from_numpy(i[None])) for i in e))]
                     for e in images
@@ -455,7 +452,7 @@ def compare(args, runs):
     plots_rotation.rotation_curves(
         curves, {n: len(bin_widths(p)) for n, p in policies.items()}, args.out / "rotation_ce.png"
     )
-    draw(first, policies, demos, path, basis, args.out)
+    draw(first, policies, demos, basis, args.out)
     provenance = {
         "command": command_line(),
         "commit": git_commit(),

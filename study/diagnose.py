@@ -19,7 +19,7 @@ import flags
 from camera import unproject
 from figures import plots
 from figures.pages import markdown_table
-from formats import smith300
+from formats.dataset import open_dataset
 from harness.checkpoint import load_policy, run_name
 from harness.validation import free_run, to_pixels
 from runtime import UserError, command_line, git_commit, run_script, write_json
@@ -27,11 +27,11 @@ from runtime import UserError, command_line, git_commit, run_script, write_json
 PHASES = ("reach", "carry")
 
 
-def one_step(policy, path, demo):
+def one_step(policy, demo):
     """Errors of a policy at a demonstration's decisions -> {"phase" (N,) index into PHASES, "at"
     (N,2) px where the waypoint is, "offset" (N,2) px predicted minus true, "height" (N,) m
     likewise, "table" (N,) m, "gripper" (N,) bool right}."""
-    run = free_run(policy, path, demo, policy.config, fed="measured")
+    run = free_run(policy, demo, policy.config, fed="measured")
     at, predicted = (to_pixels(p, demo.K, demo.E) for p in (run["true"], run["predicted"]))
     level = unproject(*predicted.T, run["true"][:, 2], demo.K, demo.E)
     closed = demo.actions[:, 6] > 0
@@ -127,19 +127,12 @@ def main(argv=None):
     found, rows, image = {}, {}, None
     for name, ckpt in zip(names_of(args.ckpt), args.ckpt):
         policy, _, _ = load_policy(ckpt, "cpu", args.backbone_weights)
-        demos, attributes = smith300.read_dataset(
-            args.dataset, policy.config.image_size, args.n_demos
-        )
-        each = [
-            one_step(policy, args.dataset, demo) for demo in tqdm(demos, desc=name, unit="demo")
-        ]
+        recordings = open_dataset(args.dataset, policy.config.image_size, args.n_demos)
+        demos, attributes = recordings.demos, recordings.attributes
+        each = [one_step(policy, demo) for demo in tqdm(demos, desc=name, unit="demo")]
         found[name] = {k: np.concatenate([e[k] for e in each]) for k in each[0]}
         rows[name] = {phase: phase_row(found[name], i) for i, phase in enumerate(PHASES)}
-        image = (
-            smith300.read_images(args.dataset, demos[0].name, [0], policy.config.image_size)[0]
-            if image is None
-            else image
-        )
+        image = demos[0].images([0])[0] if image is None else image
     plots.error_maps(image, found, PHASES, args.out / "errors.png")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "errors.md").write_text(table(rows) + "\n")

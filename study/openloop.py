@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 import flags
 from figures import plots
-from formats import demos as demo_files
-from formats import smith300
+from formats.dataset import open_dataset
+from formats.demos import split_demos
 from harness.checkpoint import load_policy
 from harness.validation import EPS, free_run, rollout_line, rollout_summary, to_pixels
 from runtime import UserError, command_line, git_commit, run_script, write_json
 
 
-def roll(path, demos, policy, fed, label):
+def roll(demos, policy, fed, label):
     return [
-        free_run(policy, path, demo, policy.config, fed)
+        free_run(policy, demo, policy.config, fed)
         for demo in tqdm(demos, desc=f"{label}, {fed}", unit="demo")
     ]
 
@@ -67,14 +67,11 @@ def main(argv=None):
     for ckpt in args.ckpt:
         policy, info, _ = load_policy(ckpt, "cpu", args.backbone_weights)
         if held_out is None:
-            everything, attributes = smith300.read_dataset(
-                args.dataset, policy.config.image_size, args.n_demos
-            )
-            held_out = (
-                everything
-                if args.whole
-                else demo_files.split_demos(everything, args.val_fraction)[1]
-            )[: args.max_val]
+            recordings = open_dataset(args.dataset, policy.config.image_size, args.n_demos)
+            attributes, held_out = recordings.attributes, recordings.demos
+            if not args.whole:
+                held_out = split_demos(held_out, args.val_fraction)[1]
+            held_out = held_out[: args.max_val]
         elif policy.config.image_size != held_out[0].image_size:
             raise UserError(
                 f"{ckpt}: takes images of {policy.config.image_size} px, {args.dataset} has {held_out[0].image_size}"
@@ -84,7 +81,7 @@ def main(argv=None):
             "predicted",
             *(["chunk"] if getattr(policy.config, "n_window", 1) > 1 else []),
         ):
-            rollouts = roll(args.dataset, held_out, policy, fed, ckpt.stem)
+            rollouts = roll(held_out, policy, fed, ckpt.stem)
             rows.append(
                 {
                     "checkpoint": str(ckpt),
@@ -99,7 +96,7 @@ def main(argv=None):
                 )
                 paths[f"{len(paths)}: {name}"] = rollouts  # the same model type may come twice
     for i, demo in enumerate(held_out[:3]):
-        image = smith300.read_images(args.dataset, demo.name, [0], demo.image_size)[0]
+        image = demo.images([0])[0]
         true = to_pixels(next(iter(paths.values()))[i]["path"], demo.K, demo.E)
         lines = {name: rollout_line(r[i]["predicted"], demo) for name, r in paths.items()}
         plots.paths_overlay(image, true, lines, args.out / f"rollout_{demo.name}.png")

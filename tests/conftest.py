@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # modules and packages lie in the repository's root
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
 
-import h5py
 import helpers
 import numpy as np
 import pytest
 from filelock import FileLock
 
 from camera import intrinsics, look_at, project
-from formats import demos, smith300
+from formats import hdf5, libero_hdf5, smith300
+from formats.dataset import open_dataset
 from rot_utils import (
     basis_path,
     euler_to_matrix,
@@ -104,11 +104,11 @@ def write_synthetic_demos(
     """Write a valid demonstration file like collect_demos.py's, without a simulator; return its
     path."""
     K, E = agentview(size)
-    with h5py.File(path, "w") as file:
+    with hdf5.create(path) as file:
         data = file.create_group("data")
         data.attrs.update(
             {
-                "format": demos.FORMAT,
+                "format": libero_hdf5.FORMAT,
                 "task_suite": "libero_spatial",
                 "task_id": 0,
                 "seed": seed,
@@ -143,12 +143,14 @@ def write_synthetic_demos(
                 "obs/ee_states": np.hstack([position, orientation_vectors]),
                 "obs/gripper_states": 0.02 * np.stack([1 - gripper, gripper - 1], -1),
                 "obs/joint_states": rng.normal(size=(steps, 7)),
-                demos.CAMERA_K: K,
-                demos.CAMERA_E: E,
+                libero_hdf5.CAMERA_K: K,
+                libero_hdf5.CAMERA_E: E,
                 "attrs": {"num_samples": steps, "source": "synthetic", "seed": seed},
             }
             images = images[:, ::-1] if orientation == "flipped" else images
-            demos.write_demo(data.create_group(f"demo_{i}"), arrays, np.ascontiguousarray(images))
+            libero_hdf5.write_demo(
+                data.create_group(f"demo_{i}"), arrays, np.ascontiguousarray(images)
+            )
     return Path(path)
 
 
@@ -197,7 +199,7 @@ def write_synthetic_episodes(
 def with_basis(path, space="so3"):
     """Write the rotation basis of a dataset of either format beside it; return the dataset's
     path."""
-    demos_, _ = smith300.read_dataset(path)
+    demos_ = open_dataset(path).demos
     rotations = rotvec_to_matrix(np.concatenate([d.ee_ori for d in demos_]))
     provenance = {
         "dataset": Path(path).name,

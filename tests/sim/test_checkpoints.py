@@ -7,7 +7,7 @@ from conftest import ROOT, made_once, with_basis
 from helpers import run
 
 from eval import episode_state
-from formats.demos import read_demos
+from formats.dataset import open_dataset
 from harness.checkpoint import load_policy
 from harness.metrics import EARLY
 from harness.validation import looks
@@ -41,9 +41,9 @@ def test_a_committed_checkpoint_looks(path, full_size, tmp_path):
     error."""
     torch.set_num_threads(1)
     policy, info, _ = load_policy(path, "cpu", None)
-    demos, _ = read_demos(full_size, policy.config.image_size)
+    demos = open_dataset(full_size, policy.config.image_size).demos
     dataset = look_up(info["model_type"]).dataset(
-        full_size, demos, policy.config, policy.backbone, 2, tmp_path, False
+        demos, policy.config, policy.backbone, 2, tmp_path, False
     )
     found = looks(policy, dataset, "cpu")
     assert found["shift_px"] <= SHIFT_PX and found["blank_ratio"] >= BLANK_RATIO, found

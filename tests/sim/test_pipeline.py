@@ -15,7 +15,9 @@ from helpers import SIZE, interrupt, run, train_flags
 from safetensors.torch import load_file
 
 from collect_demos import Recorder
-from formats import demos as demo_files
+from formats import libero_hdf5
+from formats.dataset import open_dataset
+from formats.demos import simulated_with
 from formats.parts import merge
 from sim import settings
 from sim.libero_env import Scene, env_metadata
@@ -27,7 +29,8 @@ def test_collect_resumes_after_kill(collected):
     """A SIGKILL loses no finished demonstration, and the file comes out whole and valid."""
     path, kept, done = collected
     assert kept and "3 demonstrations" in done.stdout
-    found, attributes = demo_files.read_demos(path, int(SIZE))
+    recordings = open_dataset(path, int(SIZE))
+    found, attributes = recordings.demos, recordings.attributes
     assert len(found) == 3 and not path.with_name(path.name + ".parts").exists()
     assert attributes["image_orientation"] == "upright"
     assert {"mujoco", "renderer"} <= json.loads(attributes["versions"]).keys()
@@ -36,7 +39,7 @@ def test_collect_resumes_after_kill(collected):
 def test_demonstrations_are_successful_pick_and_places(collected):
     """The expert's demos close once and open once, lift the gripper from the grasp, and differ from
     each other."""
-    found, _ = demo_files.read_demos(collected[0])
+    found = open_dataset(collected[0]).demos
     starts = []
     for demo in found:
         closed = demo.actions[:, 6] > 0
@@ -54,9 +57,7 @@ def test_demonstrations_can_start_beside_the_start(tmp_path):
         "--workers 1 --push_rate 0 --out wide.hdf5",
         cwd=tmp_path,
     )
-    starts = np.stack(
-        [d.ee_pos[0] for d in demo_files.read_demos(tmp_path / "wide.hdf5", int(SIZE))[0]]
-    )
+    starts = np.stack([d.ee_pos[0] for d in open_dataset(tmp_path / "wide.hdf5", int(SIZE)).demos])
     moved = starts - [-0.2085, 0.0, 1.1733]  # libero_spatial's own
     assert (np.abs(moved[:, 1]) < 0.35).all()
     assert np.abs(moved[:, 1]).max() > 0.05
@@ -73,7 +74,7 @@ def test_demonstrations_can_be_seen_from_cameras_turned_about_the_robot(tmp_path
         cwd=tmp_path,
     )
     path, base, (_, E) = tmp_path / "turned.hdf5", np.array([-0.66, 0.0]), settings.default_camera()
-    cameras = np.stack([d.E for d in demo_files.read_demos(path, int(SIZE))[0]])
+    cameras = np.stack([d.E for d in open_dataset(path, int(SIZE)).demos])
     away = cameras[:, :2, 3] - base
     turns = np.degrees(np.arctan2(away[:, 1], away[:, 0]))
     assert (np.abs(turns) < 40).all() and np.ptp(turns) > 3
@@ -88,10 +89,9 @@ def test_images_show_the_eef_where_the_camera_says(collected):
     """Images are upright and not mirrored: they change most where the projected gripper moves."""
     from camera import project
 
-    found, _ = demo_files.read_demos(collected[0], int(SIZE))
-    with demo_files.open_demos(collected[0]) as file:
-        demo = found[0]
-        images = demo_files.read_images(collected[0], file, demo.name, [0, 30]).astype(float)
+    found = open_dataset(collected[0], int(SIZE)).demos
+    demo = found[0]
+    images = demo.images([0, 30]).astype(float)
     change = np.abs(images[1] - images[0]).mean(-1)
     u, v, _ = project(demo.ee_pos[[0, 30]], demo.K, demo.E)
 
@@ -123,7 +123,7 @@ def full_scene(tmp_path):
     merge(
         [tmp_path / "part.hdf5"],
         tmp_path / "full.hdf5",
-        demo_files.file_attributes(scene.task, env_metadata(scene.task), 0, "", {}),
+        libero_hdf5.file_attributes(scene.task, env_metadata(scene.task), 0, "", {}),
         {},
     )
     scene.close()
@@ -136,7 +136,7 @@ def test_replay_restores_official_files(full_scene, tmp_path):
     official = tmp_path / "official_demo.hdf5"
     with h5py.File(full_scene) as source, h5py.File(official, "w") as target:
         data = target.create_group("data")
-        data.attrs["bddl_file_name"] = "/somebody/else/" + source["data"].attrs["bddl_file_name"]
+        data.attrs["bddl_file_name"] = b"/somebody/else/" + source["data"].attrs["bddl_file_name"]
         group = data.create_group("demo_0")
         group.attrs["fixtures"] = source["data/demo_0"].attrs["fixtures"]
         for key in ("actions", "states"):
@@ -145,20 +145,16 @@ def test_replay_restores_official_files(full_scene, tmp_path):
         f"collect_demos.py --replay {official} --image_size {SIZE} --workers 1 --out replayed.hdf5",
         cwd=tmp_path,
     )
-    new, attributes = demo_files.read_demos(tmp_path / "replayed.hdf5", int(SIZE))
+    recordings = open_dataset(tmp_path / "replayed.hdf5", int(SIZE))
+    new, attributes = recordings.demos, recordings.attributes
     assert "MuJoCo of an unknown version" in done.stdout
-    assert demo_files.simulated_with(attributes) == {}
-    old, _ = demo_files.read_demos(full_scene)
+    assert simulated_with(attributes) == {}
+    old = open_dataset(full_scene).demos
     # while it moves, MuJoCo's body poses are one physics step (2 ms) older than its state, in
     # LIBERO's own files as well
     np.testing.assert_allclose(new[0].ee_pos, old[0].ee_pos, atol=1e-3)
     np.testing.assert_allclose(new[0].E, old[0].E, atol=1e-9)
-    with (
-        demo_files.open_demos(tmp_path / "replayed.hdf5") as a,
-        demo_files.open_demos(full_scene) as b,
-    ):
-        ours = demo_files.read_images("", a, "demo_0", [0, 11]).astype(int)
-        theirs = demo_files.read_images("", b, "demo_0", [0, 11]).astype(int)
+    ours, theirs = (d[0].images([0, 11]).astype(int) for d in (new, old))
     assert np.abs(ours - theirs).mean() < 1.0
 
 

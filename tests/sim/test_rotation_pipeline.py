@@ -10,7 +10,7 @@ import pytest
 from helpers import SIZE, interrupt, run
 from safetensors.torch import load_file
 
-from formats.smith300 import read_episodes
+from formats.dataset import open_dataset
 from rot_utils import BASIS_FILE, load_basis, load_stats
 
 COLLECT = shlex.split(
@@ -74,7 +74,8 @@ def test_collected_episodes_are_valid_and_turn(rim):
     """The simulator's episodes are read like a robot's, survive a kill, and their grasps have yaws
     of their own."""
     path, kept = rim
-    demos, attributes = read_episodes(path, int(SIZE))
+    recordings = open_dataset(path, int(SIZE))
+    demos, attributes = recordings.demos, recordings.attributes
     assert len(demos) == 3
     assert attributes["grasp"] == "rim"
     assert attributes["task_suite"] == "libero_spatial"

@@ -13,7 +13,7 @@ from helpers import SIZE, run, train_flags
 import collect_demos
 import eval as evaluation
 from camera import project
-from formats import demos
+from formats.dataset import open_dataset
 from runtime import UserError
 from sim import settings
 from sim.expert import PLATE_RISE
@@ -333,7 +333,8 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
         "--workers 1 --out views.hdf5",
         cwd=tmp_path,
     )
-    found, attributes = demos.read_demos(tmp_path / "views.hdf5")
+    recordings = open_dataset(tmp_path / "views.hdf5")
+    found, attributes = recordings.demos, recordings.attributes
     assert attributes["setting"] == "viewpoint"
     assert attributes["clean_scene"]
     assert attributes["split"] == "outer"
@@ -371,7 +372,8 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
         del file["data/demo_0"]
         file["data"].attrs["part"] = "val"
     run("collect_demos.py --replay views.hdf5 --image_size 64 --out small.hdf5", cwd=tmp_path)
-    again, kept = demos.read_demos(tmp_path / "small.hdf5", 64)
+    recordings = open_dataset(tmp_path / "small.hdf5", 64)
+    again, kept = recordings.demos, recordings.attributes
     # else what judges would be trained on
     assert kept["part"] == "val" and kept["setting"] == "viewpoint"
     np.testing.assert_allclose(again[0].E, found[1].E, atol=1e-6)

@@ -12,7 +12,7 @@ from conftest import SIZE
 from data import held_frames, waypoint_labels
 from data_ar import NEAR, WindowDataset, following_frames, window_frames
 from eval import draw_seed
-from formats.demos import open_demos, read_demos, read_images
+from formats.dataset import open_dataset
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from nets import layers
 from nets.layers import FrameBlock, Resolutions, dense_mask, flex_frame_attention, frame_attention
@@ -56,9 +56,8 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def windows(synthetic_demos, backbone, tmp_path_factory):
     """The windows of the synthetic demonstrations."""
-    demos, _ = read_demos(synthetic_demos)
+    demos = open_dataset(synthetic_demos).demos
     return WindowDataset(
-        synthetic_demos,
         demos,
         config(),
         backbone,
@@ -271,9 +270,7 @@ def test_padding_is_out_of_sight(windows):
 
 def observations(windows, frames, path):
     demo = windows.demos[0]
-    with open_demos(path) as file:
-        images = read_images(path, file, demo.name, frames)
-    for image, i in zip(images, frames):
+    for image, i in zip(demo.images(frames), frames):
         rotation = rotvec_to_matrix(demo.ee_ori[i])
         yield Observation(
             image,

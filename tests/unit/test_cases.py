@@ -19,7 +19,8 @@ import deploy_dino_kv
 import rot_utils
 import runtime
 from figures import plots
-from formats import demos, smith300
+from formats import libero_hdf5, smith300
+from formats.dataset import open_dataset
 from harness import checkpoint, records
 from runtime import UserError
 from sim import rollout
@@ -87,20 +88,20 @@ H5 = {
     ),
     "images never written": (
         replaced(
-            demos.IMAGE,
+            libero_hdf5.IMAGE,
             lambda g, k, v: g.create_dataset(k, v.shape, "u1", chunks=(1, *v.shape[1:])),
         ),
-        demos.IMAGE,
+        libero_hdf5.IMAGE,
         "are in the file",
     ),
     "some images never written": (
         replaced(
-            demos.IMAGE,
+            libero_hdf5.IMAGE,
             lambda g, k, v: g.create_dataset(
                 k, v.shape, "u1", chunks=(1, *v.shape[1:])
             ).__setitem__(0, v[0]),
         ),
-        demos.IMAGE,
+        libero_hdf5.IMAGE,
         "never written",
     ),
     "positions as whole numbers": (
@@ -150,10 +151,10 @@ def test_a_strange_hdf5_file_is_named_with_its_key(case, tmp_path):
     unwritten images were black."""
     change, *words = H5[case]
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "bad.hdf5")
-    smith300.read_dataset(path)
+    open_dataset(path)
     with h5py.File(path, "r+") as file:
         change(file)
-    refused(lambda: smith300.read_dataset(path), "bad.hdf5", *words)
+    refused(lambda: open_dataset(path), "bad.hdf5", *words)
 
 
 @pytest.mark.parametrize(
@@ -165,20 +166,21 @@ def test_an_orientation_is_read_however_its_text_was_stored(stored, tmp_path):
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
     with h5py.File(path, "r+") as file:
         file["data"].attrs["image_orientation"] = stored
-        raw = file["data/demo_0"][demos.IMAGE][0]
-    np.testing.assert_array_equal(smith300.read_images(path, "demo_0", [0], 4)[0], raw[::-1])
+        raw = file["data/demo_0"][libero_hdf5.IMAGE][0]
+    image = open_dataset(path)["demo_0"].images([0])[0]
+    np.testing.assert_array_equal(image, raw[::-1])
 
 
 def test_a_task_of_a_replayed_file_is_text(tmp_path):
     """bddl_file_name as bytes was a TypeError of pathlib."""
-    with demos.open_demos(CASES / "h5_bddl_bytes.hdf5") as file:
-        assert isinstance(demos.file_attributes_of("x", file)["bddl_file_name"], str)
+    with libero_hdf5.open_demos(CASES / "h5_bddl_bytes.hdf5") as file:
+        assert isinstance(libero_hdf5.file_attributes_of("x", file)["bddl_file_name"], str)
 
 
 def test_an_hdf5_file_needs_no_suffix(tmp_path):
     """Without one it was called 'no such folder'."""
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "data")
-    assert len(smith300.read_dataset(path)[0]) == 1
+    assert len(open_dataset(path)) == 1
 
 
 def test_a_file_that_is_being_written_is_left_alone(tmp_path):
@@ -196,7 +198,7 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path):
     )
     try:
         writer.stdout.readline()
-        message = refused(lambda: smith300.read_dataset(path), "d.hdf5", "open for writing", "wait")
+        message = refused(lambda: open_dataset(path), "d.hdf5", "open for writing", "wait")
         assert "collect" not in message and "truncated" not in message
     finally:
         writer.communicate(b"\n")
@@ -217,7 +219,7 @@ def test_broken_fixtures_are_named_with_file_and_key(attribute, text, tmp_path):
     with h5py.File(path, "r+") as file:
         file["data/demo_0"].attrs[attribute] = text
         refused(
-            lambda: demos.stored_fixtures(path, file["data/demo_0"]),
+            lambda: libero_hdf5.stored_fixtures(path, file["data/demo_0"]),
             "d.hdf5",
             "data/demo_0",
             attribute,
@@ -248,7 +250,7 @@ def test_a_camera_that_does_not_see_the_eef_is_refused_with_the_cause(cause, tmp
             arrays["intrinsics"], arrays["extrinsics"]
         )
         np.savez(episode / "episode.npz", **arrays)
-    refused(lambda: smith300.read_dataset(path), "izzy", cause)
+    refused(lambda: open_dataset(path), "izzy", cause)
 
 
 def test_intrinsics_of_another_image_size_are_refused(tmp_path):
@@ -257,16 +259,14 @@ def test_intrinsics_of_another_image_size_are_refused(tmp_path):
     path = write_synthetic_demos(tmp_path / "d.hdf5", 2, 40, 16)
     with h5py.File(path, "r+") as file:
         for name in file["data"]:
-            file["data"][name][demos.CAMERA_K][:2] *= 28
-    refused(lambda: smith300.read_dataset(path), "d.hdf5", demos.CAMERA_K, "image size")
+            file["data"][name][libero_hdf5.CAMERA_K][:2] *= 28
+    refused(lambda: open_dataset(path), "d.hdf5", libero_hdf5.CAMERA_K, "image size")
 
 
 def test_millimetres_are_refused():
     """The projection is the same when everything is a thousand times larger: only the size of the
     numbers tells."""
-    refused(
-        lambda: smith300.read_dataset(CASES / "smith_mm"), "episode_0", "eef_pos_t", "millimetres"
-    )
+    refused(lambda: open_dataset(CASES / "smith_mm"), "episode_0", "eef_pos_t", "millimetres")
 
 
 def test_a_reversed_gripper_is_refused(tmp_path):
@@ -275,7 +275,7 @@ def test_a_reversed_gripper_is_refused(tmp_path):
     with h5py.File(path, "r+") as file:
         for name in file["data"]:
             file["data"][name]["actions"][:, 6] *= -1
-    refused(lambda: smith300.read_dataset(path), "d.hdf5", "reversed")
+    refused(lambda: open_dataset(path), "d.hdf5", "reversed")
 
 
 def test_euler_angles_in_degrees_are_refused(tmp_path):
@@ -287,7 +287,7 @@ def test_euler_angles_in_degrees_are_refused(tmp_path):
         path / "episode_00000" / "episode.npz",
         **{**arrays, "eef_euler_t": np.degrees(arrays["eef_euler_t"])},
     )
-    refused(lambda: smith300.read_dataset(path), "eef_euler_t", "degrees")
+    refused(lambda: open_dataset(path), "eef_euler_t", "degrees")
 
 
 # -- frames
@@ -295,7 +295,7 @@ def test_euler_angles_in_degrees_are_refused(tmp_path):
 
 def test_frames_of_16_bits_are_refused():
     """Every value above 255 turned white."""
-    refused(lambda: smith300.read_dataset(CASES / "smith_16bit"), "frames/0.png", "8-bit")
+    refused(lambda: open_dataset(CASES / "smith_16bit"), "frames/0.png", "8-bit")
 
 
 def test_an_exif_orientation_is_refused(tmp_path):

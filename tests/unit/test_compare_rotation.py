@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from formats import smith300
+from formats.dataset import open_dataset
 from harness.validation import decision_frames
 from model_dino_volume_kv_full import DinoVolumeKVFull, DinoVolumeKVFullConfig, pack_basis
 from rot_utils import basis_path, euler_to_matrix, load_basis, rotvec_to_matrix
@@ -55,7 +55,7 @@ def setting(synthetic_episodes):
             )
         return made
 
-    return SimpleNamespace(demos=smith300.read_dataset(synthetic_episodes)[0], policy=policy)
+    return SimpleNamespace(demos=open_dataset(synthetic_episodes).demos, policy=policy)
 
 
 def test_nats_do_not_depend_on_the_number_of_bins_or_angles(setting):

@@ -11,7 +11,7 @@ import torch
 from conftest import SIZE
 from safetensors.torch import load_file, save_file
 
-from formats.demos import open_demos, read_demos, read_images
+from formats.dataset import open_dataset
 from harness import checkpoint
 from registry import REGISTRY, look_up
 from rot_utils import matrix_to_euler, matrix_to_quat, rotvec_to_matrix, wrap_angle
@@ -52,9 +52,9 @@ class Case:
         self.name, self.path, self.backbone = name, path, backbone
         self.entry = look_up(name)
         self.config = small_config(self.entry)
-        self.demos, _ = read_demos(path)
+        self.demos = open_dataset(path).demos
         self.dataset = self.entry.dataset(
-            path, self.demos, self.config, backbone, cache=cache, progress=False
+            self.demos, self.config, backbone, cache=cache, progress=False
         )
         self.statistics = self.dataset.statistics()
 
@@ -69,9 +69,7 @@ class Case:
 
     def observations(self, frames=(0, 5, 10)):
         demo = self.demos[0]
-        with open_demos(self.path) as file:
-            images = read_images(self.path, file, demo.name, frames)
-        for image, i in zip(images, frames):
+        for image, i in zip(demo.images(frames), frames):
             rotation = rotvec_to_matrix(demo.ee_ori[i])
             yield Observation(
                 image,

@@ -13,8 +13,8 @@ from conftest import CLOSES, OPENS, PUSHED, SIZE, write_synthetic_demos
 import camera
 from data import WaypointDataset, gripper_segments, shifted_sideways, waypoint_labels
 from data_ar import WindowDataset
-from formats import demos as demo_files
-from formats.demos import GRIPPER_STEPS, read_demos
+from formats.dataset import open_dataset
+from formats.demos import GRIPPER_STEPS
 from model import ParaConfig
 from model_autoregressive import AutoregressiveConfig
 from rot_utils import rotation_angle, rotvec_to_matrix
@@ -47,8 +47,7 @@ OPEN_CLOSE = [-1] * 6 + [1] * 14  # closes at frame 6, held until frame 15
 @pytest.fixture(scope="module")
 def dataset(synthetic_demos, backbone, tmp_path_factory):
     return WaypointDataset(
-        synthetic_demos,
-        read_demos(synthetic_demos)[0],
+        open_dataset(synthetic_demos).demos,
         CONFIG,
         backbone,
         cache=tmp_path_factory.mktemp("cache"),
@@ -238,16 +237,13 @@ def test_samples_carry_their_own_frame(dataset):
     for index in (0, 9, len(dataset) // 2, len(dataset) - 1):
         demo, frame = dataset.demos[dataset.demo[index]], dataset.frame[index]
         batch = dataset.batch([index])
-        with demo_files.open_demos(dataset.path) as file:
-            image = demo_files.read_images(dataset.path, file, demo.name, [frame])
-        live = dataset.backbone(torch.from_numpy(image))
+        live = dataset.backbone(torch.from_numpy(demo.images([frame])))
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(batch["features"], live))
 
 
 @pytest.fixture(scope="module")
 def windows(dataset, tmp_path_factory):
     return WindowDataset(
-        dataset.path,
         dataset.demos,
         AutoregressiveConfig(image_size=SIZE, context=3),
         dataset.backbone,
@@ -294,21 +290,19 @@ def test_images_moved_sideways_are_the_same_geometry(kind, request):
     assert torch.equal(shifted_sideways(before, 0, draws, SIZE)["K"], before["K"])
 
 
-def test_demonstrations_of_one_name_keep_their_own_features(dataset, tmp_path):
-    """Two files both have a demo_0: with features kept by name the last one's would be
-    everybody's."""
-    first, second = dataset.demos[0], dataset.demos[1]
-    # has fewer usable frames
-    half = replace(second, name=first.name, perturbed=np.arange(len(second)) < len(second) // 2)
-    both = WaypointDataset(
-        dataset.path, [first, half], CONFIG, dataset.backbone, cache=tmp_path, progress=False
-    )
-    alone = WaypointDataset(
-        dataset.path, [first], CONFIG, dataset.backbone, cache=tmp_path, progress=False
-    )
-    indices = np.arange(len(alone))
-    assert len(both) > len(alone)
-    assert all(map(torch.equal, both.features(indices), alone.features(indices)))
+def test_demonstrations_of_one_name_keep_their_own_features(backbone, tmp_path):
+    """Two files both have a demo_0: with features kept by name the last one's would be everybody's,
+    and with one path for all of them its images would be."""
+    files = [write_synthetic_demos(tmp_path / f"{seed}.hdf5", 1, seed=seed) for seed in (1, 2)]
+    first, second = (open_dataset(path).demos[0] for path in files)
+    assert first.name == second.name and first.key != second.key
+    second.perturbed[20:] = True  # so that it has fewer usable frames
+    made = lambda demos: WaypointDataset(demos, CONFIG, backbone, cache=tmp_path, progress=False)
+    both, alone = made([first, second]), [made([first]), made([second])]
+    assert len(both) == len(alone[0]) + len(alone[1]) and len(alone[0]) != len(alone[1])
+    for maps, *of_each in zip(*(d.features(np.arange(len(d))) for d in (both, *alone))):
+        assert torch.equal(maps, torch.cat(of_each))
+        assert not torch.equal(of_each[0][:1], of_each[1][:1])
 
 
 @pytest.mark.parametrize("kind", ["dataset", "windows"])
@@ -331,9 +325,7 @@ def test_features_kept_on_a_device_are_the_same(kind, request):
 
 def test_frame_stride_thins_the_frames(dataset, tmp_path):
     """frame_stride k keeps the usable frames whose number is a multiple of k."""
-    thin = WaypointDataset(
-        dataset.path, dataset.demos, CONFIG, dataset.backbone, 3, tmp_path, progress=False
-    )
+    thin = WaypointDataset(dataset.demos, CONFIG, dataset.backbone, 3, tmp_path, progress=False)
     pairs = [(d, f) for d, f in zip(dataset.demo, dataset.frame) if f % 3 == 0]
     assert list(zip(thin.demo, thin.frame)) == pairs
 
@@ -341,9 +333,7 @@ def test_frame_stride_thins_the_frames(dataset, tmp_path):
 def test_window_and_stride_come_from_the_config(dataset, tmp_path):
     """A longer window lengthens every target; the first waypoint stays the same."""
     config = replace(CONFIG, n_window=6)
-    longer = WaypointDataset(
-        dataset.path, dataset.demos, config, dataset.backbone, 1, tmp_path, progress=False
-    )
+    longer = WaypointDataset(dataset.demos, config, dataset.backbone, 1, tmp_path, progress=False)
     longer = longer.batch([0, 1])
     assert longer["target_pos"].shape == (2, 6, 3)
     assert torch.equal(longer["target_pos"][:, :3], dataset.batch([0, 1])["target_pos"])
@@ -367,18 +357,18 @@ def test_statistics_span_the_data(dataset):
 def test_a_wholly_pushed_demo_is_survived(tmp_path, backbone):
     """A demo without one usable frame gives no sample, and does not stop the others."""
     path = write_synthetic_demos(tmp_path / "pushed.hdf5", n_demos=2)
-    read, _ = read_demos(path)
+    read = open_dataset(path).demos
     read[0].perturbed[:] = True
     # no gripper change, whose frame would be usable; the last one is, but it is odd
     read[0].actions[:, 6] = -1
-    dataset = WaypointDataset(path, read, CONFIG, backbone, 2, tmp_path / "cache", progress=False)
+    dataset = WaypointDataset(read, CONFIG, backbone, 2, tmp_path / "cache", progress=False)
     assert set(dataset.demo) == {1}
 
 
 def test_no_usable_frame_at_all_is_a_user_error(tmp_path, backbone):
     """Data that leaves nothing to train on is said in one sentence, not by an unpacking error."""
     path = write_synthetic_demos(tmp_path / "pushed.hdf5", n_demos=1)
-    read, _ = read_demos(path)
+    read = open_dataset(path).demos
     read[0].perturbed[:], read[0].actions[:, 6] = True, -1
     with pytest.raises(UserError, match="pushed.hdf5"):
-        WaypointDataset(path, read, CONFIG, backbone, 2, tmp_path / "cache", progress=False)
+        WaypointDataset(read, CONFIG, backbone, 2, tmp_path / "cache", progress=False)

@@ -1,7 +1,6 @@
 """The demonstration format: bad files are named with key and remedy, official ones are turned
 upright, splits hold."""
 
-import dataclasses
 import re
 
 import h5py
@@ -11,7 +10,8 @@ from conftest import OPENS, PUSHED, SIZE, STEPS, agentview, write_synthetic_demo
 from helpers import put
 
 from camera import project
-from formats import demos, smith300
+from formats import demos, libero_hdf5
+from formats.dataset import open_dataset
 from rot_utils import rotvec_to_matrix
 from runtime import UserError
 from sim import settings
@@ -65,7 +65,11 @@ CASES = {
     "states missing": (delete("data/demo_1/states"), "data/demo_1/states", COLLECT),
     "ee_pos missing": (delete("data/demo_1/obs/ee_pos"), "data/demo_1/obs/ee_pos", COLLECT),
     "no observations": (delete("data/demo_1/obs"), "data/demo_1/obs", COLLECT),
-    "images missing": (delete(f"data/demo_1/{demos.IMAGE}"), f"data/demo_1/{demos.IMAGE}", COLLECT),
+    "images missing": (
+        delete(f"data/demo_1/{libero_hdf5.IMAGE}"),
+        f"data/demo_1/{libero_hdf5.IMAGE}",
+        COLLECT,
+    ),
     "NaN action": (
         replace("actions", put((3, 2), np.nan)),
         "data/demo_1/actions",
@@ -94,23 +98,23 @@ CASES = {
         COLLECT,
     ),
     "float images": (
-        replace(demos.IMAGE, lambda x: x / 255),
-        f"data/demo_1/{demos.IMAGE}",
+        replace(libero_hdf5.IMAGE, lambda x: x / 255),
+        f"data/demo_1/{libero_hdf5.IMAGE}",
         COLLECT,
     ),
     "grey images": (
-        replace(demos.IMAGE, lambda x: x[..., :1]),
-        f"data/demo_1/{demos.IMAGE}",
+        replace(libero_hdf5.IMAGE, lambda x: x[..., :1]),
+        f"data/demo_1/{libero_hdf5.IMAGE}",
         COLLECT,
     ),
     "oblong images": (
-        replace(demos.IMAGE, lambda x: x[:, :8]),
-        f"data/demo_1/{demos.IMAGE}",
+        replace(libero_hdf5.IMAGE, lambda x: x[:, :8]),
+        f"data/demo_1/{libero_hdf5.IMAGE}",
         COLLECT,
     ),
     "too few images": (
-        replace(demos.IMAGE, lambda x: x[:-1]),
-        f"data/demo_1/{demos.IMAGE}",
+        replace(libero_hdf5.IMAGE, lambda x: x[:-1]),
+        f"data/demo_1/{libero_hdf5.IMAGE}",
         COLLECT,
     ),
     "too few states": (replace("states", lambda x: x[:-3]), "data/demo_1/states", COLLECT),
@@ -126,39 +130,39 @@ CASES = {
     ),
     "no camera": (delete("data/demo_1/camera"), "data/demo_1/camera", REPLAY),
     "no extrinsics": (
-        delete(f"data/demo_1/{demos.CAMERA_E}"),
-        f"data/demo_1/{demos.CAMERA_E}",
+        delete(f"data/demo_1/{libero_hdf5.CAMERA_E}"),
+        f"data/demo_1/{libero_hdf5.CAMERA_E}",
         REPLAY,
     ),
     "NaN camera": (
-        replace(demos.CAMERA_E, put((0, 3), np.nan)),
-        f"data/demo_1/{demos.CAMERA_E}",
+        replace(libero_hdf5.CAMERA_E, put((0, 3), np.nan)),
+        f"data/demo_1/{libero_hdf5.CAMERA_E}",
         "",
     ),
     "stretched extrinsics": (
-        replace(demos.CAMERA_E, lambda E: E * [[1.1], [1], [1], [1]]),
-        f"data/demo_1/{demos.CAMERA_E}",
+        replace(libero_hdf5.CAMERA_E, lambda E: E * [[1.1], [1], [1], [1]]),
+        f"data/demo_1/{libero_hdf5.CAMERA_E}",
         REPLAY,
     ),
     "mirrored extrinsics": (
-        replace(demos.CAMERA_E, mirrored),
-        f"data/demo_1/{demos.CAMERA_E}",
+        replace(libero_hdf5.CAMERA_E, mirrored),
+        f"data/demo_1/{libero_hdf5.CAMERA_E}",
         REPLAY,
     ),
     "3x4 extrinsics": (
-        replace(demos.CAMERA_E, lambda E: E[:3]),
-        f"data/demo_1/{demos.CAMERA_E}",
+        replace(libero_hdf5.CAMERA_E, lambda E: E[:3]),
+        f"data/demo_1/{libero_hdf5.CAMERA_E}",
         REPLAY,
     ),
     "zero focal length": (
-        replace(demos.CAMERA_K, put((0, 0), 0.0)),
-        f"data/demo_1/{demos.CAMERA_K}",
+        replace(libero_hdf5.CAMERA_K, put((0, 0), 0.0)),
+        f"data/demo_1/{libero_hdf5.CAMERA_K}",
         REPLAY,
     ),
     "one step": (
         lambda file: [
             replace(key, lambda x: x[:1])(file)
-            for key in (*demos.LOW_DIM, "states", "perturbed", demos.IMAGE)
+            for key in (*libero_hdf5.LOW_DIM, "states", "perturbed", libero_hdf5.IMAGE)
         ],
         "data/demo_1",
         COLLECT,
@@ -172,7 +176,7 @@ def test_a_bad_file_is_named_with_key_and_remedy(case, tmp_path):
     hours into a run."""
     mutate, key, remedy = CASES[case]
     with pytest.raises(UserError) as error:
-        demos.read_demos(write_bad(tmp_path, mutate))
+        open_dataset(write_bad(tmp_path, mutate))
     message = str(error.value)
     assert NAME in message and key in message and remedy in message, message
     assert "\n" not in message
@@ -182,11 +186,11 @@ def test_image_size_is_compared_with_the_one_asked_for(tmp_path):
     """Images of another size are refused with the command that renders them at the right one."""
     path = write_bad(tmp_path, lambda file: None)
     with pytest.raises(UserError, match=re.escape("--image_size 448")) as error:
-        demos.read_demos(path, image_size=448)
+        open_dataset(path, image_size=448)
     assert NAME in str(error.value)
-    assert demos.IMAGE in str(error.value)
+    assert libero_hdf5.IMAGE in str(error.value)
     assert "16 px" in str(error.value)
-    assert demos.read_demos(path, image_size=16)[0][0].image_size == 16
+    assert open_dataset(path, image_size=16).demos[0].image_size == 16
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.97])
@@ -196,18 +200,18 @@ def test_a_truncated_file_is_named(keep, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(keep * len(whole))])
     with pytest.raises(UserError, match="truncated or not an HDF5 file") as error:
-        demos.read_demos(path)
+        open_dataset(path)
     assert NAME in str(error.value) and COLLECT in str(error.value)
 
 
 def test_a_missing_file_and_one_that_is_no_hdf5_are_named(tmp_path):
     """A wrong path and a file of another kind are told apart, and each has its remedy."""
     with pytest.raises(UserError, match="no such file") as error:
-        demos.read_demos(tmp_path / NAME)
+        open_dataset(tmp_path / NAME)
     assert NAME in str(error.value) and COLLECT in str(error.value)
     (tmp_path / "bad.txt").write_text("hello, this is no dataset\n" * 100)
     with pytest.raises(UserError, match="not an HDF5 file") as error:
-        demos.read_demos(tmp_path / "bad.txt")
+        open_dataset(tmp_path / "bad.txt")
     assert "bad.txt" in str(error.value) and COLLECT in str(error.value)
 
 
@@ -215,29 +219,31 @@ def test_a_damaged_image_chunk_is_named(tmp_path):
     """A flipped bit inside an image is found when the image is read, not fed to the policy."""
     path = write_synthetic_demos(tmp_path / NAME, n_demos=2, size=16)
     with h5py.File(path) as file:
-        chunk = file["data/demo_0"][demos.IMAGE].id.get_chunk_info(7)
+        chunk = file["data/demo_0"][libero_hdf5.IMAGE].id.get_chunk_info(7)
     content = bytearray(path.read_bytes())
     content[chunk.byte_offset : chunk.byte_offset + chunk.size] = b"\xff" * chunk.size
     path.write_bytes(content)
-    with demos.open_demos(path) as file, pytest.raises(UserError, match="damaged") as error:
-        demos.read_images(path, file, "demo_0", [6, 7])
+    demo = open_dataset(path)["demo_0"]
+    with pytest.raises(UserError, match="damaged") as error:
+        demo.images([6, 7])
     assert NAME in str(error.value)
-    assert demos.IMAGE in str(error.value)
+    assert libero_hdf5.IMAGE in str(error.value)
     assert COLLECT in str(error.value)
 
 
 def test_a_valid_file_is_read_back(synthetic_demos):
     """What was written is what is read: names in numerical order, lengths, pushes, attributes and
     camera."""
-    read, attributes = demos.read_demos(synthetic_demos, image_size=SIZE)
+    recordings = open_dataset(synthetic_demos, image_size=SIZE)
+    read, attributes = recordings.demos, recordings.attributes
     assert [d.name for d in read] == [f"demo_{i}" for i in range(4)]
-    assert attributes["format"] == demos.FORMAT and read[0].attrs["source"] == "synthetic"
+    assert attributes["format"] == libero_hdf5.FORMAT and read[0].attrs["source"] == "synthetic"
     for i, demo in enumerate(read):
         assert len(demo) == STEPS and demo.image_size == SIZE
         assert np.flatnonzero(demo.perturbed).tolist() == (list(PUSHED) if i % 2 == 0 else [])
         assert demo.actions[OPENS - 1, 6] == 1 and demo.actions[OPENS, 6] == -1
         np.testing.assert_array_equal(demo.K, agentview()[0])
-    assert len(demos.read_demos(synthetic_demos, limit=3)[0]) == 3
+    assert len(open_dataset(synthetic_demos, limit=3).demos) == 3
 
 
 def test_demos_come_in_numerical_order(tmp_path):
@@ -245,8 +251,8 @@ def test_demos_come_in_numerical_order(tmp_path):
     path = write_bad(
         tmp_path, lambda file: [file["data"].move(f"demo_{i}", f"demo_{10 - i}") for i in (0, 1)]
     )
-    with demos.open_demos(path) as file:
-        assert demos.demo_names(file) == ["demo_9", "demo_10"]
+    with libero_hdf5.open_demos(path) as file:
+        assert libero_hdf5.demo_names(file) == ["demo_9", "demo_10"]
 
 
 def test_file_without_pushes_is_undisturbed(tmp_path):
@@ -257,7 +263,7 @@ def test_file_without_pushes_is_undisturbed(tmp_path):
         for i in (0, 1):
             delete(f"data/demo_{i}/perturbed")(file)
 
-    read, _ = demos.read_demos(write_bad(tmp_path, official))
+    read = open_dataset(write_bad(tmp_path, official)).demos
     assert not read[0].perturbed.any() and read[0].perturbed.shape == (STEPS,)
 
 
@@ -270,12 +276,9 @@ def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthe
         if orientation is None:  # nor do they have this repository's format
             for name in ("image_orientation", "format"):
                 del file["data"].attrs[name]
-    demo = demos.read_demos(path)[0][0]
-    with demos.open_demos(path) as file, demos.open_demos(synthetic_demos) as upright:
-        images = demos.read_images(path, file, "demo_0", [0, 25])
-        np.testing.assert_array_equal(
-            images, demos.read_images(synthetic_demos, upright, "demo_0", [0, 25])
-        )
+    demo = open_dataset(path)["demo_0"]
+    images = demo.images([0, 25])
+    np.testing.assert_array_equal(images, open_dataset(synthetic_demos)["demo_0"].images([0, 25]))
     assert images.flags.c_contiguous and images.dtype == np.uint8
     for image, frame in zip(images, (0, 25)):
         u, v, _ = project(demo.ee_pos[frame], demo.K, demo.E)
@@ -305,10 +308,10 @@ def test_a_mirrored_demonstration_is_the_same_geometry_left_to_right(tmp_path):
     stay right-handed, the closing direction is reflected with them, the images are those pixels,
     and two mirrors cancel."""
     path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
-    demo = demos.read_demos(path)[0][0]
+    demo = open_dataset(path).demos[0]
     demo.E[:3, 3] += [0.0, 0.07, 0.0]  # off the plane
     other = demos.mirrored(demo)
-    demos.check_camera(other.K, other.E, "mirrored")
+    libero_hdf5.check_camera(other.K, other.E, "mirrored")
     (u, v, d), (mu, mv, md) = (project(x.ee_pos, x.K, x.E) for x in (demo, other))
     np.testing.assert_allclose(mu, 32 - u, atol=1e-9)
     np.testing.assert_allclose([mv, md], [v, d], atol=1e-9)
@@ -318,11 +321,10 @@ def test_a_mirrored_demonstration_is_the_same_geometry_left_to_right(tmp_path):
     )
     np.testing.assert_array_equal(other.actions[:, 1], -demo.actions[:, 1])
     np.testing.assert_array_equal(other.actions[:, [0, 2, 6]], demo.actions[:, [0, 2, 6]])
-    images = smith300.read_images(path, demo.name, [0, 5], 32)
-    np.testing.assert_array_equal(
-        smith300.read_images(path, other.name, [0, 5], 32), images[:, :, ::-1]
-    )
-    twice = demos.mirrored(dataclasses.replace(other, name=demo.name))
+    np.testing.assert_array_equal(other.images([0, 5]), demo.images([0, 5])[:, :, ::-1])
+    twice = demos.mirrored(other)
+    np.testing.assert_array_equal(twice.images([0, 5]), demo.images([0, 5]))
+    assert twice.key == demo.key != other.key
     for key in ("ee_pos", "ee_ori", "actions", "K", "E"):
         np.testing.assert_allclose(getattr(twice, key), getattr(demo, key), atol=1e-12)
 
@@ -331,7 +333,7 @@ def test_a_demonstration_turned_back_shows_the_same_through_another_camera(tmp_p
     """Every position keeps its pixel, depth and height, rotations and commands stay what they are
     to the camera, and a camera that is higher or steeper is refused."""
     path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
-    demo = demos.read_demos(path)[0][0]
+    demo = open_dataset(path).demos[0]
     target = settings.turned(demo.E, 25, [-0.66, 0.1])
     other = demos.turned_back(demo, target)
     np.testing.assert_array_equal(other.E, target)

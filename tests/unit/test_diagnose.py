@@ -9,7 +9,7 @@ import torch
 from conftest import SIZE
 
 from data import WaypointDataset
-from formats import smith300
+from formats.dataset import open_dataset
 from harness import checkpoint
 from harness.validation import decision_frames
 from model import ParaConfig, TrajectoryHeatmapPredictor
@@ -27,8 +27,7 @@ def policy(synthetic_demos, backbone, tmp_path):
     )
     made = TrajectoryHeatmapPredictor(config, backbone.channels).attach(backbone).eval()
     data = WaypointDataset(
-        synthetic_demos,
-        WaypointDataset.read(synthetic_demos, SIZE)[0],
+        open_dataset(synthetic_demos, SIZE).demos,
         config,
         backbone,
         cache=tmp_path / "cache",
@@ -44,7 +43,7 @@ def test_a_known_error_is_found_in_its_own_part(synthetic_demos, policy, monkeyp
     reach, after it carry."""
     from camera import project, unproject
 
-    demo = smith300.read_dataset(synthetic_demos)[0][1]
+    demo = open_dataset(synthetic_demos).demos[1]
     frames, targets = decision_frames(demo, policy.config)
     true, closed = demo.ee_pos[targets], demo.actions[:, 6] > 0
     u, v, _ = project(true, demo.K, demo.E)
@@ -60,13 +59,13 @@ def test_a_known_error_is_found_in_its_own_part(synthetic_demos, policy, monkeyp
         "free_run",
         lambda *a, **k: answer(unproject(u + 6, v, true[:, 2], demo.K, demo.E)),
     )
-    aside = one_step(policy, synthetic_demos, demo)
+    aside = one_step(policy, demo)
     monkeypatch.setattr(
         diagnose,
         "free_run",
         lambda *a, **k: answer(unproject(u, v, true[:, 2] + 0.01, demo.K, demo.E)),
     )
-    high = one_step(policy, synthetic_demos, demo)
+    high = one_step(policy, demo)
     assert aside["phase"][0] == 0
     assert set(aside["phase"]) == {0, 1}
     assert (np.diff(aside["phase"]) >= 0).all()

@@ -11,6 +11,7 @@ import torch
 from conftest import SIZE
 
 import deploy_dino_kv
+from formats.dataset import open_dataset
 from harness import checkpoint, finetune
 from model_dino_volume_kv import (
     DinoVolumeKV,
@@ -52,8 +53,7 @@ class Setting:
     def dataset(self, config):
         read = look_up("dino_volume_kv_full").dataset
         return read(
-            self.path,
-            read.read(self.path, SIZE)[0],
+            open_dataset(self.path, SIZE).demos,
             config,
             self.backbone,
             cache=self.cache,
@@ -450,10 +450,8 @@ def test_an_episode_becomes_json_lines(deployed, synthetic_episodes, capsys):
     assert "median" in captured.err
     assert np.shape(rows[0]["xyz"]) == np.shape(rows[0]["euler"]) == (4, 3)
     assert set(rows[0]["gripper"]) <= {-1, 1}
-    from formats import smith300
-
-    demo = smith300.read_episode(synthetic_episodes / "episode_00001", SIZE)
-    image = smith300.read_frames(synthetic_episodes / "episode_00001", [1], SIZE)
+    demo = open_dataset(synthetic_episodes, SIZE)["episode_00001"]
+    image = demo.images([1])
     with torch.inference_mode():
         maps = policy.backbone(torch.from_numpy(image))
         tensor = lambda x: torch.as_tensor(np.asarray(x))[None]

@@ -21,6 +21,7 @@ import rot_utils
 import train
 from figures import report
 from formats import smith300
+from formats.dataset import open_dataset
 from harness import checkpoint, records
 from nets import backbone as features
 from registry import look_up
@@ -169,8 +170,8 @@ def write_cache(folder):
 
 
 def read_demonstrations(path):
-    demos, attributes = smith300.read_dataset(path, SIZE)
-    images = [smith300.read_images(path, d.name, [0, 20, len(d) - 1], SIZE) for d in demos]
+    demos = open_dataset(path, SIZE).demos
+    images = [d.images([0, 20, len(d) - 1]) for d in demos]
     return [
         v
         for d in demos

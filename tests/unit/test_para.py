@@ -6,7 +6,7 @@ import torch
 from conftest import SIZE, agentview
 
 import camera
-from formats.demos import read_demos
+from formats.dataset import open_dataset
 from model import ParaConfig, TrajectoryHeatmapPredictor
 from registry import look_up
 from sim.settings import orbit
@@ -27,8 +27,7 @@ def fitted(synthetic_demos, backbone, tmp_path_factory):
         rays=True,
     )
     dataset = look_up("para").dataset(
-        synthetic_demos,
-        read_demos(synthetic_demos)[0],
+        open_dataset(synthetic_demos).demos,
         config,
         backbone,
         cache=tmp_path_factory.mktemp("cache"),

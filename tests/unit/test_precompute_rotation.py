@@ -10,7 +10,7 @@ from conftest import write_synthetic_demos, write_synthetic_episodes
 from helpers import run
 
 from data_smith300_volume import VolumeDataset, find_basis
-from formats.demos import read_demos
+from formats.dataset import open_dataset
 from model_dino_volume_kv_full import DinoVolumeKVFullConfig
 from precompute_rotation_pca import build_parser, precompute
 from rot_utils import BASIS_FILE, euler_to_matrix, fingerprint, load_basis, matrix_to_rotvec
@@ -47,7 +47,9 @@ def test_a_libero_file_gets_its_basis(space, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "| so3" in out and "| euler" in out and f"{space} (chosen)" in out and err == ""
     assert left(tmp_path) == [BASIS_FILE, "rotation_pca_basis.png"]
-    basis = load_basis(tmp_path / BASIS_FILE, [fingerprint(d.ee_ori) for d in read_demos(path)[0]])
+    basis = load_basis(
+        tmp_path / BASIS_FILE, [fingerprint(d.ee_ori) for d in open_dataset(path).demos]
+    )
     assert basis.space == space and basis.ev_ratio[0] > 0.85
     assert basis.provenance["demos"] == 2 and basis.provenance["allow_low_ev"] is False
     assert basis.provenance["command"] and basis.provenance["commit"]
@@ -72,14 +74,14 @@ def test_validation_demonstrations_stay_unseen(tmp_path, capsys):
     after = load_basis(tmp_path / BASIS_FILE)
     assert (before.low, before.high) == (after.low, after.high)
     assert np.array_equal(before.axis, after.axis)
-    demos, config = read_demos(path)[0], DinoVolumeKVFullConfig()
+    demos, config = open_dataset(path).demos, DinoVolumeKVFullConfig()
     for part in (demos[:3], demos[3:]):
-        assert find_basis(path, part, config).low == after.low
-    VolumeDataset.check_split(path, demos[:3], config)
+        assert find_basis(part, config).low == after.low
+    VolumeDataset.check_split(demos[:3], config)
     with pytest.raises(UserError, match="3 demonstrations, which are not the 2.*--val_fraction"):
-        VolumeDataset.check_split(path, demos[:2], config)
+        VolumeDataset.check_split(demos[:2], config)
     with pytest.raises(UserError, match="not the 4"):  # as a basis of an earlier version was fitted
-        VolumeDataset.check_split(path, demos, config)
+        VolumeDataset.check_split(demos, config)
 
 
 def test_the_gate_stops(tmp_path, capsys):

@@ -12,7 +12,8 @@ from helpers import put
 from camera import project
 from data_smith300_volume import VolumeDataset
 from formats import smith300
-from formats.smith300 import read_episodes, read_frames
+from formats.dataset import open_dataset
+from formats.smith300 import read_frames
 from policy import PolicyConfig
 from rot_utils import BASIS_FILE, euler_to_matrix, rotation_angle, rotvec_to_matrix
 from runtime import UserError
@@ -178,7 +179,7 @@ def test_a_bad_episode_is_named_with_key_and_remedy(case, dataset):
     mutate, *words = CASES[case]
     mutate(dataset)
     with pytest.raises(UserError) as error:
-        read_episodes(dataset)
+        open_dataset(dataset)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message, message
 
@@ -186,7 +187,7 @@ def test_a_bad_episode_is_named_with_key_and_remedy(case, dataset):
 def test_small_frames_are_refused(dataset):
     """Frames are scaled down, never up: a policy for 448 px would see blur."""
     with pytest.raises(UserError, match="--image_size 32"):
-        read_episodes(dataset, 448)
+        open_dataset(dataset, 448)
 
 
 def test_a_frame_damaged_inside_is_named(dataset):
@@ -200,7 +201,8 @@ def test_a_frame_damaged_inside_is_named(dataset):
 def test_a_written_episode_is_read_back(synthetic_episodes):
     """Positions, rotations, commands and camera come back as they were written; labels see the
     gripper's two changes."""
-    demos, attributes = read_episodes(synthetic_episodes, SIZE)
+    recordings = open_dataset(synthetic_episodes, SIZE)
+    demos, attributes = recordings.demos, recordings.attributes
     assert [d.name for d in demos] == [f"episode_{i:05d}" for i in range(4)]
     assert attributes["task_suite"] == "libero_spatial"
     for demo in demos:
@@ -216,7 +218,7 @@ def test_a_written_episode_is_read_back(synthetic_episodes):
         assert len(demo) == STEPS and np.abs(np.diff(demo.actions[:, 6])).sum() == 4
         np.testing.assert_allclose(demo.K, agentview()[0])
         assert np.abs(demo.gripper_states[demo.actions[:, 6] < 0]).sum(1).min() > 0.06
-    assert len(read_episodes(synthetic_episodes, SIZE, 2)[0]) == 2
+    assert len(open_dataset(synthetic_episodes, SIZE, 2).demos) == 2
 
 
 @pytest.mark.parametrize("video, wide", [(False, 0), (False, 20), (True, 0), (True, 20)])
@@ -224,7 +226,7 @@ def test_the_eef_is_seen_where_the_camera_says(video, wide, tmp_path):
     """Frame t belongs to row t, and cutting out the square moves K along: the blob is at the EEF's
     pixel, in PNG and in video."""
     path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=1, video=video, wide=wide)
-    demos, _ = read_episodes(path, SIZE // 2)
+    demos = open_dataset(path, SIZE // 2).demos
     frames = [25, 3, 14]
     images = read_frames(path / demos[0].name, frames, SIZE // 2)
     assert images.shape == (3, SIZE // 2, SIZE // 2, 3) and images.dtype == np.uint8
@@ -241,7 +243,7 @@ def test_a_damaged_video_is_named(tmp_path):
     file = path / "episode_00000" / "video.mp4"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(UserError, match="video.mp4: truncated or no video"):
-        read_episodes(path)
+        open_dataset(path)
 
 
 def test_an_episode_is_replaced_whole(tmp_path):
@@ -275,8 +277,8 @@ def test_the_dataset_has_the_interface_of_the_others(synthetic_episodes, backbon
     import torch
 
     path = synthetic_episodes
-    demos, _ = VolumeDataset.read(path, SIZE)
-    dataset = VolumeDataset(path, demos, CONFIG, backbone, cache=tmp_path / "cache", progress=False)
+    demos = open_dataset(path, SIZE).demos
+    dataset = VolumeDataset(demos, CONFIG, backbone, cache=tmp_path / "cache", progress=False)
     batch = dataset.batch([0, 5, 9])
     assert batch["target_pos"].shape == (3, 8, 3)
     assert batch["target_rot"].shape == (3, 8, 3, 3)
@@ -292,9 +294,9 @@ def test_the_dataset_has_the_interface_of_the_others(synthetic_episodes, backbon
 
 def test_a_missing_basis_stops_before_the_features(dataset, backbone, tmp_path):
     """No basis: the sentence says how to compute it, and no time goes into features first."""
-    demos, _ = read_episodes(dataset)
+    demos = open_dataset(dataset).demos
     with pytest.raises(UserError, match="precompute_rotation_pca.py"):
-        VolumeDataset(dataset, demos, CONFIG, backbone, cache=tmp_path / "cache")
+        VolumeDataset(demos, CONFIG, backbone, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -302,28 +304,29 @@ def test_a_foreign_basis_stops(dataset, backbone, tmp_path):
     """A basis of other recordings, copied along, is refused; the Euler head asks for none."""
     other = with_basis(write_synthetic_episodes(tmp_path / "other", 2, 30, 32, seed=9))
     shutil.copy(other / BASIS_FILE, dataset / BASIS_FILE)
-    demos, _ = read_episodes(dataset)
+    demos = open_dataset(dataset).demos
     with pytest.raises(UserError, match="foreign basis, computed from other"):
-        VolumeDataset(dataset, demos, CONFIG, backbone, cache=tmp_path / "cache")
+        VolumeDataset(demos, CONFIG, backbone, cache=tmp_path / "cache")
 
 
 def test_libero_files_are_read_too(synthetic_demos):
-    """One dataset class for both formats, by what the path is."""
-    demos, attributes = VolumeDataset.read(synthetic_demos, SIZE)
-    assert attributes["format"].startswith("para-libero") and len(demos) == 4
+    """One call opens both formats, by what the path is."""
+    recordings = open_dataset(synthetic_demos, SIZE)
+    assert recordings.format == "libero" and len(recordings) == 4
+    assert recordings.attributes["format"].startswith("para-libero")
 
 
 def test_a_simulators_states_come_along(dataset):
     """A recording made in the simulator keeps its states, which eval.py's protocol check renders; a
     robot's has none."""
-    demos, _ = read_episodes(dataset)
+    demos = open_dataset(dataset).demos
     assert demos[0].states.size == 0 and len(demos[0].states) == 30
     np.testing.assert_array_equal(demos[1].states[2], [10, 11, 12, 13, 14])
 
 
 def test_images_come_from_either_format(dataset, synthetic_demos):
-    """One call reads frames by a demonstration's name, whichever format the dataset has."""
+    """One call reads a demonstration's frames, whichever format the dataset has."""
     np.testing.assert_array_equal(
-        smith300.read_images(dataset, EPISODE, [3], 32), read_frames(dataset / EPISODE, [3], 32)
+        open_dataset(dataset)[EPISODE].images([3]), read_frames(dataset / EPISODE, [3], 32)
     )
-    assert smith300.read_images(synthetic_demos, "demo_1", [0, 5], SIZE).shape == (2, SIZE, SIZE, 3)
+    assert open_dataset(synthetic_demos)["demo_1"].images([0, 5]).shape == (2, SIZE, SIZE, 3)

@@ -8,8 +8,8 @@ from conftest import CLOSES, OPENS, SIZE
 
 from data import WaypointDataset
 from data_ar import WindowDataset
-from formats.demos import GRIPPER_STEPS, read_demos
-from formats.smith300 import read_episodes
+from formats.dataset import open_dataset
+from formats.demos import GRIPPER_STEPS
 from harness.validation import (
     SHIFT_PX,
     decision_frames,
@@ -32,14 +32,13 @@ COMMON = {"backbone": "efficientnet_lite0", "image_size": SIZE, "waypoint_stride
 @pytest.fixture(scope="module", params=["single", "windows"])
 def dataset(request, synthetic_demos, backbone, tmp_path_factory):
     """Synthetic demonstrations as single frames and as windows."""
-    demos, _ = read_demos(synthetic_demos)
+    demos = open_dataset(synthetic_demos).demos
     kind, config = (
         (WaypointDataset, ParaConfig(**COMMON))
         if request.param == "single"
         else (WindowDataset, AutoregressiveConfig(**COMMON, context=3))
     )
     return kind(
-        synthetic_demos,
         demos,
         config,
         backbone,
@@ -126,7 +125,7 @@ def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos
     """Fed its own answer, a policy that answers where it is never leaves the start; jerk and
     coverage say so."""
     demo = dataset.demos[1]
-    rollout = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config)
+    rollout = free_run(Known(dataset, True).attach(backbone), demo, dataset.config)
     np.testing.assert_allclose(
         rollout["predicted"], np.broadcast_to(demo.ee_pos[0], rollout["predicted"].shape)
     )
@@ -135,9 +134,7 @@ def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos
     path = to_pixels(rollout["path"], demo.K, demo.E)
     near = np.linalg.norm(path - path[0], axis=1) <= 8
     assert rollout_summary([rollout])["coverage_8px"] == pytest.approx(near.mean())
-    measured = free_run(
-        Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config, fed="measured"
-    )
+    measured = free_run(Known(dataset, True).attach(backbone), demo, dataset.config, fed="measured")
     np.testing.assert_allclose(measured["predicted"], demo.ee_pos[measured["frames"]])
 
 
@@ -163,7 +160,7 @@ def test_a_chunk_is_used_up_before_the_policy_looks_again(dataset, synthetic_dem
     """Its waypoints come one after another, the next chunk starts from the last; a change of the
     gripper ends a chunk."""
     demo, policy = dataset.demos[1], Chunks(dataset, True).attach(backbone)
-    rollout = free_run(policy, synthetic_demos, demo, dataset.config, fed="chunk")
+    rollout = free_run(policy, demo, dataset.config, fed="chunk")
     n = len(rollout["predicted"])
     np.testing.assert_allclose(
         rollout["predicted"][:, 2] - demo.ee_pos[0, 2], 0.01 * np.arange(1, n + 1), atol=1e-9
@@ -179,10 +176,9 @@ def test_a_chunk_is_used_up_before_the_policy_looks_again(dataset, synthetic_dem
 
 def test_free_run_reads_recordings_of_a_robot(dataset, synthetic_episodes, backbone):
     """The same rollout on a smith300 folder, frames from its image files."""
-    demo = read_episodes(synthetic_episodes)[0][1]
+    demo = open_dataset(synthetic_episodes).demos[1]
     rollout = free_run(
         Known(dataset, True).attach(backbone),
-        synthetic_episodes,
         demo,
         dataset.config,
         fed="measured",
@@ -195,7 +191,7 @@ def test_points_outside_the_image_are_counted_apart(dataset, synthetic_demos, ba
     """A path that leaves the image cannot be followed by cells of the image: the summary says what
     is covered of the rest."""
     demo = dataset.demos[1]
-    rollout = free_run(Known(dataset, True).attach(backbone), synthetic_demos, demo, dataset.config)
+    rollout = free_run(Known(dataset, True).attach(backbone), demo, dataset.config)
     assert rollout["in_view"].all()
     rollout["in_view"] = np.arange(len(rollout["path"])) >= 4
     rollout["aside"] = np.where(rollout["in_view"], 5.0, 40.0)

@@ -1,0 +1,123 @@
+"""What is wrong with numbers that can be read: units, frames and signs that no recording has."""
+
+from collections import defaultdict
+
+import numpy as np
+
+import camera
+from formats.demos import GRIPPER_STEPS
+from runtime import UserError
+
+FARTHEST = 20.0  # metres: no arm on a table is farther from its world's origin
+SEEN = 0.5  # share of a dataset's frames in which the EEF has to be inside the image
+# metres by which fingers that are told to close are wider apart than open ones where the sign is
+# wrong
+REVERSED = 0.005
+
+
+def check_values(demo, positions, angles):
+    """Raise UserError for positions that cannot be metres, and rotations that cannot be radians.
+    positions, angles: where they are.
+    """
+    farthest = np.abs(demo.ee_pos).max()
+    if farthest > FARTHEST:
+        raise UserError(
+            f"{positions}: reaches {farthest:.4g}, metres are expected; divide millimetres by 1000"
+        )
+    largest = np.linalg.norm(demo.ee_ori, axis=-1).max()
+    if largest > 2 * np.pi + 1e-6:
+        raise UserError(
+            f"{angles}: has an angle of {largest:.4g}, radians are expected; convert degrees with "
+            "numpy.radians"
+        )
+
+
+def check_dataset(demos, path):
+    """Raise UserError where the cameras of a dataset do not see the EEF, or its gripper commands
+    say the reverse of its fingers.
+    """
+    seen = np.mean(np.concatenate([_seen(d, d.ee_pos, d.K, d.E) for d in demos]))
+    if seen < SEEN:
+        raise UserError(
+            f"{path}: the EEF is inside the image in {100 * seen:.0f}% of the frames by the stored "
+            f"cameras, at least {100 * SEEN:.0f}% is expected; {likely_cause(demos)}"
+        )
+    if np.mean([_looks_inverse(d) for d in demos]) >= SEEN:
+        raise UserError(
+            f"{path}: the cameras lie on their side, and their inverses stand upright and see the "
+            "EEF: it looks like the inverse transform (world-to-camera); store numpy.linalg.inv of the "
+            "extrinsics"
+        )
+    settled = [settled_widths(d) for d in demos]
+    opened, closed = (np.concatenate([s[i] for s in settled]) for i in range(2))
+    if len(opened) and len(closed) and np.median(closed) > np.median(opened) + REVERSED:
+        raise UserError(
+            f"{path}: the gripper's fingers are {np.median(closed):.3f} m apart where the command "
+            f"is to close and {np.median(opened):.3f} m where it is to open; the command's sign is "
+            "reversed, in HDF5 +1 closes and -1 opens, in smith300 1 closes and 0 opens"
+        )
+
+
+def _seen(demo, positions, K, E):
+    return camera.in_view(positions, K, E, (demo.image_size, demo.image_size))
+
+
+def _looks_inverse(demo):
+    """True if a camera is rolled onto its side (its x axis is far from level, images are upright)
+    and its inverse is not. A camera like agentview, 45 degrees above the table, sees the EEF the
+    one way and the other."""
+    inverse = np.linalg.inv(demo.E)
+    return (
+        abs(demo.E[2, 0]) > 0.5
+        and abs(inverse[2, 0]) < 0.2
+        and inverse[2, 1] < 0
+        and _seen(demo, demo.ee_pos, demo.K, inverse).mean() >= SEEN
+    )
+
+
+def likely_cause(demos):
+    """Which usual mistake explains cameras that do not see the EEF: each is tried."""
+    seen = defaultdict(list)
+    for demo in demos:
+        for cause, mended in _mended(demo).items():
+            seen[cause].append(_seen(demo, *mended))
+    share = {cause: np.mean(np.concatenate(parts)) for cause, parts in seen.items()}
+    best = max(share, key=share.get)
+    if share[best] >= SEEN:
+        return f"it looks like {best} (then {100 * share[best]:.0f}%)"
+    return (
+        "are the positions and extrinsics in metres and one world frame, camera-to-world with "
+        "OpenCV axes, and K of this image size?"
+    )
+
+
+def _mended(demo):
+    """{a usual mistake with its remedy: (positions, K, E) of a Demo after that remedy}."""
+    at, K, E = demo.ee_pos, demo.K, demo.E
+    opengl = np.diag([1.0, -1, -1, 1])
+    metres = np.array([[1, 1, 1, 1e-3]] * 3 + [[1, 1, 1, 1]])
+    # K of a whole image of another size has its centre elsewhere
+    factor = demo.image_size / (2 * K[0, 2])
+    rescaled = np.diag([factor, factor, 1]) @ K
+    axes = "OpenGL axes (y up, z backward): multiply the extrinsics by diag(1,-1,-1,1) from the"
+    inverse = "the inverse transform (world-to-camera): store numpy.linalg.inv of the extrinsics"
+    both = "the inverse transform with OpenGL axes: store inv(diag(1,-1,-1,1) @ E)"
+    return {
+        "positions in millimetres: divide them by 1000": (at / 1000, K, E),
+        "extrinsics in millimetres: divide their translation by 1000": (at, K, E * metres),
+        f"{axes} right": (at, K, E @ opengl),
+        inverse: (at, K, np.linalg.inv(E)),
+        both: (at, K, np.linalg.inv(opengl @ E)),
+        "the intrinsics of another image size: scale them to the images": (at, rescaled, E),
+    }
+
+
+def settled_widths(demo):
+    """Widths between the fingers (m) where the gripper has been told to open, and where to close,
+    for GRIPPER_STEPS on end.
+    """
+    widths, closing = np.abs(demo.gripper_states).sum(-1), demo.actions[:, 6] > 0
+    frames, changes = np.arange(len(widths)), np.flatnonzero(np.diff(closing)) + 1
+    last_change = np.concatenate([[0], changes])[np.searchsorted(changes, frames, "right")]
+    settled = frames - last_change >= GRIPPER_STEPS
+    return [widths[settled & (closing == command)] for command in (False, True)]

@@ -1,0 +1,88 @@
+"""What a dataset of demonstrations is to all that reads it, and what a format has to do."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from formats.checks import check_dataset
+from runtime import UserError
+
+
+class Demonstrations(ABC):
+    """A dataset: the demonstrations at a path, read and checked, and their images.
+
+    A format is one file with a subclass that has `format`, `accepts`, `read` and `images`, and its
+    line in `formats.dataset.FORMATS`. Everything else is the same for all of them:
+
+    path; format, the name of it; attributes {key: value}, what the dataset says of itself (its
+    task, command, versions ...); demos, a list of Demo, which hold the calibration (K, E) and the
+    number of frames (`len`); image_size, px; fingerprint.
+    """
+
+    format = None
+
+    def __init__(self, path, image_size=None, limit=None):
+        """image_size: side of the images in pixels, None for that of the recording; limit: read
+        the first so many demonstrations. Raises UserError with file, key and remedy."""
+        self.path = Path(path)
+        self.demos, self.attributes = self.read(image_size, limit)
+        for demo in self.demos:
+            demo.source = self
+        check_dataset(self.demos, self.path)
+
+    @staticmethod
+    @abstractmethod
+    def accepts(path):
+        """True if what lies at a Path is of this format, damaged or not. Looks at names alone."""
+
+    @abstractmethod
+    def read(self, image_size, limit):
+        """(list of Demo, dict of attributes), everything checked but the pixels. At least one."""
+
+    @abstractmethod
+    def images(self, demo, frames):
+        """Images (N,S,S,3) uint8 RGB, upright, of frames [int] of a Demo, read from the disk now.
+
+        Called from several threads. Raises UserError where one is damaged.
+        """
+
+    def __len__(self):
+        return len(self.demos)
+
+    def __getitem__(self, name):
+        """The Demo of this name."""
+        return next(d for d in self.demos if d.name == name)
+
+    @property
+    def image_size(self):
+        """Side of the images in pixels. Raises UserError where demonstrations differ in it."""
+        sizes = sorted({d.image_size for d in self.demos})
+        if len(sizes) > 1:
+            raise UserError(
+                f"{self.path}: its images are of {' and '.join(map(str, sizes))} px; one size is "
+                "needed, give --image_size"
+            )
+        return sizes[0]
+
+    @property
+    def frames(self):
+        """{name of a demonstration: its number of frames}."""
+        return {d.name: len(d) for d in self.demos}
+
+    @cached_property
+    def fingerprint(self):
+        """24 hex digits that tell its demonstrations from those of any other dataset.
+
+        Over numbers, cameras and each first image: a replay in another scene is another dataset,
+        a copy under another name is the same.
+        """
+        digest = hashlib.blake2b(digest_size=12)
+        for d in self.demos:
+            digest.update(d.name.encode())
+            rows = (d.actions, d.ee_pos, d.ee_ori, d.gripper_states, d.perturbed, d.K, d.E)
+            for value in (*rows, self.images(d, [0])):
+                digest.update(repr(value.shape).encode() + np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
