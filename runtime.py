@@ -1,5 +1,5 @@
-"""Device, precision, distributed set-up, run logging, atomic files, and errors that a user
-can act on.
+"""Ground that every script stands on: errors that a user can act on, whole files, where a result
+comes from, device and precision, processes, and the log of a run.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ PACKAGES = (
     "safetensors",
 )
 
-
+# errors of the operating system that a user can mend: no room, no right, no such place
 UNWRITABLE = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -44,6 +44,7 @@ UNWRITABLE = (
     errno.ENAMETOOLONG,
     errno.EIO,
 )
+# of JSON's types, in messages
 JSON_NAMES = {
     int: "a whole number",
     float: "a finite number",
@@ -55,6 +56,9 @@ JSON_NAMES = {
 }
 
 
+# -- errors ---------------------------------------------------------------------------------------
+
+
 class UserError(Exception):
     """Bad input: one clear sentence naming the file, the key and the remedy. Scripts print it and
     exit with 2.
@@ -63,26 +67,33 @@ class UserError(Exception):
 
 def run_script(main):
     """Call `main()`; print a UserError as one line on stderr and exit with 2, Ctrl-C with 130."""
-    git_commit()
+    git_commit()  # now: when a result is written, the files may be others
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # who read the output has gone, as `| head -1` does
+    except BrokenPipeError:
+        # the reader has gone, as `| head -1` does; Python would complain once more when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        print(
-            f"error: {error.filename or 'a file'}: cannot be used ({error.strerror}); make room or give another path",
-            file=sys.stderr,
-        )
+        what = f"{error.filename or 'a file'}: cannot be used ({error.strerror})"
+        print(f"error: {what}; make room or give another path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was written stays, the same command resumes", file=sys.stderr)
         sys.exit(130)
+
+
+def one_line(error):
+    """An exception's message as one line; its type where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# -- files that are written whole -----------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -94,28 +105,26 @@ def writing(path):
         yield
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # h5py, safetensors and PIL each raise their own for it, some without its number
-        words = str(error).lower()
-        known = [number for number in UNWRITABLE if os.strerror(number).lower() in words]
-        if (
-            getattr(error, "errno", None) in UNWRITABLE
-            or known
-            or isinstance(error, OSError)
-            and not error.filename
-        ):
-            reason = (
-                error.strerror
-                if getattr(error, "strerror", None)
-                else os.strerror(known[0])
-                if known
-                else one_line(error)
-            )
-            raise UserError(
-                f"{path}: cannot be written ({reason}); make room or give another path, what was saved before stays"
-            )
-        raise
+    except Exception as error:
+        reason = unwritable(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"{path}: cannot be written ({reason}); make room or give another path, "
+            "what was saved before stays"
+        ) from error
+
+
+def unwritable(error):
+    """Why a file cannot be written, in a few words; None for an error of another kind."""
+    # h5py, safetensors and PIL raise errors of their own, some with the words but no number
+    words = str(error).lower()
+    number = next((n for n in UNWRITABLE if os.strerror(n).lower() in words), None)
+    nameless = isinstance(error, OSError) and not error.filename
+    if getattr(error, "errno", None) not in UNWRITABLE and number is None and not nameless:
+        return None
+    known = os.strerror(number) if number is not None else one_line(error)
+    return getattr(error, "strerror", None) or known
 
 
 @contextlib.contextmanager
@@ -142,121 +151,10 @@ def atomic_path(path):
             scratch.unlink(missing_ok=True)
 
 
-def one_line(error):
-    """An exception's message as one line; its type where it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def write_json(path, value):
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as scratch:
         scratch.write_text(json.dumps(value, indent=2, default=str) + "\n")
-
-
-def fits(value, form):
-    """ "" if a JSON value has a form, else what is wrong with it.
-
-    A form is a type (float: any finite number), "number" (NaN and Inf too), None, a tuple of forms
-    of which one fits, [form] for a list of them, [a, b] for a list of exactly these, or {key: form}
-    for an object with these keys at least, one that ends in "?" left out or fitting; {...: form} is
-    an object of any keys.
-    """
-    if isinstance(form, tuple):
-        faults = [fits(value, each) for each in form]
-        return "" if "" in faults else faults[0]
-    if isinstance(form, dict):
-        if not isinstance(value, dict):
-            return f"is {_shown(value)}, an object is expected"
-        if ... in form:
-            form = dict.fromkeys(value, form[...])
-        for key, each in form.items():
-            name = key.removesuffix("?")
-            if name not in value:
-                if name == key:
-                    return f"key '{name}' is missing"
-                continue
-            if fault := fits(value[name], each):
-                return fault if fault.startswith("key ") else f"key '{name}' {fault}"
-        return ""
-    if isinstance(form, list):
-        if not isinstance(value, list) or len(form) > 1 and len(value) != len(form):
-            return f"is {_shown(value)}, a list{f' of {len(form)}' if len(form) > 1 else ''} is expected"
-        return next(
-            filter(
-                None,
-                (fits(v, f) for v, f in zip(value, form * len(value) if len(form) == 1 else form)),
-            ),
-            "",
-        )
-    if form is None:
-        good = value is None
-    elif form == "number":
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    elif form is float:
-        good = (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and abs(value) <= sys.float_info.max
-        )
-    else:
-        good = isinstance(value, form) and (form is bool or not isinstance(value, bool))
-    return "" if good else f"is {_shown(value)}, {JSON_NAMES.get(form, form)} is expected"
-
-
-def _shown(value):
-    text = json.dumps(value, default=repr)
-    return text if len(text) < 40 else text[:37] + "..."
-
-
-def read_json(path, what, remedy="run the command that made it again", form=dict):
-    """A JSON file of a form (see `fits`), which makes its folder a `what`.
-
-    Raises UserError if it is absent, empty, not UTF-8 (a byte-order mark is taken), not JSON, or of
-    another form.
-    """
-    path = Path(path)
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing, so {path.parent} is no {what}; {remedy}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: truncated or not valid JSON ({one_line(error)}), so {path.parent} is no {what}; {remedy}"
-        )
-    if fault := fits(value, form):
-        raise UserError(f"{path}: {fault}, so {path.parent} is no {what}; {remedy}")
-    return value
-
-
-def read_jsonl(path, remedy="remove that line", form=dict):
-    """Rows of a JSON-lines file, each of a form (see `fits`). A missing file has no rows; a last
-    line that a kill left half written is left out. Raises UserError with the line's number for
-    anything else."""
-    path = Path(path)
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give another path")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):  # it has no line end
-                break
-            raise UserError(
-                f"{path}: line {number} is not valid JSON ({one_line(error)}); {remedy}"
-            )
-        if fault := fits(row, form):
-            raise UserError(f"{path}: line {number}: {fault}; {remedy}")
-        rows.append(row)
-    return rows
 
 
 def append_jsonl(path, row):
@@ -270,8 +168,8 @@ def append_jsonl(path, row):
 
 
 def _close_last_line(file):
-    """End a JSONL file, open at its end, with a whole line: a torn one goes, one that lacks but its
-    line end gets it.
+    """End an open JSONL file with a whole line: a torn one goes, one that lacks only its line end
+    gets it.
     """
     end = file.seek(0, os.SEEK_END)
     if not end:
@@ -288,20 +186,147 @@ def _close_last_line(file):
         file.truncate(end - len(last))
 
 
+# -- files that are read, and looked at before they are used --------------------------------------
+
+
+def fits(value, form):
+    """ "" if a JSON value has a form, else what is wrong with it.
+
+    A form is a type (float: any finite number), "number" (NaN and Inf too), None, a tuple of forms
+    of which one fits, [form] for a list of them, [a, b] for a list of exactly these, or {key: form}
+    for an object with these keys at least, one that ends in "?" left out or fitting; {...: form} is
+    an object of any keys.
+    """
+    if isinstance(form, tuple):
+        faults = [fits(value, each) for each in form]
+        return "" if "" in faults else faults[0]
+    if isinstance(form, dict):
+        return _object_fits(value, form)
+    if isinstance(form, list):
+        return _list_fits(value, form)
+    if form is None:
+        good = value is None
+    elif form is bool:
+        good = isinstance(value, bool)
+    elif isinstance(value, bool):  # which Python takes for a whole number
+        good = False
+    elif form == "number":
+        good = isinstance(value, (int, float))
+    elif form is float:
+        good = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    else:
+        good = isinstance(value, form)
+    return "" if good else f"is {_shown(value)}, {JSON_NAMES.get(form, form)} is expected"
+
+
+def _object_fits(value, form):
+    if not isinstance(value, dict):
+        return f"is {_shown(value)}, an object is expected"
+    if ... in form:
+        form = dict.fromkeys(value, form[...])
+    for key, each in form.items():
+        name = key.removesuffix("?")
+        if name not in value:
+            if name == key:
+                return f"key '{name}' is missing"
+            continue
+        fault = fits(value[name], each)
+        if fault:
+            return fault if fault.startswith("key ") else f"key '{name}' {fault}"
+    return ""
+
+
+def _list_fits(value, form):
+    exact = len(form) > 1
+    if not isinstance(value, list) or exact and len(value) != len(form):
+        length = f" of {len(form)}" if exact else ""
+        return f"is {_shown(value)}, a list{length} is expected"
+    for item, each in zip(value, form if exact else form * len(value)):
+        fault = fits(item, each)
+        if fault:
+            return fault
+    return ""
+
+
+def _shown(value):
+    text = json.dumps(value, default=repr)
+    return text if len(text) < 40 else text[:37] + "..."
+
+
+def read_json(path, what, remedy="run the command that made it again", form=dict):
+    """A JSON file of a form (see `fits`), which makes its folder a `what`.
+
+    Raises UserError if it is absent, empty, not UTF-8 (a byte-order mark is taken), not JSON, or of
+    another form.
+    """
+    path = Path(path)
+    so = f"so {path.parent} is no {what}; {remedy}"
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing, {so}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        fault = f"truncated or not valid JSON ({one_line(error)})"
+        raise UserError(f"{path}: {fault}, {so}") from error
+    if fault := fits(value, form):
+        raise UserError(f"{path}: {fault}, {so}")
+    return value
+
+
+def read_jsonl(path, remedy="remove that line", form=dict):
+    """Rows of a JSON-lines file, each of a form (see `fits`).
+
+    A missing file has no rows. A last line that a kill left half written is left out. Raises
+    UserError with the line's number for anything else.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {reason}; give another path") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # a kill has left it without its line end
+                break
+            fault = f"line {number} is not valid JSON ({one_line(error)})"
+            raise UserError(f"{path}: {fault}; {remedy}") from error
+        if fault := fits(row, form):
+            raise UserError(f"{path}: line {number}: {fault}; {remedy}")
+        rows.append(row)
+    return rows
+
+
+# -- where a result comes from --------------------------------------------------------------------
+
+
 @functools.cache
 def git_commit():
     """Short commit of this checkout, with `+` when files differ from it; 'unknown' outside a
-    checkout. Found once, when the script starts: hours later the files may be others."""
-    here = Path(__file__).resolve().parent
+    checkout. Found once, when the script starts: hours later the files may be others.
+    """
     try:
-        run = lambda *a: subprocess.run(
-            ["git", *a], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        return run("rev-parse", "--short=10", "HEAD") + (
-            "+" if run("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        commit = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit}+" if changed else commit
+
+
+def _git(*words):
+    """What a git command prints about this checkout."""
+    checkout = Path(__file__).resolve().parent
+    done = subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def versions():
@@ -320,11 +345,9 @@ def started_as():
     package.
     """
     path = Path(sys.argv[0])
-    return (
-        ["-m", f"{path.parent.name}.{path.stem}"]
-        if path.with_name("__init__.py").is_file()
-        else [path.name]
-    )
+    if path.with_name("__init__.py").is_file():
+        return ["-m", f"{path.parent.name}.{path.stem}"]
+    return [path.name]
 
 
 def command_line():
@@ -332,11 +355,70 @@ def command_line():
     return shlex.join(["python", *started_as(), *sys.argv[1:]])
 
 
+# -- device and precision -------------------------------------------------------------------------
+
+
 def use_huge_pages():
     """Let torch ask for huge pages: a third off a training step on a CPU. To be called before the
     first tensor is made, as torch looks but once.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def choose_device(device="auto"):
+    """--device -> "cpu" or "cuda:N".
+
+    auto: $PARA_DEVICE, else a GPU where there is one. cuda: the GPU of this process in a torchrun
+    job, else the first. Raises UserError for another name or a GPU that is not there.
+    """
+    import torch  # here: a laptop or a worker starts without it
+
+    if device == "auto":
+        device = os.environ.get("PARA_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = None
+    if kind is None or kind.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: unknown; use auto, cpu, cuda or cuda:N")
+    if kind.type == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device}: torch sees no GPU here; use --device cpu or install a GPU driver"
+        )
+    index, n_gpus = kind.index, torch.cuda.device_count()
+    if index is None:
+        index = int(os.environ.get("LOCAL_RANK", 0))
+    if index >= n_gpus:
+        raise UserError(
+            f"--device {device}: GPU {index} is not there, torch sees {n_gpus}; "
+            "name one of them, or start fewer processes"
+        )
+    return f"cuda:{index}"
+
+
+def choose_precision(device, precision="auto"):
+    """--precision -> "fp32" or "bf16". auto: bf16 on a GPU and on CPUs with bf16 instructions (1.7
+    times faster there), else fp32.
+    """
+    import torch
+
+    if precision != "auto":
+        return precision
+    on_gpu = torch.device(device).type == "cuda"
+    return "bf16" if on_gpu or torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def autocast(device, precision):
+    """Autocast context of a --precision on a device."""
+    import torch
+
+    use_bf16 = choose_precision(device, precision) == "bf16"
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=use_bf16)
+
+
+# -- processes ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -358,44 +440,15 @@ class Distributed:
         if self.world > 1:
             import torch
 
-            torch.distributed.init_process_group(
-                "nccl" if self.device.startswith("cuda") else "gloo"
-            )
+            backend = "nccl" if self.device.startswith("cuda") else "gloo"
+            torch.distributed.init_process_group(backend)
 
     def leave(self):
+        """Leave the job that was joined."""
         if self.world > 1:
             import torch
 
             torch.distributed.destroy_process_group()
-
-
-def choose_device(device="auto"):
-    """--device -> "cpu" or "cuda:N". auto: $PARA_DEVICE, else a GPU where there is one; cuda: the
-    GPU of this process in a torchrun job, else the first. Raises UserError for another name or a
-    GPU that is not there."""
-    import torch
-
-    if device == "auto":
-        device = os.environ.get("PARA_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.device(device)
-    except RuntimeError:
-        kind = None
-    if kind is None or kind.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: unknown; use auto, cpu, cuda or cuda:N")
-    if kind.type == "cpu":
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"--device {device}: torch sees no GPU here; use --device cpu or install a GPU driver"
-        )
-    index = int(os.environ.get("LOCAL_RANK", 0)) if kind.index is None else kind.index
-    if index >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {device}: GPU {index} is not there, torch sees {torch.cuda.device_count()}; name one of them, or "
-            "start fewer processes"
-        )
-    return f"cuda:{index}"
 
 
 def init_distributed(device="auto"):
@@ -411,24 +464,7 @@ def init_distributed(device="auto"):
     return Distributed(rank, world, device)
 
 
-def choose_precision(device, precision="auto"):
-    """--precision -> "fp32" or "bf16". auto: bf16 on a GPU and on CPUs with bf16 instructions (1.7
-    times faster there), else fp32.
-    """
-    import torch
-
-    if precision != "auto":
-        return precision
-    on_gpu = torch.device(device).type == "cuda"
-    return "bf16" if on_gpu or torch.cpu._is_avx512_bf16_supported() else "fp32"
-
-
-def autocast(device, precision):
-    """Autocast context of a --precision on a device."""
-    import torch
-
-    use_bf16 = choose_precision(device, precision) == "bf16"
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=use_bf16)
+# -- a run's signals and its log -------------------------------------------------------------------
 
 
 class StopSignal:
@@ -452,32 +488,33 @@ class RunLogger:
     """
 
     def __init__(self, folder, mode, config, enabled=True):
-        self.folder, self.enabled, self.wandb = Path(folder), enabled, None
-        if enabled and mode != "off":
-            import wandb
+        self.folder, self.enabled = Path(folder), enabled
+        self.wandb = self._start_wandb(mode, config) if enabled and mode != "off" else None
 
-            try:
-                self.wandb = wandb.init(
-                    project="para-libero",
-                    dir=str(folder),
-                    mode=mode,
-                    config=config,
-                    name=Path(folder).name,
-                )
-            except Exception as error:  # of wandb's own many kinds: no login, no network, no room
-                raise UserError(
-                    f"--wandb {mode}: {one_line(error)}; log in with `wandb login`, or use --wandb offline or off"
-                )
+    def _start_wandb(self, mode, config):
+        import wandb  # here: it takes seconds
+
+        folder, name = str(self.folder), self.folder.name
+        try:
+            return wandb.init(
+                project="para-libero", dir=folder, mode=mode, config=config, name=name
+            )
+        except Exception as error:  # of wandb's own many kinds: no login, no network, no room
+            raise UserError(
+                f"--wandb {mode}: {one_line(error)}; log in with `wandb login`, "
+                "or use --wandb offline or off"
+            ) from error
 
     def log(self, step, row):
+        """Append a row of numbers; only the main process has a log."""
         if not self.enabled:
             return
-        append_jsonl(
-            self.folder / "metrics.jsonl", {"step": step, "time": round(time.time(), 3), **row}
-        )
+        stamped = {"step": step, "time": round(time.time(), 3), **row}
+        append_jsonl(self.folder / "metrics.jsonl", stamped)
         if self.wandb:
             self.wandb.log(row, step=step)
 
     def close(self):
+        """End wandb's run, if there is one."""
         if self.wandb:
             self.wandb.finish()
