@@ -424,6 +424,11 @@ class VoxelPolicy(HistoryPolicy):
     # -- closed loop
     # -------------------------------------------------------------------------------------------------
 
+    def session(self):
+        twin = super().session()
+        twin._tables = {}  # sessions may decide at the same time, each in a thread
+        return twin
+
     def reset(self, generator=None):
         super().reset(generator)
         self.number, self.fed, self.first, self.past = 0, None, None, []

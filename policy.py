@@ -13,6 +13,7 @@ is (B,T,...), see data_ar.py.
 """
 
 import argparse
+import copy
 import time
 from dataclasses import dataclass, field, fields
 
@@ -24,6 +25,7 @@ from torch import nn
 import flags
 from rot_utils import euler_to_matrix
 from runtime import UserError
+from waypoint import Waypoint
 
 HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
 ROTATION_MARGIN = 0.02  # radians beyond the training data's angles that the bins still cover
@@ -81,23 +83,6 @@ def add_config_flags(parser, config_class):
                 choices=f.metadata["choices"],
                 help=f"{f.metadata['help']} ({f.default})",
             )
-
-
-@dataclass
-class Waypoint:
-    """What a policy answers: the next EEF target in the world frame and the trajectory it belongs
-    to.
-
-    position (3,) m; rotation (3,3) or None; gripper -1 opens, +1 closes; trajectory (T,3) m;
-    grippers (T,) in {-1, +1}; rotations (T,3,3) or None.
-    """
-
-    position: np.ndarray
-    rotation: np.ndarray
-    gripper: float
-    trajectory: np.ndarray
-    grippers: np.ndarray
-    rotations: np.ndarray = None
 
 
 @dataclass
@@ -196,6 +181,20 @@ class Policy(nn.Module):
         device that all random draws of the episode come from; without one from torch's own."""
         self.generator = generator
 
+    def begin(self, seed):
+        """Start of an episode whose random draws all come from `seed`; its clock starts at zero."""
+        device = next(self.parameters()).device
+        self.reset(torch.Generator(device).manual_seed(seed))
+        self.seconds = {"features": 0.0, "policy": 0.0}
+
+    def session(self):
+        """The same network for an episode of its own, beside those of other sessions: weights and
+        frozen features are shared, the history and the clock are not.
+        """
+        twin = copy.copy(self)
+        twin.begin(0)
+        return twin
+
     def volume_parameters(self):
         """Parameters of the volume head and of all that it reads: what `--freeze_steps` holds still
         in a finetune.
@@ -232,14 +231,21 @@ class Policy(nn.Module):
         return self.predict(batch)
 
     @torch.inference_mode()
-    def act(self, observation):
-        """Observation -> Waypoint."""
+    def features(self, images):
+        """Images (B,S,S,3) uint8 -> the backbone's maps [(B,C,H,W)] on this device, computed."""
+        device = next(self.parameters()).device
+        maps = [m.to(device) for m in self.backbone(torch.from_numpy(images))]
+        if device.type == "cuda":
+            # or their time would be counted as that of whoever waits for them
+            torch.cuda.synchronize(device)
+        return maps
+
+    @torch.inference_mode()
+    def act(self, observation, maps=None):
+        """Observation -> Waypoint. maps [(1,C,H,W)]: its features, where they are there already."""
         device = next(self.parameters()).device
         start = time.perf_counter()
-        maps = [m.to(device) for m in self.backbone(torch.from_numpy(observation.image[None]))]
-        if device.type == "cuda":
-            # or the features' time would be counted as the policy's, which waits for them
-            torch.cuda.synchronize(device)
+        maps = self.features(observation.image[None]) if maps is None else maps
         middle = time.perf_counter()
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
         out = self.decide(

@@ -20,8 +20,6 @@ from runtime import UserError, atomic_path, fits, one_line, write_json
 
 # header entries: one marks our files, one says what they hold
 KEY, DIGEST = "para_libero", "digest"
-# whatever folder a script is called from
-COMMITTED = Path(__file__).resolve().parents[1] / "checkpoints"
 AGAIN = "train again, or copy it again"
 POLICY_FORM = {  # of a policy's header; what else there is says where it comes from
     "model_type": str,
@@ -216,32 +214,3 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
         )
     extra = {k[6:]: v for k, v in tensors.items() if k.startswith("extra.")}
     return policy.attach(backbone.to(device)).to(device).eval(), info, extra
-
-
-def demos_mujoco(info):
-    """MuJoCo version that a checkpoint's demonstrations were simulated with, None for unknown ones.
-    Older checkpoints do not say: there it is the version at hand when they were trained."""
-    return info.get("dataset", {}).get("versions", info.get("versions", {})).get("mujoco")
-
-
-def run_name(path):
-    """A checkpoint's short name: its run's folder, or its own where it lies alone."""
-    return path.parent.name if path.name == "checkpoint.safetensors" else path.stem
-
-
-def newest_checkpoint(runs="runs", committed=COMMITTED):
-    """The newest run's checkpoint, else the newest committed one, and a sentence that says which.
-    Raises UserError for none.
-    """
-    for folder, pattern, what in (
-        (Path(runs), "*/checkpoint.safetensors", "the newest run's"),
-        # of several, the baseline
-        (Path(committed), "para_*.safetensors", "the committed"),
-        (Path(committed), "*.safetensors", "the committed"),
-    ):
-        found = sorted(folder.glob(pattern), key=lambda p: p.stat().st_mtime)
-        if found:
-            return found[-1], f"--ckpt not given: {what} checkpoint, {found[-1]}"
-    raise UserError(
-        "no checkpoint in runs/ or checkpoints/; train one with `python train.py --model_type para`"
-    )

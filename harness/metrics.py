@@ -5,6 +5,8 @@ free-space coverage.
 import numpy as np
 
 OUTCOMES = ("miss", "grasp", "place", "released")  # how far an episode of pick and place came
+# how far one of the variant lift_once came
+LIFT_OUTCOMES = ("miss", "kept", "again", "unfinished", "once")
 # the outcome of an episode in which the policy's own code failed: a failure like any other
 ERROR = "error"
 EARLY = 280  # control steps at which published success rates on LIBERO-Spatial stop

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from runtime import UserError, read_json, read_jsonl
 
+# whatever folder a script is called from
+COMMITTED = Path(__file__).resolve().parents[1] / "checkpoints"
 RATE, INTERVAL, NUMBER = (float, None), [float, float], ("number", None)
 COVERAGES = {f"coverage_{px}px": NUMBER for px in (4, 8, 16)}
 MEASURED = {
@@ -165,3 +167,32 @@ def check_stamp(folder, asked):
 def read_metrics(run):
     """Rows of a run's metrics.jsonl."""
     return read_jsonl(Path(run) / "metrics.jsonl", form=METRIC)
+
+
+def demos_mujoco(info):
+    """MuJoCo version that a checkpoint's demonstrations were simulated with, None for unknown ones.
+    Older checkpoints do not say: there it is the version at hand when they were trained."""
+    return info.get("dataset", {}).get("versions", info.get("versions", {})).get("mujoco")
+
+
+def run_name(path):
+    """A checkpoint's short name: its run's folder, or its own where it lies alone."""
+    return path.parent.name if path.name == "checkpoint.safetensors" else path.stem
+
+
+def newest_checkpoint(runs="runs", committed=COMMITTED):
+    """The newest run's checkpoint, else the newest committed one, and a sentence that says which.
+    Raises UserError for none.
+    """
+    for folder, pattern, what in (
+        (Path(runs), "*/checkpoint.safetensors", "the newest run's"),
+        # of several, the baseline
+        (Path(committed), "para_*.safetensors", "the committed"),
+        (Path(committed), "*.safetensors", "the committed"),
+    ):
+        found = sorted(folder.glob(pattern), key=lambda p: p.stat().st_mtime)
+        if found:
+            return found[-1], f"--ckpt not given: {what} checkpoint, {found[-1]}"
+    raise UserError(
+        "no checkpoint in runs/ or checkpoints/; train one with `python train.py --model_type para`"
+    )

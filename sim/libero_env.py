@@ -381,6 +381,10 @@ class Scene:
         """The flattened state (S,) float64."""
         return self.sim.get_state().flatten()
 
+    def joints(self):
+        """Positions of all joints (N,): arm, fingers, objects and fixtures; m, rad, quaternions."""
+        return np.array(self.sim.data.qpos)
+
     def set_state(self, state):
         """Put the simulation into `state` as at the start of an episode: controller, gripper and
         clock are reset too.

@@ -15,6 +15,9 @@ def check_protocol(scene, reference, condition):
     the first episode's view, a training frame's state rendered through this very path looks like
     the image that was trained on (in a LIBERO-PRO suite too, the state puts its objects back), the
     gripper's sign by the fingers' motion, init states distinct.
+
+    reference: arrays that a checkpoint carries, "protocol_state", "_extrinsics" and "_image"; {}
+    for none.
     """
     found = {}
     states = scene.init_states()
@@ -47,11 +50,9 @@ def check_protocol(scene, reference, condition):
             f"protocol: image orientation, at the objects' projected pixels stand {seen}"
         )
     if "protocol_state" in reference and len(reference["protocol_state"]) == len(scene.state()):
-        scene.set_state(reference["protocol_state"].numpy())
-        scene.set_camera(
-            reference["protocol_extrinsics"].numpy() if "protocol_extrinsics" in reference else None
-        )
-        stored = reference["protocol_image"].numpy().astype(float)
+        scene.set_state(reference["protocol_state"])
+        scene.set_camera(reference.get("protocol_extrinsics"))
+        stored = reference["protocol_image"].astype(float)
         side, image = len(stored), scene.render().astype(float)
         k = len(image) // side
         small = image[: side * k, : side * k].reshape(side, k, side, k, 3).mean((1, 3))

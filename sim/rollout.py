@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import camera
 from formats.demos import GRIPPER_STEPS, next_waypoint
 from harness.metrics import ERROR, OUTCOMES, coverage, jerk, path_length
-from policy import Waypoint
 from rot_utils import rotation_angle
 from runtime import atomic_path, versions
 from sim.expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
 from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH, unperturbed
 from sim.variants import STAY_STEPS, new_account, new_expert
+from waypoint import Waypoint
 
 # control steps at most towards one waypoint; metres at which it is reached
 SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006
@@ -168,9 +167,7 @@ class PolicyAgent:
         self.policy = policy
 
     def start(self, scene, path, seed=0):
-        device = next(self.policy.parameters()).device
-        self.policy.reset(torch.Generator(device).manual_seed(seed))
-        self.policy.seconds.update(features=0.0, policy=0.0)
+        self.policy.begin(seed)
 
     def act(self, observation, closed):
         return self.policy.act(observation)
@@ -397,6 +394,7 @@ def run_episode(
     path=None,
     variant="task",
     seed=0,
+    watch=None,
 ):
     """One closed-loop episode from `state` -> (row of results, frames [(image, plan or None)],
     decision images).
@@ -406,7 +404,8 @@ def run_episode(
     near the waypoint, and then holds for GRIPPER_STEPS. path: the expert's path from this state,
     for the coverage. seed: of all that the agent draws at random in this episode. An exception of
     the agent's, or a waypoint that is not finite, ends the episode as a failure, outcome "error": a
-    policy must not gain by failing. Of the variant `lift_once` a decision takes at least
+    policy must not gain by failing. watch: a stalled.Watch, which may end the episode; the row then
+    says `stalled` with the step. Of the variant `lift_once` a decision takes at least
     `waypoint_stride` steps, as in its demonstrations: to stay is one.
     """
     started = time.perf_counter()
@@ -414,7 +413,7 @@ def run_episode(
     episode = Episode(scene, max_steps, video_every, variant)
     least = waypoint_stride if variant == "lift_once" else 1
     agent.start(scene, path, seed)
-    decisions, thumbs, failure = 0, [], None
+    decisions, thumbs, failure, stalled = 0, [], None, False
     while not episode.over:
         observation = episode.observe(agent.needs_image)
         try:
@@ -430,6 +429,9 @@ def run_episode(
         episode.plan = waypoint
         if observation.image is not None:
             thumbs.append(observation.image[::4, ::4])
+        if watch and watch.note(scene, waypoint, episode.gripper, episode.steps):
+            stalled = True
+            break
         rotation, before = None if zero_rotation else waypoint.rotation, episode.steps
         for _ in range(SERVO_STEPS if teleport else waypoint_stride):
             if (
@@ -455,6 +457,8 @@ def run_episode(
                 if not episode.over:
                     episode.step(waypoint.position, rotation)
     row = result_row(scene, episode, agent, decisions, path, started)
+    if stalled:
+        row["stalled"] = episode.steps
     return failed(row, failure) if failure else row, episode.frames, thumbs
 
 

@@ -25,7 +25,6 @@ NEAR_REST = 0.03  # metres beside its old place at which the bowl is back
 LOW, OUT = 0.03, 0.06  # metres of the EEF above its grasp's height: gone down again, out of the way
 # control steps that the arm has to stay out: more than twice what a window of 8 decisions remembers
 OUT_STEPS = 100
-LIFT_OUTCOMES = ("miss", "kept", "again", "unfinished", "once")
 
 
 class LiftOnceExpert(PickPlaceExpert):

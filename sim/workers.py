@@ -36,6 +36,21 @@ TIMEOUT = 1800.0
 STARTS = 3  # workers in a row that may die before their first job
 
 
+@contextlib.contextmanager
+def one_thread_each():
+    """While inside, processes are started with THREADS: libraries read them when imported."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(THREADS)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 @dataclasses.dataclass
 class Outcome:
     """What became of a job: `result`, or `error` (a traceback, or how the worker died).
@@ -49,7 +64,7 @@ class Outcome:
     died: bool = False
 
 
-def _leave_with_parent():
+def leave_with_parent():
     """End this process when its parent has ended, however that was: nobody would collect what it
     makes.
     """
@@ -62,7 +77,7 @@ def _leave_with_parent():
 
 
 def _child(connection, factory, arguments):
-    _leave_with_parent()
+    leave_with_parent()
     try:
         worker = factory(*arguments)
     except BaseException:
@@ -88,7 +103,8 @@ class _Slot:
         self.process = context.Process(
             target=_child, args=(theirs, factory, arguments), daemon=True
         )
-        self.process.start()
+        with one_thread_each():
+            self.process.start()
         theirs.close()
         self.job, self.done, self.ready = None, 0, False
         self.timeout, self.deadline = timeout, time.monotonic() + timeout
@@ -122,13 +138,23 @@ class _Slot:
         self.connection.close()
 
 
-def run_jobs(jobs, factory, arguments=(), n_workers=2, recycle=25, tries=2, timeout=TIMEOUT):
+def run_jobs(
+    jobs,
+    factory,
+    arguments=(),
+    n_workers=2,
+    recycle=25,
+    tries=2,
+    timeout=TIMEOUT,
+    before_start=lambda: None,
+):
     """Run `factory(*arguments).run(job)` for each job on `n_workers` spawned processes; yield an
     Outcome per job as it finishes.
 
     A job whose worker dies, or gives no answer for `timeout` seconds, is tried `tries` times in
-    all; a job that raises is reported at once. Raises UserError for numbers that are out of range,
-    and RuntimeError with the worker's traceback if a worker cannot be made at all.
+    all; a job that raises is reported at once. before_start: called whenever a worker is about to
+    start, to mend what it needs. Raises UserError for numbers that are out of range, and
+    RuntimeError with the worker's traceback if a worker cannot be made at all.
     """
     for name, value in (("workers", n_workers), ("recycle", recycle), ("tries", tries)):
         if value < 1:
@@ -136,79 +162,93 @@ def run_jobs(jobs, factory, arguments=(), n_workers=2, recycle=25, tries=2, time
     if not timeout > 0:
         raise UserError(f"--timeout {timeout:g}: seconds, more than 0")
     context = multiprocessing.get_context("spawn")
-    return _outcomes(
-        collections.deque(jobs),
-        lambda: _Slot(context, factory, arguments, timeout),
-        n_workers,
-        recycle,
-        tries,
-    )
+
+    def start():
+        before_start()
+        return _Slot(context, factory, arguments, timeout)
+
+    return _Pool(start, n_workers, recycle, tries).outcomes(collections.deque(jobs))
 
 
-def _outcomes(queue, start, n_workers, recycle, tries):
-    """The outcomes of the jobs in `queue`; `start()` makes a _Slot."""
-    attempts, failed_starts = collections.Counter(), 0
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(THREADS)  # inherited by the children, which read it when they import torch
-    slots = []
-    try:
-        slots = [start() for _ in range(min(n_workers, len(queue)))]
-        while slots:
-            for slot in [s for s in slots if s.ready and s.job is None]:
-                if not queue:
-                    slots.remove(slot)
+class _Pool:
+    """Up to `n_workers` slots, and which jobs were tried how often. `start()` makes a _Slot."""
+
+    def __init__(self, start, n_workers, recycle, tries):
+        self.start, self.n_workers, self.recycle, self.tries = start, n_workers, recycle, tries
+        self.slots, self.attempts, self.failed_starts = [], collections.Counter(), 0
+
+    def outcomes(self, queue):
+        """Yield the outcomes of the jobs in a queue."""
+        try:
+            self.slots = [self.start() for _ in range(min(self.n_workers, len(queue)))]
+            while self.slots:
+                self._hand_out(queue)
+                for slot, kind, value in self._answers():
+                    if outcome := self._settle(slot, kind, value, queue):
+                        yield outcome
+        finally:
+            for slot in self.slots:
+                if slot.job is None and slot.ready:
                     slot.stop()
-                elif slot.done >= recycle:
-                    slots[slots.index(slot)] = start()
-                    slot.stop()
-                else:
-                    slot.give(queue.popleft())
-            if not slots:
-                break
-            soonest = min(slot.deadline for slot in slots)
-            answered = wait([s.connection for s in slots], max(0.0, soonest - time.monotonic()))
-            for slot in list(slots):
-                # also where the caller came back late and the deadline has passed
-                if slot.connection in answered:
-                    kind, value = slot.answer()
-                elif time.monotonic() >= slot.deadline:
-                    kind, value = (
-                        "died",
-                        f"worker gave no answer for {slot.timeout:g} s and was killed",
-                    )
-                else:
-                    continue
-                if kind == "ready":
-                    slot.ready, failed_starts = True, 0
-                    continue
-                if kind == "unusable":
-                    raise RuntimeError(f"a worker could not start:\n{value}")
-                job, slot.job, slot.done = slot.job, None, slot.done + 1
-                if kind == "died":
-                    slots.remove(slot)
+                else:  # in a job that nobody will collect, or a start that nobody waits for
                     slot.kill()
-                    failed_starts += not slot.ready
-                    if failed_starts > STARTS:
-                        raise RuntimeError(f"workers die before their first job: {value}")
-                    attempts[repr(job)] += 1
-                    again = job is not None and attempts[repr(job)] < tries
-                    if again:
-                        queue.append(job)
-                    if queue:
-                        slots.append(start())
-                    if again or job is None:
-                        continue
-                yield Outcome(
-                    job,
-                    value if kind == "done" else None,
-                    None if kind == "done" else value,
-                    kind == "died",
-                )
-    finally:
-        for slot in slots:
-            if slot.job is None and slot.ready:
+
+    def _hand_out(self, queue):
+        """Give jobs to idle slots; renew those that have done enough, end those without a job."""
+        for slot in [s for s in self.slots if s.ready and s.job is None]:
+            if not queue:
+                self.slots.remove(slot)
                 slot.stop()
-            else:  # in the middle of a job that nobody will collect, or of a start that nobody waits for
-                slot.kill()
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+            elif slot.done >= self.recycle:
+                self.slots[self.slots.index(slot)] = self.start()
+                slot.stop()
+            else:
+                slot.give(queue.popleft())
+
+    def _answers(self):
+        """Wait for the next answer, or the next deadline -> [(slot, kind, value)]."""
+        if not self.slots:
+            return []
+        soonest = min(slot.deadline for slot in self.slots)
+        connections = [slot.connection for slot in self.slots]
+        answered = wait(connections, max(0.0, soonest - time.monotonic()))
+        found = []
+        for slot in self.slots:
+            # also where the caller came back late and the deadline has passed
+            if slot.connection in answered:
+                found.append((slot, *slot.answer()))
+            elif time.monotonic() >= slot.deadline:
+                why = f"worker gave no answer for {slot.timeout:g} s and was killed"
+                found.append((slot, "died", why))
+        return found
+
+    def _settle(self, slot, kind, value, queue):
+        """Book an answer -> the job's Outcome, None where there is none (yet)."""
+        if kind == "ready":
+            slot.ready, self.failed_starts = True, 0
+            return None
+        if kind == "unusable":
+            raise RuntimeError(f"a worker could not start:\n{value}")
+        job, slot.job, slot.done = slot.job, None, slot.done + 1
+        if kind == "died":
+            again = self._replace(slot, job, value, queue)
+            if again or job is None:
+                return None
+        if kind == "done":
+            return Outcome(job, value)
+        return Outcome(job, None, value, kind == "died")
+
+    def _replace(self, slot, job, why, queue):
+        """Put another in the place of a slot that died -> True if its job is tried again."""
+        self.slots.remove(slot)
+        slot.kill()
+        self.failed_starts += not slot.ready
+        if self.failed_starts > STARTS:
+            raise RuntimeError(f"workers die before their first job: {why}")
+        self.attempts[repr(job)] += 1
+        again = job is not None and self.attempts[repr(job)] < self.tries
+        if again:
+            queue.append(job)
+        if queue:
+            self.slots.append(self.start())
+        return again

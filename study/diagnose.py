@@ -20,7 +20,8 @@ from camera import unproject
 from figures import plots
 from figures.pages import markdown_table
 from formats.dataset import open_dataset
-from harness.checkpoint import load_policy, run_name
+from harness.checkpoint import load_policy
+from harness.records import run_name
 from harness.validation import free_run, to_pixels
 from runtime import UserError, command_line, git_commit, run_script, write_json
 

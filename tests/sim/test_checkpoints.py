@@ -6,12 +6,12 @@ import torch
 from conftest import ROOT, made_once, with_basis
 from helpers import run
 
-from eval import episode_state
 from formats.dataset import open_dataset
 from harness.checkpoint import load_policy
 from harness.metrics import EARLY
 from harness.validation import looks
 from registry import look_up
+from sim.layouts import episode_state
 from sim.libero_env import Scene
 from sim.rollout import PolicyAgent, run_episode
 

@@ -9,11 +9,13 @@ import pytest
 import eval as evaluation
 from formats.demos import next_waypoint
 from harness.metrics import ERROR
+from harness.summary import summarise
 from policy import Waypoint
 from rot_utils import euler_to_matrix
 from sim import rollout
 from sim.expert import servo_action
 from sim.rollout import PolicyError, ahead, check_waypoint, expert_path, expert_version, run_episode
+from sim.stalled import DECISIONS, Watch, first_stall
 
 
 def waypoint(points, grippers):
@@ -126,6 +128,20 @@ def test_a_policy_that_fails_has_failed_the_episode(what, scene):
     assert "crash" not in row and row["steps"] < 40
 
 
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_stalled_episode_ends_only_if_asked(stop, scene, tmp_path):
+    """A policy that hovers for ever costs 600 steps of rendering. The row says where it ended, and
+    that it failed; unasked, the episode runs to its end and the trace alone is kept."""
+    watch = Watch(stop)
+    row, _, _ = run_episode(scene, Hovers({}), scene.init_states()[0], max_steps=60, watch=watch)
+    assert DECISIONS - 1 <= row["steps"] < 60 if stop else row["steps"] == 60
+    assert not row["success"]
+    assert row.get("stalled") == (row["steps"] if stop else None)
+    watch.save(tmp_path / "traces" / "000.npz")
+    stored = np.load(tmp_path / "traces" / "000.npz")
+    assert len(stored["states"]) == row["decisions"] and first_stall(stored["states"]) is not None
+
+
 def test_a_waypoint_that_is_finite_is_taken():
     """Ordinary answers pass, those without rotations too."""
     check_waypoint(waypoint([[0.1, 0.2, 1.0]], [1]))
@@ -180,7 +196,7 @@ def test_an_error_of_the_policy_never_improves_the_rate():
         rollout.failed(row_of(True), "Traceback ...\nValueError: a bug"),
         {"crash": "died"},
     ]
-    found = evaluation.summarise(rows, args, {})
+    found = summarise(rows, args, {})
     assert (found["n"], found["crashes"], found["success_rate"], found["outcomes"][ERROR]) == (
         3,
         1,

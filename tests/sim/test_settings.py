@@ -15,7 +15,7 @@ import eval as evaluation
 from camera import project
 from formats.dataset import open_dataset
 from runtime import UserError
-from sim import settings
+from sim import layouts, settings
 from sim.expert import PLATE_RISE
 from sim.libero_env import Scene, find_task
 from sim.rollout import BlindAgent, key_poses
@@ -185,7 +185,7 @@ def evaluated_seed(layout, index):
 
     def ask(scene):
         scene.common_shift = lambda condition: None
-        evaluation.episode_state(scene, layout, index)
+        layouts.episode_state(scene, layout, index)
 
     return asked_seed(ask)
 
@@ -231,7 +231,7 @@ def test_every_purpose_draws_numbers_of_its_own():
 def test_the_shifted_test_layouts_stay_what_they_were(scene):
     """The layouts that every published figure on `shifted` is about: bowl and plate where commit
     17f3cfb had them."""
-    state, _ = evaluation.episode_state(scene, "shifted", 7)
+    state, _ = layouts.episode_state(scene, "shifted", 7)
     before = scene.init_states()[7]
     moved = [
         state[scene._address(n)][:2] - before[scene._address(n)][:2]
@@ -243,7 +243,7 @@ def test_the_shifted_test_layouts_stay_what_they_were(scene):
 def test_viewpoint_episodes_are_seen_from_elsewhere(scene):
     """The rendering camera really moves, objects are seen where the moved camera says, the layout
     stays the benchmark's; and it moves back."""
-    state, condition = evaluation.episode_state(scene, "viewpoint", 3)
+    state, condition = layouts.episode_state(scene, "viewpoint", 3)
     assert condition == settings.conditions("viewpoint", "test")[3] and condition.theta > 12.5
     np.testing.assert_array_equal(state, scene.init_states()[3])
     scene.begin_episode(state)
@@ -254,7 +254,7 @@ def test_viewpoint_episodes_are_seen_from_elsewhere(scene):
     for name in scene.objects:
         u, v, _ = project(scene.position(name), o.K, o.E)
         assert scene.visible_body(u, v).startswith(name)
-    _, default = evaluation.episode_state(scene, "benchmark", 3)
+    _, default = layouts.episode_state(scene, "benchmark", 3)
     scene.begin_episode(state)
     assert not default.theta and np.abs(scene.render().astype(int) - moved).mean() > 5
     np.testing.assert_allclose(scene.camera()[1], DEFAULT, atol=1e-6)
@@ -266,7 +266,7 @@ def test_position_episodes_stand_elsewhere(scene):
     positions = settings.conditions("position", "test")
     found = []
     for index in (1, 21):
-        state, condition = evaluation.episode_state(scene, "position", index)
+        state, condition = layouts.episode_state(scene, "position", index)
         assert condition == positions[1]
         scene.begin_episode(state)
         for name, nominal in ((scene.pick, settings.BOWL), (scene.place, settings.PLATE)):
@@ -296,7 +296,7 @@ def test_libero_pro_suites_differ_as_they_say(scene):
     """In libero_spatial_swap the plate stands elsewhere and the bowl where it did, in _object both
     are others; blind replay keeps the layout of libero_spatial; a frame of libero_spatial's state
     looks the same, which is why its checkpoints are taken."""
-    evaluation.episode_state(scene, "benchmark", 0)  # the camera back to where it belongs
+    layouts.episode_state(scene, "benchmark", 0)  # the camera back to where it belongs
     swap = Scene("libero_spatial_swap", image_size=112, clean=True)
     try:
         poses, images = [], []
@@ -359,15 +359,14 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
     assert summary["setting"] == "viewpoint"
     assert row["theta"] == settings.conditions("viewpoint", "test")[0].theta
     # else views that were trained on would be tested
-    with pytest.raises(UserError, match="trained on split outer"):
-        evaluation.prepare(
-            evaluation.build_parser().parse_args(
-                shlex.split(
-                    f"--ckpt {tmp_path / 'run' / 'checkpoint.safetensors'} --layout viewpoint "
-                    "--split hemisphere"
-                )
-            )
-        )
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    words = f"--ckpt {checkpoint} --layout viewpoint --split hemisphere"
+    args = evaluation.build_parser().parse_args(shlex.split(words))
+    with (
+        evaluation.network_of(args) as network,
+        pytest.raises(UserError, match="trained on split outer"),
+    ):
+        evaluation.prepare(args, network)
     with h5py.File(tmp_path / "views.hdf5", "r+") as file:
         del file["data/demo_0"]
         file["data"].attrs["part"] = "val"

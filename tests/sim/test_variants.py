@@ -153,7 +153,8 @@ def test_the_variant_travels_from_data_to_evaluation(tmp_path):
     args = evaluation.build_parser().parse_args(
         ["--ckpt", str(tmp_path / "run" / "checkpoint.safetensors")]
     )
-    info = evaluation.prepare(args)
+    with evaluation.network_of(args) as network:
+        info = evaluation.prepare(args, network)
     assert args.variant == "lift_once"
     assert args.out.name.endswith("lift_once")
     assert info["config"]["stay"] is True

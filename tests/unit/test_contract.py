@@ -12,7 +12,8 @@ from conftest import SIZE
 from safetensors.torch import load_file, save_file
 
 from formats.dataset import open_dataset
-from harness import checkpoint
+from harness import checkpoint, records
+from harness.sessions import PolicySessions
 from registry import REGISTRY, look_up
 from rot_utils import matrix_to_euler, matrix_to_quat, rotvec_to_matrix, wrap_angle
 from runtime import UserError
@@ -329,6 +330,50 @@ def test_act_answers_in_the_world(case):
     assert policy.seconds["features"] > 0 and policy.seconds["policy"] > 0
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_an_episode_s_answers_do_not_depend_on_the_others(case, batch):
+    """Two episodes whose observations come in turn, alone or in one batch, are answered bit by bit
+    as each by itself: --workers changes no outcome. In batches of 4 the company, and the place in
+    it, changes."""
+    sessions = PolicySessions(case.policy().eval(), batch)
+    frames = (0, 5, 10), (30, 20, 25)
+    episodes = [list(case.observations(chosen)) for chosen in frames]
+    torch.set_num_threads(1)
+
+    def begun(number):
+        session = sessions.open()
+        sessions.begin(session, seed=number)
+        return session
+
+    def alone(number):
+        session = begun(number)
+        return [sessions.answer([(session, seen)])[0][0] for seen in episodes[number]]
+
+    expected = [alone(0), alone(1)]
+    first, second, answered = begun(0), begun(1), []
+    for one, other in zip(*episodes):
+        asked = [(second, other), (first, one)]
+        answered.append(
+            sessions.answer(asked) if batch > 1 else [sessions.answer([a])[0] for a in asked]
+        )
+    assert same([row[1][0] for row in answered], expected[0])
+    assert same([row[0][0] for row in answered], expected[1])
+    assert not same(*expected)
+
+
+def test_every_batch_has_the_same_shape(para, monkeypatch):
+    """A GPU takes other kernels for other shapes, which round differently: an answer would hang on
+    how many simulators happened to wait."""
+    sessions, shapes = PolicySessions(para.policy().eval(), batch=4), []
+    features = type(sessions.policy).features
+    seen = lambda self, images: shapes.append(images.shape) or features(self, images)
+    monkeypatch.setattr(type(sessions.policy), "features", seen)
+    observations = list(para.observations())
+    for n in (1, 3):
+        sessions.answer([(sessions.open(), o) for o in observations[:n]])
+    assert shapes == [(4, SIZE, SIZE, 3)] * 2
+
+
 def test_reset_starts_afresh(case):
     """An episode's answers do not depend on the episode before."""
     policy = case.policy()
@@ -468,7 +513,7 @@ def test_bare_eval_takes_the_newest_checkpoint(tmp_path):
     the remedy."""
     runs, committed = tmp_path / "runs", tmp_path / "checkpoints"
     with pytest.raises(UserError, match="train.py"):
-        checkpoint.newest_checkpoint(runs, committed)
+        records.newest_checkpoint(runs, committed)
     for age, path in enumerate(
         [
             runs / "new" / "checkpoint.safetensors",
@@ -480,17 +525,16 @@ def test_bare_eval_takes_the_newest_checkpoint(tmp_path):
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
     assert (
-        checkpoint.newest_checkpoint(tmp_path / "none", committed)[0]
-        == committed / "para.safetensors"
+        records.newest_checkpoint(tmp_path / "none", committed)[0] == committed / "para.safetensors"
     )
     (committed / "para_task.safetensors").touch()
     # a clone's times say nothing: of several the baseline is taken
     (committed / "voxel_ar_task.safetensors").touch()
     assert (
-        checkpoint.newest_checkpoint(tmp_path / "none", committed)[0]
+        records.newest_checkpoint(tmp_path / "none", committed)[0]
         == committed / "para_task.safetensors"
     )
-    path, sentence = checkpoint.newest_checkpoint(runs, committed)
+    path, sentence = records.newest_checkpoint(runs, committed)
     assert path == runs / "new" / "checkpoint.safetensors" and str(path) in sentence
 
 

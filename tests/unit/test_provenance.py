@@ -7,7 +7,7 @@ import pytest
 
 from eval import where_run
 from formats import demos, smith300
-from harness.checkpoint import demos_mujoco
+from harness.records import demos_mujoco
 from runtime import versions
 
 OURS = versions()["mujoco"]

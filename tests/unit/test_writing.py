@@ -21,7 +21,7 @@ import run_matrix
 import runtime
 from figures import plots
 from formats import parts, smith300
-from harness import checkpoint
+from harness import checkpoint, records
 from runtime import UserError
 from study import survey
 
@@ -158,7 +158,7 @@ def test_an_unknown_suite_is_said_at_once(monkeypatch):
 def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path, monkeypatch):
     """From another working directory there was no checkpoint."""
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.newest_checkpoint()[0].is_file()
+    assert records.newest_checkpoint()[0].is_file()
 
 
 def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):

@@ -1,0 +1,101 @@
+"""A trained policy that answers for many episodes at once.
+
+Each episode has a session: the network is shared, its history is not. What an episode is answered
+never depends on which others run:
+
+    CPU  every observation is computed alone, on one thread of its own, as in an evaluation with a
+         single worker: equal bit by bit
+    GPU  images go through the backbone by MICRO_BATCH, missing ones filled up, so that every call
+         has the same shape and takes the same kernels whoever is in it; what follows is small,
+         and computed session by session
+"""
+
+import dataclasses
+import os
+import traceback
+
+import numpy as np
+import torch
+
+from harness.checkpoint import load_policy
+from runtime import UserError, choose_device
+
+MICRO_BATCH = 8
+
+
+def set_choices(policy, choices):
+    """Set how a policy with a history is used. choices: {"feedback", "sample", "temperature":
+    value, or None for the checkpoint's own}. Raises UserError for a policy without a history.
+    """
+    for name, value in choices.items():
+        if value is None:
+            continue
+        if not hasattr(policy.config, name):
+            raise UserError(
+                f"--{name}: {type(policy).__name__} has no such choice; "
+                "only policies with a history have"
+            )
+        setattr(policy.config, name, value)
+    policy.check()
+
+
+class PolicySessions:
+    """A policy, ready to act, see the module's docstring.
+
+    `batch` observations are answered by a call, `threads` calls run at a time. `about` is what an
+    evaluation needs to know of it, without torch: the checkpoint's info, the policy's config, the
+    device, and the tensors that the protocol is checked against as arrays.
+    """
+
+    def __init__(self, policy, batch=1, threads=1, about=None):
+        self.policy, self.batch, self.threads, self.about = policy, batch, threads, about
+
+    @classmethod
+    def load(cls, path, device="auto", weights=None, choices=None):
+        """Those of a checkpoint. Raises UserError for bad files, devices and choices."""
+        device = choose_device(device)
+        policy, info, extra = load_policy(path, device, weights)
+        set_choices(policy, choices or {})
+        about = {
+            "info": info,
+            "config": dataclasses.asdict(policy.config),
+            "device": device,
+            "reference": {name: tensor.numpy() for name, tensor in extra.items()},
+        }
+        if device != "cpu":  # one thread gives a GPU all its work
+            return cls(policy, MICRO_BATCH, 1, about)
+        torch.set_num_threads(1)
+        return cls(policy, 1, os.cpu_count() or 1, about)
+
+    def open(self):
+        """A new session."""
+        return self.policy.session()
+
+    def begin(self, session, seed):
+        """An episode begins in a session; all that it draws at random comes from `seed`."""
+        session.begin(seed)
+
+    def answer(self, requests):
+        """[(session, observation)], at most `batch` -> [(waypoint, seconds by activity) or the
+        traceback of what the policy raised], in the same order.
+        """
+        if self.batch == 1:
+            return [self._act(*request) for request in requests]
+        try:
+            maps = self._features([observation.image for _, observation in requests])
+        except Exception:
+            return [traceback.format_exc()] * len(requests)
+        one = lambda i: [m[i : i + 1] for m in maps]
+        return [self._act(*request, one(i)) for i, request in enumerate(requests)]
+
+    def _features(self, images):
+        """Images [(S,S,3)] -> maps [(batch,C,H,W)] of as many, and of copies of the first."""
+        filled = images + images[:1] * (self.batch - len(images))
+        return self.policy.features(np.stack(filled))
+
+    @staticmethod
+    def _act(session, observation, maps=None):
+        try:
+            return session.act(observation, maps), dict(session.seconds)
+        except Exception:
+            return traceback.format_exc()

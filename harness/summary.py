@@ -1,0 +1,139 @@
+"""What an evaluation says as a whole, of its episodes: summary.json, and what a user reads."""
+
+from collections import Counter
+
+import numpy as np
+
+from harness.metrics import EARLY, ERROR, LIFT_OUTCOMES, OUTCOMES, wilson, within
+from runtime import command_line, git_commit
+
+PIXELS = (4, 8, 16)  # distances at which a path counts as near another
+# what a cell says of its policy's training
+TRAINED = (
+    "command",
+    "commit",
+    "seed",
+    "step",
+    "minutes",
+    "train_demos",
+    "backbone_identity",
+)
+
+
+def summarise(rows, args, info):
+    """Per-episode rows -> the cell's summary. args: of eval.py; info: of the checkpoint, or {}."""
+    scored = [r for r in rows if "crash" not in r]
+    n, lifting = len(scored), args.variant == "lift_once"
+    outcomes = (*(LIFT_OUTCOMES if lifting else OUTCOMES), ERROR)
+    stalled = sum("stalled" in r for r in scored)
+    lifts = dict(sorted(Counter(r["lifts"] for r in scored).items())) if lifting else {}
+    return {
+        "model_type": info.get("model_type", args.policy),
+        "policy": args.policy,
+        "variant": args.variant,
+        "setting": f"{args.layout}, {args.variant}" if lifting else args.layout,
+        "split": args.split,
+        "clean_scene": args.clean_scene,
+        "task_suite": args.task_suite,
+        "task_id": args.task_id,
+        "n": n,
+        "crashes": len(rows) - n,
+        "max_steps": args.max_steps,
+        **rates(scored),
+        "outcomes": {o: sum(r["outcome"] == o for r in scored) for o in outcomes},
+        **({"lifts": lifts} if lifting else {}),
+        **({"stop_stalled": True, "stalled": stalled} if args.stop_stalled else {}),
+        **means(scored),
+        "workers": args.workers,
+        "seed": args.seed,
+        "command": command_line(),
+        "commit": git_commit(),
+        "checkpoint": str(args.ckpt) if args.ckpt else None,
+        "trained": {k: info.get(k) for k in TRAINED} if info else None,
+    }
+
+
+def rates(scored):
+    """Success and release of scored episodes, at their end and within EARLY steps, each with its
+    Wilson interval.
+    """
+    n, found = len(scored), {}
+    for steps in (None, EARLY):
+        for key in ("success", "released"):
+            reached = sum(within(r, key, steps) for r in scored)
+            name = key if steps is None else f"{key}_{steps}"
+            # summary.json names the interval of success alone "interval"
+            interval = "interval" if name == "success" else f"{name}_interval"
+            found[f"{name}_rate"] = reached / n if n else None
+            found[interval] = wilson(reached, n)
+    return found
+
+
+def means(scored):
+    """Mean numbers of scored episodes, None where no episode has them."""
+
+    def mean(key):
+        values = [r[key] for r in scored if r.get(key) is not None]
+        return round(float(np.mean(values)), 4) if values else None
+
+    near = [f"{name}_{px}px" for name in ("coverage", "on_path") for px in PIXELS]
+    names = ["mean_steps", "jerk_mm", "third_difference_mm", *near, "path_length_ratio"]
+    seconds = {
+        k: round(float(np.mean([r["seconds"][k] for r in scored])), 3)
+        for k in (scored[0]["seconds"] if scored else ())
+    }
+    return {
+        **{name: mean(name.removeprefix("mean_")) for name in names},
+        "seconds_per_episode": seconds or None,
+    }
+
+
+def print_summary(s):
+    """The summary as a user reads it."""
+    crashed = f", {s['crashes']} crashed and not scored" if s["crashes"] else ""
+    errors = s["outcomes"][ERROR]
+    failed = f", {errors} failed by an error of the policy" if errors else ""
+    task = f"{s['task_suite']} task {s['task_id']}, {s['setting']} layout"
+    print(f"\n{s['model_type']} on {task}, n = {s['n']}{crashed}{failed}")
+    if not s["n"]:
+        return
+    listed = lambda pairs: ", ".join(pairs)
+    if s["variant"] == "lift_once":
+        show("lifted once, then stayed out", percent(s["success_rate"], s["interval"]))
+        show("lifts in an episode", listed(f"{k} in {v}" for k, v in s["lifts"].items()))
+    else:
+        show_rate(s, "success (LIBERO's predicate)", "success", "interval")
+        show_rate(s, "placed and released", "released", "released_interval")
+    show("outcomes", listed(f"{k} {v}" for k, v in s["outcomes"].items()))
+    if s.get("stop_stalled"):
+        show("stalled, ended as failures", s["stalled"])
+    print(
+        f"  steps {s['mean_steps']:.0f}, "
+        f"jerk (mean second difference of the path) {s['jerk_mm']:.3f} mm/step^2, "
+        f"mean third difference {s['third_difference_mm']:.3f} mm/step^3"
+    )
+    if s["path_length_ratio"] is not None:
+        near = lambda name: listed(f"{s[f'{name}_{px}px']:.3f} at {px} px" for px in PIXELS)
+        print(
+            f"  of the expert's path near the executed one {near('coverage')}; "
+            f"of the executed path near the expert's {near('on_path')}; "
+            f"{s['path_length_ratio']:.2f} times as long"
+        )
+    seconds = s["seconds_per_episode"]
+    show("seconds per episode", listed(f"{k} {v:.2f}" for k, v in seconds.items()))
+
+
+def show(name, value):
+    print(f"  {name:<30}{value}")
+
+
+def show_rate(s, name, key, interval):
+    """One rate of a summary: within EARLY steps, and at the end."""
+    early = percent(s[f"{key}_{EARLY}_rate"], s[f"{key}_{EARLY}_interval"])
+    late = percent(s[f"{key}_rate"], s[interval])
+    show(name, f"{early} in {EARLY} steps, {late} in {s['max_steps']}")
+
+
+def percent(rate, interval):
+    low, high = interval
+    return f"{100 * rate:.1f}% (95% {100 * low:.0f}-{100 * high:.0f}%)"

@@ -1,0 +1,21 @@
+"""A policy's answer. It needs no torch: a simulator's worker follows it without any network."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Waypoint:
+    """The next EEF target in the world frame and the trajectory it belongs to.
+
+    position (3,) m; rotation (3,3) or None; gripper -1 opens, +1 closes; trajectory (T,3) m;
+    grippers (T,) in {-1, +1}; rotations (T,3,3) or None.
+    """
+
+    position: np.ndarray
+    rotation: np.ndarray
+    gripper: float
+    trajectory: np.ndarray
+    grippers: np.ndarray
+    rotations: np.ndarray = None
