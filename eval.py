@@ -501,7 +501,7 @@ def row_of(outcome, args):
 
 
 def give_up_if_hopeless(rows, folder):
-    """Raise UserError once HOPELESS episodes all crashed, or all failed by an error of the policy."""
+    """Raise UserError once HOPELESS episodes all crashed, or all failed by a policy's error."""
     episodes, scored = folder / "episodes.jsonl", [r for r in rows if "crash" not in r]
     if not scored and len(rows) >= HOPELESS:
         raise UserError(
