@@ -22,7 +22,7 @@ import numpy as np
 from camera import extrinsics_from_mujoco, intrinsics
 from rot_utils import matrix_to_quat, quat_to_matrix
 from runtime import UserError, versions
-from sim import renderer, settings
+from sim import kept_model, renderer, settings
 
 ROBOT_DOF = 9  # seven arm joints and two fingers come first in every LIBERO state
 # rad; the spread of the arm's joints over the benchmark's 50 init states (0.018-0.023)
@@ -54,11 +54,13 @@ def libero():
             from libero.libero import benchmark, get_libero_path
             from libero.libero.envs import OffScreenRenderEnv
             from libero.libero.envs.env_wrapper import ControlEnv
+            from robosuite.environments.base import MujocoEnv
     except ImportError as error:
         raise UserError(
             f"the simulator cannot be imported ({error}). Run `make setup`; if a lib*.so is named, first: {renderer.APT}"
         )
     _silence_egl_at_exit()
+    kept_model.keep_over_resets(MujocoEnv)
     return benchmark, get_libero_path, OffScreenRenderEnv, ControlEnv
 
 
@@ -315,8 +317,8 @@ class Scene:
     """One LIBERO task in the simulator.
 
     `clean`: without distractors and unused fixtures (fastest). `rendering`: False makes no
-    rendering context, which saves a second, and works where nothing can be rendered. States are the
-    flattened [time, qpos, qvel].
+    rendering context, which saves a second, and works where nothing can be rendered. `physics`: see
+    `use_physics`. States are the flattened [time, qpos, qvel].
     """
 
     def __init__(
@@ -327,9 +329,11 @@ class Scene:
         clean=False,
         seed=0,
         rendering=True,
+        physics="lean",
     ):
         OffScreenRenderEnv, ControlEnv = libero()[2:]
         self.task, self.image_size, self.clean = find_task(task_suite, task_id), image_size, clean
+        self.physics = physics  # what each reset's loop is made of
         np.random.seed(seed)  # fixtures are placed by NumPy's global generator
         bddl = _clean_bddl(self.task) if clean else self.task.bddl
         if rendering:
@@ -366,8 +370,16 @@ class Scene:
         # read from the simulation instead: 30% off a step
         for observable in self.env.env._observables.values():
             observable.set_enabled(False)
+        self.use_physics(self.physics)
         model, index = self.sim.model, self.sim.model.camera_name2id("agentview")
         self.default_camera = np.array(model.cam_pos[index]), np.array(model.cam_quat[index])
+
+    def use_physics(self, name):
+        """Step with "lean", the loop of sim/physics.py, or with "robosuite"'s own: the same numbers
+        at twice the cost."""
+        from sim.physics import LOOPS  # it needs mujoco, which a Scene alone needs
+
+        self.physics, self.loop = name, LOOPS[name](self.env.env)
 
     def reset(self, seed):
         """A random layout of the benchmark's own sampler, objects still in the air. Rebuilds the
@@ -558,7 +570,7 @@ class Scene:
         """One control step (50 ms) with an OSC_POSE action (7,) in [-1, 1]."""
         # the caller counts steps; LIBERO's horizon would raise in long episodes
         self.env.env.timestep = 0
-        self.env.step(np.asarray(action, dtype=np.float64))
+        self.loop.step(np.asarray(action, dtype=np.float64))
 
     def begin_episode(self, state):
         """Set `state` and wait WAIT_STEPS with the gripper opening, as LIBERO evaluations do: the
@@ -704,6 +716,7 @@ class Scene:
 
     def close(self):
         """Free the rendering context and the model."""
+        kept_model.let_go(self.env.env)
         self.env.close()
 
 

@@ -32,7 +32,14 @@ REACHED = 0.01
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
 EXPERT_STEPS = 250
 # modules whose code makes an expert's path
-DECIDE_THE_PATH = ("sim/expert", "sim/variants", "formats/demos", "sim/libero_env", "rot_utils")
+DECIDE_THE_PATH = (
+    "sim/expert",
+    "sim/variants",
+    "sim/libero_env",
+    "sim/physics",
+    "formats/demos",
+    "rot_utils",
+)
 
 
 class PolicyError(Exception):
