@@ -49,26 +49,30 @@ class Node:
 
 
 def pending(nodes):
-    """The nodes that have to run, in the order given: those not done that nobody needs, or that one
-    of these needs.
+    """The nodes that have to run, in the order given.
+
+    A node has to run if it is not done and either nobody needs it, or one that has to run does.
+    Raises ValueError for two nodes of one name, or one that needs a node that is not there.
     """
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
         raise ValueError("two nodes of one name")
     order = list(TopologicalSorter({node.name: node.deps for node in nodes}).static_order())
-    if set(order) != set(by_name):
-        raise ValueError(
-            f"nodes are needed that there are not: {sorted(set(order) - set(by_name))}"
-        )
-    needed_by = {name: [n.name for n in nodes if name in n.deps] for name in by_name}
+    unknown = sorted(set(order) - set(by_name))
+    if unknown:
+        raise ValueError(f"nodes are needed that there are not: {unknown}")
     todo = set()
+    # from what nobody needs, down to what needs nothing
     for name in reversed(order):
-        asked = not needed_by[name] or any(other in todo for other in needed_by[name])
-        if asked and (by_name[name].lacks is None or by_name[name].lacks()):
+        node = by_name[name]
+        users = [other.name for other in nodes if name in other.deps]
+        asked = not users or any(user in todo for user in users)
+        if asked and (node.lacks is None or node.lacks()):
             todo.add(name)
     return [node for node in nodes if node.name in todo]
 
 
+# loaded once, as nothing may be loaded between fork and exec
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -122,10 +126,12 @@ def last_line(log, width=160):
     """The last line of a log, or of the progress bar at its end."""
     try:
         with open(log, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 8192))
-            lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 8192))
+            text = file.read().decode(errors="replace")
     except OSError:
         return ""
+    lines = text.replace("\r", "\n").split("\n")
     return next((line.strip()[:width] for line in reversed(lines) if line.strip()), "")
 
 
@@ -133,11 +139,9 @@ class Local:
     """Runs commands on this machine, `jobs` at a time."""
 
     def __init__(self, jobs=1):
-        self.slots, self.pool, self.running = (
-            jobs,
-            concurrent.futures.ThreadPoolExecutor(jobs),
-            set(),
-        )
+        self.slots = jobs
+        self.pool = concurrent.futures.ThreadPoolExecutor(jobs)
+        self.running = set()  # processes
 
     def check(self, nodes):
         pass
@@ -170,8 +174,9 @@ class Ray:
     def __init__(self, address):
         try:
             import ray
-        except ImportError:
-            raise UserError("--ray: the package ray is not installed; run `make setup`")
+        except ImportError as error:
+            advice = "run `make setup`"
+            raise UserError(f"--ray: the package ray is not installed; {advice}") from error
         self.ray = ray
         try:
             host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -183,7 +188,7 @@ class Ray:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"--ray {address}: no cluster there ({reason}); start one with `ray start --head`"
-            )
+            ) from error
 
         def task(repository, *arguments):
             sys.path.insert(0, repository)  # all that a worker knows of it
@@ -195,21 +200,23 @@ class Ray:
         """Raise UserError for a node that no machine of the cluster could ever run."""
         machines = [m["Resources"] for m in self.ray.nodes() if m["Alive"]]
         for node in nodes:
-            if not any(
-                m.get("CPU", 0) >= node.cpus and m.get("GPU", 0) >= node.gpus for m in machines
-            ):
+            able = [
+                machine
+                for machine in machines
+                if machine.get("CPU", 0) >= node.cpus and machine.get("GPU", 0) >= node.gpus
+            ]
+            if not able:
                 raise UserError(
-                    f"{node.name}: asks for {node.cpus:g} CPUs and {node.gpus:g} GPUs, which no machine of the "
-                    "cluster has"
+                    f"{node.name}: asks for {node.cpus:g} CPUs and {node.gpus:g} GPUs, "
+                    "which no machine of the cluster has"
                 )
 
     def start(self, node, log, cwd):
         task = self.remote.options(
             name=node.name, num_cpus=node.cpus, num_gpus=node.gpus, max_retries=RAY_RETRIES
         )
-        return task.remote(
-            str(Path(__file__).resolve().parents[1]), node.command, node.resume, str(log), str(cwd)
-        )
+        repository = str(Path(__file__).resolve().parents[1])
+        return task.remote(repository, node.command, node.resume, str(log), str(cwd))
 
     def wait(self, handles, timeout):
         return self.ray.wait(list(handles), num_returns=1, timeout=timeout)[0]
@@ -226,6 +233,94 @@ class Ray:
         self.ray.shutdown()
 
 
+class Run:
+    """One run of a graph: which nodes wait, which are at work, which failed and why."""
+
+    def __init__(self, nodes, backend, folder, cwd, title):
+        self.backend, self.folder, self.cwd = backend, folder, cwd
+        self.waiting = {node.name: node for node in pending(nodes)}
+        self.running = {}  # handle of the backend -> (node, seconds since the epoch)
+        self.failed, self.starts = {}, {}
+        n_done = len(nodes) - len(self.waiting)
+        # a log that is no terminal gets a line a minute
+        interval = 1 if sys.stderr.isatty() else 60
+        self.bar = tqdm(
+            total=len(nodes),
+            initial=n_done,
+            desc=title,
+            unit="node",
+            miniters=0,
+            mininterval=interval,
+        )
+
+    def log(self, name):
+        """Where a node's output goes."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def start_ready(self):
+        """Start what needs nothing more, as far as there is room; give up what never can start."""
+        for node in list(self.waiting.values()):
+            broken = [name for name in node.deps if name in self.failed]
+            # those that this pass has started are among them
+            unfinished = self.waiting.keys() | {other.name for other, _ in self.running.values()}
+            if broken:
+                del self.waiting[node.name]
+                self.fail(node.name, f"not started, {broken[0]} failed")
+            elif len(self.running) < self.backend.slots and not unfinished & set(node.deps):
+                self.start(self.waiting.pop(node.name))
+
+    def start(self, node):
+        """Hand a node to the backend."""
+        self.starts[node.name] = self.starts.get(node.name, 0) + 1
+        handle = self.backend.start(node, self.log(node.name), self.cwd)
+        self.running[handle] = node, time.time()
+
+    def collect(self):
+        """Wait a second for nodes that end, and see whether they did what they were for."""
+        for handle in self.backend.wait(self.running, timeout=1.0):
+            node, since = self.running.pop(handle)
+            code = self.backend.result(handle)
+            self.record(node, code, since)
+            if code < 0 and self.starts[node.name] < TRIES:
+                self.start(node)  # a signal ended it, as where memory ran out
+                continue
+            lack = node.lacks() if node.lacks and not code else ""
+            if code:
+                lack = f"exit code {code}"
+            if lack:
+                log = self.log(node.name)
+                self.fail(node.name, f"{lack}: {last_line(log)} (log: {log})")
+            else:
+                self.bar.update()
+
+    def record(self, node, code, since):
+        """A row of nodes.jsonl about a command that ended."""
+        seconds = round(time.time() - since, 1)
+        row = {"node": node.name, "code": code, "started": round(since), "seconds": seconds}
+        append_jsonl(self.folder / "nodes.jsonl", row)
+
+    def fail(self, name, why):
+        """Say and keep why a node failed."""
+        self.failed[name] = why
+        tqdm.write(f"{name}: {why}")
+        self.bar.update()
+
+    def show(self):
+        """The last lines of two logs, behind the bar."""
+        lines = []
+        for node, _ in list(self.running.values())[:2]:
+            lines.append(f"{node.name}: {last_line(self.log(node.name), 70)}")
+        self.bar.set_postfix_str("; ".join(lines), refresh=False)
+        self.bar.update(0)
+
+    def close(self):
+        """End what still runs, and record it."""
+        self.backend.close(list(self.running))
+        for node, since in self.running.values():
+            self.record(node, -signal.SIGTERM, since)
+        self.bar.close()
+
+
 def run_graph(nodes, backend, folder, cwd=".", title="graph"):
     """Run the nodes that are not done -> {name: why it failed, or was not started}.
 
@@ -234,79 +329,19 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
     commands may save, and KeyboardInterrupt is raised.
     """
     cwd = Path(cwd).resolve()
-    folder = cwd / folder
-    waiting = {node.name: node for node in pending(nodes)}
-    log = lambda name: folder / "logs" / f"{name}.log"
-    running, failed, attempts = {}, {}, {}
-    shown = sys.stderr.isatty()
-    bar = tqdm(
-        total=len(nodes),
-        initial=len(nodes) - len(waiting),
-        desc=title,
-        unit="node",
-        miniters=0,
-        mininterval=1 if shown else 60,
-    )
-
-    def record(node, code, since):
-        append_jsonl(
-            folder / "nodes.jsonl",
-            {
-                "node": node.name,
-                "code": code,
-                "started": round(since),
-                "seconds": round(time.time() - since, 1),
-            },
-        )
-
-    def fail(name, why):
-        failed[name] = why
-        tqdm.write(f"{name}: {why}")
-        bar.update()
-
-    def start(node):
-        attempts[node.name] = attempts.get(node.name, 0) + 1
-        running[backend.start(node, log(node.name), cwd)] = node, time.time()
-
-    here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _interrupt) if here else None
+    run = Run(nodes, backend, cwd / folder, cwd, title)
+    # only the main thread may set handlers of signals
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _interrupt) if in_main else None
     try:
-        backend.check(waiting.values())
-        while waiting or running:
-            for node in list(waiting.values()):
-                broken = [d for d in node.deps if d in failed]
-                # those that this pass has started too
-                busy = {other.name for other, _ in running.values()}
-                if broken:
-                    del waiting[node.name]
-                    fail(node.name, f"not started, {broken[0]} failed")
-                elif len(running) < backend.slots and not any(
-                    d in waiting or d in busy for d in node.deps
-                ):
-                    start(waiting.pop(node.name))
-            if not running:
-                continue
-            for handle in backend.wait(running, timeout=1.0):
-                (node, since), code = running.pop(handle), backend.result(handle)
-                record(node, code, since)
-                if code < 0 and attempts[node.name] < TRIES:
-                    start(node)
-                    continue
-                lack = f"exit code {code}" if code else node.lacks() if node.lacks else ""
-                if lack:
-                    fail(node.name, f"{lack}: {last_line(log(node.name))} (log: {log(node.name)})")
-                else:
-                    bar.update()
-            lines = [
-                f"{node.name}: {last_line(log(node.name), 70)}" for node, _ in running.values()
-            ]
-            bar.set_postfix_str("; ".join(lines[:2]), refresh=False)
-            bar.update(0)
+        backend.check(run.waiting.values())
+        while run.waiting or run.running:
+            run.start_ready()
+            if run.running:
+                run.collect()
+                run.show()
     finally:
-        backend.close(list(running))
-        for node, since in running.values():
-            record(node, -signal.SIGTERM, since)
-        bar.close()
-        if here:
+        run.close()
+        if in_main:
             signal.signal(signal.SIGTERM, before)
-    return failed
+    return run.failed
