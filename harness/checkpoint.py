@@ -18,10 +18,12 @@ from nets.backbone import Backbone
 from registry import look_up
 from runtime import UserError, atomic_path, fits, one_line, write_json
 
-# header entries: one marks our files, one says what they hold
-KEY, DIGEST = "para_libero", "digest"
+KEY = "para_libero"  # header entry of what train.py says about a file, which marks it as ours
+DIGEST = "digest"  # header entry of the hash of all that the file holds
 AGAIN = "train again, or copy it again"
-POLICY_FORM = {  # of a policy's header; what else there is says where it comes from
+UPDATE = "update the repository"
+# of a policy's header (see runtime.fits); what else there is says where it comes from
+POLICY_FORM = {
     "model_type": str,
     "config": dict,
     "channels": [int],
@@ -35,23 +37,24 @@ POLICY_FORM = {  # of a policy's header; what else there is says where it comes 
     "dataset?": dict,
 }
 DATASET_FORM = {
-    f"{key}?": str
-    for key in (
-        "task_suite",
-        "task_id",
-        "language",
-        "grasp",
-        "variant",
-        "setting",
-        "split",
-        "clean_scene",
-    )
+    "task_suite?": str,
+    "task_id?": str,
+    "language?": str,
+    "grasp?": str,
+    "variant?": str,
+    "setting?": str,
+    "split?": str,
+    "clean_scene?": str,
 }
 
 
+# -- files of tensors -----------------------------------------------------------------------------
+
+
 def digest(tensors, header):
-    """Hash (hex) of tensors and header: a flipped bit in a weight would drive a robot elsewhere
-    without a word.
+    """Hash (hex) of tensors and header.
+
+    Without it a flipped bit in a weight would drive a robot somewhere else, and nobody would know.
     """
     found = hashlib.blake2b(header.encode(), digest_size=16)
     for name in sorted(tensors):
@@ -79,31 +82,34 @@ def load_tensors(path):
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}
-    except (
-        Exception
-    ) as error:  # SafetensorError, OSError, and what torch raises for a dtype that it does not have
-        raise UserError(
-            f"{path}: not a safetensors file, or truncated ({one_line(error)}); {AGAIN}"
-        )
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+    # SafetensorError, OSError, and what torch raises for a dtype that it does not have
+    except Exception as error:
+        fault = f"not a safetensors file, or truncated ({one_line(error)})"
+        raise UserError(f"{path}: {fault}; {AGAIN}") from error
     if KEY not in metadata:
         raise UserError(
-            f"{path}: a foreign checkpoint, its header has no '{KEY}' entry; only train.py's files can be loaded"
+            f"{path}: a foreign checkpoint, its header has no '{KEY}' entry; "
+            "only train.py's files can be loaded"
         )
-    # older files have none
+    # older files have no digest
     if DIGEST in metadata and metadata[DIGEST] != digest(tensors, metadata[KEY]):
         raise UserError(
             f"{path}: its contents are not those that were saved, bits have changed since; {AGAIN}"
         )
+    entry = f"{path}: header entry '{KEY}'"
     try:
         info = json.loads(metadata[KEY])
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: header entry '{KEY}' is not valid JSON ({one_line(error)}); the file is damaged, {AGAIN}"
-        )
+        fault = f"is not valid JSON ({one_line(error)})"
+        raise UserError(f"{entry} {fault}; the file is damaged, {AGAIN}") from error
     if fault := fits(info, {}):
-        raise UserError(f"{path}: header entry '{KEY}' {fault}; the file is damaged, {AGAIN}")
+        raise UserError(f"{entry} {fault}; the file is damaged, {AGAIN}")
     return tensors, info
+
+
+# -- policies -------------------------------------------------------------------------------------
 
 
 def save_policy(path, policy, model_type, info, extra=None):
@@ -117,15 +123,14 @@ def save_policy(path, policy, model_type, info, extra=None):
         "backbone_identity": policy.backbone.identity,
         **info,
     }
-    tensors = {f"model.{k}": v for k, v in policy.state_dict().items()}
-    save_tensors(path, {**tensors, **{f"extra.{k}": v for k, v in (extra or {}).items()}}, info)
+    tensors = {f"model.{name}": tensor for name, tensor in policy.state_dict().items()}
+    tensors.update({f"extra.{name}": tensor for name, tensor in (extra or {}).items()})
+    save_tensors(path, tensors, info)
     write_json(Path(path).with_suffix(".json"), info)
     stats = policy.deployment_stats()
     if stats:
-        write_json(
-            stats_path(path),
-            {"model_type": model_type, "backbone_identity": policy.backbone.identity, **stats},
-        )
+        who = {"model_type": model_type, "backbone_identity": policy.backbone.identity}
+        write_json(stats_path(path), {**who, **stats})
 
 
 def stats_path(path):
@@ -139,14 +144,13 @@ def fill_config(config_class, stored, path):
     """A config from a checkpoint's fields. Fields that it does not know yet get their defaults, and
     are printed.
     """
-    known = {f.name for f in dataclasses.fields(config_class)}
+    known = {field.name for field in dataclasses.fields(config_class)}
     missing, foreign = known - stored.keys(), stored.keys() - known
     if missing:
         print(f"{path}: older checkpoint, default values for {', '.join(sorted(missing))}")
     if foreign:
-        raise UserError(
-            f"{path}: config fields {', '.join(sorted(foreign))} are unknown to this version; update the repository"
-        )
+        names = ", ".join(sorted(foreign))
+        raise UserError(f"{path}: config fields {names} are unknown to this version; {UPDATE}")
     return config_class(**stored)
 
 
@@ -159,58 +163,76 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
     not those it was trained on.
     """
     tensors, info = load_tensors(path)
+    check_header(path, info)
+    policy = empty_policy(path, info)
+    model = with_prefix(tensors, "model.")
+    check_weights(path, model, policy.state_dict(), info["model_type"])
+    policy.load_state_dict(model)
+    if backbone is None:
+        backbone = Backbone(policy.config.backbone, policy.config.image_size, weights)
+    if backbone.identity != info["backbone_identity"]:
+        raise UserError(
+            f"{path}: was trained on the features {info['backbone_identity']}, here they are "
+            f"{backbone.identity}; give the same weights with --backbone_weights PATH"
+        )
+    policy = policy.attach(backbone.to(device)).to(device).eval()
+    return policy, info, with_prefix(tensors, "extra.")
+
+
+def with_prefix(tensors, prefix):
+    """The tensors whose names start so, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def check_header(path, info):
+    """Raise UserError unless a header says how to build a policy."""
     if "model_type" not in info:
         raise UserError(
             f"{path}: holds a training state, not a policy; give the run's checkpoint.safetensors"
         )
     dataset = info.get("dataset", {})
     fault = fits(info, POLICY_FORM) or fits(dataset, DATASET_FORM)
-    if (
-        fault
-        or not dataset.get("task_id", "0").isdecimal()
-        or not info["channels"]
-        or min(info["channels"]) < 1
-    ):
-        raise UserError(
-            f"{path}: its header is damaged: {fault or 'channels or task_id are no counts'}; {AGAIN}"
-        )
+    if not fault and not dataset.get("task_id", "0").isdecimal():
+        fault = "task_id is no number"
+    if not fault and min(info["channels"], default=0) < 1:
+        fault = "channels are no counts"
+    if fault:
+        raise UserError(f"{path}: its header is damaged: {fault}; {AGAIN}")
+
+
+def empty_policy(path, info):
+    """The policy of a header, with new weights. Raises UserError where none can be built."""
     try:
         entry = look_up(info["model_type"])
-        policy = entry.policy(fill_config(entry.config, info["config"], path), info["channels"])
+        return entry.policy(fill_config(entry.config, info["config"], path), info["channels"])
     except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}; {AGAIN}")
-    except Exception as error:  # numbers that each may be, and that fit no network together
-        raise UserError(
-            f"{path}: no policy can be built by its header ({one_line(error)}); {AGAIN}"
-        )
-    model = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
-    expected = policy.state_dict()
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}; {AGAIN}") from error
+    except Exception as error:  # each number may be right, and all together fit no network
+        fault = f"no policy can be built by its header ({one_line(error)})"
+        raise UserError(f"{path}: {fault}; {AGAIN}") from error
+
+
+def check_weights(path, model, expected, model_type):
+    """Raise UserError unless a checkpoint's tensors are those that its policy has."""
     surplus = model.keys() - expected.keys()
     if surplus:
-        raise UserError(
-            f"{path}: tensors {', '.join(sorted(surplus))} are unknown to {info['model_type']}; update the repository"
-        )
+        names = ", ".join(sorted(surplus))
+        raise UserError(f"{path}: tensors {names} are unknown to {model_type}; {UPDATE}")
     for name, tensor in expected.items():
+        said = f"{path}: tensor '{name}'"
         if name not in model:
-            raise UserError(
-                f"{path}: tensor '{name}' is missing; the file is damaged or of another version"
-            )
-        if model[name].shape != tensor.shape:
-            raise UserError(
-                f"{path}: tensor '{name}' has shape {tuple(model[name].shape)}, {tuple(tensor.shape)} is expected; {AGAIN}"
-            )
-        if model[name].dtype != tensor.dtype:
-            raise UserError(
-                f"{path}: tensor '{name}' has dtype {model[name].dtype}, {tensor.dtype} is expected; {AGAIN}"
-            )
-        if not torch.isfinite(model[name].float()).all():
-            raise UserError(f"{path}: tensor '{name}' has NaN or Inf; train again")
-    policy.load_state_dict(model)
-    backbone = backbone or Backbone(policy.config.backbone, policy.config.image_size, weights)
-    if backbone.identity != info["backbone_identity"]:
-        raise UserError(
-            f"{path}: was trained on the features {info['backbone_identity']}, here they are {backbone.identity}; "
-            "give the same weights with --backbone_weights PATH"
-        )
-    extra = {k[6:]: v for k, v in tensors.items() if k.startswith("extra.")}
-    return policy.attach(backbone.to(device)).to(device).eval(), info, extra
+            raise UserError(f"{said} is missing; the file is damaged or of another version")
+        found = model[name]
+        if found.shape != tensor.shape:
+            shapes = f"has shape {tuple(found.shape)}, {tuple(tensor.shape)} is expected"
+            raise UserError(f"{said} {shapes}; {AGAIN}")
+        if found.dtype != tensor.dtype:
+            raise UserError(f"{said} has dtype {found.dtype}, {tensor.dtype} is expected; {AGAIN}")
+        if not torch.isfinite(found.float()).all():
+            raise UserError(f"{said} has NaN or Inf; train again")

@@ -2,11 +2,11 @@
 watch its loss afterwards.
 """
 
-from harness.checkpoint import load_tensors
+from harness.checkpoint import load_tensors, with_prefix
 from runtime import UserError
 
 # buffers that describe the new data's rotations, whatever the checkpoint says
-OWN = ("rotation_basis", "euler_range")
+OF_THE_DATA = ("rotation_basis", "euler_range")
 # the volume means something else where these differ, though every shape fits
 SAME = ("image_size", "grid", "n_height_bins")
 CREEP = 0.05  # nats by which the held-out volume loss may grow after the freeze
@@ -21,57 +21,73 @@ def init_from(policy, path):
     checkpoint of which nothing fits.
     """
     tensors, info = load_tensors(path)
+    check_related(policy, path, info)
+    stored = with_prefix(tensors, "model.")
+    state = policy.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name in state and state[name].shape == tensor.shape and name not in OF_THE_DATA
+    }
+    if not any(name in fitting for name, _ in policy.named_parameters()):
+        raise UserError(
+            f"--init_from {path}: no tensor of {info.get('model_type')} fits by name and shape; "
+            "give a related checkpoint"
+        )
+    heights = state["height_range"].tolist() if "height_range" in fitting else None
+    report = {
+        "loaded": sorted(fitting),
+        "dropped": sorted(set(stored) - set(fitting)),
+        "fresh": sorted(set(state) - set(fitting)),
+    }
+    policy.load_state_dict(fitting, strict=False)
+    print(f"{path}: {len(fitting)} of {len(stored)} tensors loaded by name and shape")
+    print(f"  dropped: {listed(report['dropped'], stored)}")
+    print(f"  re-initialised: {listed(report['fresh'], state)}")
+    if heights:
+        warn_of_heights(heights, fitting["height_range"].tolist())
+    return report
+
+
+def check_related(policy, path, info):
+    """Raise UserError unless a checkpoint's tensors mean in this policy what they meant there."""
     if "config" not in info or "backbone_identity" not in info:
         raise UserError(f"--init_from {path}: holds no policy; give a run's checkpoint.safetensors")
-    if info["backbone_identity"] != policy.backbone.identity:
+    theirs, ours = info["backbone_identity"], policy.backbone.identity
+    if theirs != ours:
         raise UserError(
-            f"--init_from {path}: was trained on the features {info['backbone_identity']}, here they are "
-            f"{policy.backbone.identity}; give the same --backbone, --image_size and --backbone_weights"
+            f"--init_from {path}: was trained on the features {theirs}, here they are {ours}; "
+            "give the same --backbone, --image_size and --backbone_weights"
         )
     for name in SAME:
         old, new = info["config"].get(name), getattr(policy.config, name, None)
         if old is not None and new is not None and old != new:
             raise UserError(
-                f"--init_from {path}: has --{name} {old}, here it is {new}: its volume would mean something else; "
-                f"give --{name} {old}"
+                f"--init_from {path}: has --{name} {old}, here it is {new}: "
+                f"its volume would mean something else; give --{name} {old}"
             )
-    stored = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
-    state = policy.state_dict()
-    fits = {
-        k: v for k, v in stored.items() if k in state and state[k].shape == v.shape and k not in OWN
-    }
-    trained = [k for k, _ in policy.named_parameters() if k in fits]
-    if not trained:
-        raise UserError(
-            f"--init_from {path}: no tensor of {info.get('model_type')} fits by name and shape; give a related checkpoint"
+
+
+def listed(names, tensors):
+    """Names with the shapes of their tensors."""
+    return ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names) or "none"
+
+
+def warn_of_heights(ours, kept):
+    """Say where this data's heights leave the range [low, high] m of the checkpoint's bins."""
+    if ours[0] < kept[0] - 1e-9 or ours[1] > kept[1] + 1e-9:
+        print(
+            f"  warning: heights here span {ours[0]:.3f} to {ours[1]:.3f} m, the checkpoint's bins "
+            f"{kept[0]:.3f} to {kept[1]:.3f} m: waypoints beyond are clamped"
         )
-    low, high = state["height_range"].tolist() if "height_range" in fits else (0, 0)
-    report = {
-        "loaded": sorted(fits),
-        "dropped": sorted(set(stored) - set(fits)),
-        "fresh": sorted(set(state) - set(fits)),
-    }
-    policy.load_state_dict(fits, strict=False)
-    shape = lambda tensors, k: f"{k} {tuple(tensors[k].shape)}"
-    print(f"{path}: {len(fits)} of {len(stored)} tensors loaded by name and shape")
-    print("  dropped: " + (", ".join(shape(stored, k) for k in report["dropped"]) or "none"))
-    print("  re-initialised: " + (", ".join(shape(state, k) for k in report["fresh"]) or "none"))
-    if "height_range" in fits:
-        kept = fits["height_range"].tolist()
-        if low < kept[0] - 1e-9 or high > kept[1] + 1e-9:
-            print(
-                f"  warning: heights here span {low:.3f} to {high:.3f} m, the checkpoint's bins {kept[0]:.3f} to {kept[1]:.3f} m: "
-                "waypoints beyond are clamped"
-            )
-    return report
 
 
 def hold_volume(policy):
     """Drop the gradients of the volume head and of all that it reads: the optimiser then leaves
     them as they are, to the bit.
     """
-    for p in policy.volume_parameters():
-        p.grad = None
+    for parameter in policy.volume_parameters():
+        parameter.grad = None
 
 
 def volume_creep(rows, freeze_steps):
@@ -80,20 +96,17 @@ def volume_creep(rows, freeze_steps):
 
     rows: of metrics.jsonl. -> (sentence, True if the loss has crept up by more than CREEP).
     """
-    found = [(r["step"], r["val/volume_ce"]) for r in rows if "val/volume_ce" in r]
-    before, after = (
-        [v for s, v in found if s <= freeze_steps],
-        [v for s, v in found if s > freeze_steps],
-    )
+    found = [(row["step"], row["val/volume_ce"]) for row in rows if "val/volume_ce" in row]
+    before = [loss for step, loss in found if step <= freeze_steps]
+    after = [loss for step, loss in found if step > freeze_steps]
     if not before or not after:
         return None
     grown = after[-1] - before[-1]
-    verdict = (
-        f"it creeps up by {grown:.3f} nats: lower --lr, or freeze for longer"
-        if grown > CREEP
-        else "it does not creep up"
+    verdict = "it does not creep up"
+    if grown > CREEP:
+        verdict = f"it creeps up by {grown:.3f} nats: lower --lr, or freeze for longer"
+    sentence = (
+        f"volume loss on held-out demonstrations {before[-1]:.3f} at the end of the freeze, "
+        f"{after[-1]:.3f} now: {verdict}"
     )
-    return (
-        f"volume loss on held-out demonstrations {before[-1]:.3f} at the end of the freeze, {after[-1]:.3f} now: {verdict}",
-        grown > CREEP,
-    )
+    return sentence, grown > CREEP

@@ -169,10 +169,16 @@ def read_metrics(run):
     return read_jsonl(Path(run) / "metrics.jsonl", form=METRIC)
 
 
+# -- checkpoints, of which no tensor is read ------------------------------------------------------
+
+
 def demos_mujoco(info):
     """MuJoCo version that a checkpoint's demonstrations were simulated with, None for unknown ones.
-    Older checkpoints do not say: there it is the version at hand when they were trained."""
-    return info.get("dataset", {}).get("versions", info.get("versions", {})).get("mujoco")
+
+    Older checkpoints do not say: there it is the version that was installed when they were trained.
+    """
+    installed = info.get("versions", {})
+    return info.get("dataset", {}).get("versions", installed).get("mujoco")
 
 
 def run_name(path):
@@ -184,13 +190,13 @@ def newest_checkpoint(runs="runs", committed=COMMITTED):
     """The newest run's checkpoint, else the newest committed one, and a sentence that says which.
     Raises UserError for none.
     """
-    for folder, pattern, what in (
-        (Path(runs), "*/checkpoint.safetensors", "the newest run's"),
-        # of several, the baseline
-        (Path(committed), "para_*.safetensors", "the committed"),
-        (Path(committed), "*.safetensors", "the committed"),
-    ):
-        found = sorted(folder.glob(pattern), key=lambda p: p.stat().st_mtime)
+    places = (
+        (runs, "*/checkpoint.safetensors", "the newest run's"),
+        (committed, "para_*.safetensors", "the committed"),  # of several, the baseline
+        (committed, "*.safetensors", "the committed"),
+    )
+    for folder, pattern, what in places:
+        found = sorted(Path(folder).glob(pattern), key=lambda path: path.stat().st_mtime)
         if found:
             return found[-1], f"--ckpt not given: {what} checkpoint, {found[-1]}"
     raise UserError(

@@ -144,7 +144,7 @@ class Local:
         self.running = set()  # processes
 
     def check(self, nodes):
-        pass
+        """Any command can be tried here."""
 
     def start(self, node, log, cwd):
         return self.pool.submit(execute, node.command, node.resume, log, cwd, self.running)
