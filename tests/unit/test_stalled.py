@@ -1,9 +1,13 @@
 """When an episode counts as stalled: in what repeats, and in nothing that still moves."""
 
+import json
+
 import numpy as np
 import pytest
 
+from runtime import UserError, append_jsonl
 from sim.stalled import DECISIONS, TOLERANCE, first_stall, repeats
+from study.stalled import main
 
 K = 10
 
@@ -50,3 +54,58 @@ def test_jitter_below_the_tolerance_is_rest():
     """The servo leaves fractions of a millimetre."""
     assert repeats(hover(DECISIONS, 0.5 * TOLERANCE), period=1)
     assert not repeats(hover(DECISIONS, 2 * TOLERANCE), period=1)
+
+
+# -- the tool that judges the rule
+
+
+def evaluation(folder, first_success):
+    """One episode of 40 decisions, a step each, that stands still from decision 5 to 30 and then
+    moves; it succeeds at `first_success`, or not at all.
+    """
+    states = np.concatenate([np.arange(5), np.full(26, 9), 20 + np.arange(9)])[:, None] * np.ones(4)
+    (folder / "traces").mkdir()
+    np.savez_compressed(folder / "traces" / "000.npz", states=states, steps=np.arange(40))
+    won = first_success is not None
+    row = {"episode": 0, "outcome": "place" if won else "miss", "success": won, "released": False}
+    row |= {"steps": 40, "first_success": first_success, "first_release": None, "decisions": 40}
+    row |= {"jerk_mm": 1.0, **{f"coverage_{px}px": None for px in (4, 8, 16)}}
+    row["seconds"] = {"features": 0.0, "policy": 0.0, "total": 1.0}
+    append_jsonl(folder / "episodes.jsonl", row)
+    return folder
+
+
+@pytest.mark.parametrize("first_success, wrong", [(None, 0), (10, 0), (36, 1)])
+def test_a_success_after_the_rule_would_have_fired_is_counted_as_wrong(
+    first_success, wrong, tmp_path
+):
+    """The rule's error is what --stop_stalled would change, not how still an episode was."""
+    folder = evaluation(tmp_path, first_success)
+    out = tmp_path / "judged.json"
+    main([str(folder), "--decisions", "10", "28", "--out", str(out)])
+    short, long = json.loads(out.read_text())["evaluations"][tmp_path.name]
+    assert (short["ended"], short["wrong"], short["failed"]) == (1, wrong, first_success is None)
+    assert short["steps_saved"] == (40 - 14) / 40
+    assert (long["ended"], long["wrong"], long["steps_saved"]) == (0, 0, 0)
+
+
+def test_an_episode_that_was_ended_cannot_judge_the_rule(tmp_path):
+    """What it would have come to is not known."""
+    folder = evaluation(tmp_path, None)
+    rows = (folder / "episodes.jsonl").read_text()
+    (folder / "episodes.jsonl").write_text(
+        rows.replace('"steps": 40', '"stalled": 40, "steps": 40')
+    )
+    with pytest.raises(UserError, match="ended as stalled"):
+        main([str(folder)])
+
+
+def test_an_evaluation_without_traces_is_named(tmp_path):
+    """With what to run instead."""
+    folder = evaluation(tmp_path, None)
+    (folder / "traces" / "000.npz").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"000.npz: no trace"):
+        main([str(folder)])
+    (folder / "traces" / "000.npz").unlink()
+    with pytest.raises(UserError, match="has no traces; run eval.py with --trace"):
+        main([str(folder)])
