@@ -154,8 +154,7 @@ CELLS = list(
 )
 
 
-# -- what was made, and by which command
-# -----------------------------------------------------------------------------------
+# -- what was made, and by which command ----------------------------------------------------------
 
 
 def python(script, *words):
@@ -255,8 +254,7 @@ def lacks_evaluation(folder, command, n, training=None):
     return "" if summary["n"] == n else f"{folder} has {summary['n']} of {n} episodes{crashed}"
 
 
-# -- the graph
-# -------------------------------------------------------------------------------------------------------------
+# -- the graph ------------------------------------------------------------------------------------
 
 
 def seen_frames(row, preset):
@@ -428,8 +426,7 @@ class Plan:
         )
 
 
-# -- the command
-# -----------------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
 
 
 def assignments(words, known, flag):

@@ -66,7 +66,7 @@ def positions(scene, split, path):
     }
     for dx in settings.DX:
         for dy in settings.DY:
-            u, v, _ = project(bowl + [dx, dy, 0], *K_E)
+            u, v, _ = project(bowl + np.array([dx, dy, 0]), *K_E)
             part = parts.get(settings.Condition(dx=dx, dy=dy), "unused")
             r = 2 if part == "unused" else 4
             draw.ellipse((u - r, v - r, u + r, v + r), fill=COLOURS[part], outline="white")

@@ -8,6 +8,7 @@ run_matrix.py would not have made stands apart, marked *.
 
 import collections
 import html
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ FILES = ("table.json", "table.md", "table.png", "report.html")
 MARKS = "<!-- matrix -->", "<!-- /matrix -->"
 RATES = ("success", "released")
 NEAR = tuple(f"{name}_{e}px" for name in ("coverage", "on_path") for e in (4, 8, 16))
+PATHS = 8  # column of the long table at which paths and training begin
 MEANS = ("steps", "jerk_mm", "third_difference_mm", *NEAR, "path_length_ratio")
 INCIDENTAL = {
     "--out",
@@ -35,14 +37,23 @@ INCIDENTAL = {
 BUDGET = {"--max_steps", "--max_minutes"}  # of a training: in columns of their own
 
 
-# -- which command made it
-# -------------------------------------------------------------------------------------------------
+# -- which command made it ------------------------------------------------------------------------
+
+
+def words_of(command):
+    """Words of a stored command line. Older ones were stored without quotes, and where a word of
+    theirs has an apostrophe no shell could read them: these are split at blanks.
+    """
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return command.split()
 
 
 def flags_of(command):
     """A stored command line -> {flag: value}, as argparse reads it: the last of a repeated flag."""
     found, name = {}, None
-    for word in command.split()[2:]:
+    for word in words_of(command)[2:]:
         if word.startswith("--"):
             name, _, value = word.partition("=")
             found[name] = value
@@ -97,7 +108,8 @@ def read_cells(folder, rows, layouts, recipe):
     that run_matrix.py would not make are a cell of their own, with "otherwise". recipe(row, layout,
     seed): what `made_otherwise` asks for.
 
-    Raises UserError where trained policies saw different features."""
+    Raises UserError where trained policies saw different features.
+    """
     cells, features = {}, {}
     for path in sorted(Path(folder, "evals").glob("*/summary.json")):
         row, layout, seed = (*path.parent.name.split("-"), "")[:3]
@@ -128,8 +140,7 @@ def read_cells(folder, rows, layouts, recipe):
     )
 
 
-# -- numbers
-# ---------------------------------------------------------------------------------------------------------------
+# -- numbers --------------------------------------------------------------------------------------
 
 
 def comparison(differences):
@@ -193,23 +204,19 @@ def numbers(cell, reference):
     mean = lambda values: float(np.mean(values)) if len(values) else None
     thinking = sum(e["seconds"]["features"] + e["seconds"]["policy"] for e in episodes)
     commits = [run["summary"]["commit"] for run in cell["runs"].values()]
+    all_commits = [*commits, *(t.get("commit") for t in trained)]
     found = {
         "row": cell["row"],
         "layout": cell["layout"],
         "seeds": sorted(cell["runs"]),
         "n": len(episodes),
         "otherwise": cell["otherwise"],
-        "uncommitted": any(
-            str(c).endswith("+") for c in [*commits, *(t.get("commit") for t in trained)]
-        ),
+        "uncommitted": any(str(c).endswith("+") for c in all_commits),
         "crashes": sum(run["summary"]["crashes"] for run in cell["runs"].values()),
     }
     for key in RATES:
-        against = (
-            paired(cell, reference, key)
-            if reference not in (None, cell) and not cell["otherwise"]
-            else None
-        )
+        compared = reference not in (None, cell) and not cell["otherwise"]
+        against = paired(cell, reference, key) if compared else None
         found[key] = {
             **rate(cell, key),
             "early": rate(cell, key, EARLY),
@@ -246,8 +253,7 @@ def time_spent(folder):
     return {kind: round(minutes, 2) for kind, minutes in spent.items()}
 
 
-# -- as text
-# ---------------------------------------------------------------------------------------------------------------
+# -- as text --------------------------------------------------------------------------------------
 
 
 def versus(pair):
@@ -256,13 +262,11 @@ def versus(pair):
     """
     if pair is None:
         return "-"
-    seeds = (
-        [f"{100 * p['difference']:+.0f}" for p in pair["by_seed"].values()]
-        if len(pair["by_seed"]) > 1
-        else []
-    )
-    by_seed = f", seeds {' '.join(seeds)}" if seeds else ""
-    return f"{100 * pair['difference']:+.0f} ({pair['better']}:{pair['worse']}{by_seed}), p {pair['p_holm']:.2g}"
+    points = lambda comparison: f"{100 * comparison['difference']:+.0f}"
+    seeds = [points(p) for p in pair["by_seed"].values()]
+    by_seed = f", seeds {' '.join(seeds)}" if len(seeds) > 1 else ""
+    counts = f"{pair['better']}:{pair['worse']}{by_seed}"
+    return f"{points(pair)} ({counts}), p {pair['p_holm']:.2g}"
 
 
 def number(value, form):
@@ -275,7 +279,7 @@ def names(table):
 
 
 def marks(cell):
-    """* for what run_matrix.py would not have made, + for a checkout that differed from its commit."""
+    """* for what run_matrix.py would not have made, + for a checkout other than its commit."""
     return "*" * bool(cell["otherwise"]) + "+" * cell["uncommitted"]
 
 
@@ -289,7 +293,8 @@ def shown_cells(table):
 def both_rates(cell, metric):
     """A cell's rate within EARLY steps and at the end, with the latter's interval, as text."""
     found = cell[metric]
-    return f"{100 * found['early']['rate']:.0f} / {percent(found['rate'], found['interval'])}{marks(cell)}"
+    early, late = found["early"]["rate"], percent(found["rate"], found["interval"])
+    return f"{100 * early:.0f} / {late}{marks(cell)}"
 
 
 def short_table(table, metric):
@@ -346,35 +351,42 @@ def long_table(table, metric, reference):
     return head, rows
 
 
+def columns(table, which):
+    """(head, rows) of some columns of a table."""
+    head, rows = table
+    return [head[i] for i in which], [[row[i] for i in which] for row in rows]
+
+
 def explained(metric, reference, spent, table):
     """What has to be known to read the table."""
     label = {"success": "LIBERO's predicate", "released": "placed and released"}[metric]
-    parts = ", ".join(f"{kind} {minutes:.0f}" for kind, minutes in spent.items())
-    time = f" Minutes of all steps: {parts}; {sum(spent.values()):.0f} in all." if spent else ""
+    text = (
+        f"Success by {label} within {EARLY} control steps / by the end of the episode, the latter "
+        "with its 95% interval: Wilson's over the episodes of one training, which says nothing "
+        "about another; of several seeds the mean, with a bootstrap over seeds and episodes. "
+        f"Against {reference} on the same episodes, each once (with its mean over seeds): "
+        "difference in percentage points at the end, episodes that only the one or only "
+        f"{reference} solves, exact McNemar p, adjusted by Holm over the table. Jerk is the mean "
+        "second difference of the executed path, an acceleration; the third difference is the "
+        "jerk of physics. Coverage: share of the expert's path near the executed one; on path: "
+        "share of the executed path near the expert's; path length: executed by expert's."
+    )
+    if spent:
+        parts = ", ".join(f"{kind} {minutes:.0f}" for kind, minutes in spent.items())
+        text += f" Minutes of all steps: {parts}; {sum(spent.values()):.0f} in all."
     apart = [
         f"{c['row']} {c['layout']} {seed}".strip() + f" ({why})"
         for c in table
         for seed, why in c["otherwise"].items()
     ]
-    marked = (
-        f" Marked *, made by other commands than run_matrix.py's and in no mean or comparison: {'; '.join(apart)}."
-        if apart
-        else ""
-    )
-    dirty = (
-        " Marked +: from a checkout with changes to its commit."
-        if any(c["uncommitted"] for c in table)
-        else ""
-    )
-    return (
-        f"Success by {label} within {EARLY} control steps / by the end of the episode, the latter with its 95% interval: Wilson's "
-        "over the episodes of one training, which says nothing about another; of several seeds the mean, with a bootstrap "
-        f"over seeds and episodes. Against {reference} on the same episodes, each once (with its mean over seeds): difference "
-        f"in percentage points at the end, episodes that only the one or only {reference} solves, exact McNemar p, adjusted by "
-        "Holm over the table. Jerk is the mean second difference of the executed path, an acceleration; the third difference "
-        "is the jerk of physics. Coverage: share of the expert's path near the executed one; on path: share of the executed "
-        "path near the expert's; path length: executed by expert's." + time + marked + dirty
-    )
+    if apart:
+        text += (
+            " Marked *, made by other commands than run_matrix.py's and in no mean or comparison: "
+            f"{'; '.join(apart)}."
+        )
+    if any(c["uncommitted"] for c in table):
+        text += " Marked +: from a checkout with changes to its commit."
+    return text
 
 
 def insert(path, text):
@@ -383,18 +395,18 @@ def insert(path, text):
     try:
         before, _, rest = path.read_text().partition(MARKS[0])
     except OSError as error:
-        raise UserError(f"--readme {path}: cannot be read ({error.strerror})")
+        raise UserError(f"--readme {path}: cannot be read ({error.strerror})") from error
     _, closed, after = rest.partition(MARKS[1])
     if not closed:
         raise UserError(
-            f"--readme {path}: has no lines {MARKS[0]} and {MARKS[1]}; put them where the table belongs"
+            f"--readme {path}: has no lines {MARKS[0]} and {MARKS[1]}; "
+            "put them where the table belongs"
         )
     with atomic_path(path) as scratch:
         scratch.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
-# -- as a picture and a page
-# -----------------------------------------------------------------------------------------------
+# -- as a picture and a page ----------------------------------------------------------------------
 
 
 def shown_video(cell, metric):
@@ -407,7 +419,8 @@ def shown_video(cell, metric):
             episode, outcome = path.stem.split("_", 1)
             row = run["episodes"].get(int(episode))
             if row and row["outcome"] == outcome:
-                caption = f"{cell['row']}, {cell['layout']}{seed and ' ' + seed}, episode {int(episode)}: {outcome}"
+                where = f"{cell['row']}, {cell['layout']}{seed and ' ' + seed}"
+                caption = f"{where}, episode {int(episode)}: {outcome}"
                 found.append((row[metric], path, caption))
     return min(found, key=lambda f: f[0])[1:] if found else None
 
@@ -420,6 +433,7 @@ def page(cells, table, metric, reference, spent, picture):
             [html.escape(h) for h in head], [[html.escape(c) for c in row] for row in rows], strong
         )
 
+    long = long_table(table, metric, reference)
     parts = [
         "<!doctype html><meta charset=utf-8><title>The verdict</title>",
         f"<style>{STYLE}</style>",
@@ -428,7 +442,9 @@ def page(cells, table, metric, reference, spent, picture):
         shown(*short_table(table, metric)),
         f'<img alt="success rates" src="{embed(picture, "image/png")}">',
         "<h2>All numbers</h2>",
-        shown(*long_table(table, metric, reference), strong=(RATES.index(metric) + 3,)),
+        shown(*columns(long, range(PATHS)), strong=(RATES.index(metric) + 3,)),
+        "<h2>Paths and training</h2>",
+        shown(*columns(long, [0, 1, *range(PATHS, len(long[0]))])),
         "<h2>One episode a cell</h2>",
         "<p class=lead>A failure where one was filmed.</p>",
     ]

@@ -165,6 +165,15 @@ def test_budgets_and_places_are_no_other_command():
         assert matrix_table.differing(other, asked, ignored)
 
 
+def test_a_quoted_command_asks_for_the_same_as_an_unquoted_one():
+    """Commands are stored in quotes where a path has a blank; older ones were stored without."""
+    quoted = "python eval.py --ckpt 'my runs/para s0/checkpoint.safetensors' --out 'my runs/x'"
+    assert matrix_table.flags_of(quoted)["--out"] == "my runs/x"
+    assert matrix_table.differing(quoted, quoted.replace("'", ""), set()) == ""
+    old = "python eval.py --ckpt it's/checkpoint.safetensors --out runs/x"
+    assert matrix_table.flags_of(old)["--ckpt"] == "it's/checkpoint.safetensors"
+
+
 def test_the_committed_table_is_that_of_its_rows(tmp_path):
     """results/matrix/table.json follows from the committed episodes: eight evaluations that were
     copied in are marked."""
@@ -214,6 +223,15 @@ def test_readme_without_marks_is_left_alone(results, tmp_path):
     with pytest.raises(UserError, match="/matrix"):
         run_matrix.main(["--table", "--out", str(results), "--readme", str(readme)])
     assert readme.read_text() == "nothing here <!-- matrix --> and no end"
+
+
+def test_no_rate_of_the_page_is_coloured_as_good(results):
+    """A policy that never succeeded had its 0% in green."""
+    table_of(results)
+    page = (results / "report.html").read_text()
+    style, tables = page.split("</style>", 1)
+    assert "td.rate { font-weight: 600; }" in style
+    assert "<td class=rate>0 / 0% (0-16)</td>" in tables
 
 
 def test_the_page_shows_a_failure_of_each_cell(results):
