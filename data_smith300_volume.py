@@ -48,6 +48,6 @@ def basis_file(demos, config):
 
 def find_basis(demos, config):
     """The RotationBasis that knows these demonstrations; None where `config` asks for none."""
-    if getattr(config, "rotation", "euler") != "pca":
+    if config.rotation != "pca":
         return None
     return load_basis(basis_file(demos, config), [fingerprint(d.ee_ori) for d in demos])

@@ -1,15 +1,22 @@
 """The interface that every policy has, and the pieces they share.
 
-Dimensions: B batch, T waypoints (or frames), N samples, C channels, H W of a backbone's map.
+The letters of every shape in this repository:
+
+    B batch    T waypoints of a sample, or frames of a window    N tokens, or rows of any kind
+    C channels    H, W rows and columns of a grid or map    Z height bins    Q queries
+
 Batches hold metres, radians, pixels and world coordinates; cells and bins exist only inside a
 policy:
 
-    features [(B,C_i,H_i,W_i) float16], eef_pos (B,3), gripper_width (B,) between the fingers, K
-    (B,3,3), E (B,4,4), target_pos (B,T,3), target_rot (B,T,3,3), target_gripper (B,T) in {0 open, 1
-    close}, mask (B,T) in {0, 1}
+    features        [(B,C,H,W) float16], the backbone's maps, each of its own C, H and W
+    eef_pos         (B,3) m, where the end-effector is
+    gripper_width   (B,) m between the fingers
+    K, E            (B,3,3) px, (B,4,4): intrinsics, and camera-to-world with OpenCV axes
+    target_pos      (B,T,3) m, target_rot (B,T,3,3), target_gripper (B,T) in {0 open, 1 close}
+    mask            (B,T) in {0, 1}, waypoints that are trained on
 
-Policies with a history take windows of T frames instead, one waypoint each: what is (B,...) above
-is (B,T,...), see data_ar.py.
+A policy with a history (`has_history`) takes windows of T frames instead, one waypoint each: what
+is (B,...) above is (B,T,...), and `valid` (B,T) tells frames from padding, see data_ar.py.
 """
 
 import argparse
@@ -43,10 +50,17 @@ def flag(default, help, choices=None, kind=None, low=None, high=None, above=None
 @dataclass
 class PolicyConfig:
     """What every policy is configured by. It travels in the checkpoint.
+
     `presets`: {name: other defaults}, of train.py's flags too; each names its own max_steps and lr.
+    The other four names without a type are no flags here, and are where a policy says otherwise.
     """
 
     presets = {}
+    has_history = False  # whether its samples are windows of frames
+    context = 1  # frames that a decision sees
+    n_window = 1  # waypoints that a decision answers
+    rotation = "euler"  # or "pca": about one axis, which the dataset's basis names
+
     backbone: str = flag(
         "auto",
         "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model",
@@ -109,9 +123,13 @@ class Shard:
 
 
 class Policy(nn.Module):
-    """A policy: `loss` over a batch, `act` on an observation. `seconds` adds up where `act` spends
-    its time.
+    """A policy: `loss` over a batch, `act` on an observation.
+
+    What a caller has to know is asked of the policy, not of a tensor's shape: `has_history`,
+    `context`, `n_waypoints`, `turns`. `seconds` adds up where `act` spends its time.
     """
+
+    turns = True  # whether it answers rotations; one that does not keeps the gripper's
 
     def __init__(self, config):
         super().__init__()
@@ -121,6 +139,21 @@ class Policy(nn.Module):
         self.seconds = {"features": 0.0, "policy": 0.0}
         self.shard = Shard()  # set by the training loop, step by step
         self.generator = None
+
+    @property
+    def has_history(self):
+        """Whether batches are windows of frames, see the module's docstring."""
+        return self.config.has_history
+
+    @property
+    def context(self):
+        """Frames that a decision sees, the newest among them."""
+        return self.config.context
+
+    @property
+    def n_waypoints(self):
+        """Waypoints that a decision answers, each after the one before."""
+        return self.config.n_window
 
     @property
     def backbone(self):
@@ -153,10 +186,16 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def predict(self, batch):
-        """Batch without targets -> {"position" (B,T,3), "gripper" (B,T) in {0, 1}, "rotation"
-        (B,T,3,3)} as tensors.
+        """Batch without targets -> {"position" (B,T,3) m, "gripper" (B,T) in {0, 1}, and where it
+        turns "rotation" (B,T,3,3)} as tensors.
         """
         raise NotImplementedError
+
+    def decided(self, batch, rows):
+        """`predict` of windows for some frames alone: rows (N,) of the flattened (B*T) ->
+        {"position" (N,3) ...}. A policy that can overrides it, and saves the others' time.
+        """
+        return {k: v.flatten(0, 1)[rows] for k, v in self.predict(batch).items()}
 
     def forward(self, batch):
         return self.loss(batch)  # so that DistributedDataParallel's hooks run
@@ -259,12 +298,11 @@ class Policy(nn.Module):
         )
         position = out["position"][0].double().cpu().numpy()
         grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)
-        rotations = out["rotation"][0].double().cpu().numpy()
+        rotations = out["rotation"][0].double().cpu().numpy() if self.turns else None
         self.seconds["features"] += middle - start
         self.seconds["policy"] += time.perf_counter() - middle
-        return Waypoint(
-            position[0], rotations[0], float(grippers[0]), position, grippers, rotations
-        )
+        rotation = rotations[0] if self.turns else None
+        return Waypoint(position[0], rotation, float(grippers[0]), position, grippers, rotations)
 
 
 @dataclass

@@ -262,8 +262,8 @@ def seen_frames(row, preset):
     that fills the cache.
     """
     config = look_up(row.model_type).config
-    context = config.presets[preset].get("context", getattr(config, "context", None))
-    return ("frames" if context is None else f"windows{context}") + (
+    context = config.presets[preset].get("context", config.context)
+    return (f"windows{context}" if config.has_history else "frames") + (
         "-mirrored" if "--mirror" in row.flags else ""
     )
 

@@ -258,7 +258,7 @@ def prepare(args, config_class, device, progress):
         )
     train_demos, val_demos = demo_files.split_demos(recordings.demos, args.val_fraction)
     moved = "--mirror" if args.mirror else "--turn_back" if args.turn_back else None
-    if moved and getattr(config, "rotation", "euler") == "pca":
+    if moved and config.rotation == "pca":
         raise UserError(
             f"{moved}: turns rotations away from those that the principal axis was computed from; "
             "leave it out, or give --rotation euler"

@@ -28,7 +28,7 @@ def newest_rows(batch):
 def newest(batch, out):
     """Window batches as single-frame ones: targets and predictions of each window's newest frame,
     one waypoint each. Batches without a history come back as they are."""
-    if batch["eef_pos"].ndim == 2:
+    if "valid" not in batch:
         return batch, out
     rows = newest_rows(batch)
     pick = lambda x: x.flatten(0, 1)[rows]
@@ -43,8 +43,8 @@ def predict_newest(policy, batch):
     """`newest` of the policy's predictions; a policy with a history decides about those frames
     alone.
     """
-    if batch["eef_pos"].ndim == 2 or not hasattr(policy, "decided"):
-        return newest(batch, policy.predict(batch))
+    if not policy.has_history:
+        return batch, policy.predict(batch)
     out = policy.decided(batch, newest_rows(batch))
     return newest(batch, {})[0], {k: v[:, None] for k, v in out.items()}
 
@@ -53,7 +53,7 @@ def newest_loss(policy, batch):
     """The policy's loss on the frames that are scored: of windows the newest alone, as of a policy
     without a history.
     """
-    if batch["eef_pos"].ndim == 3:
+    if policy.has_history:
         only = (
             torch.zeros_like(batch["mask"])
             .flatten()
@@ -73,7 +73,7 @@ def chosen(dataset, limit):
     """At most `limit` indices, evenly spread; fewer of windows, of which only the newest frame is
     scored but others are read.
     """
-    limit = limit if dataset.batch([0])["eef_pos"].ndim == 2 else max(1, limit // 3)
+    limit = limit if not dataset.config.has_history else max(1, limit // 3)
     return np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)
 
 
@@ -83,7 +83,8 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
 
     Of the first waypoint: error in cm (median, 90th percentile) and px (median), gripper accuracy,
     rotation error in degrees (median, 95th percentile; of all waypoints too). Of the trajectory:
-    coverage at 4, 8 and 16 px and jerk in cm/step^2 beside the truth's. And `looks`.
+    coverage at 4, 8 and 16 px and jerk in cm/step^2 beside the truth's. And `looks`. No rotation
+    errors of a policy that does not turn.
     """
     policy.eval()
     losses, cm, px, gripper, degrees, cover, jerks = (
@@ -107,11 +108,12 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
         cm.extend(100 * np.linalg.norm(true[:, 0] - predicted[:, 0], axis=-1))
         px.extend(np.linalg.norm(true_px[:, 0] - predicted_px[:, 0], axis=-1))
         gripper.extend((out["gripper"] == batch["target_gripper"])[:, 0].cpu().numpy())
-        turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
-        cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
-        turned = torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))  # (B,T)
-        degrees.extend(turned[:, 0].cpu().numpy())
-        every_degrees.extend(turned[batch["mask"] > 0].cpu().numpy())
+        if policy.turns:
+            turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
+            cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
+            turned = torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))  # (B,T)
+            degrees.extend(turned[:, 0].cpu().numpy())
+            every_degrees.extend(turned[batch["mask"] > 0].cpu().numpy())
         for j in range(len(true)):
             known = batch["mask"][j].cpu().numpy() > 0
             start = to_pixels(batch["eef_pos"][j].cpu().numpy(), K[j, 0], E[j, 0])[None]
@@ -122,16 +124,21 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
             for values, points in zip(jerks, (predicted[j], true[j])):
                 values.append(100 * jerk(points))
     row = {f"val/{k}": float(np.mean([l[k] for l in losses])) for k in losses[0]}
+    rotation_errors = {}
+    if policy.turns:
+        rotation_errors = {
+            "val/rotation_deg_median": np.median(degrees),
+            "val/rotation_deg_p95": np.percentile(degrees, 95),
+            "val/rotation_deg_all_median": np.median(every_degrees),
+            "val/rotation_deg_all_p95": np.percentile(every_degrees, 95),
+        }
     row.update(
         {
             "val/cm_median": np.median(cm),
             "val/cm_p90": np.percentile(cm, 90),
             "val/px_median": np.median(px),
             "val/gripper_accuracy": np.mean(gripper),
-            "val/rotation_deg_median": np.median(degrees),
-            "val/rotation_deg_p95": np.percentile(degrees, 95),
-            "val/rotation_deg_all_median": np.median(every_degrees),
-            "val/rotation_deg_all_p95": np.percentile(every_degrees, 95),
+            **rotation_errors,
             **{f"val/coverage_{e}px": np.mean(v) for e, v in cover.items()},
             "val/jerk_cm": np.mean(jerks[0]),
             "val/true_jerk_cm": np.mean(jerks[1]),
@@ -186,7 +193,8 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
         angle = torch.as_tensor(
             2 * np.pi * (np.arange(i, i + len(batch["K"])) * 0.618 % 1), device=device
         )
-        angle = angle.view(-1, *[1] * (batch["eef_pos"].ndim - 2))
+        if policy.has_history:
+            angle = angle[:, None]  # (B,1), the same in all frames of a window
         u, v, _ = project(batch["eef_pos"], batch["K"], batch["E"])
         shifted = {
             **batch,
@@ -208,7 +216,7 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
         moved.extend(np.linalg.norm(first(*predict_newest(policy, shifted)) - plain, axis=-1))
         errors.extend(np.linalg.norm(plain - true, axis=-1))
         blind.extend(np.linalg.norm(first(*predict_newest(policy, empty)) - true, axis=-1))
-        if batch["eef_pos"].ndim == 3:
+        if policy.has_history:
             _, alone = predict_newest(policy, without_past(batch))
             forgotten.extend(
                 1000

@@ -16,6 +16,7 @@ from runtime import UserError
 class HistoryConfig(VolumeConfig):
     """What policies over windows of frames are configured by."""
 
+    has_history = True
     eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise", high=1)
     eef_noise_own: float = flag(
         0.5,

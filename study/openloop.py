@@ -79,7 +79,7 @@ def main(argv=None):
         for fed in (
             "measured",
             "predicted",
-            *(["chunk"] if getattr(policy.config, "n_window", 1) > 1 else []),
+            *(["chunk"] if policy.n_waypoints > 1 else []),
         ):
             rollouts = roll(held_out, policy, fed, ckpt.stem)
             rows.append(
@@ -92,7 +92,7 @@ def main(argv=None):
             )
             if fed != "measured":
                 name = info["model_type"] + (
-                    f", {policy.config.n_window} at a time" if fed == "chunk" else ""
+                    f", {policy.n_waypoints} at a time" if fed == "chunk" else ""
                 )
                 paths[f"{len(paths)}: {name}"] = rollouts  # the same model type may come twice
     for i, demo in enumerate(held_out[:3]):

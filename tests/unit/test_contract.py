@@ -217,6 +217,25 @@ def test_rotation_bins_are_those_of_numpy(case):
     np.testing.assert_array_equal(policy.rotation_bins(rotation), expected)
 
 
+def test_what_a_caller_must_know_is_what_batches_and_answers_show(case):
+    """Callers ask the policy whether it has a history, how many waypoints it answers and whether it
+    turns: one that says otherwise than it does is fed, validated and followed wrongly."""
+    policy, batch = case.policy(), case.batch()
+    windows = batch["eef_pos"].shape[1:-1]  # (T,) of windows, () of single frames
+    assert policy.has_history == bool(windows) == ("valid" in batch) == case.config.has_history
+    assert policy.context == (windows[0] if windows else 1)
+    (waypoint,) = answers(policy, case.observations(frames=(0,)))
+    assert policy.n_waypoints == len(waypoint.trajectory) == len(waypoint.grippers)
+    out = predict(policy, batch)
+    assert policy.turns == ("rotation" in out) == (waypoint.rotation is not None)
+    rows = torch.tensor([0, out["position"].shape[1] + 1])  # of the first sample and the second
+    torch.manual_seed(0)
+    with torch.no_grad():
+        some = policy.eval().decided(batch, rows)
+    for name, value in some.items():
+        torch.testing.assert_close(value, out[name].flatten(0, 1)[rows], rtol=1e-4, atol=1e-4)
+
+
 def test_the_batch_is_left_alone(case):
     """Neither loss nor predict changes the batch, which the data loader or the next call may
     hold."""

@@ -1,6 +1,8 @@
 """Checks on held-out demonstrations: whether a policy looks, free-running rollouts, on policies
 whose answer is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from harness.validation import (
     predict_newest,
     rollout_summary,
     to_pixels,
+    validate,
 )
 from model import ParaConfig
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
@@ -78,6 +81,33 @@ def test_looks_tells_a_guesser_from_a_looker(dataset):
     assert guess["shift_px"] == pytest.approx(SHIFT_PX, rel=1e-6)
     assert guess["blank_ratio"] == pytest.approx(1)
     assert look["shift_px"] == 0 and look["blank_ratio"] != 1
+
+
+class Unturning(Known):
+    """Answers no rotation."""
+
+    turns = False
+
+    def predict(self, batch):
+        return {k: v for k, v in super().predict(batch).items() if k != "rotation"}
+
+    def loss(self, batch):
+        return {"loss": self.anchor.sum()}
+
+
+def test_a_policy_that_does_not_turn_is_validated_and_acts(dataset, backbone):
+    """Without rotations there are no errors of them, everything else is as it was; in use the
+    gripper keeps its own."""
+    policy = Unturning(dataset, True).attach(backbone)
+    row = validate(policy, dataset, "cpu", limit=6)
+    assert row["val/cm_median"] > 0 and not [k for k in row if "rotation" in k]
+    demo = dataset.demos[0]
+    observation = SimpleNamespace(
+        image=demo.images([0])[0], eef_pos=demo.ee_pos[0], gripper_width=0.08, K=demo.K, E=demo.E
+    )
+    waypoint = policy.act(observation)
+    assert waypoint.rotation is None and waypoint.rotations is None
+    np.testing.assert_array_equal(waypoint.position, demo.ee_pos[0])
 
 
 class Remembers(Known):
