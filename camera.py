@@ -30,7 +30,7 @@ def extrinsics_from_mujoco(position, rotation):
 
 
 def look_at(position, target):
-    """Camera-to-world (4,4) of an upright camera at `position` that looks at `target`, both (3,)."""
+    """Camera-to-world (4,4) of an upright camera at `position` (3,) that looks at `target` (3,)."""
     forward = np.subtract(target, position) / np.linalg.norm(np.subtract(target, position))
     right = np.cross(forward, [0, 0, 1.0])
     right /= np.linalg.norm(right)
@@ -43,12 +43,8 @@ def fault(K, E, size=None):
     """(what is wrong, which of "K" and "E" it is) of a camera's arrays, or None: finite numbers, an
     intrinsic matrix, a rigid camera-to-world transform. size: (width, height) in pixels of the
     image that has to hold the principal point."""
-    if (
-        K.shape != (3, 3)
-        or not np.isfinite(K).all()
-        or not np.allclose(K[2], [0, 0, 1])
-        or not np.allclose([K[0, 1], K[1, 0]], 0)
-    ):
+    whole = K.shape == (3, 3) and np.isfinite(K).all() and np.allclose(K[2], [0, 0, 1])
+    if not whole or not np.allclose([K[0, 1], K[1, 0]], 0):
         return "is no (3,3) intrinsic matrix [[fx,0,cx],[0,fy,cy],[0,0,1]] of finite numbers", "K"
     if K[0, 0] <= 0 or K[1, 1] <= 0:
         return f"has focal lengths {K[0, 0]:g} and {K[1, 1]:g}, pixels above 0 are expected", "K"
@@ -58,17 +54,17 @@ def fault(K, E, size=None):
         alike = abs(ratios[0] - ratios[1]) < 0.1 * abs(ratios[0]) and not 0.6 < ratios[0] < 1.6
         if alike or not all(0 < r < 2 for r in ratios):
             return (
-                f"has its principal point at ({K[0, 2]:g}, {K[1, 2]:g}), which does not fit {size[0]}x{size[1]} px: it looks like K of "
-                "another image size"
+                f"has its principal point at ({K[0, 2]:g}, {K[1, 2]:g}), which does not fit "
+                f"{size[0]}x{size[1]} px: it looks like K of another image size"
             ), "K"
     if E.shape != (4, 4) or not np.isfinite(E).all() or not np.allclose(E[3], [0, 0, 0, 1]):
         return "is no (4,4) camera-to-world transform [R t; 0 1] of finite numbers", "E"
     R = E[:3, :3]
     if not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0:
         return (
-            "has a rotation that is not orthonormal with determinant 1, points would be unprojected wrongly",
-            "E",
-        )
+            "has a rotation that is not orthonormal with determinant 1, points would be "
+            "unprojected wrongly"
+        ), "E"
     return None
 
 
@@ -101,7 +97,7 @@ def project(points, K, E):
 
 
 def ray(u, v, K, E):
-    """World direction (...,3) of the ray of pixel (u, v), as long as it is at a depth of one metre."""
+    """World direction (...,3) of the ray of pixel (u, v), which ends at a depth of one metre."""
     x = (u - K[..., 0, 2]) / K[..., 0, 0]
     y = (v - K[..., 1, 2]) / K[..., 1, 1]
     R = E[..., :3, :3]

@@ -1,15 +1,18 @@
-"""Datasets: single-frame samples in metres, radians and pixels, from demonstrations and cached
-features.
+"""Samples of single frames in metres, radians and pixels, from demonstrations and cached features.
 
 The label of frame i is where the EEF is `waypoint_stride` control steps later on the recorded
-trajectory, or as much later as it takes to have moved by `min_travel`, clipped at the next gripper
-change, with that change as the gripper's label. Left out are frames inside a gripper's hold, frames
-whose way to the first waypoint was disturbed by a push, and frames that stand still with no change
-to come: after the last release they would teach a fixed point, and a policy that mistakes a hover
-for it never moves again. The retreat after the last release is left out too (`retreat`): without
-memory, rising from the placed bowl looks like the approach to it, played backwards. With `stay`
-both are trained on: where a demonstration ends by staying, a label is where it stays,
-`waypoint_stride` steps later.
+trajectory, or as much later as it takes to have moved by `min_travel`. It is clipped at the next
+gripper change, and that change is the gripper's label. Some frames are left out:
+
+- those inside a gripper's hold, at which no decision is ever taken;
+- those whose way to the first waypoint was disturbed by a push;
+- those that stand still with no change to come: after the last release they would teach a fixed
+  point, and a policy that mistakes a hover for it never moves again;
+- the retreat after the last release (unless `retreat`): without memory, rising from the placed bowl
+  looks like the approach to it, played backwards.
+
+With `stay` the last two are trained on: where a demonstration ends by staying, a label is where it
+stays, `waypoint_stride` steps later.
 """
 
 from functools import partial
@@ -31,25 +34,21 @@ def shifted_sideways(batch, limit, draws, image_size):
     """A batch whose images are moved sideways, each by its own number of pixels, the camera's
     principal point with them.
 
-    Exact but for the columns that come into view, which repeat the edge's: a cell, a height and the
-    rays through them mean what they meant, and no place in the image is the table's own any more.
-    Feature maps are moved by whole cells of the coarsest. limit: at most so many pixels, fewer
-    where the EEF or a waypoint would leave the image; draws (B,): random numbers in [0, 1).
+    It is exact but for the columns that come into view, which repeat the edge's: a cell, a height
+    and the rays through them mean what they meant, and no place in the image is the table's own any
+    more. Feature maps are moved by whole cells of the coarsest. limit: at most so many pixels,
+    fewer where the EEF or a waypoint would leave the image; draws (B,): random numbers in [0, 1).
     """
     features, K, E = batch["features"], batch["K"], batch["E"]
     cell = image_size // min(maps.shape[-1] for maps in features)
-    points = torch.cat(
-        [batch[k].reshape(len(K), -1, 3).double() for k in ("eef_pos", "target_pos")], 1
-    )
-    u, _, _ = camera.project(
-        points, K.reshape(len(K), -1, 3, 3)[:, :1], E.reshape(len(E), -1, 4, 4)[:, :1]
-    )
+    # all points that have to stay in the image (B,N,3), and each sample's first camera
+    points = [batch[k].reshape(len(K), -1, 3).double() for k in ("eef_pos", "target_pos")]
+    first_K, first_E = K.reshape(len(K), -1, 3, 3)[:, :1], E.reshape(len(E), -1, 4, 4)[:, :1]
+    u, _, _ = camera.project(torch.cat(points, 1), first_K, first_E)
+    # how far it may go to the left and to the right (B,), in whole cells
     bounds = lambda x: (x / cell).clamp(-limit / cell, limit / cell)
-    least, most = (
-        bounds(-u.amin(1)).clamp(max=0).ceil(),
-        bounds(image_size - u.amax(1)).clamp(min=0).floor(),
-    )
-    # (B,) whole cells
+    least = bounds(-u.amin(1)).clamp(max=0).ceil()
+    most = bounds(image_size - u.amax(1)).clamp(min=0).floor()
     columns = least + (torch.as_tensor(draws, device=u.device) * (most - least + 1)).floor()
     moved = []
     for maps in features:
@@ -78,10 +77,10 @@ def held_frames(demo):
 
 
 def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=False):
-    """Labels of every frame of a Demo.
+    """Labels of the N frames of a Demo.
 
-    Returns target (N,T) the frame whose EEF pose is the waypoint, gripper (N,T) in {0, 1}, mask
-    (N,T) bool (a waypoint whose way is undisturbed), usable (N,) bool (frames to train on).
+    Returns target (N,T), the frame whose EEF pose is the waypoint; gripper (N,T) in {0, 1}; mask
+    (N,T) bool, waypoints whose way is undisturbed; usable (N,) bool, frames to train on.
     """
     length = len(demo)
     closed, changes = gripper_segments(demo.actions)
@@ -90,7 +89,7 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
     end = np.append(changes, length - 1)[following]
     following_waypoint = next_waypoint(demo.ee_pos, end, stride, min_travel)
     step = np.linalg.norm(demo.ee_pos[following_waypoint] - demo.ee_pos, axis=1)
-    # no frame from here to the end is farther
+    # it stays: no change is to come, and no frame from here to the end is farther
     staying = stay & (following == len(changes)) & (step < max(min_travel, STILL))
     following_waypoint = np.where(staying, np.minimum(frames + stride, end), following_waypoint)
     target = [following_waypoint]
@@ -146,7 +145,9 @@ class WaypointDataset(Dataset):
         """
 
     def label(self, config, frame_stride):
-        """Set the samples' labels; return for each demo the frames whose features are needed."""
+        """Set the samples' labels; return the frames of each demonstration whose features are
+        needed.
+        """
         rows, needed = [], []
         for d, demo in enumerate(self.demos):
             target, gripper, mask, usable = waypoint_labels(
@@ -175,23 +176,25 @@ class WaypointDataset(Dataset):
         """Set the low-dimensional tensors of N rows: demo and frame (N,), target frames, commands
         and masks (N,T).
         """
-        stack = lambda values: torch.from_numpy(np.stack(values))
-        rotation = [rotvec_to_matrix(d.ee_ori) for d in self.demos]
-        self.eef_pos = stack([self.demos[d].ee_pos[i] for d, i in zip(demo, frame)])
-        self.target_pos = stack([self.demos[d].ee_pos[t] for d, t in zip(demo, target)])
-        self.target_rot = stack([rotation[d][t] for d, t in zip(demo, target)])
-        self.gripper_width = stack(
-            [np.abs(self.demos[d].gripper_states[i]).sum() for d, i in zip(demo, frame)]
+        # values: an array (T,...) of each demonstration; rows (N,) or (N,T) of their frames
+        pick = lambda values, rows: torch.from_numpy(
+            np.stack([values[d][i] for d, i in zip(demo, rows)])
         )
-        self.target_gripper, self.mask = (
-            torch.from_numpy(gripper),
-            torch.from_numpy(mask.astype(np.float32)),
-        )
+        positions = [d.ee_pos for d in self.demos]
+        widths = [np.abs(d.gripper_states).sum(-1) for d in self.demos]
+        rotations = [rotvec_to_matrix(d.ee_ori) for d in self.demos]
+        self.eef_pos = pick(positions, frame)
+        self.gripper_width = pick(widths, frame)
+        self.target_pos = pick(positions, target)
+        self.target_rot = pick(rotations, target)
+        self.target_gripper = torch.from_numpy(gripper)
+        self.mask = torch.from_numpy(mask.astype(np.float32))
 
     def hold(self, device):
         """Keep features and labels on a GPU from now on, features as one fp16 tensor a map, where
-        half of its free memory has room for them -> True if so. On a CPU they stay where they are:
-        in files that the system keeps in memory."""
+        half of its free memory has room for them -> True if so. On a CPU they stay in files, which
+        the system keeps in memory.
+        """
         if torch.device(device).type != "cuda":
             return False
         kept = [maps for maps in self.maps if maps is not None]
@@ -248,11 +251,9 @@ class WaypointDataset(Dataset):
         }
 
     def statistics(self, n=256):
-        """Ranges of heights and unwrapped Euler angles and the EEF's mean and deviation over all
-        frames, and feature means and deviations over n samples.
-
-        {"height_range" (2,) m, "euler_range" (3,2) rad, "position" (mean (3,), std (3,)) m,
-        "features" [(mean (C,), std (C,))]}
+        """What policies normalise by: {"height_range" (2,) m, "euler_range" (3,2) rad, unwrapped,
+        "position" (mean (3,), std (3,)) m, all over every frame; "features" [(mean (C,), std (C,))]
+        over n samples}.
         """
         positions = np.concatenate([d.ee_pos for d in self.demos])
         heights = positions[:, 2]
@@ -261,10 +262,9 @@ class WaypointDataset(Dataset):
         picked = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)
         features = []
         for maps in self.last_features(picked):
-            maps = maps.float().cpu()
-            features.append(
-                (maps.mean((0, 2, 3)).numpy(), maps.std((0, 2, 3)).clamp(min=1e-4).numpy())
-            )
+            maps = maps.float().cpu()  # (N,C,H,W)
+            mean, deviation = maps.mean((0, 2, 3)), maps.std((0, 2, 3))
+            features.append((mean.numpy(), deviation.clamp(min=1e-4).numpy()))
         return {
             "height_range": np.array([heights.min(), heights.max()]),
             "position": (positions.mean(0), positions.std(0).clip(min=1e-3)),

@@ -1,10 +1,10 @@
-"""Datasets: windows of frames for policies with a history.
+"""Samples that are windows of frames, for policies with a history.
 
 A window ends at a usable frame and runs backwards along the decisions that would have led there:
 the frame before f is one whose next waypoint is f. So frame t's image shows the robot where the
 waypoint of t-1 was, and the last known EEF position of frame t is the one that its image shows; the
-next waypoint is never among the inputs. Labels are those of data.py, for every frame of the window.
-Windows that reach the episode's start are shorter; they are padded at their end, where causal
+next waypoint is never among the inputs. Every frame of a window has its label, as in data.py.
+Windows that reach the episode's start are shorter. They are padded at their end, where causal
 attention cannot see the padding.
 """
 
@@ -79,10 +79,8 @@ class WindowDataset(WaypointDataset):
             following = following_frames(demo, target[:, 0])
             # whose features are needed: every one costs a pass of the backbone
             kept = np.arange(len(demo)) % frame_stride == 0
-            allowed, since = (
-                ~held_frames(demo) & kept,
-                standing_since(demo.ee_pos) if config.stay else None,
-            )
+            allowed = ~held_frames(demo) & kept
+            since = standing_since(demo.ee_pos) if config.stay else None
             windows = [
                 window_frames(following, last, config.context, allowed, since)
                 for last in np.flatnonzero(usable & kept)
@@ -116,12 +114,33 @@ class WindowDataset(WaypointDataset):
 
     def last_features(self, indices):
         ends = [self.windows[i][-1] for i in indices]
+        n_maps = len(self.backbone.channels)
         return [
-            torch.from_numpy(
-                np.stack([self.maps[self.row_demo[r]][m][self.row_slot[r]] for r in ends])
-            )
-            for m in range(len(self.backbone.channels))
+            torch.from_numpy(np.stack([self.row_map(r, m) for r in ends])) for m in range(n_maps)
         ]
+
+    def row_map(self, row, m):
+        """The m-th map (C,H,W) of a row's frame, from its file."""
+        return self.maps[self.row_demo[row]][m][self.row_slot[row]]
+
+    def window_features(self, rows, valid):
+        """Maps [(B,T,C,H,W) float16] of rows (B,T), zero where valid (B,T) says that they pad."""
+        if not self.held:
+            return [self.stored_windows(rows, valid, m) for m in range(len(self.backbone.channels))]
+        features = []
+        for maps in self.held:
+            picked = maps[torch.from_numpy(rows).to(maps.device)]
+            known = torch.from_numpy(valid).to(maps.device)[..., None, None, None]
+            zero = torch.zeros((), dtype=picked.dtype, device=picked.device)
+            features.append(torch.where(known, picked, zero))
+        return features
+
+    def stored_windows(self, rows, valid, m):
+        """The m-th of `window_features`, from files."""
+        windows = np.zeros((*rows.shape, *self.row_map(rows[0, 0], m).shape), np.float16)
+        for b, t in zip(*np.nonzero(valid)):
+            windows[b, t] = self.row_map(rows[b, t], m)
+        return torch.from_numpy(windows)
 
     def batch(self, indices):
         """Windows -> dict of tensors, see the class."""
@@ -130,21 +149,7 @@ class WindowDataset(WaypointDataset):
         valid = np.array([[t < len(w) for t in range(T)] for w in windows])
         # padding repeats the last frame
         rows = np.array([[w[min(t, len(w) - 1)] for t in range(T)] for w in windows])
-        features = []
-        for maps in self.held:
-            picked = maps[torch.from_numpy(rows).to(maps.device)]  # (B,T,C,H,W)
-            known = torch.from_numpy(valid).to(maps.device)[..., None, None, None]
-            features.append(
-                torch.where(
-                    known, picked, torch.zeros((), dtype=picked.dtype, device=picked.device)
-                )
-            )
-        for m in range(len(self.backbone.channels) if not self.held else 0):
-            sample = self.maps[self.row_demo[rows[0, 0]]][m]
-            out = np.zeros((*rows.shape, *sample.shape[1:]), np.float16)
-            for b, t in zip(*np.nonzero(valid)):
-                out[b, t] = self.maps[self.row_demo[rows[b, t]]][m][self.row_slot[rows[b, t]]]
-            features.append(torch.from_numpy(out))
+        features = self.window_features(rows, valid)
         pick = lambda x: x[rows]  # (N,...) -> (B,T,...)
         d = self.row_demo[rows]
         valid = torch.from_numpy(valid).to(self.mask.device)

@@ -1,5 +1,5 @@
-"""Waypoints with a 1D rotation basis, from smith300 folders (the format: formats/smith300.py) and
-from LIBERO-format HDF5 files.
+"""Samples with the rotation basis of their dataset: folders of a real robot's episodes ("smith300",
+see formats/smith300.py), or any other format.
 """
 
 from data import WaypointDataset

@@ -63,13 +63,15 @@ class PolicyConfig:
 
     backbone: str = flag(
         "auto",
-        "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, any timm model",
+        "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, "
+        "any timm model",
     )
     image_size: int = flag(448, "image side, pixels", kind=flags.pixels)
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
     min_travel: float = flag(
         0.02,
-        "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF already is, for ever",
+        "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF "
+        "already is, for ever",
     )
     retreat: bool = flag(False, "train on frames after the last release too")
     stay: bool = flag(

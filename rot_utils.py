@@ -55,7 +55,7 @@ def quat_to_matrix(quat):
 
 
 def rotvec_to_matrix(rotvec):
-    """Axis-angle vectors (...,3) in radians -> rotation matrices (...,3,3), by Rodrigues' formula."""
+    """Axis-angle vectors (...,3) in radians -> rotation matrices (...,3,3): Rodrigues' formula."""
     rotvec = np.asarray(rotvec, dtype=float)
     angle = np.linalg.norm(rotvec, axis=-1)[..., None, None]
     x, y, z = np.moveaxis(rotvec, -1, 0)
@@ -261,7 +261,8 @@ def fit_basis(rotations, space="so3", provenance=None):
     _, scale, axes = np.linalg.svd(offsets, full_matrices=False)
     if scale[0] < 1e-6 * np.sqrt(len(rotations)):
         raise UserError(
-            "the rotations do not vary at all, so they have no principal axis; use demonstrations that turn the gripper"
+            "the rotations do not vary at all, so they have no principal axis; use demonstrations "
+            "that turn the gripper"
         )
     axis = axes[0] * np.sign(axes[0][np.abs(axes[0]).argmax()])  # of the two signs, one for certain
     basis = RotationBasis(
@@ -333,23 +334,25 @@ def load_basis(path, fingerprints=None):
     except KeyError as error:
         raise UserError(
             f"{path}: key {one_line(error)} is missing, so this is no rotation basis; {PRECOMPUTE}"
-        )
-    except (
-        Exception
-    ) as error:  # zipfile, zlib, NumPy and the system each have their own for a damaged file
+        ) from error
+    except Exception as error:
+        # zipfile, zlib, NumPy and the system each have their own for a damaged file
         raise UserError(
             f"{path}: truncated or not an npz of a rotation basis ({one_line(error)}); {PRECOMPUTE}"
-        )
+        ) from error
     for key, (kind, shapes) in BASIS_KEYS.items():
         value = arrays[key]
         if value.dtype.kind != kind or value.shape not in shapes:
             raise UserError(
-                f"{path}: {key} has shape {value.shape} and dtype {value.dtype}, which no rotation basis has; {PRECOMPUTE}"
+                f"{path}: {key} has shape {value.shape} and dtype {value.dtype}, which no rotation "
+                f"basis has; {PRECOMPUTE}"
             )
     try:
         provenance = json.loads(str(arrays["provenance"]))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: provenance is no JSON ({one_line(error)}); {PRECOMPUTE}")
+        raise UserError(
+            f"{path}: provenance is no JSON ({one_line(error)}); {PRECOMPUTE}"
+        ) from error
     basis = RotationBasis(
         str(arrays["space"]),
         *(arrays[k].astype(float) for k in ("mean", "principal_axis")),
@@ -362,8 +365,9 @@ def load_basis(path, fingerprints=None):
     known = {*basis.provenance.get("fingerprints", ()), *basis.provenance.get("held_out", ())}
     if fingerprints is not None and not set(fingerprints) <= known:
         raise UserError(
-            f"{path}: a foreign basis, computed from {basis.provenance.get('dataset', 'another dataset')} and not from "
-            f"these demonstrations; {PRECOMPUTE}"
+            f"{path}: a foreign basis, computed from "
+            f"{basis.provenance.get('dataset', 'another dataset')} and not from these "
+            f"demonstrations; {PRECOMPUTE}"
         )
     return basis
 
@@ -390,8 +394,9 @@ def load_stats(path):
             raise ValueError("euler_range is not (3, 2)")
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path}: truncated or no checkpoint statistics ({type(error).__name__}: {one_line(error)}); {remedy}"
-        )
+            f"{path}: truncated or no checkpoint statistics ({type(error).__name__}: "
+            f"{one_line(error)}); {remedy}"
+        ) from error
     return stats
 
 

@@ -45,8 +45,8 @@ def check_dataset(demos, path):
     if np.mean([_looks_inverse(d) for d in demos]) >= SEEN:
         raise UserError(
             f"{path}: the cameras lie on their side, and their inverses stand upright and see the "
-            "EEF: it looks like the inverse transform (world-to-camera); store numpy.linalg.inv of the "
-            "extrinsics"
+            "EEF: it looks like the inverse transform (world-to-camera); store numpy.linalg.inv of "
+            "the extrinsics"
         )
     settled = [settled_widths(d) for d in demos]
     opened, closed = (np.concatenate([s[i] for s in settled]) for i in range(2))

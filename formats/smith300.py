@@ -1,4 +1,4 @@
-"""The format of real-robot recordings ("smith300"): one folder per episode. Write, read, validate.
+"""The format "smith300": a real robot's recordings, a folder an episode. Write, read, validate.
 
     DATASET/
       dataset.json             optional: {"format": "smith300-1", and provenance: task_suite,
@@ -25,8 +25,8 @@
                                  trained on
 
 Frames are upright. They may be oblong: reading cuts out the central square, scales it to the
-policy's image size, and changes K along with it. Episodes become demos.Demo objects, so that labels
-are made as for LIBERO's HDF5 files.
+policy's image size, and changes K along with it. Episodes become `demos.Demo` objects, so that
+labels are made as for LIBERO's HDF5 files.
 """
 
 import contextlib
@@ -130,56 +130,59 @@ def load_arrays(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (
-        Exception
-    ) as error:  # zipfile, zlib, NumPy and the system each have their own for a damaged file
+    except Exception as error:
+        # zipfile, zlib, NumPy and the system each have their own for a damaged file
         raise UserError(
             f"{path}: truncated or not an npz file ({type(error).__name__}: {error}); {AGAIN}"
         ) from error
     for key, shape in {**ROWS, **OPTIONAL_ROWS, **CAMERA}.items():
-        if key not in arrays:
-            if key in OPTIONAL_ROWS:
-                continue
+        if key in arrays:
+            check_array(path, key, arrays[key], shape)
+            arrays[key] = arrays[key].astype(float)
+        elif key not in OPTIONAL_ROWS:
             raise UserError(f"{path}: key '{key}' is missing; {AGAIN}")
-        value = arrays[key]
-        if value.dtype.kind not in "fiub":
-            raise UserError(f"{path}: {key} has dtype {value.dtype}, numbers are expected; {AGAIN}")
-        of_row = value.shape if key in CAMERA else value.shape[1:] if value.ndim else None
-        if (
-            of_row is None
-            or len(of_row) != len(shape)
-            or any(n not in (None, m) for n, m in zip(shape, of_row))
-        ):
-            wanted = (
-                shape if key in CAMERA else f"({', '.join(['T', *(str(n or 'S') for n in shape)])})"
-            )
-            raise UserError(f"{path}: {key} has shape {value.shape}, {wanted} is expected; {AGAIN}")
-        if not np.isfinite(value).all():
-            first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
-            raise UserError(f"{path}: {key} has NaN or Inf, first at index {first}; {AGAIN}")
-        if (key in REAL and value.dtype.kind != "f") or value.dtype == np.float16:
-            raise UserError(
-                f"{path}: {key} has dtype {value.dtype}, which rounds metres and radians; {AGAIN}"
-            )
-        arrays[key] = value.astype(float)
     length = len(arrays["eef_pos_t"])
     for key in (*ROWS, *OPTIONAL_ROWS):
         if key in arrays and len(arrays[key]) != length:
             raise UserError(
                 f"{path}: {key} has {len(arrays[key])} rows, eef_pos_t has {length}; {AGAIN}"
             )
-    if np.abs(arrays["eef_euler_t"]).max(initial=0) > 2 * np.pi + 1e-6:
+    largest = np.abs(arrays["eef_euler_t"]).max(initial=0)
+    if largest > 2 * np.pi + 1e-6:
         raise UserError(
-            f"{path}: eef_euler_t has an angle of {np.abs(arrays['eef_euler_t']).max():.4g}, radians are expected; convert "
+            f"{path}: eef_euler_t has an angle of {largest:.4g}, radians are expected; convert "
             "degrees with numpy.radians"
         )
     gripper = arrays["gripper_t"]
     if gripper.size and (gripper.min() < 0 or gripper.max() > 1):
         raise UserError(
-            f"{path}: gripper_t spans {gripper.min():g} to {gripper.max():g}, 0 (open) to 1 (closed) is expected; "
-            "rescale it, or " + AGAIN
+            f"{path}: gripper_t spans {gripper.min():g} to {gripper.max():g}, 0 (open) to 1 "
+            f"(closed) is expected; rescale it, or {AGAIN}"
         )
     return arrays
+
+
+def check_array(path, key, value, shape):
+    """Raise UserError unless an array holds finite numbers, and has `shape` (None: any length)
+    behind its rows, or as a whole where it is of the camera.
+    """
+    if value.dtype.kind not in "fiub":
+        raise UserError(f"{path}: {key} has dtype {value.dtype}, numbers are expected; {AGAIN}")
+    if key in CAMERA:
+        found, wanted = value.shape, shape
+    else:
+        found = value.shape[1:] if value.ndim else None
+        wanted = f"({', '.join(['T', *(str(n or 'S') for n in shape)])})"
+    fits = found is not None and len(found) == len(shape)
+    if not fits or any(n not in (None, m) for n, m in zip(shape, found)):
+        raise UserError(f"{path}: {key} has shape {value.shape}, {wanted} is expected; {AGAIN}")
+    if not np.isfinite(value).all():
+        first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
+        raise UserError(f"{path}: {key} has NaN or Inf, first at index {first}; {AGAIN}")
+    if (key in REAL and value.dtype.kind != "f") or value.dtype == np.float16:
+        raise UserError(
+            f"{path}: {key} has dtype {value.dtype}, which rounds metres and radians; {AGAIN}"
+        )
 
 
 def frame_files(folder):
@@ -193,16 +196,9 @@ def frame_files(folder):
         )
     if video.is_file():
         return video
-    shown = (
-        (
-            p
-            for p in frames.iterdir()
-            if p.suffix.lower() in FRAME_SUFFIXES and not p.name.startswith(".")
-        )
-        if frames.is_dir()
-        else ()
-    )
-    files = in_order(shown)  # macOS leaves a ._NAME.png beside every NAME.png
+    # macOS leaves a ._NAME.png beside every NAME.png
+    is_frame = lambda p: p.suffix.lower() in FRAME_SUFFIXES and not p.name.startswith(".")
+    files = in_order(filter(is_frame, frames.iterdir())) if frames.is_dir() else []
     if not files:
         raise UserError(
             f"{folder}: frames are missing, neither frames/*.png or *.jpg nor video.mp4; {AGAIN}"
@@ -256,19 +252,20 @@ def open_image(file, where, remedy):
         with Image.open(file) as image:
             if image.mode not in MODES:
                 raise UserError(
-                    f"{where}: has pixels of mode {image.mode}, 8-bit RGB is expected (16 bits would be cut off at 255); "
-                    "convert it"
+                    f"{where}: has pixels of mode {image.mode}, 8-bit RGB is expected (16 bits "
+                    "would be cut off at 255); convert it"
                 )
             turned = image.getexif().get(ORIENTATION_TAG, 1)
             if turned != 1:
                 raise UserError(
-                    f"{where}: its EXIF orientation is {turned}, so it is stored turned and K could mean either; store it "
-                    "upright, without that mark"
+                    f"{where}: its EXIF orientation is {turned}, so it is stored turned and K "
+                    "could mean either; store it upright, without that mark"
                 )
             yield image
     except UserError:
         raise
-    except Exception as error:  # OSError, SyntaxError, ValueError, DecompressionBombError: PIL has one for each format
+    except Exception as error:
+        # OSError, SyntaxError, ValueError, DecompressionBombError: PIL has one for each format
         raise UserError(f"{where}: truncated or no image ({one_line(error)}); {remedy}") from error
 
 
@@ -310,36 +307,36 @@ def read_episode(folder, image_size=None):
     if length < 2:
         raise UserError(f"{folder}: has {length} steps, at least 2 are needed; {AGAIN}")
     if len(sizes) > 1:
-        raise UserError(
-            f"{folder}: frames of different sizes, {', '.join(f'{w}x{h}' for w, h in sorted(sizes))}; {AGAIN}"
-        )
+        listed = ", ".join(f"{w}x{h}" for w, h in sorted(sizes))
+        raise UserError(f"{folder}: frames of different sizes, {listed}; {AGAIN}")
     width, height = sizes.pop()
-    size = image_size or min(width, height)
-    if min(width, height) < size:
+    side = min(width, height)
+    size = image_size or side
+    if side < size:
         raise UserError(
-            f"{folder}: frames are {width}x{height}, {size} px are asked for; give --image_size {min(width, height)} "
-            "or less, or record larger frames"
+            f"{folder}: frames are {width}x{height}, {size} px are asked for; give --image_size "
+            f"{side} or less, or record larger frames"
         )
-    gripper = arrays["gripper_t"]
     K, E = arrays["intrinsics"], arrays["extrinsics"]
     check_camera(K, E, where, (width, height))
-    closed = gripper > 0.5
+    # of actions only the gripper's command is known; its place stands in ee_pos
+    closed = arrays["gripper_t"] > 0.5
     opening = arrays.get("gripper_width_t", np.where(closed, 0.0, OPEN_GRIPPER))
     actions = np.zeros((length, 7))
     actions[:, 6] = np.where(closed, 1.0, -1.0)
     rotvec = matrix_to_rotvec(euler_to_matrix(arrays["eef_euler_t"]))
     demo = Demo(
-        folder.name,
-        actions,
-        arrays["eef_pos_t"],
-        rotvec,
-        np.stack([opening / 2, -opening / 2], -1),
-        arrays.get("states_t", np.zeros((length, 0))),
-        arrays.get("perturbed_t", np.zeros(length)) > 0.5,
-        square_intrinsics(K, width, height, size),
-        E,
-        size,
-        {"source": str(source if isinstance(source, Path) else folder)},
+        name=folder.name,
+        actions=actions,
+        ee_pos=arrays["eef_pos_t"],
+        ee_ori=rotvec,
+        gripper_states=np.stack([opening / 2, -opening / 2], -1),
+        states=arrays.get("states_t", np.zeros((length, 0))),
+        perturbed=arrays.get("perturbed_t", np.zeros(length)) > 0.5,
+        K=square_intrinsics(K, width, height, size),
+        E=E,
+        image_size=size,
+        attrs={"source": str(source if isinstance(source, Path) else folder)},
     )
     check_values(demo, f"{where}: eef_pos_t", f"{where}: eef_euler_t")
     return demo
@@ -353,7 +350,8 @@ def check_camera(K, E, where, size):
     if found:
         key = "intrinsics" if found[1] == "K" else "extrinsics"
         raise UserError(
-            f"{where}: {key}: {found[0]}; calibrate the camera at this size, and store K and [R t; 0 1] with OpenCV axes"
+            f"{where}: {key}: {found[0]}; calibrate the camera at this size, and store K and "
+            "[R t; 0 1] with OpenCV axes"
         )
 
 
@@ -365,13 +363,14 @@ def iterate_frames(source, size):
         for path in source:
             yield decode_image(path, size)
         return
-    reader, i = video_reader(source), 0
+    reader, decoded = video_reader(source), 0
     try:
-        for i, frame in enumerate(reader):
+        for frame in reader:
             yield square_image(frame, size)
+            decoded += 1
     except Exception as error:
         raise UserError(
-            f"{source}: cannot be decoded at frame {i} ({one_line(error)}); {AGAIN}"
+            f"{source}: cannot be decoded at frame {decoded} ({one_line(error)}); {AGAIN}"
         ) from error
     finally:
         reader.close()
