@@ -128,7 +128,7 @@ class Policy(nn.Module):
     """A policy: `loss` over a batch, `act` on an observation.
 
     What a caller has to know is asked of the policy, not of a tensor's shape: `has_history`,
-    `context`, `n_waypoints`, `turns`. `seconds` adds up where `act` spends its time.
+    `n_frames`, `n_waypoints`, `turns`. `seconds` adds up where `act` spends its time.
     """
 
     turns = True  # whether it answers rotations; one that does not keeps the gripper's
@@ -148,7 +148,7 @@ class Policy(nn.Module):
         return self.config.has_history
 
     @property
-    def context(self):
+    def n_frames(self):
         """Frames that a decision sees, the newest among them."""
         return self.config.context
 

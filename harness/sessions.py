@@ -30,7 +30,7 @@ def set_choices(policy, choices):
     for name, value in choices.items():
         if value is None:
             continue
-        if not hasattr(policy.config, name):
+        if not policy.has_history:
             raise UserError(
                 f"--{name}: {type(policy).__name__} has no such choice; "
                 "only policies with a history have"

@@ -106,7 +106,8 @@ def write_synthetic_demos(
     K, E = agentview(size)
     with hdf5.create(path) as file:
         data = file.create_group("data")
-        data.attrs.update(
+        hdf5.set_attributes(
+            data,
             {
                 "format": libero_hdf5.FORMAT,
                 "task_suite": "libero_spatial",
@@ -115,7 +116,7 @@ def write_synthetic_demos(
                 "language": "pick up the blob",
                 "image_orientation": orientation,
                 "num_demos": n_demos,
-            }
+            },
         )
         for i in range(n_demos):
             rng = np.random.default_rng([seed, i])

@@ -223,7 +223,7 @@ def test_what_a_caller_must_know_is_what_batches_and_answers_show(case):
     policy, batch = case.policy(), case.batch()
     windows = batch["eef_pos"].shape[1:-1]  # (T,) of windows, () of single frames
     assert policy.has_history == bool(windows) == ("valid" in batch) == case.config.has_history
-    assert policy.context == (windows[0] if windows else 1)
+    assert policy.n_frames == (windows[0] if windows else 1)
     (waypoint,) = answers(policy, case.observations(frames=(0,)))
     assert policy.n_waypoints == len(waypoint.trajectory) == len(waypoint.grippers)
     out = predict(policy, batch)

@@ -10,7 +10,7 @@ from conftest import OPENS, PUSHED, SIZE, STEPS, agentview, write_synthetic_demo
 from helpers import put
 
 from camera import project
-from formats import demos, libero_hdf5
+from formats import demos, hdf5, libero_hdf5, parts
 from formats.dataset import open_dataset
 from rot_utils import rotvec_to_matrix
 from runtime import UserError
@@ -229,6 +229,73 @@ def test_a_damaged_image_chunk_is_named(tmp_path):
     assert NAME in str(error.value)
     assert libero_hdf5.IMAGE in str(error.value)
     assert COLLECT in str(error.value)
+
+
+# Structures of HDF5 files without a checksum of their own: indices of arrays and of groups, and
+# the heaps of their names and of text.
+UNCHECKED = (b"TREE", b"SNOD", b"HEAP", b"GCOL")
+
+
+def collected(folder, names=("demo_0", "demo_1")):
+    """A file made as collect_demos.py makes it: a part for each demonstration, then joined."""
+    source = write_synthetic_demos(folder / "source.hdf5", n_demos=len(names), size=16)
+    paths = [folder / f"{name}.hdf5" for name in names]
+    with h5py.File(source) as file:
+        for name, path in zip(names, paths):
+            with hdf5.create(path) as part:
+                file.copy(file["data"][name], part, "demo")
+        attributes = dict(file["data"].attrs)
+    out = folder / "collected.hdf5"
+    parts.merge(paths, out, {**attributes, "language": "pick up the blob"}, {"bad_resets": 0})
+    return out
+
+
+def test_a_flipped_byte_of_a_header_is_refused(tmp_path):
+    """In the layout that h5py takes by itself it may read as zeros, in silence: no header, index or
+    text of a collected file is without a checksum."""
+    path = collected(tmp_path)
+    content = path.read_bytes()
+    assert content.count(b"OHDR") > 20 and not [s for s in UNCHECKED if s in content]
+    at = [content.index(word) for word in (b"agentview_rgb", b"ee_pos", b"pick up the blob")]
+    at += [i + 20 for i in range(len(content)) if content[i : i + 4] == b"FADB"]
+    assert len(at) > 3
+    for place in at:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(UserError, match="collected.hdf5"):
+            open_dataset(path).demos[0].images([0])
+    path.write_bytes(content)
+    found = open_dataset(path)
+    assert len(found) == 2 and found.attributes["language"] == "pick up the blob"
+
+
+def test_a_damaged_index_of_an_array_is_named(tmp_path):
+    """Files of others, and older ones, have indices without a checksum: where one is damaged, rows
+    read as zeros."""
+    sound, path = write_synthetic_demos(tmp_path / "new.hdf5", n_demos=1, size=16), tmp_path / NAME
+    with h5py.File(sound) as source, h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs.update(source["data"].attrs)
+        group, old = data.create_group("demo_0"), source["data/demo_0"]
+        arrays = []
+        old.visititems(lambda key, node: arrays.append(key) if hasattr(node, "shape") else None)
+        rows = {key: old[key][()] for key in arrays if key != libero_hdf5.IMAGE}
+        libero_hdf5.write_demo(group, {**rows, "attrs": {}}, old[libero_hdf5.IMAGE][()])
+    content, expected = path.read_bytes(), open_dataset(sound).demos[0]
+    # an index begins with TREE, its type 1 and its level; its first part's place is 32 bytes on
+    nodes = [i for i in range(len(content)) if content[i : i + 6] == b"TREE\x01\x00"]
+    refused = []
+    for node in nodes:
+        damaged = bytearray(content)
+        damaged[node + 32] ^= 120
+        path.write_bytes(damaged)
+        try:
+            found = open_dataset(path).demos[0]
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        for key in ("actions", "ee_pos", "ee_ori", "gripper_states", "states", "K", "E"):
+            np.testing.assert_array_equal(getattr(found, key), getattr(expected, key))
+    assert len(refused) > 6 and all("are lost" in message for message in refused), refused
 
 
 def test_a_valid_file_is_read_back(synthetic_demos):
