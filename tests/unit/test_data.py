@@ -1,20 +1,24 @@
 """Labels and samples: where the EEF will be, clipped at gripper changes, without pushed or held
 frames."""
 
+import shutil
 from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import CLOSES, OPENS, PUSHED, SIZE, write_synthetic_demos
+from conftest import CLOSES, OPENS, PUSHED, SIZE, STEPS, write_synthetic_demos
 
 import camera
+import formats.dataset
 from data import WaypointDataset, gripper_segments, shifted_sideways, waypoint_labels
 from data_ar import WindowDataset
 from formats.dataset import open_dataset
-from formats.demos import GRIPPER_STEPS
+from formats.demos import GRIPPER_STEPS, Demo, mirrored
+from formats.interface import Demonstrations
 from model import ParaConfig
 from model_autoregressive import AutoregressiveConfig
 from rot_utils import rotation_angle, rotvec_to_matrix
@@ -372,3 +376,62 @@ def test_no_usable_frame_at_all_is_a_user_error(tmp_path, backbone):
     read[0].perturbed[:], read[0].actions[:, 6] = True, -1
     with pytest.raises(UserError, match="pushed.hdf5"):
         WaypointDataset(read, CONFIG, backbone, 2, tmp_path / "cache", progress=False)
+
+
+class Pickled(Demonstrations):
+    """A format of its own: one .npz with the numbers of one demonstration and its images."""
+
+    format = "npz"
+
+    @staticmethod
+    def accepts(path):
+        return path.suffix == ".npz"
+
+    def read(self, image_size, limit):
+        with np.load(self.path) as file:
+            rows = {key: file[key] for key in file.files if key != "images"}
+            size = file["images"].shape[1]
+        return [Demo("only", **rows, image_size=size, attrs={})], {"language": "pick it up"}
+
+    def images(self, demo, frames):
+        with np.load(self.path) as file:
+            return file["images"][frames]
+
+
+def test_a_new_format_is_a_class_and_a_line(synthetic_demos, backbone, tmp_path, monkeypatch):
+    """Whatever reads demonstrations asks the interface: a format that has it is trained on beside
+    another one, frame by frame, mirrored too, without a change elsewhere."""
+    known = open_dataset(synthetic_demos).demos[0]
+    names = ["actions", "ee_pos", "ee_ori", "gripper_states", "states", "perturbed", "K", "E"]
+    path = tmp_path / "recorded.npz"
+    images = known.images(range(len(known)))
+    np.savez(path, images=images, **{name: getattr(known, name) for name in names})
+    monkeypatch.setattr(formats.dataset, "FORMATS", (Pickled, *formats.dataset.FORMATS))
+
+    recorded = open_dataset(path)
+    demo = recorded["only"]
+    assert (recorded.format, recorded.image_size, recorded.frames) == ("npz", SIZE, {"only": STEPS})
+    assert recorded.attributes == {"language": "pick it up"} and demo.key != known.key
+    np.testing.assert_array_equal(mirrored(demo).images([7, 3]), images[[7, 3], :, ::-1])
+
+    both = WaypointDataset([known, demo], CONFIG, backbone, cache=tmp_path / "c", progress=False)
+    half = len(both) // 2
+    first, second = both.batch(np.arange(half)), both.batch(np.arange(half, 2 * half))
+    assert all(map(torch.equal, first["features"], second["features"]))
+    assert torch.equal(first["target_pos"], second["target_pos"])
+
+
+def test_a_dataset_is_known_by_what_it_holds(synthetic_demos, tmp_path):
+    """A copy has its fingerprint; other numbers, or the same ones before another scene, have not:
+    their features would be taken for one another's."""
+    print_of = lambda path: open_dataset(path).fingerprint
+    copied, other, repainted = (tmp_path / f"{name}.hdf5" for name in ("copy", "other", "paint"))
+    shutil.copy(synthetic_demos, copied)
+    shutil.copy(synthetic_demos, other)
+    shutil.copy(synthetic_demos, repainted)
+    with h5py.File(other, "r+") as file:
+        file["data/demo_1/obs/ee_pos"][3] += 1e-6
+    with h5py.File(repainted, "r+") as file:
+        file["data/demo_1/obs/agentview_rgb"][0] //= 2
+    assert print_of(copied) == print_of(synthetic_demos)
+    assert len({print_of(path) for path in (synthetic_demos, other, repainted)}) == 3
