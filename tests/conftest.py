@@ -272,13 +272,13 @@ def scene():
 
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory):
-    """Three demonstrations from the real simulator, collected through a SIGKILL in the middle ->
+    """Two demonstrations from the real simulator, collected through a SIGKILL in the middle ->
     (file, {part: its time}, the second process). Of the clean scene, whose images and steps cost a
     third."""
 
     def collect(folder):
         arguments = shlex.split(
-            f"collect_demos.py --n_demos 3 --seed 7 --image_size {helpers.SIZE} "
+            f"collect_demos.py --n_demos 2 --seed 7 --image_size {helpers.SIZE} "
             "--clean_scene --workers 1 --out demos.hdf5"
         )
         parts = folder / "demos.hdf5.parts"

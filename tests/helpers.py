@@ -16,9 +16,22 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = "112"
 
 
+# What robosuite, OpenCV and PyGame set when they are imported into the tests' own process
+SET_BY_LIBRARIES = (
+    *("MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "LP_NUM_THREADS", "LD_LIBRARY_PATH"),
+    *("QT_QPA_PLATFORM_PLUGIN_PATH", "QT_QPA_FONTDIR", "PYGAME_HIDE_SUPPORT_PROMPT"),
+)
+AT_START = dict(os.environ)
+
+
 def environment():
-    """What a script would find in its environment, but for pytest's own."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    """What a script would find in a user's shell: neither pytest's variables nor libraries'."""
+    found = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    for key in SET_BY_LIBRARIES:
+        found.pop(key, None)
+        if key in AT_START:
+            found[key] = AT_START[key]
+    return found
 
 
 class Forked:
@@ -88,7 +101,7 @@ def start(arguments, cwd, files):
         return subprocess.Popen(
             [sys.executable, *started(script), *map(str, rest)],
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**environment(), "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

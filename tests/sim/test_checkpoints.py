@@ -60,15 +60,15 @@ def test_a_committed_checkpoint_solves_shifted_layouts(name):
     )
     scene = Scene(image_size=policy.config.image_size)
     try:
-        rows = [
-            run_episode(
-                scene, PolicyAgent(policy), episode_state(scene, "shifted", i)[0], max_steps=EARLY
-            )[0]
-            for i in range(3)
-        ]
+        outcomes = []
+        # the third decides only where the first two differ
+        while max(outcomes.count(True), outcomes.count(False)) < 2:
+            state, _ = episode_state(scene, "shifted", len(outcomes))
+            row, _, _ = run_episode(scene, PolicyAgent(policy), state, max_steps=EARLY)
+            outcomes.append(row["success"])
     finally:
         scene.close()
-    assert sum(row["success"] for row in rows) >= 2, [row["outcome"] for row in rows]
+    assert outcomes.count(True) == 2, outcomes
 
 
 def test_the_checkpoint_tests_have_checkpoints_to_test():
