@@ -6,11 +6,14 @@ import json
 import os
 import select
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import h5py
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = "112"
@@ -37,12 +40,13 @@ def environment():
 class Forked:
     """A script that warm.py forked for; as much of subprocess.Popen as is needed here."""
 
-    def __init__(self, server, arguments, cwd, files):
+    def __init__(self, server, arguments, cwd, files, variables):
         self.server, self.args, self.returncode = server, arguments, None
         request = {
             "arguments": [str(a) for a in arguments],
             "cwd": str(Path(cwd).resolve()),
             "files": [str(f) for f in files],
+            "variables": variables,
         }
         server.stdin.write(json.dumps(request).encode() + b"\n")
         self.pid = int(server.stdout.readline())
@@ -87,34 +91,35 @@ def started(script):
     return [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
 
 
-def start(arguments, cwd, files):
+def start(arguments, cwd, files, variables=None):
     """Start a script of the repository in `cwd`, its output and its errors into `files` -> a
-    process. arguments: words, or a command as it is typed.
+    process. arguments: words, or a command as it is typed. variables: of the environment, which the
+    repository's own code reads.
 
     Where the environment was changed, which libraries read when they are imported, it is a fresh
     interpreter.
     """
     script, *rest = shlex.split(arguments) if isinstance(arguments, str) else arguments
     if hasattr(os, "fork") and sys.platform == "linux" and environment() == warm()[1]:
-        return Forked(warm()[0], [*started(script), *rest], cwd, files)
+        return Forked(warm()[0], [*started(script), *rest], cwd, files, variables or {})
     with open(files[0], "wb") as out, open(files[1], "wb") as err:
         return subprocess.Popen(
             [sys.executable, *started(script), *map(str, rest)],
             cwd=cwd,
-            env={**environment(), "PYTHONPATH": str(ROOT)},
+            env={**environment(), **(variables or {}), "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
         )
 
 
-def run(*arguments, cwd, ok=True, timeout=400):
+def run(*arguments, cwd, ok=True, timeout=400, variables=None):
     """Run a script of the repository in `cwd` -> CompletedProcess; its output is shown when it
-    fails. arguments: words, or one string, the command as it is typed."""
+    fails. arguments: words, or one string, the command as it is typed. variables: see `start`."""
     command = arguments[0] if len(arguments) == 1 else arguments
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
-        process = start(command, cwd, files)
+        process = start(command, cwd, files, variables)
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -143,6 +148,21 @@ def train_flags(dataset, folder, steps):
         f"--max_steps {steps} --backbone efficientnet_lite0 --batch_size 4 --val_every 3 "
         f"--save_every 2 --wandb off --out {folder} --precision fp32"
     )
+
+
+def first_frames(source, target, n):
+    """Copy a demonstration file, its demonstrations cut after n frames."""
+    shutil.copy(source, target)
+    with h5py.File(target, "r+") as file:
+        for demo in file["data"].values():
+            length, arrays = len(demo["actions"]), []
+            demo.visititems(lambda name, node, found=arrays: found.append((name, node)))
+            for name, node in arrays:
+                if isinstance(node, h5py.Dataset) and node.shape[:1] == (length,):
+                    kept = node[:n]
+                    del demo[name]
+                    demo[name] = kept
+            demo.attrs["num_samples"] = n
 
 
 def put(index, number):

@@ -24,6 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def become(request):
     """Turn this process into what `python SCRIPT ARGUMENTS` would be in a folder."""
     os.chdir(request["cwd"])
+    os.environ.update(request["variables"])
     for number, (path, flags) in enumerate(
         [(os.devnull, os.O_RDONLY)] + [(p, os.O_WRONLY | os.O_CREAT) for p in request["files"]]
     ):

@@ -8,7 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers import SIZE, run, train_flags
+from helpers import SIZE, first_frames, run, train_flags
 
 import collect_demos
 import eval as evaluation
@@ -347,8 +347,7 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
     run(*train_flags("views.hdf5", "run", 2), cwd=tmp_path)
     done = run(
         "eval.py --ckpt run/checkpoint.safetensors --teleport --zero_rotation "
-        "--max_steps 20 --n_episodes 1 --n_videos 0 --workers 1 --layout viewpoint "
-        "--out cell",
+        "--max_steps 8 --n_episodes 1 --n_videos 0 --workers 1 --layout viewpoint --out cell",
         cwd=tmp_path,
     )
     assert "training_frame_difference" in done.stdout + done.stderr
@@ -367,10 +366,14 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
         pytest.raises(UserError, match="trained on split outer"),
     ):
         evaluation.prepare(args, network)
-    with h5py.File(tmp_path / "views.hdf5", "r+") as file:
+    first_frames(tmp_path / "views.hdf5", tmp_path / "cut.hdf5", 6)
+    with h5py.File(tmp_path / "cut.hdf5", "r+") as file:
         del file["data/demo_0"]
         file["data"].attrs["part"] = "val"
-    run("collect_demos.py --replay views.hdf5 --image_size 64 --out small.hdf5", cwd=tmp_path)
+    run(
+        "collect_demos.py --replay cut.hdf5 --image_size 64 --workers 1 --out small.hdf5",
+        cwd=tmp_path,
+    )
     recordings = open_dataset(tmp_path / "small.hdf5", 64)
     again, kept = recordings.demos, recordings.attributes
     # else what judges would be trained on

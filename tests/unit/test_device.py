@@ -1,13 +1,12 @@
 """--device: what it means, and one sentence at once where it cannot be had."""
 
-import os
-import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from helpers import run
 
 import deploy_dino_kv
 import eval as evaluation
@@ -99,27 +98,15 @@ def test_evaluation_takes_the_gpu_by_default():
 def test_the_gpu_tests_own_code_runs(tmp_path):
     """`make gpu` is for machines that are rarely at hand: what it runs is tried on the CPU, at
     small sizes."""
-    environment = {**os.environ, "PARA_GPU_TEST_DEVICE": "cpu"}
-    for command in (
-        [
-            "-m",
-            "pytest",
-            "tests/gpu",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "not training and not two_ranks",
-        ],
-        shlex.split(
-            f"-m study.bench_gpu --device cpu --quick --rounds 1 --out {tmp_path / 'cpu.json'}"
-        ),
-    ):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert (tmp_path / "cpu.json").is_file()
+    chosen = "not training and not two_ranks"
+    run(
+        f"pytest tests/gpu -q -p no:cacheprovider -k '{chosen}'",
+        cwd=ROOT,
+        variables={"PARA_GPU_TEST_DEVICE": "cpu"},
+    )
+    out = tmp_path / "cpu.json"
+    run(f"study.bench_gpu --device cpu --quick --rounds 1 --out {out}", cwd=ROOT)
+    assert out.is_file()
 
 
 def test_make_gpu_without_a_gpu_says_so():

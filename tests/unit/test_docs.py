@@ -6,6 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import test_flags
 from helpers import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +44,32 @@ def test_links_lead_to_files_and_headings(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{page.name}: {link}"
         assert not anchor or anchor in anchors(target.read_text()), f"{page.name}: {link}"
+
+
+# LOG.md tells what was, under the names of its time
+NOW = [page for page in PAGES if page.name != "LOG.md"]
+EXAMPLES = {"model_mine.py", "model_linear.py"}  # a reader's own files
+
+
+@pytest.mark.parametrize("page", NOW, ids=lambda p: p.name)
+def test_pages_name_files_and_modules_that_are_there(page):
+    """A moved script is asked for in prose and code blocks too, not by links alone."""
+    text = page.read_text()
+    files = set(re.findall(r"(?<![\w/.-])(\w[\w/.-]*\.(?:py|sh))\b", text)) - EXAMPLES
+    modules = re.findall(r"(?:python -m |`)((?:study|figures|sim|harness|nets|formats)\.\w+)", text)
+    files |= {f"{name.replace('.', '/')}.py" for name in modules}
+    files |= set(re.findall(r"`((?:results|checkpoints|tests|runs|docs)/[\w/.-]+)`", text))
+    assert not [name for name in files if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", NOW, ids=lambda p: p.name)
+def test_pages_name_flags_that_are_taken(page):
+    """A renamed flag is typed as the page has it, and refused."""
+    parsers = test_flags.parsers().values()
+    taken = {option for parser in parsers for option in parser._option_string_actions}
+    taken |= {"--nproc_per_node"}  # torchrun's
+    named = set(re.findall(r"(?<![\w-])(--[a-z]\w*)", page.read_text()))
+    assert not named - taken
 
 
 def test_every_page_is_in_the_sites_menu():
