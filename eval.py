@@ -2,7 +2,7 @@
 
     # the newest run's checkpoint, else the committed one
     python eval.py --teleport --zero_rotation --max_steps 600
-    python eval.py --ckpt runs/NAME/checkpoint.safetensors --teleport --zero_rotation \
+    python eval.py --ckpt runs/NAME/checkpoint.safetensors --teleport --zero_rotation \\
         --layout shifted --n_episodes 50
     # expert, oracle or blind through the same path
     python eval.py --policy oracle --teleport --zero_rotation
@@ -56,6 +56,8 @@ from sim.stalled import Watch
 from sim.variants import VARIANTS, new_expert
 from sim.workers import TIMEOUT, run_jobs
 
+# flags that --help shows, in this order
+FIRST = "ckpt policy layout n_episodes teleport zero_rotation max_steps workers device out"
 SIMULATOR = ("mujoco", "robosuite", "OpenGL")
 # crashed episodes without one that ran, or errors of the policy alone, after which an evaluation
 # gives up
@@ -178,102 +180,104 @@ def draw_seed(seed, episode):
 
 
 def build_parser():
-    parser = flags.Parser(__doc__)
-    parser.add_argument(
-        "--ckpt",
-        type=Path,
-        help="checkpoint.safetensors (the newest run's, else the committed one)",
+    parser = flags.Parser(__doc__, FIRST)
+    add_policy_flags(parser.add_argument_group("the policy"))
+    add_task_flags(parser.add_argument_group("what is tested"))
+    add_acting_flags(parser.add_argument_group("how it acts"))
+    add_running_flags(parser.add_argument_group("running and recording"))
+    return parser
+
+
+def add_policy_flags(group):
+    add = group.add_argument
+    add("--ckpt", type=Path, help="its file (the newest run's, else the committed one)")
+    add(
+        "--policy",
+        default="checkpoint",
+        choices=("checkpoint", "expert", "oracle", "blind"),
+        help="whose decisions",
     )
-    parser.add_argument(
-        "--policy", default="checkpoint", choices=("checkpoint", "expert", "oracle", "blind")
-    )
-    parser.add_argument("--backbone_weights", type=Path, help="local file of backbone weights")
-    parser.add_argument("--teleport", action="store_true", help="servo to each absolute waypoint")
-    parser.add_argument("--zero_rotation", action="store_true", help="keep the start's orientation")
-    parser.add_argument(
-        "--max_steps", type=flags.count, default=600, help="control steps an episode may take"
-    )
-    parser.add_argument(
-        "--feedback",
-        help="policies with a history: measured, predicted or hybrid:N (the checkpoint's)",
-    )
-    parser.add_argument(
-        "--sample",
-        action="store_const",
-        const=True,
-        help="policies with a history: sample the waypoint",
-    )
-    parser.add_argument("--temperature", type=flags.positive, help="of --sample")
-    parser.add_argument("--layout", default="benchmark", choices=list(LAYOUTS))
-    parser.add_argument(
-        "--split",
-        choices=sorted({s for names in settings.SPLITS.values() for s in names if s}),
-        help="of a setting's conditions, see sim/settings.py (as the checkpoint's data)",
-    )
-    parser.add_argument("--n_episodes", type=flags.count, help="episodes (50; position: 5 at each)")
-    parser.add_argument("--task_suite", help="the checkpoint's own task, else libero_spatial")
-    parser.add_argument("--task_id", type=flags.whole)
-    parser.add_argument(
-        "--grasp",
-        choices=list(EXPERTS),
-        help="the expert's, for expert, oracle and coverage (as the checkpoint's data, else side)",
-    )
-    parser.add_argument(
-        "--variant",
-        choices=VARIANTS,
-        help="the task, or lift_once (the checkpoint's data's, else task)",
-    )
-    parser.add_argument(
-        "--clean_scene",
-        action=argparse.BooleanOptionalAction,
-        help="without distractors and unused fixtures (as the checkpoint's data, else by layout)",
-    )
-    parser.add_argument("--workers", type=flags.count, default=2)
-    parser.add_argument(
-        "--recycle", type=flags.count, default=25, help="episodes after which a worker is replaced"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=flags.positive,
-        default=TIMEOUT,
-        help="seconds after which an episode counts as hung",
-    )
-    parser.add_argument(
-        "--waypoint_stride",
-        type=flags.count,
-        default=5,
-        help="oracle: steps ahead; without --teleport: actions per waypoint",
-    )
-    parser.add_argument(
-        "--grid", type=flags.at_least(2, 4096), default=64, help="oracle: image cells"
-    )
-    parser.add_argument(
-        "--n_height_bins", type=flags.at_least(2, 4096), default=32, help="oracle: height bins"
-    )
-    parser.add_argument("--image_size", type=flags.pixels, default=448)
-    parser.add_argument(
-        "--n_videos", type=flags.whole, default=3, help="record the first N episodes"
-    )
-    parser.add_argument(
-        "--video_every", type=flags.count, default=4, help="control steps between video frames"
-    )
-    parser.add_argument(
-        "--stop_stalled",
-        action="store_true",
-        help="end an episode whose state and decision repeat, as a failure, see sim/stalled.py",
-    )
-    parser.add_argument(
-        "--trace", action="store_true", help="record state and decision, for study.stalled"
-    )
-    parser.add_argument("--out", type=flags.new_folder, help="folder of results (runs/eval/...)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
+    add("--backbone_weights", type=Path, help="local file of backbone weights")
+    add("--device", default="auto", help="of the network: auto, cpu, cuda or cuda:N")
+    add("--feedback", help="with a history: measured, predicted or hybrid:N (the checkpoint's)")
+    sampled = "with a history: sample the waypoint"
+    add("--sample", action="store_const", const=True, help=sampled)
+    add("--temperature", type=flags.positive, help="of --sample")
+    add(
         "--seed",
         type=flags.whole,
         default=0,
         help="with --sample: of what is drawn, by episode; else it changes nothing",
     )
-    return parser
+    add("--grid", type=flags.at_least(2, 4096), default=64, help="oracle: image cells")
+    add("--n_height_bins", type=flags.at_least(2, 4096), default=32, help="oracle: height bins")
+    add("--image_size", type=flags.pixels, default=448, help="oracle, blind: side, pixels")
+
+
+def add_task_flags(group):
+    add = group.add_argument
+    add(
+        "--layout",
+        default="benchmark",
+        choices=list(LAYOUTS),
+        metavar="LAYOUT",
+        help=f"where objects and camera stand: {', '.join(LAYOUTS)}",
+    )
+    splits = {name for names in settings.SPLITS.values() for name in names if name}
+    add(
+        "--split",
+        choices=sorted(splits),
+        help="of a setting's conditions, see sim/settings.py (as the checkpoint's data)",
+    )
+    add("--n_episodes", type=flags.count, help="episodes (50; position: 5 at each)")
+    add("--task_suite", help="the checkpoint's own task, else libero_spatial")
+    add("--task_id", type=flags.whole, help="which of the suite's tasks")
+    add(
+        "--grasp",
+        choices=list(EXPERTS),
+        help="the expert's, for expert, oracle and coverage (as the checkpoint's data, else side)",
+    )
+    add(
+        "--variant",
+        choices=VARIANTS,
+        help="the task, or lift_once (the checkpoint's data's, else task)",
+    )
+    add(
+        "--clean_scene",
+        action=argparse.BooleanOptionalAction,
+        help="without distractors and unused fixtures (as the checkpoint's data, else by layout)",
+    )
+
+
+def add_acting_flags(group):
+    add = group.add_argument
+    add("--teleport", action="store_true", help="servo to each absolute waypoint")
+    add("--zero_rotation", action="store_true", help="keep the start's orientation")
+    add("--max_steps", type=flags.count, default=600, help="control steps an episode may take")
+    add(
+        "--waypoint_stride",
+        type=flags.count,
+        default=5,
+        help="oracle: steps ahead; without --teleport: actions per waypoint",
+    )
+    add(
+        "--stop_stalled",
+        action="store_true",
+        help="end an episode whose state and decision repeat, as a failure, see sim/stalled.py",
+    )
+
+
+def add_running_flags(group):
+    add = group.add_argument
+    add("--out", type=flags.new_folder, help="folder of results (runs/eval/...)")
+    add("--workers", type=flags.count, default=2, help="simulators at a time")
+    renewed = "episodes after which a worker is replaced"
+    add("--recycle", type=flags.count, default=25, help=renewed)
+    hung = "seconds after which an episode, or a decision, counts as hung"
+    add("--timeout", type=flags.positive, default=TIMEOUT, help=hung)
+    add("--n_videos", type=flags.whole, default=3, help="record the first N episodes")
+    add("--video_every", type=flags.count, default=4, help="control steps between video frames")
+    add("--trace", action="store_true", help="record state and decision, for study.stalled")
 
 
 @contextlib.contextmanager

@@ -70,10 +70,11 @@ BESIDE = {
     "figures.report": {"figures.pages", "figures.plots"},
     "study.bench": {"study.bench_attention", "study.timing"},
     "study.bench_attention": {"study.timing"},
+    "study.matrix_plan": {"study.graph", "study.matrix"},
     "study.bench_gpu": {"study.bench_attention"},
 }
 # Over 600 lines: all that touches the simulator is in one file; the scripts are to be shortened.
-LONG = {"sim.libero_env", "run_matrix", "collect_demos"}
+LONG = {"sim.libero_env", "collect_demos"}
 SIMULATOR = {"robosuite", "libero"}
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 FILES = {

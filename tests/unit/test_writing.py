@@ -17,13 +17,13 @@ from helpers import ROOT
 from PIL import Image
 
 import precompute_rotation_pca
-import run_matrix
 import runtime
 from figures import plots
 from formats import parts, smith300
 from harness import checkpoint, records
 from runtime import UserError
 from study import survey
+from study.matrix_plan import same
 
 CASES = ROOT / "tests" / "cases"
 
@@ -96,9 +96,9 @@ def test_a_stored_command_can_be_typed_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "study" / "bench.py"), "voxel"])
     assert runtime.command_line() == "python -m study.bench voxel"
     argv = [sys.executable, "/x/train.py", "--out", "my runs/a"]
-    assert run_matrix.same("python train.py --out 'my runs/a'", argv)
-    assert run_matrix.same("python train.py --out my runs/a", argv)
-    assert not run_matrix.same("python train.py --out other", argv)
+    assert same("python train.py --out 'my runs/a'", argv)
+    assert same("python train.py --out my runs/a", argv)
+    assert not same("python train.py --out other", argv)
 
 
 # -- what may be replaced

@@ -1,0 +1,113 @@
+"""What the matrix compares: rows are policies, columns are settings and what is tested in each."""
+
+from typing import NamedTuple
+
+# of training, the same for every row whatever its machine
+STEPS = {"small": 2500, "full": 10_000}
+
+
+class Row(NamedTuple):
+    """A policy: its --model_type and further flags of its training; or an untrained one, its
+    --policy.
+
+    demos: where it is trained on demonstrations of its own, which of OWN_DEMOS.
+    """
+
+    model_type: str = None
+    flags: tuple = ()
+    policy: str = None
+    demos: str = ""
+
+
+class Column(NamedTuple):
+    """What is trained on, a --setting of collect_demos.py; what is tested, layouts of eval.py with
+    their numbers of episodes.
+
+    split: of the setting's conditions, where it is not the default. suite: a LIBERO-PRO suite that
+    is tested in place of the one that is trained on, on its own init states.
+    """
+
+    setting: str
+    layouts: dict
+    split: str = None
+    suite: str = None
+
+    @property
+    def data(self):
+        """Name of the demonstrations: columns with the same share them, and what is trained on
+        them.
+        """
+        return f"{self.setting}_{self.split}" if self.split else self.setting
+
+    def demos(self, own=""):
+        """Name of the demonstrations of a row with demonstrations of its own, one of OWN_DEMOS, or
+        of all others.
+        """
+        return f"{self.data}_{own}" if own else self.data
+
+    def cell(self, layout):
+        """A tested layout's name in the table."""
+        return "_".join(
+            [layout, *filter(None, [self.split, self.suite and self.suite.rpartition("_")[2]])]
+        )
+
+
+ROWS = {
+    "blind": Row(policy="blind"),
+    "oracle": Row(policy="oracle"),
+    "expert": Row(policy="expert"),
+    "para": Row("para"),
+    "act": Row("act"),
+    "a_mlp": Row("autoregressive", ("--head", "mlp")),
+    "a_pointer": Row("autoregressive", ("--head", "pointer")),
+    "b": Row("voxel_ar"),
+    "c": Row("voxel_ar_rel"),
+    "d": Row("dino_volume_kv"),
+}
+ATTEMPTS = {  # to lift `viewpoint`, then `position`; they run only where asked for
+    "para_rays": Row("para", ("--rays",)),
+    "a_rays": Row("autoregressive", ("--head", "pointer", "--rays")),
+    "para_mirror": Row("para", ("--mirror",)),
+    "a_pointer_mirror": Row("autoregressive", ("--head", "pointer", "--mirror")),
+    "b_mirror": Row("voxel_ar", ("--mirror",)),
+    "c_mirror": Row("voxel_ar_rel", ("--mirror",)),
+    "para_shift_aug": Row(
+        "para", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="starts"
+    ),
+    "para_turned": Row("para", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="turns"),
+    "a_turned": Row(
+        "autoregressive", ("--shift_aug", "128", "--dilations", "1,2,4,8,16"), demos="turns"
+    ),
+    "b_turned": Row(
+        "voxel_ar",
+        ("--shift_aug", "128", "--dilations", "1,2,4,8,16", "--turn_back"),
+        demos="turns",
+    ),
+    "c_turned": Row(
+        "voxel_ar_rel",
+        ("--shift_aug", "128", "--dilations", "1,2,4,8,16", "--turn_back"),
+        demos="turns",
+    ),
+}
+ROWS.update(ATTEMPTS)
+COLUMNS = {
+    "in_dist": Column("in_dist", {"benchmark": 50, "shifted": 50}),
+    "viewpoint": Column("viewpoint", {"viewpoint": 64}),
+    "viewpoint_shifted": Column("viewpoint", {"viewpoint_shifted": 64}),
+    "position": Column("position", {"position": 100}),
+    "viewpoint_hemisphere": Column("viewpoint", {"viewpoint": 64}, split="hemisphere"),
+    "position_near_far": Column("position", {"position": 100}, split="near_far"),
+    # plate and cookie box have changed places
+    "pro_swap": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_swap"),
+    # bowls and plate look different
+    "pro_object": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_object"),
+}
+REFERENCE = "para"
+OWN_DEMOS = {  # flags of their collection; the name of the dataset ends in theirs
+    "starts": ("--start_spread", "0.3"),  # the arm starts elsewhere
+    # and is seen from elsewhere about the robot's base
+    "turns": ("--start_spread", "0.3", "--turn_spread", "40"),
+}
+CELLS = list(
+    dict.fromkeys(column.cell(layout) for column in COLUMNS.values() for layout in column.layouts)
+)

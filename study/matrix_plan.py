@@ -1,0 +1,212 @@
+"""The commands behind the matrix, and what counts as done: a graph of collections, feature caches,
+trainings and evaluations, in the order in which cells should be finished.
+"""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from formats import hdf5
+from registry import look_up
+from runtime import UserError, read_json
+from study.graph import Node
+from study.matrix import COLUMNS, OWN_DEMOS, ROWS, STEPS
+
+ROOT = Path(__file__).resolve().parents[1]
+# flags that leave an episode's result as it is
+INCIDENTAL = re.compile(r" --(workers|timeout|n_episodes|n_videos) \S+")
+# what is read of a run's config.json and of an evaluation's summary.json
+TRAINED = {"command": str, "dataset": {"command?": str}, "args": {"max_steps": int}}
+EVALUATED = {"command": str, "n": int, "crashes": int, "trained": ({"command": str}, None)}
+
+
+# -- what was made, and by which command ----------------------------------------------------------
+
+
+def python(script, *words):
+    """argv of one of the repository's scripts."""
+    return [sys.executable, str(ROOT / script), *(str(w) for w in words)]
+
+
+def typed_words(command):
+    """A command of `python` as a user types it."""
+    return ["python", Path(command[1]).name, *command[2:]]
+
+
+def typed(command):
+    """The same as the script itself stores it, see runtime.command_line."""
+    return shlex.join(typed_words(command))
+
+
+def same(stored, command):
+    """True if a stored command line and an argv ask for the same results. Older ones were stored
+    without quotes.
+    """
+    asked = (typed(command), " ".join(typed_words(command)))
+    return INCIDENTAL.sub("", stored) in [INCIDENTAL.sub("", text) for text in asked]
+
+
+def refuse(what, stored, command):
+    raise UserError(
+        f"{what}: was made by `{stored}`, asked for is `{typed(command)}`; "
+        "give another --out, or remove it"
+    )
+
+
+def dataset_command(path):
+    """The command that collected a dataset; "" for one that does not say, or is not there."""
+    if not path.is_file():
+        return ""
+    remedy = "remove it, or copy it again"
+    with hdf5.open_file(path, remedy) as file:
+        data = hdf5.group(path, file, "data", remedy)
+        return str(hdf5.attributes(path, data, remedy).get("command", ""))
+
+
+def lacks_dataset(path, command):
+    """What a dataset lacks. The file appears under its name once it is whole."""
+    if not path.is_file():
+        return f"{path} is missing"
+    if not same(dataset_command(path), command):
+        refuse(path, dataset_command(path), command)
+    return ""
+
+
+def lacks_training(run, command, dataset):
+    """What a run folder lacks to be finished."""
+    if not (run / "config.json").is_file():
+        return f"{run} is missing"
+    config = read_json(run / "config.json", "run of train.py", form=TRAINED)
+    if not same(config["command"], command):
+        refuse(run, config["command"], command)
+    if dataset.is_file() and config["dataset"].get("command", "") != dataset_command(dataset):
+        raise UserError(
+            f"{run}: was trained on other demonstrations than {dataset} holds now; "
+            "give another --out, or remove it"
+        )
+    if not (run / "checkpoint.json").is_file():
+        return f"{run} has no checkpoint yet"
+    step = read_json(run / "checkpoint.json", "run of train.py", form={"step": int})["step"]
+    most = config["args"]["max_steps"]
+    return f"{run} stopped at step {step} of {most}" if step < most else ""
+
+
+def lacks_evaluation(folder, command, n, training=None):
+    """What an evaluation of n episodes lacks. training: (run folder, the training's argv)."""
+    if not (folder / "summary.json").is_file():
+        return f"{folder} is not finished"
+    summary = read_json(folder / "summary.json", "evaluation", form=EVALUATED)
+    if not same(summary["command"], command):
+        return f"{folder} was made by other flags"
+    if training:
+        run, asked = training
+        made = (summary["trained"] or {"command": ""})["command"]
+        resumed = made.endswith((f" --resume {shlex.quote(str(run))}", f" --resume {run}"))
+        if not same(made, asked) and not resumed:
+            return f"{folder} is of a policy that was trained by other flags"
+    crashed = f", {summary['crashes']} crashed" if summary["crashes"] else ""
+    return "" if summary["n"] == n else f"{folder} has {summary['n']} of {n} episodes{crashed}"
+
+
+# -- the graph ------------------------------------------------------------------------------------
+
+
+def seen_frames(row, preset):
+    """What the frames that a row needs features of depend on: rows with the same share one step
+    that fills the cache.
+    """
+    config = look_up(row.model_type).config
+    context = config.presets[preset].get("context", config.context)
+    frames = f"windows{context}" if config.has_history else "frames"
+    return f"{frames}-mirrored" if "--mirror" in row.flags else frames
+
+
+def optional(flag, value):
+    """A flag and its value, nothing for no value."""
+    return [flag, value] if value else []
+
+
+class Plan:
+    """The nodes of the rows x columns asked for, in the order in which cells should be finished."""
+
+    def __init__(self, args):
+        self.args, self.nodes = args, {}
+        for seed in args.seeds:
+            for column in args.columns:
+                for name in args.rows:
+                    self.add_row(name, COLUMNS[column], seed)
+
+    def add(self, name, command, deps=(), lacks=None, **rest):
+        deps = tuple(d for d in deps if d)
+        self.nodes.setdefault(name, Node(name, command, deps, lacks, **rest))
+        return name
+
+    def add_row(self, name, column, seed):
+        """A row's nodes in a column; those of a policy without training, or of another column too,
+        are there once.
+        """
+        row = ROWS[name]
+        training = self.training(name, row, column, seed) if row.model_type else None
+        for layout, n in column.layouts.items():
+            n = self.args.n_episodes or n
+            self.evaluation(name, row, column, layout, n, seed if training else None, training)
+
+    def weights(self):
+        return optional("--backbone_weights", self.args.backbone_weights)
+
+    def dataset(self, row, column):
+        """(its name, its file, the node that collects it or None)."""
+        args, data = self.args, column.demos(row.demos)
+        if data in args.dataset:
+            return data, Path(args.dataset[data]), None
+        out = args.out / "demos" / f"{data}.hdf5"
+        words = ["--setting", column.setting, *optional("--split", column.split)]
+        words += [*OWN_DEMOS.get(row.demos, ()), *optional("--n_demos", args.n_demos)]
+        words += ["--workers", args.workers, *args.collect_flags, "--out", out]
+        command = python("collect_demos.py", *words)
+        lacks = lambda: lacks_dataset(out, command)
+        return data, out, self.add(f"collect-{data}", command, lacks=lacks, cpus=args.workers)
+
+    def training(self, name, row, column, seed):
+        """(node, run folder, argv)."""
+        args = self.args
+        data, dataset, collected = self.dataset(row, column)
+        run = args.out / "runs" / f"{name}-{data}-s{seed}"
+        words = ["--model_type", row.model_type, *row.flags, "--preset", args.preset]
+        words += ["--backbone", args.backbone, *self.weights(), "--dataset", dataset]
+        words += ["--seed", seed, "--max_steps", args.train_steps or STEPS[args.preset]]
+        words += ["--wandb", "off", *args.train_flags, *args.row_flags.get(name, []), "--out", run]
+        command = python("train.py", *words)
+        limits = {"cpus": args.train_cpus, "gpus": args.gpus}
+        frames = f"cache-{data}-{seen_frames(row, args.preset)}"
+        cached = self.add(frames, [*command, "--cache_only"], [collected], **limits)
+        node = self.add(
+            f"train-{name}-{data}-s{seed}",
+            command,
+            [cached],
+            lambda: lacks_training(run, command, dataset),
+            resume=(str(run / "state.safetensors"), python("train.py", "--resume", run)),
+            **limits,
+        )
+        return node, run, command
+
+    def evaluation(self, name, row, column, layout, n, seed, training):
+        args = self.args
+        cell = f"{name}-{column.cell(layout)}" + ("" if seed is None else f"-s{seed}")
+        out = args.out / "evals" / cell
+        if training:
+            node, run, asked = training
+            made = run, asked
+            words = ["--ckpt", run / "checkpoint.safetensors", *self.weights()]
+            words += ["--device", args.device]
+        else:
+            node = made = None
+            words = ["--policy", row.policy]
+        words += ["--teleport", "--zero_rotation", "--max_steps", 600, "--layout", layout]
+        words += [*optional("--split", column.split), *optional("--task_suite", column.suite)]
+        words += ["--n_episodes", n, "--n_videos", args.n_videos, "--workers", args.workers]
+        command = python("eval.py", *words, *args.eval_flags, "--out", out)
+        lacks = lambda: lacks_evaluation(out, command, n, made)
+        gpus = args.gpus if training and args.device != "cpu" else 0
+        self.add(f"eval-{cell}", command, [node], lacks, cpus=args.workers, gpus=gpus)
