@@ -125,7 +125,7 @@ class WaypointDataset(Dataset):
         self, demos, config, backbone, frame_stride=1, cache="cache/features", progress=True
     ):
         self.demos, self.config, self.backbone = demos, config, backbone
-        self.held = []  # features on a GPU, see `hold`
+        self.resident = []  # features on a GPU, see `hold`
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
         needed = self.label(config, frame_stride)
@@ -207,7 +207,7 @@ class WaypointDataset(Dataset):
     def keep_on(self, device):
         """Keep features and labels in a device's memory; batches come from there."""
         kept = [maps for maps in self.maps if maps is not None]
-        self.held = [
+        self.resident = [
             torch.from_numpy(np.concatenate([maps[i] for maps in kept])).to(device)
             for i in range(len(self.backbone.channels))
         ]
@@ -223,8 +223,8 @@ class WaypointDataset(Dataset):
 
     def features(self, indices):
         """Cached maps [(B,C,H,W) float16] of samples."""
-        if self.held:
-            return [maps[torch.as_tensor(indices, device=maps.device)] for maps in self.held]
+        if self.resident:
+            return [maps[torch.as_tensor(indices, device=maps.device)] for maps in self.resident]
         return [
             torch.from_numpy(np.stack([self.maps[self.demo[i]][m][self.slot[i]] for i in indices]))
             for m in range(len(self.backbone.channels))

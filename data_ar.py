@@ -125,10 +125,10 @@ class WindowDataset(WaypointDataset):
 
     def window_features(self, rows, valid):
         """Maps [(B,T,C,H,W) float16] of rows (B,T), zero where valid (B,T) says that they pad."""
-        if not self.held:
+        if not self.resident:
             return [self.stored_windows(rows, valid, m) for m in range(len(self.backbone.channels))]
         features = []
-        for maps in self.held:
+        for maps in self.resident:
             picked = maps[torch.from_numpy(rows).to(maps.device)]
             known = torch.from_numpy(valid).to(maps.device)[..., None, None, None]
             zero = torch.zeros((), dtype=picked.dtype, device=picked.device)

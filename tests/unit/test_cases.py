@@ -242,7 +242,7 @@ WRONG = {
 @pytest.mark.parametrize("cause", WRONG)
 def test_a_camera_that_does_not_see_the_eef_is_refused_with_the_cause(cause, tmp_path):
     """A policy trained on it to the end, and learned nothing."""
-    path = write_synthetic_episodes(tmp_path / "izzy", 2, 40, 32)
+    path = write_synthetic_episodes(tmp_path / "recordings", 2, 40, 32)
     for episode in path.glob("episode_*"):
         with np.load(episode / "episode.npz") as file:
             arrays = dict(file)
@@ -250,7 +250,7 @@ def test_a_camera_that_does_not_see_the_eef_is_refused_with_the_cause(cause, tmp
             arrays["intrinsics"], arrays["extrinsics"]
         )
         np.savez(episode / "episode.npz", **arrays)
-    refused(lambda: open_dataset(path), "izzy", cause)
+    refused(lambda: open_dataset(path), "recordings", cause)
 
 
 def test_intrinsics_of_another_image_size_are_refused(tmp_path):
@@ -280,7 +280,7 @@ def test_a_reversed_gripper_is_refused(tmp_path):
 
 def test_euler_angles_in_degrees_are_refused(tmp_path):
     """They wrap into angles that look like radians."""
-    path = write_synthetic_episodes(tmp_path / "izzy", 1, 40, 32)
+    path = write_synthetic_episodes(tmp_path / "recordings", 1, 40, 32)
     with np.load(path / "episode_00000" / "episode.npz") as file:
         arrays = dict(file)
     np.savez(

@@ -317,7 +317,7 @@ def test_features_kept_on_a_device_are_the_same(kind, request):
     kept, indices = copy(dataset), np.arange(0, len(dataset), 3)
     kept.keep_on("cpu")
     before, after = dataset.batch(indices), kept.batch(indices)
-    assert before.keys() == after.keys() and kept.held and not dataset.held
+    assert before.keys() == after.keys() and kept.resident and not dataset.resident
     for key, value in before.items():
         assert (
             all(map(torch.equal, value, after[key]))
@@ -378,7 +378,7 @@ def test_no_usable_frame_at_all_is_a_user_error(tmp_path, backbone):
         WaypointDataset(read, CONFIG, backbone, 2, tmp_path / "cache", progress=False)
 
 
-class Pickled(Demonstrations):
+class NpzFile(Demonstrations):
     """A format of its own: one .npz with the numbers of one demonstration and its images."""
 
     format = "npz"
@@ -406,7 +406,7 @@ def test_a_new_format_is_a_class_and_a_line(synthetic_demos, backbone, tmp_path,
     path = tmp_path / "recorded.npz"
     images = known.images(range(len(known)))
     np.savez(path, images=images, **{name: getattr(known, name) for name in names})
-    monkeypatch.setattr(formats.dataset, "FORMATS", (Pickled, *formats.dataset.FORMATS))
+    monkeypatch.setattr(formats.dataset, "FORMATS", (NpzFile, *formats.dataset.FORMATS))
 
     recorded = open_dataset(path)
     demo = recorded["only"]

@@ -146,10 +146,10 @@ def write_checkpoint(folder):
 
 def write_live(folder):
     shutil.copytree(
-        write_synthetic_episodes(folder / "izzy", 1, 40, SIZE) / "episode_00000" / "frames",
+        write_synthetic_episodes(folder / "recordings", 1, 40, SIZE) / "episode_00000" / "frames",
         folder / "frames",
     )
-    with np.load(folder / "izzy" / "episode_00000" / "episode.npz") as file:
+    with np.load(folder / "recordings" / "episode_00000" / "episode.npz") as file:
         np.savez(folder / "state.npz", intrinsics=file["intrinsics"], extrinsics=file["extrinsics"])
         camera = {k: file[k].tolist() for k in smith300.CAMERA}
         rows = [
@@ -162,7 +162,7 @@ def write_live(folder):
             for i, p in enumerate(file["eef_pos_t"][:3])
         ]
     (folder / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.rmtree(folder / "izzy")
+    shutil.rmtree(folder / "recordings")
 
 
 def write_cache(folder):
@@ -246,12 +246,12 @@ KINDS = {
         True,
     ),
     "smith300": (
-        lambda f: write_synthetic_episodes(f / "izzy", 2, 40, SIZE),
-        lambda f: read_demonstrations(f / "izzy"),
+        lambda f: write_synthetic_episodes(f / "recordings", 2, 40, SIZE),
+        lambda f: read_demonstrations(f / "recordings"),
         (
-            "izzy/episode_00000/episode.npz",
-            "izzy/dataset.json",
-            "izzy/episode_00001/frames/000020.png",
+            "recordings/episode_00000/episode.npz",
+            "recordings/dataset.json",
+            "recordings/episode_00001/frames/000020.png",
         ),
         False,
     ),

@@ -32,7 +32,7 @@ CONFIG = Config(backbone="efficientnet_lite0", image_size=SIZE, n_window=8, wayp
 @pytest.fixture
 def dataset(tmp_path):
     """A small valid dataset of two episodes, to be spoilt."""
-    path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=2, steps=30, size=32)
+    path = write_synthetic_episodes(tmp_path / "recordings", n_episodes=2, steps=30, size=32)
     add_states(path)
     return path
 
@@ -152,7 +152,7 @@ CASES = {
     ),
     "zero episodes": (
         lambda p: [shutil.rmtree(e) for e in p.glob("episode_*")],
-        "izzy",
+        "recordings",
         "zero episodes",
         "collect_demos.py",
     ),
@@ -168,7 +168,7 @@ CASES = {
         "truncated",
         "remove",
     ),
-    "no dataset": (shutil.rmtree, "izzy", "no such folder", "formats/smith300.py"),
+    "no dataset": (shutil.rmtree, "recordings", "no such folder", "formats/smith300.py"),
 }
 
 
@@ -225,7 +225,7 @@ def test_a_written_episode_is_read_back(synthetic_episodes):
 def test_the_eef_is_seen_where_the_camera_says(video, wide, tmp_path):
     """Frame t belongs to row t, and cutting out the square moves K along: the blob is at the EEF's
     pixel, in PNG and in video."""
-    path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=1, video=video, wide=wide)
+    path = write_synthetic_episodes(tmp_path / "recordings", n_episodes=1, video=video, wide=wide)
     demos = open_dataset(path, SIZE // 2).demos
     frames = [25, 3, 14]
     images = read_frames(path / demos[0].name, frames, SIZE // 2)
@@ -239,7 +239,7 @@ def test_the_eef_is_seen_where_the_camera_says(video, wide, tmp_path):
 def test_a_damaged_video_is_named(tmp_path):
     """A video without its index, as a crash of the recorder leaves it, is refused in one
     sentence."""
-    path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=1, video=True)
+    path = write_synthetic_episodes(tmp_path / "recordings", n_episodes=1, video=True)
     file = path / "episode_00000" / "video.mp4"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(UserError, match="video.mp4: truncated or no video"):
