@@ -32,16 +32,10 @@ from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, atomic_path, command_line, fits, read_json, run_script, write_json
 from sim import settings
 from sim.expert import EXPERTS, servo_action
-from sim.libero_env import (
-    JOINT_JITTER,
-    OPEN,
-    OPEN_WIDTH,
-    Scene,
-    env_metadata,
-    find_task,
-    simulator_versions,
-    task_of_bddl,
-)
+from sim.libero_env import OPEN, OPEN_WIDTH, Scene
+from sim.placement import JOINT_JITTER
+from sim.simulator import simulator_versions
+from sim.tasks import env_metadata, find_task, task_of_bddl
 from sim.variants import STAY_STEPS, VARIANTS, new_account, new_expert
 from sim.workers import TIMEOUT, run_jobs
 

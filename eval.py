@@ -49,10 +49,12 @@ from sim import settings
 from sim.decisions import Decider, RemoteAgent
 from sim.expert import EXPERTS
 from sim.layouts import LAYOUTS, episode_state
-from sim.libero_env import Scene, find_task, init_states, simulator, simulator_versions
+from sim.libero_env import Scene
 from sim.protocol import check_protocol
 from sim.rollout import BlindAgent, OracleAgent, expert_path, run_episode, run_expert
+from sim.simulator import simulator, simulator_versions
 from sim.stalled import Watch
+from sim.tasks import find_task, init_states
 from sim.variants import VARIANTS, new_expert
 from sim.workers import TIMEOUT, run_jobs
 

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 from runtime import UserError, run_script
-from sim.libero_env import rendered_by, simulator
 from sim.renderer import kind_of
+from sim.simulator import rendered_by, simulator
 
 
 def main():
     if sys.version_info[:2] != (3, 11):
         raise UserError(
-            f"Python {sys.version.split()[0]}: 3.11 is needed; make setup PYTHON=/path/to/python3.11"
+            f"Python {sys.version.split()[0]}: 3.11 is needed; "
+            "make setup PYTHON=/path/to/python3.11"
         )
     pins = dict(
         re.findall(
@@ -27,10 +28,11 @@ def main():
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"package {name} is not installed; run `make setup`")
+            raise UserError(f"package {name} is not installed; run `make setup`") from None
         if found != version:
             raise UserError(
-                f"package {name} is {found}, {version} is pinned; run `rm .venv/.installed && make setup`"
+                f"package {name} is {found}, {version} is pinned; "
+                "run `rm .venv/.installed && make setup`"
             )
     print(f"environment ok: {len(pins)} pinned packages; {simulator()}: {kind_of(rendered_by())}")
 

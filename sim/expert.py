@@ -86,7 +86,7 @@ class PickPlaceExpert:
         self.phase, self.count = phase, 0
 
     def act(self, scene, eef_pos, eef_rot=None):
-        """Target position (3,) and gripper command (-1 opens, +1 closes) for the next control step."""
+        """Target position (3,) and gripper (-1 opens, +1 closes) for the next control step."""
         while True:
             target, gripper, leave = self._phase(scene, eef_pos)
             if not leave:
@@ -98,7 +98,7 @@ class PickPlaceExpert:
         """(target, gripper, next phase or None) in the current phase."""
         phase, near = self.phase, lambda target, tol: np.linalg.norm(target - eef) < tol
         grasp = scene.position(self.pick) + self.offset
-        above = grasp + [0, 0, HOVER]
+        above = grasp + np.array([0, 0, HOVER])
         if phase == "rise":  # over obstacles first: a bowl on the cabinet is approached from above
             target = np.array([eef[0], eef[1], above[2]])
             return target, OPEN, "hover" if eef[2] > above[2] - 0.02 else None
@@ -112,7 +112,7 @@ class PickPlaceExpert:
             if self.count == 0:
                 self.held = eef.copy()
             if self.count >= GRIPPER_STEPS:
-                self.top = self.held + [0, 0, LIFT]
+                self.top = self.held + np.array([0, 0, LIFT])
                 return self.top, CLOSE, "lift"
             return self.held, CLOSE, None
         if phase == "lift":
@@ -135,7 +135,7 @@ class PickPlaceExpert:
             if self.count == 0:
                 self.held = eef.copy()
             if self.count >= GRIPPER_STEPS:
-                self.top = self.held + [0, 0, RETRACT]
+                self.top = self.held + np.array([0, 0, RETRACT])
                 return self.top, OPEN, "retract"
             return self.held, OPEN, None
         if phase == "retract":

@@ -69,7 +69,8 @@ def check_protocol(scene, reference, condition):
         found["training_frame_difference"] = errors["as it is"]
         if best != "as it is" or errors[best] > 12:
             raise RuntimeError(
-                f"protocol: a training frame renders differently here, it fits best {best}: {errors}"
+                f"protocol: a training frame renders differently here, it fits best {best}: "
+                f"{errors}"
             )
     scene.begin_episode(states[0])
     widths = []

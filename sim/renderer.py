@@ -12,7 +12,10 @@ import os
 
 from runtime import UserError
 
-APT = "sudo apt-get update && sudo apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libglib2.0-0"
+APT = (
+    "sudo apt-get update && sudo apt-get install -y "
+    "libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libglib2.0-0"
+)
 DEVICE, VISIBLE = "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"
 SOFTWARE = ("llvmpipe", "softpipe", "swrast", "SWR")  # Mesa's renderers on the CPU
 
@@ -38,20 +41,21 @@ def choose_device(environ, devices):
     working = [i for i, works in enumerate(devices) if works]
     if not working:
         raise UserError(
-            f"EGL has {len(devices)} devices here and none can be used, so nothing can be rendered. "
-            f"Install a driver: {APT}"
+            f"EGL has {len(devices)} devices here and none can be used, "
+            f"so nothing can be rendered. Install a driver: {APT}"
         )
     asked = environ.get(DEVICE, "").strip()
     if asked:
         if not (asked.isascii() and asked.isdigit() and int(asked) < len(devices)):
             here = "device 0 only" if len(devices) == 1 else f"devices 0 to {len(devices) - 1}"
             raise UserError(
-                f"{DEVICE}={asked}: EGL has {here} here; unset {DEVICE}, or set it to one that there is"
+                f"{DEVICE}={asked}: EGL has {here} here; "
+                f"unset {DEVICE}, or set it to one that there is"
             )
         if int(asked) not in working:
             raise UserError(
-                f"{DEVICE}={asked}: this EGL device cannot be initialised (no permission, or no driver); "
-                f"unset {DEVICE}, or set it to {' or '.join(map(str, working))}"
+                f"{DEVICE}={asked}: this EGL device cannot be initialised (no permission, or no "
+                f"driver); unset {DEVICE}, or set it to {' or '.join(map(str, working))}"
             )
         return int(asked)
     first = environ.get(VISIBLE, "").split(",")[0].strip()
@@ -91,7 +95,7 @@ def prepare():
     except Exception as error:
         raise UserError(
             f"EGL cannot be used here ({type(error).__name__}: {error}). Install it: {APT}"
-        )
+        ) from error
     os.environ[DEVICE] = str(choose_device(os.environ, devices))
 
 

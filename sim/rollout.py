@@ -18,7 +18,8 @@ from harness.metrics import ERROR, OUTCOMES, coverage, jerk, path_length
 from rot_utils import rotation_angle
 from runtime import atomic_path, versions
 from sim.expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
-from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH, unperturbed
+from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
+from sim.tasks import unperturbed
 from sim.variants import STAY_STEPS, new_account, new_expert
 from waypoint import Waypoint
 
@@ -36,6 +37,7 @@ DECIDE_THE_PATH = (
     "sim/expert",
     "sim/variants",
     "sim/libero_env",
+    "sim/placement",
     "sim/physics",
     "formats/demos",
     "rot_utils",
@@ -156,12 +158,12 @@ def key_poses(pick, place, surface):
     top = max(grasp[2] + LIFT, release[2] + HOVER)
     lift = lambda p, z: np.array([p[0], p[1], z])
     return [
-        (grasp + [0, 0, HOVER], OPEN),
+        (grasp + np.array([0, 0, HOVER]), OPEN),
         (grasp, CLOSE),
         (lift(grasp, top), CLOSE),
         (lift(release, top), CLOSE),
         (release, OPEN),
-        (release + [0, 0, RETRACT], OPEN),
+        (release + np.array([0, 0, RETRACT]), OPEN),
     ]
 
 

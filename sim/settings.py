@@ -168,7 +168,7 @@ def in_image(E, shift=(0.0, 0.0)):
     ring = np.stack([np.cos(angle), np.sin(angle), 0 * angle], -1)
     points = np.concatenate(
         [BOWL + BOWL_RADIUS * ring, PLATE + PLATE_RADIUS * ring, KEY_POINTS]
-    ) + [*shift, 0.0]
+    ) + np.array([*shift, 0.0])
     u, v, depth = project(np.concatenate([START[None], points]), default_camera()[0], E)
     return bool((depth > 0).all() and min(u.min(), v.min()) >= 0 and max(u.max(), v.max()) <= SIZE)
 

@@ -38,7 +38,8 @@ from runtime import (
     versions,
     write_json,
 )
-from sim.libero_env import WAIT_STEPS, Scene, find_task, init_states, installed_suites
+from sim.libero_env import WAIT_STEPS, Scene
+from sim.tasks import find_task, init_states, installed_suites
 from sim.workers import run_jobs
 
 SUBSTEPS = 25  # physics steps of 2 ms in a control step of 50 ms

@@ -10,8 +10,9 @@ from tqdm import tqdm
 from figures.pages import markdown_table
 from harness.metrics import wilson
 from runtime import command_line, versions, write_json
-from sim.libero_env import Scene, find_task
+from sim.libero_env import Scene
 from sim.rollout import expert_episode
+from sim.tasks import find_task
 from sim.workers import run_jobs
 
 

@@ -20,7 +20,8 @@ from formats.dataset import open_dataset
 from formats.demos import simulated_with
 from formats.parts import merge
 from sim import settings
-from sim.libero_env import Scene, env_metadata
+from sim.libero_env import Scene
+from sim.tasks import env_metadata
 
 # -- collect_demos.py
 

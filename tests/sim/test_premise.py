@@ -10,7 +10,8 @@ import pytest
 from helpers import ROOT
 
 from runtime import UserError, versions
-from sim.libero_env import Scene, installed_suites
+from sim.libero_env import Scene
+from sim.tasks import installed_suites
 from study import premise
 
 PINNED = re.search(r"^mujoco==(\S+)", (ROOT / "requirements.txt").read_text(), re.M).group(1)

@@ -10,8 +10,9 @@ import pytest
 from helpers import ROOT
 
 from runtime import UserError
-from sim.libero_env import Scene, rendered_by
+from sim.libero_env import Scene
 from sim.renderer import all_devices_visible, check_platform, choose_device, kind_of
+from sim.simulator import rendered_by
 
 
 def start(*words, **variables):
@@ -61,7 +62,7 @@ def test_robosuite_renders_whatever_cuda_devices_are_visible(visible):
     """No GPU, one other than the first, a UUID, several: robosuite asserts or fails on int('')
     unless we choose its device."""
     code = (
-        "from sim.libero_env import rendered_by; import os; "
+        "from sim.simulator import rendered_by; import os; "
         "print(rendered_by(), repr(os.environ['CUDA_VISIBLE_DEVICES']))"
     )
     done = start("-c", code, CUDA_VISIBLE_DEVICES=visible)

@@ -17,8 +17,9 @@ from formats.dataset import open_dataset
 from runtime import UserError
 from sim import layouts, settings
 from sim.expert import PLATE_RISE
-from sim.libero_env import Scene, find_task
+from sim.libero_env import Scene
 from sim.rollout import BlindAgent, key_poses
+from sim.tasks import find_task
 
 VARIED = [
     (setting, split) for setting, splits in settings.SPLITS.items() for split in splits if split

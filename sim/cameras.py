@@ -1,0 +1,75 @@
+"""Agentview of a scene: where it stands, what it renders, what is seen at a pixel."""
+
+import numpy as np
+
+from camera import extrinsics_from_mujoco, intrinsics
+from rot_utils import matrix_to_quat
+from runtime import UserError
+from sim import settings
+
+
+class Agentview:
+    """The part of a `libero_env.Scene` that is about its camera."""
+
+    def camera(self):
+        """(K (3,3), E (4,4)) of agentview at this scene's image size."""
+        index = self.sim.model.camera_name2id("agentview")
+        K = intrinsics(float(self.sim.model.cam_fovy[index]), self.image_size)
+        return K, extrinsics_from_mujoco(
+            self.sim.data.cam_xpos[index], self.sim.data.cam_xmat[index].reshape(3, 3)
+        )
+
+    def set_camera(self, E=None):
+        """Put agentview at camera-to-world E (4,4), or back where the task has it, until the next
+        `reset`.
+
+        Raises RuntimeError if the camera that renders does not follow.
+        """
+        position, quat = self.default_camera
+        if E is not None:
+            # wxyz
+            position, quat = (
+                E[:3, 3],
+                np.roll(matrix_to_quat(E[:3, :3] @ np.diag([1.0, -1.0, -1.0])), 1),
+            )
+        model, index = self.sim.model, self.sim.model.camera_name2id("agentview")
+        model.cam_pos[index], model.cam_quat[index] = position, quat
+        self.sim.forward()
+        if E is not None and np.abs(self.camera()[1] - E).max() > 1e-3:
+            raise RuntimeError(
+                f"agentview did not move: it is at {self.camera()[1][:3, 3]}, "
+                f"{E[:3, 3]} was asked for"
+            )
+
+    def set_view(self, condition):
+        """Put agentview where a settings.Condition has it. Raises UserError in a scene whose camera
+        it was not made for.
+        """
+        self.set_camera()
+        if condition.theta:
+            E = self.camera()[1]
+            if np.abs(E - settings.default_camera()[1]).max() > 1e-3:
+                raise UserError(
+                    "viewpoints are made for the agentview of LIBERO's tabletop scenes, "
+                    f"{self.task.key} has another"
+                )
+            self.set_camera(settings.orbit(E, condition.theta, condition.phi))
+
+    def render(self):
+        """(S,S,3) uint8 RGB, upright: MuJoCo's rows come bottom first."""
+        return np.ascontiguousarray(
+            self.sim.render(width=self.image_size, height=self.image_size, camera_name="agentview")[
+                ::-1
+            ]
+        )
+
+    def visible_body(self, u, v):
+        """Name of the body seen at pixel (u, v) of the upright image, by a segmentation render."""
+        ids = self.sim.render(
+            width=self.image_size,
+            height=self.image_size,
+            camera_name="agentview",
+            segmentation=True,
+        )[::-1]
+        geom = int(ids[int(v), int(u), 1])
+        return self.sim.model.body_id2name(self.sim.model.geom_bodyid[geom]) if geom >= 0 else None

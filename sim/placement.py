@@ -1,0 +1,143 @@
+"""Where the objects of a scene are: random and shifted layouts, settled and checked."""
+
+import numpy as np
+
+from runtime import UserError
+
+ROBOT_DOF = 9  # seven arm joints and two fingers come first in every LIBERO state
+# rad; the spread of the arm's joints over the benchmark's 50 init states (0.018-0.023)
+JOINT_JITTER = 0.02
+UPRIGHT_COS = np.cos(np.radians(8))
+
+
+class Placement:
+    """The part of a `libero_env.Scene` that is about where its objects are."""
+
+    def _nominal_heights(self):
+        """Resting height of each movable object in the benchmark's first init state (objects start
+        7 cm in the air).
+        """
+        self.begin_episode(self.init_states()[0])
+        return {n: float(self.position(n)[2]) for n in self.objects}
+
+    def _settle(self, state, watch):
+        """Let objects come to rest from `state`; return the settled state, or None where a watched
+        object was thrown, tipped, or ended at another height than in the benchmark. The robot and
+        the clock are put back."""
+        self.begin_episode(state)
+        after = self.state()
+        for name in watch:
+            a = self._address(name)
+            # quaternion wxyz: cosine of the tilt is 1 - 2 (x^2 + y^2) of the turn since `state`
+            x, y = after[a][4:6]
+            tilt = 1 - 2 * (x * x + y * y)
+            if (
+                np.linalg.norm(after[a][:2] - state[a][:2]) > 0.01
+                or abs(after[a][2] - self.nominal_z[name]) > 0.003
+                or tilt < UPRIGHT_COS
+                or not np.isfinite(after).all()
+            ):
+                return None
+        after[: 1 + ROBOT_DOF] = state[: 1 + ROBOT_DOF]
+        after[1 + self.sim.model.nq :] = 0
+        return after
+
+    def random_layout(self, seed, jitter=JOINT_JITTER, spread=0.0, offsets=None):
+        """A settled random layout (S,), set in the simulation, or None if the reset was bad (an
+        object was thrown).
+
+        jitter: standard deviation of the arm's joints in rad. spread: further uniform shift of the
+        task's own objects, +- metres in x and y, each by itself. offsets: {name: (dx, dy)} metres,
+        added to that. seed: as of `reset`.
+        """
+        rng = np.random.default_rng([*seed, 20])
+        self.reset(seed)
+        movable = [n for n in (self.pick, self.place) if n in self.objects]
+        state = self._settle(self.state(), movable)
+        if state is None:
+            return None
+        if spread > 0:
+            offsets = {
+                n: rng.uniform(-spread, spread, 2) + (offsets or {}).get(n, 0) for n in movable
+            }
+        if offsets:
+            state = self.shift_objects(state, offsets)
+            if state is None:
+                return None
+        robot = self.env.robots[0].init_qpos
+        state[1:8] = robot + rng.normal(0, jitter, 7)
+        state[8:10] = 0.0208, -0.0208  # half open, as in the benchmark's init states
+        self.set_state(state)
+        return state
+
+    def common_shift(self, condition):
+        """A settings.Condition's shift as offsets {name: (dx, dy)} of the task's two objects, or
+        None for no shift. Raises UserError where one of them stands fixed."""
+        if not (condition.dx or condition.dy):
+            return None
+        for name in (self.pick, self.place):
+            if name not in self.objects:
+                raise UserError(
+                    f"positions: {self.task.key} has {name or 'a goal'} that cannot be shifted; "
+                    "choose a task that places one movable object on another"
+                )
+        return {self.pick: (condition.dx, condition.dy), self.place: (condition.dx, condition.dy)}
+
+    def shift_objects(self, state, offsets):
+        """Move objects of a state by {name: (dx, dy)} metres and let them settle; None if they
+        touch anything but what they stand on, or if the task would be done already. Raises
+        RuntimeError if an object is not where it should be then."""
+        state = np.array(state)
+        wanted = {}
+        for name, offset in offsets.items():
+            state[self._address(name)][:2] += offset
+            wanted[name] = state[self._address(name)][:2].copy()
+        state = self._settle(state, offsets)
+        if state is None:
+            return None
+        self.set_state(state)
+        for name, place in wanted.items():
+            if np.linalg.norm(self.position(name)[:2] - place) > 0.011:  # `_settle` allows 1 cm
+                raise RuntimeError(
+                    f"{name} was not shifted: it is at {self.position(name)[:2]}, "
+                    f"{place} was asked for"
+                )
+        return None if self.success() or self._touching(offsets) else state
+
+    def _touching(self, names):
+        """True if one of the named objects touches another movable object or the robot."""
+        owner = {}
+        for name, obj in self.env.env.objects_dict.items():
+            for geom in obj.contact_geoms:
+                owner[self.sim.model.geom_name2id(geom)] = name
+        for i in range(self.sim.data.ncon):
+            contact = self.sim.data.contact[i]
+            a, b = owner.get(contact.geom1), owner.get(contact.geom2)
+            if a != b and (a in names and b is not None or b in names and a is not None):
+                return True
+        return False
+
+    def shifted_layout(self, state, seed, low=0.04, high=0.05, apart=0.04):
+        """The state with the task's objects each moved by `low`..`high` metres in a direction of
+        its own, and by at least `apart` metres relative to each other: objects moved alike keep the
+        task's inner geometry, and a replay that happens to catch the bowl's rim carries it onto the
+        plate without looking.
+
+        Deterministic in `seed`. Draws that make objects touch are drawn again. Raises RuntimeError
+        after 60 draws.
+        """
+        rng = np.random.default_rng([seed, 35])
+        movable = [n for n in (self.pick, self.place) if n in self.objects]
+        for _ in range(60):
+            angle, length = (
+                rng.uniform(0, 2 * np.pi, len(movable)),
+                rng.uniform(low, high, len(movable)),
+            )
+            offsets = {n: (r * np.cos(a), r * np.sin(a)) for n, a, r in zip(movable, angle, length)}
+            if len(offsets) == 2 and np.linalg.norm(np.subtract(*offsets.values())) < apart:
+                continue
+            shifted = self.shift_objects(state, offsets)
+            if shifted is not None:
+                self.set_state(shifted)
+                return shifted
+        raise RuntimeError(f"no valid shifted layout for seed {seed}")

@@ -1,0 +1,181 @@
+"""LIBERO's suites and tasks: what each asks for, its files, its init states."""
+
+import atexit
+import contextlib
+import functools
+import glob
+import io
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtime import UserError
+from sim.simulator import libero
+
+# LIBERO's own; LIBERO-PRO's are SUITE_KIND
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A LIBERO task: where it is and what it asks for."""
+
+    suite: str
+    index: int
+    name: str
+    language: str
+    bddl: str
+
+    @property
+    def key(self):
+        return f"{self.suite}_{self.index}"
+
+
+@functools.cache
+def _suite(name):
+    benchmark = libero()[0]
+    suites = benchmark.get_benchmark_dict()
+    if name not in suites:
+        raise UserError(
+            f"--task_suite {name}: no such LIBERO suite; there are {', '.join(sorted(suites))}"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        return suites[name]()
+
+
+def find_task(suite, index):
+    """Task `index` of a suite. Raises UserError for an unknown one, and for one that is listed but
+    not installed.
+    """
+    tasks = _suite(suite)
+    if not 0 <= index < tasks.get_num_tasks():
+        raise UserError(f"--task_id {index}: {suite} has tasks 0 to {tasks.get_num_tasks() - 1}")
+    task = tasks.get_task(index)
+    bddl = Path(libero()[1]("bddl_files")) / task.problem_folder / task.bddl_file
+    if not bddl.is_file():
+        raise UserError(
+            f"--task_suite {suite}: LIBERO lists it, but its file {bddl} is not installed; "
+            "choose another suite"
+        )
+    return Task(suite, index, task.name, task.language, str(bddl))
+
+
+def installed_suites():
+    """({name of a suite: number of its tasks}, [names of suites that LIBERO lists without their
+    files]), LIBERO's own first.
+    """
+    benchmark, path_of = libero()[:2]
+    whole, hollow = {}, []
+    names = benchmark.get_benchmark_dict()
+    for name in sorted(names, key=lambda n: (SUITES.index(n) if n in SUITES else len(SUITES), n)):
+        try:
+            tasks = [_suite(name).get_task(i) for i in range(_suite(name).get_num_tasks())]
+        except Exception:  # a suite that is only half registered
+            tasks = []
+        bddl, states = Path(path_of("bddl_files")), Path(path_of("init_states"))
+        here = [
+            (bddl / t.problem_folder / t.bddl_file).is_file()
+            and any((states / t.problem_folder).glob(f"{glob.escape(t.init_states_file)}*"))
+            for t in tasks
+        ]
+        if tasks and all(here):
+            whole[name] = len(tasks)
+        else:
+            hollow.append(name)
+    return whole, hollow
+
+
+def task_of_bddl(bddl_file_name):
+    """The Task whose BDDL file has this name (official datasets store the path of their author's
+    machine).
+    """
+    folder, name = Path(bddl_file_name).parent.name, Path(bddl_file_name).stem
+    for suite in dict.fromkeys([folder, *SUITES]):
+        with contextlib.suppress(UserError):
+            for index in range(_suite(suite).get_num_tasks()):
+                if _suite(suite).get_task(index).name == name:
+                    return find_task(suite, index)
+    raise UserError(
+        f"bddl_file_name '{bddl_file_name}': no installed LIBERO task has that name; "
+        "give --task_suite and --task_id"
+    )
+
+
+def unperturbed(task):
+    """The task that a LIBERO-PRO suite perturbs, libero_spatial's for libero_spatial_swap's; any
+    that has no such namesake itself.
+    """
+    suite = next((s for s in SUITES if task.suite.startswith(f"{s}_")), task.suite)
+    names = _suite(suite).get_task_names()
+    return find_task(suite, names.index(task.name)) if task.name in names else task
+
+
+def init_states(task):
+    """The benchmark's init states of a task, (N, S) flattened MuJoCo states [time, qpos, qvel]."""
+    try:
+        states = _suite(task.suite).get_task_init_states(task.index)
+    except (
+        Exception
+    ) as error:  # official LIBERO calls torch.load, which since 2.6 refuses its pickled arrays
+        import torch
+
+        entry = _suite(task.suite).get_task(task.index)
+        path = Path(libero()[1]("init_states")) / entry.problem_folder / entry.init_states_file
+        if not path.is_file():
+            raise UserError(f"init states of {task.key} cannot be read: {error}") from error
+        states = torch.load(path, weights_only=False)
+    return np.asarray(states, dtype=np.float64)
+
+
+def clean_bddl(task):
+    """Write the task's BDDL without distractors and without fixtures that its goal does not name;
+    return the path.
+    """
+    from bddl.parsing import scan_tokens
+
+    tokens = scan_tokens(filename=task.bddl)
+    section = {group[0]: group for group in tokens[1:]}
+    wanted = set(section[":obj_of_interest"][1:]) | {"main_table"}
+    typed = {}
+    for key in (":objects", ":fixtures"):
+        names = []
+        for token in section[key][1:]:
+            names.append(token)
+            if len(names) > 1 and names[-2] == "-":
+                typed.update(dict.fromkeys(names[:-2], (key, names[-1])))
+                names = []
+    keep = [n for n in typed if n in wanted or any(w.startswith(n) for w in wanted)]
+    for key in (":objects", ":fixtures"):
+        section[key][1:] = [t for n in keep if typed[n][0] == key for t in (n, "-", typed[n][1])]
+    gone = set(typed) - set(keep)
+    section[":init"][1:] = [
+        fact for fact in section[":init"][1:] if not any(g in fact for g in gone)
+    ]
+    section[":regions"][1:] = [r for r in section[":regions"][1:] if r[1][1] not in gone]
+
+    def text(node):
+        return node if isinstance(node, str) else "(" + " ".join(map(text, node)) + ")"
+
+    folder = Path(tempfile.mkdtemp(prefix="para_bddl_"))
+    path = folder / f"{task.name}.bddl"
+    path.write_text(text(tokens))
+    atexit.register(lambda: (path.unlink(missing_ok=True), folder.rmdir()))
+    return str(path)
+
+
+def env_metadata(task):
+    """LIBERO's own dataset attributes of a task."""
+    return {
+        "bddl_file_name": f"bddl_files/{task.suite}/{Path(task.bddl).name}",
+        "env_name": "Libero_Tabletop_Manipulation",
+        "problem_info": json.dumps(
+            {
+                "problem_name": "libero_tabletop_manipulation",
+                "domain_name": "robosuite",
+                "language_instruction": task.language,
+            }
+        ),
+    }
