@@ -1,7 +1,7 @@
 """The principal axis of a dataset's rotations: the 1D rotation target of dino_volume_kv_full.
 
-    python precompute_rotation_pca.py --dataset data/libero_spatial_0_rim.hdf5    # LIBERO-format HDF5
-    python precompute_rotation_pca.py --dataset data/izzy                         # smith300 folder
+    python precompute_rotation_pca.py --dataset data/libero_spatial_0_rim.hdf5   # LIBERO's HDF5
+    python precompute_rotation_pca.py --dataset data/izzy                        # smith300 folder
     python precompute_rotation_pca.py --dataset data/izzy --space euler
 
 Writes rotation_pca_basis.npz beside the dataset (inside it, where it is a folder) and
@@ -11,6 +11,7 @@ the exit code is 3: a 1D target would throw away real motion.
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,17 +47,19 @@ def singular_share(rotations):
 
 def table(bases, rotations, chosen):
     """The comparison of the spaces, a Markdown table."""
+    lost = "lost by one axis (deg, median / 95%)"
     lines = [
-        "| space | explained variance | range (deg) | axis | lost by one axis (deg, median / 95%) |",
+        f"| space | explained variance | range (deg) | axis | {lost} |",
         "|---|---|---|---|---|",
     ]
     for space, basis in bases.items():
+        name = f"{space} (chosen)" if space == chosen else space
+        shares = " / ".join(f"{ratio:.3f}" for ratio in basis.ev_ratio)
+        span = f"{np.degrees(basis.low):.1f} to {np.degrees(basis.high):.1f}"
+        axis = " ".join(f"{part:+.2f}" for part in basis.axis)
         lost = np.degrees(reconstruction_error(basis, rotations))
-        lines.append(
-            f"| {space}{' (chosen)' if space == chosen else ''} | {' / '.join(f'{r:.3f}' for r in basis.ev_ratio)} "
-            f"| {np.degrees(basis.low):.1f} to {np.degrees(basis.high):.1f} | {' '.join(f'{a:+.2f}' for a in basis.axis)} "
-            f"| {np.median(lost):.2f} / {np.percentile(lost, 95):.2f} |"
-        )
+        loss = f"{np.median(lost):.2f} / {np.percentile(lost, 95):.2f}"
+        lines.append(f"| {name} | {shares} | {span} | {axis} | {loss} |")
     return "\n".join(lines)
 
 
@@ -65,119 +68,153 @@ def check_replaceable(path):
     another basis.
     """
     by_hand = "it is left alone; give another --out, or remove it by hand"
+    picture = path.with_suffix(".png")
     if path.exists():
         try:
             load_basis(path)
         except UserError as error:
-            raise UserError(f"--out {path}: is there and is no rotation basis ({error}); {by_hand}")
-    elif path.with_suffix(".png").exists():
+            fault = f"is there and is no rotation basis ({error})"
+            raise UserError(f"--out {path}: {fault}; {by_hand}") from error
+    elif picture.exists():
         raise UserError(
-            f"--out {path}: its picture would replace {path.with_suffix('.png')}, which is no basis's; {by_hand}"
+            f"--out {path}: its picture would replace {picture}, which is no basis's; {by_hand}"
         )
 
 
-def precompute(args):
-    """Fit both spaces, print the table, pass the gate, write basis and picture -> exit code."""
-    path = Path(args.out) if args.out else basis_path(args.dataset)
-    check_replaceable(path)
-    all_demos = open_dataset(args.dataset, limit=args.n_demos).demos
-    # as train.py splits them: validation must stay unseen
-    demos, held_out = split_demos(all_demos, args.val_fraction)
-    rotations, unseen = (
-        rotvec_to_matrix(np.concatenate([d.ee_ori for d in part])) for part in (demos, held_out)
+class Rotations(NamedTuple):
+    """Rotations of a dataset, split as train.py splits it: validation must stay unseen."""
+
+    demos: list
+    held_out: list
+    known: np.ndarray  # (N,3,3) of the frames of `demos`
+    unseen: np.ndarray  # (M,3,3) of those held out
+
+
+def read_rotations(dataset, n_demos, val_fraction):
+    """The Rotations of a dataset's first `n_demos` demonstrations, or of all (None)."""
+    demos, held_out = split_demos(open_dataset(dataset, limit=n_demos).demos, val_fraction)
+    known, unseen = (
+        rotvec_to_matrix(np.concatenate([demo.ee_ori for demo in part]))
+        for part in (demos, held_out)
     )
-    prints = lambda part: [fingerprint(d.ee_ori) for d in part]
-    provenance = {
-        "dataset": Path(args.dataset).name,
-        "demos": len(demos),
-        "frames": len(rotations),
-        "fingerprints": prints(demos),
-        "held_out": prints(held_out),
-        "val_fraction": args.val_fraction,
+    return Rotations(demos, held_out, known, unseen)
+
+
+def fit_bases(found, provenance):
+    """{space: basis} of Rotations; what the bases were fitted to is stored in them."""
+    prints = lambda part: [fingerprint(demo.ee_ori) for demo in part]
+    about = {
+        "demos": len(found.demos),
+        "frames": len(found.known),
+        "fingerprints": prints(found.demos),
+        "held_out": prints(found.held_out),
         "command": command_line(),
         "commit": git_commit(),
         "gate": EV_GATE,
-        "allow_low_ev": args.allow_low_ev,
+        **provenance,
     }
-    bases = {space: fit_basis(rotations, space, provenance) for space in SPACES}
-    chosen = bases[args.space]
+    return {space: fit_basis(found.known, space, about) for space in SPACES}
+
+
+def say_how_it_fits(found, basis, space):
+    """Print what the basis does to demonstrations that it has not seen, and a warning where Euler
+    angles are no measure of rotation.
+    """
+    values = basis.value(found.unseen)
+    outside = float(((values < basis.low) | (values > basis.high)).mean())
+    lost = np.degrees(np.median(reconstruction_error(basis, found.unseen)))
     print(
-        f"{args.dataset}: {len(demos)} demonstrations, {len(rotations)} frames\n{table(bases, rotations, args.space)}"
+        f"{len(found.held_out)} demonstrations held out: {100 * outside:.1f}% of their frames lie "
+        f"outside the range, and one axis loses {lost:.2f} deg of them in the median"
     )
-    values = chosen.value(unseen)
-    outside = float(((values < chosen.low) | (values > chosen.high)).mean())
-    print(
-        f"{len(held_out)} demonstrations held out: {100 * outside:.1f}% of their frames lie outside the range, and one axis loses "
-        f"{np.degrees(np.median(reconstruction_error(chosen, unseen))):.2f} deg of them in the median"
-    )
-    largest, share = singular_share(rotations)
+    largest, share = singular_share(found.known)
     if share > 0:
+        advice = "; use --space so3" if space == "euler" else ""
         print(
-            f"warning: pitch reaches {largest:.1f} deg and is beyond 75 deg in {100 * share:.0f}% of the frames: near +-90 deg roll and yaw "
-            f"trade places, and Euler angles are no measure of rotation there{'; use --space so3' if args.space == 'euler' else ''}",
+            f"warning: pitch reaches {largest:.1f} deg and is beyond 75 deg in {100 * share:.0f}% "
+            "of the frames: near +-90 deg roll and yaw trade places, and Euler angles are no "
+            f"measure of rotation there{advice}",
             file=sys.stderr,
         )
-    ev = float(chosen.ev_ratio[0])
-    if ev < EV_GATE and not args.allow_low_ev:
-        other = next(s for s in SPACES if s != args.space)
+
+
+def refusal(dataset, bases, space):
+    """Why a basis that does not pass the gate is not written, and what to do."""
+    ratio = {name: basis.ev_ratio[0] for name, basis in bases.items()}
+    other = next(name for name in SPACES if name != space)
+    if ratio[other] >= EV_GATE:
+        advice = f"--space {other} passes with {ratio[other]:.3f}, use it"
+    else:
         advice = (
-            f"--space {other} passes with {bases[other].ev_ratio[0]:.3f}, use it"
-            if bases[other].ev_ratio[0] >= EV_GATE
-            else "the motion really has several axes: keep the 3 x 32 Euler head (--rotation euler), leave out the demonstrations that "
-            "turn otherwise, or give --allow_low_ev and lose what the table says"
+            "the motion really has several axes: keep the 3 x 32 Euler head (--rotation euler), "
+            "leave out the demonstrations that turn otherwise, or give --allow_low_ev and lose "
+            "what the table says"
         )
-        print(
-            f"error: {args.dataset}: one axis explains {ev:.3f} of the rotations' variance in {args.space}, at least {EV_GATE} is "
-            f"needed; nothing is written; {advice}",
-            file=sys.stderr,
-        )
+    return (
+        f"error: {dataset}: one axis explains {ratio[space]:.3f} of the rotations' variance in "
+        f"{space}, at least {EV_GATE} is needed; nothing is written; {advice}"
+    )
+
+
+def write(path, found, bases, space):
+    """Write the basis of a space, and beside it a picture of both."""
+    basis, picture = bases[space], path.with_suffix(".png")
+    save_basis(path, basis)
+    lengths = np.cumsum([len(demo) for demo in found.demos])[:-1]
+    plots_rotation.rotation_histogram(
+        {name: np.degrees(b.value(found.known)) for name, b in bases.items()},
+        {name: b.ev_ratio for name, b in bases.items()},
+        np.split(np.degrees(basis.value(found.known)), lengths),
+        space,
+        picture,
+    )
+    explained = f"explained variance {basis.ev_ratio[0]:.3f}"
+    print(f"{path}: written ({space}, {explained}), picture {picture.name}")
+
+
+def precompute(dataset, space="so3", allow_low_ev=False, n_demos=None, val_fraction=0.15, out=None):
+    """Fit both spaces, print the table, pass the gate, write basis and picture -> exit code."""
+    path = Path(out) if out else basis_path(dataset)
+    check_replaceable(path)
+    found = read_rotations(dataset, n_demos, val_fraction)
+    provenance = {
+        "dataset": Path(dataset).name,
+        "val_fraction": val_fraction,
+        "allow_low_ev": allow_low_ev,
+    }
+    bases = fit_bases(found, provenance)
+    print(f"{dataset}: {len(found.demos)} demonstrations, {len(found.known)} frames")
+    print(table(bases, found.known, space))
+    say_how_it_fits(found, bases[space], space)
+    ev = float(bases[space].ev_ratio[0])
+    if ev < EV_GATE and not allow_low_ev:
+        print(refusal(dataset, bases, space), file=sys.stderr)
         return GATE_EXIT
     if ev < EV_GATE:
         print(
-            f"warning: {ev:.3f} is below the gate of {EV_GATE}; written all the same (--allow_low_ev), and recorded so",
+            f"warning: {ev:.3f} is below the gate of {EV_GATE}; "
+            "written all the same (--allow_low_ev), and recorded so",
             file=sys.stderr,
         )
-    save_basis(path, chosen)
-    lengths = np.cumsum([len(d) for d in demos])[:-1]
-    plots_rotation.rotation_histogram(
-        {s: np.degrees(b.value(rotations)) for s, b in bases.items()},
-        {s: b.ev_ratio for s, b in bases.items()},
-        np.split(np.degrees(chosen.value(rotations)), lengths),
-        args.space,
-        path.with_suffix(".png"),
-    )
-    print(
-        f"{path}: written ({args.space}, explained variance {ev:.3f}), picture {path.with_suffix('.png').name}"
-    )
+    write(path, found, bases, space)
     return 0
 
 
 def build_parser():
     parser = flags.Parser(__doc__)
-    parser.add_argument(
-        "--dataset", type=Path, required=True, help="LIBERO-format HDF5 file, or smith300 folder"
-    )
-    parser.add_argument(
-        "--space",
-        default="so3",
-        choices=SPACES,
-        help="so3: log map at the Frechet mean (so3); euler: unwrapped about the mean",
-    )
-    parser.add_argument(
-        "--allow_low_ev",
-        action="store_true",
-        help="write it even if the gate is not passed; recorded in the basis",
-    )
-    parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations")
-    parser.add_argument(
-        "--val_fraction",
-        type=flags.fraction,
-        default=0.15,
-        help="share of demonstrations that train.py will hold out: the basis is fitted without them",
-    )
-    parser.add_argument("--out", type=flags.new_file(".npz"), help="write the basis here instead")
+    add = parser.add_argument
+    what = "LIBERO-format HDF5 file, or smith300 folder"
+    add("--dataset", type=Path, required=True, help=what)
+    what = "so3: log map at the Frechet mean; euler: unwrapped about the mean"
+    add("--space", default="so3", choices=SPACES, help=what)
+    what = "write it even if the gate is not passed; recorded in the basis"
+    add("--allow_low_ev", action="store_true", help=what)
+    add("--n_demos", type=flags.count, help="use only the first N demonstrations")
+    what = "share of demonstrations that train.py will hold out: the basis is fitted without them"
+    add("--val_fraction", type=flags.fraction, default=0.15, help=what)
+    add("--out", type=flags.new_file(".npz"), help="write the basis here instead")
     return parser
 
 
 if __name__ == "__main__":
-    run_script(lambda: precompute(build_parser().parse_args()))
+    run_script(lambda: precompute(**vars(build_parser().parse_args())))

@@ -33,7 +33,7 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
         plots.trajectory_overlay(images, start, true, predicted, frames, picture("overlay"))
 
         # of windows (B,T,...), what belongs to the newest frame
-        newest = whole["valid"].sum(1).cpu() - 1 if "valid" in whole else None
+        newest = whole["valid"].sum(1).cpu() - 1 if policy.has_history else None
         of_newest = lambda x, newest=newest: x[torch.arange(len(x)), newest].float().cpu().numpy()
         if hasattr(policy, "attention"):
             heat = of_newest(policy.attention(whole))

@@ -1,5 +1,8 @@
 """What a policy does on held-out demonstrations, without a simulator: errors, whether it looks, and
 free-running rollouts.
+
+Policies without a history have batches of frames (B,...), those with one windows (B,T,...) of which
+the newest frames are scored.
 """
 
 import numpy as np
@@ -15,8 +18,17 @@ EPS = (4, 8, 16)  # pixels of free-space coverage
 
 
 def to_device(batch, device):
-    move = lambda v: [m.to(device) for m in v] if isinstance(v, list) else v.to(device)
-    return {k: move(v) for k, v in batch.items()}
+    """A batch on a device; features are a list of tensors."""
+    move = lambda v: [maps.to(device) for maps in v] if isinstance(v, list) else v.to(device)
+    return {name: move(value) for name, value in batch.items()}
+
+
+def to_pixels(points, K, E):
+    """World points (...,3) -> pixels (...,2)."""
+    return np.stack(project(points, K, E)[:2], -1)
+
+
+# -- the newest frames of windows -----------------------------------------------------------------
 
 
 def newest_rows(batch):
@@ -27,16 +39,16 @@ def newest_rows(batch):
 
 def newest(batch, out):
     """Window batches as single-frame ones: targets and predictions of each window's newest frame,
-    one waypoint each. Batches without a history come back as they are."""
+    one waypoint each. Batches without a history come back as they are.
+    """
     if "valid" not in batch:
         return batch, out
     rows = newest_rows(batch)
-    pick = lambda x: x.flatten(0, 1)[rows]
-    single = {k: pick(batch[k]) for k in ("eef_pos", "K", "E")}
-    single.update(
-        {k: pick(batch[k])[:, None] for k in ("target_pos", "target_rot", "target_gripper", "mask")}
-    )
-    return single, {k: pick(v)[:, None] for k, v in out.items()}
+    pick = lambda x: x.flatten(0, 1)[rows]  # (B,T,...) -> (B,...)
+    single = {name: pick(batch[name]) for name in ("eef_pos", "K", "E")}
+    for name in ("target_pos", "target_rot", "target_gripper", "mask"):
+        single[name] = pick(batch[name])[:, None]
+    return single, {name: pick(value)[:, None] for name, value in out.items()}
 
 
 def predict_newest(policy, batch):
@@ -46,7 +58,7 @@ def predict_newest(policy, batch):
     if not policy.has_history:
         return batch, policy.predict(batch)
     out = policy.decided(batch, newest_rows(batch))
-    return newest(batch, {})[0], {k: v[:, None] for k, v in out.items()}
+    return newest(batch, {})[0], {name: value[:, None] for name, value in out.items()}
 
 
 def newest_loss(policy, batch):
@@ -54,26 +66,35 @@ def newest_loss(policy, batch):
     without a history.
     """
     if policy.has_history:
-        only = (
-            torch.zeros_like(batch["mask"])
-            .flatten()
-            .index_fill(0, newest_rows(batch), 1)
-            .view_as(batch["mask"])
-        )
-        batch = {**batch, "mask": batch["mask"] * only}
+        mask = batch["mask"]
+        only = torch.zeros_like(mask).flatten().index_fill(0, newest_rows(batch), 1)
+        batch = {**batch, "mask": mask * only.view_as(mask)}
     return policy.loss(batch)
 
 
-def to_pixels(points, K, E):
-    """World points (...,3) -> pixels (...,2)."""
-    return np.stack(project(points, K, E)[:2], -1)
+def without_past(batch):
+    """Windows (B,T,...) of which only the newest frames are left (B,1,...), each the first of its
+    episode.
+    """
+    rows = newest_rows(batch)
+    pick = lambda x: x.flatten(0, 1)[rows][:, None]
+    alone = {}
+    for name, value in batch.items():
+        if name != "first_eef":
+            alone[name] = [pick(m) for m in value] if isinstance(value, list) else pick(value)
+    return {**alone, "first_eef": alone["eef_pos"][:, 0]}
+
+
+# -- errors ---------------------------------------------------------------------------------------
 
 
 def chosen(dataset, limit):
-    """At most `limit` indices, evenly spread; fewer of windows, of which only the newest frame is
-    scored but others are read.
+    """At most `limit` indices, evenly spread.
+
+    A third as many of windows: all their frames are read, and only the newest is scored.
     """
-    limit = limit if not dataset.config.has_history else max(1, limit // 3)
+    if dataset.config.has_history:
+        limit = max(1, limit // 3)
     return np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)
 
 
@@ -87,84 +108,87 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
     errors of a policy that does not turn.
     """
     policy.eval()
-    losses, cm, px, gripper, degrees, cover, jerks = (
-        [],
-        [],
-        [],
-        [],
-        [],
-        {e: [] for e in EPS},
-        ([], []),
-    )
-    every_degrees = []
+    losses, errors = [], []
     indices = chosen(dataset, limit)
     for i in range(0, len(indices), batch_size):
         batch = to_device(dataset.batch(indices[i : i + batch_size]), device)
-        losses.append({k: v.item() for k, v in newest_loss(policy, batch).items()})
-        batch, out = predict_newest(policy, batch)
-        true, predicted = batch["target_pos"].cpu().numpy(), out["position"].double().cpu().numpy()
-        K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
-        true_px, predicted_px = to_pixels(true, K, E), to_pixels(predicted, K, E)
-        cm.extend(100 * np.linalg.norm(true[:, 0] - predicted[:, 0], axis=-1))
-        px.extend(np.linalg.norm(true_px[:, 0] - predicted_px[:, 0], axis=-1))
-        gripper.extend((out["gripper"] == batch["target_gripper"])[:, 0].cpu().numpy())
-        if policy.turns:
-            turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
-            cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
-            turned = torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))  # (B,T)
-            degrees.extend(turned[:, 0].cpu().numpy())
-            every_degrees.extend(turned[batch["mask"] > 0].cpu().numpy())
-        for j in range(len(true)):
-            known = batch["mask"][j].cpu().numpy() > 0
-            start = to_pixels(batch["eef_pos"][j].cpu().numpy(), K[j, 0], E[j, 0])[None]
-            for eps, values in cover.items():
-                values.append(
-                    coverage(true_px[j][known], np.concatenate([start, predicted_px[j]]), eps)
-                )
-            for values, points in zip(jerks, (predicted[j], true[j])):
-                values.append(100 * jerk(points))
-    row = {f"val/{k}": float(np.mean([l[k] for l in losses])) for k in losses[0]}
-    rotation_errors = {}
-    if policy.turns:
-        rotation_errors = {
-            "val/rotation_deg_median": np.median(degrees),
-            "val/rotation_deg_p95": np.percentile(degrees, 95),
-            "val/rotation_deg_all_median": np.median(every_degrees),
-            "val/rotation_deg_all_p95": np.percentile(every_degrees, 95),
-        }
-    row.update(
-        {
-            "val/cm_median": np.median(cm),
-            "val/cm_p90": np.percentile(cm, 90),
-            "val/px_median": np.median(px),
-            "val/gripper_accuracy": np.mean(gripper),
-            **rotation_errors,
-            **{f"val/coverage_{e}px": np.mean(v) for e, v in cover.items()},
-            "val/jerk_cm": np.mean(jerks[0]),
-            "val/true_jerk_cm": np.mean(jerks[1]),
-        }
-    )
-    row.update(
-        {
-            f"val/{k}": v
-            for k, v in looks(policy, dataset, device, batch_size, min(limit, 96)).items()
-        }
-    )
+        loss = newest_loss(policy, batch)
+        losses.append({name: value.item() for name, value in loss.items()})
+        single, out = predict_newest(policy, batch)
+        found = {**first_errors(single, out), **path_errors(single, out)}
+        errors.append({**found, **turn_errors(single, out)} if policy.turns else found)
+
+    row = {name: np.mean([loss[name] for loss in losses]) for name in losses[0]}
+    all_errors = {name: np.concatenate([part[name] for part in errors]) for name in errors[0]}
+    row.update(error_summary(all_errors))
+    row.update(looks(policy, dataset, device, batch_size, min(limit, 96)))
     policy.train()
-    return {k: round(float(v), 5) for k, v in row.items()}
+    return {f"val/{name}": round(float(value), 5) for name, value in row.items()}
 
 
-def without_past(batch):
-    """Windows (B,T,...) of which only the newest frames are left (B,1,...), each the first of its
-    episode.
-    """
-    rows = newest_rows(batch)
-    pick = lambda x: x.flatten(0, 1)[rows][:, None]
-    alone = {
-        k: [pick(m) for m in v] if isinstance(v, list) else v if k == "first_eef" else pick(v)
-        for k, v in batch.items()
+def first_errors(batch, out):
+    """Errors of the first waypoint (B,)."""
+    true, predicted = batch["target_pos"].cpu().numpy(), out["position"].double().cpu().numpy()
+    K, E = batch["K"].cpu().numpy(), batch["E"].cpu().numpy()
+    true, predicted = true[:, 0], predicted[:, 0]
+    apart_px = to_pixels(true, K, E) - to_pixels(predicted, K, E)
+    return {
+        "cm": 100 * np.linalg.norm(true - predicted, axis=-1),
+        "px": np.linalg.norm(apart_px, axis=-1),
+        "gripper": (out["gripper"] == batch["target_gripper"])[:, 0].cpu().numpy(),
     }
-    return {**alone, "first_eef": alone["eef_pos"][:, 0]}
+
+
+def turn_errors(batch, out):
+    """Degrees from the true rotation to the predicted one: of the first waypoint (B,), and of all
+    that are known.
+    """
+    turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
+    cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
+    degrees = torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))  # (B,T)
+    return {
+        "degrees": degrees[:, 0].cpu().numpy(),
+        "every_degrees": degrees[batch["mask"] > 0].cpu().numpy(),
+    }
+
+
+def path_errors(batch, out):
+    """Coverage and jerk (B,) of trajectories, see `validate`."""
+    true, predicted = batch["target_pos"].cpu().numpy(), out["position"].double().cpu().numpy()
+    K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
+    true_px, predicted_px = to_pixels(true, K, E), to_pixels(predicted, K, E)
+    start_px = to_pixels(batch["eef_pos"].cpu().numpy()[:, None], K, E)  # (B,1,2)
+    lines = np.concatenate([start_px, predicted_px], 1)  # (B,T+1,2)
+    known = batch["mask"].cpu().numpy() > 0
+    found = {
+        f"coverage_{eps}px": [
+            coverage(points[shown], line, eps) for points, shown, line in zip(true_px, known, lines)
+        ]
+        for eps in EPS
+    }
+    found["jerk_cm"] = [100 * jerk(points) for points in predicted]
+    found["true_jerk_cm"] = [100 * jerk(points) for points in true]
+    return found
+
+
+def error_summary(errors):
+    """`validate`'s numbers, from the errors of all samples."""
+    means = (*(f"coverage_{eps}px" for eps in EPS), "jerk_cm", "true_jerk_cm")
+    row = {
+        "cm_median": np.median(errors["cm"]),
+        "cm_p90": np.percentile(errors["cm"], 90),
+        "px_median": np.median(errors["px"]),
+        "gripper_accuracy": np.mean(errors["gripper"]),
+    }
+    if "degrees" in errors:
+        row["rotation_deg_median"] = np.median(errors["degrees"])
+        row["rotation_deg_p95"] = np.percentile(errors["degrees"], 95)
+        row["rotation_deg_all_median"] = np.median(errors["every_degrees"])
+        row["rotation_deg_all_p95"] = np.percentile(errors["every_degrees"], 95)
+    return {**row, **{name: np.mean(errors[name]) for name in means}}
+
+
+# -- whether it looks -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -179,68 +203,78 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
     frame.
     """
     policy.eval()
-    size, moved, errors, blind, forgotten = dataset.config.image_size, [], [], [], []
+    size = dataset.config.image_size
     blank = dataset.backbone(torch.full((1, size, size, 3), 128, dtype=torch.uint8))
+    blank = [maps.to(device)[0] for maps in blank]
+    moved, errors, blank_errors, past_moves = [], [], [], []
+    apart = lambda a, b: np.linalg.norm(a - b, axis=-1)
     indices = chosen(dataset, limit)
-    first = lambda batch, out: to_pixels(
-        out["position"][:, 0].double().cpu().numpy(),
-        batch["K"].cpu().numpy(),
-        batch["E"].cpu().numpy(),
-    )
     for i in range(0, len(indices), batch_size):
         batch = to_device(dataset.batch(indices[i : i + batch_size]), device)
-        # even, and repeatable
-        angle = torch.as_tensor(
-            2 * np.pi * (np.arange(i, i + len(batch["K"])) * 0.618 % 1), device=device
-        )
-        if policy.has_history:
-            angle = angle[:, None]  # (B,1), the same in all frames of a window
-        u, v, _ = project(batch["eef_pos"], batch["K"], batch["E"])
-        shifted = {
-            **batch,
-            "eef_pos": unproject(
-                u + SHIFT_PX * angle.cos(),
-                v + SHIFT_PX * angle.sin(),
-                batch["eef_pos"][..., 2],
-                batch["K"],
-                batch["E"],
-            ),
-        }
-        empty = {
-            **batch,
-            "features": [b.to(device)[0].expand_as(m) for b, m in zip(blank, batch["features"])],
-        }
         single, out = predict_newest(policy, batch)
-        true = first(single, {"position": single["target_pos"]})
-        plain = first(single, out)
-        moved.extend(np.linalg.norm(first(*predict_newest(policy, shifted)) - plain, axis=-1))
-        errors.extend(np.linalg.norm(plain - true, axis=-1))
-        blind.extend(np.linalg.norm(first(*predict_newest(policy, empty)) - true, axis=-1))
+        true = first_pixels(single, single["target_pos"])
+        plain = first_pixels(single, out["position"])
+        errors.extend(apart(plain, true))
+
+        single, other = predict_newest(policy, with_moved_eef(policy, batch, i))
+        moved.extend(apart(first_pixels(single, other["position"]), plain))
+
+        empty = [b.expand_as(maps) for b, maps in zip(blank, batch["features"])]
+        single, other = predict_newest(policy, {**batch, "features": empty})
+        blank_errors.extend(apart(first_pixels(single, other["position"]), true))
+
         if policy.has_history:
-            _, alone = predict_newest(policy, without_past(batch))
-            forgotten.extend(
-                1000
-                * (alone["position"] - out["position"])[:, 0].double().norm(dim=-1).cpu().numpy()
-            )
+            _, other = predict_newest(policy, without_past(batch))
+            metres = (other["position"] - out["position"])[:, 0].double().norm(dim=-1)
+            past_moves.extend(1000 * metres.cpu().numpy())
     found = {
         "shift_px": np.median(moved),
-        "blank_ratio": np.median(blind) / max(np.median(errors), 1e-9),
+        "blank_ratio": np.median(blank_errors) / max(np.median(errors), 1e-9),
     }
-    return {**found, **({"no_past_mm": np.median(forgotten)} if forgotten else {})}
+    if past_moves:
+        found["no_past_mm"] = np.median(past_moves)
+    return found
+
+
+def first_pixels(single, positions):
+    """Pixels (B,2) of the first of positions (B,T,3)."""
+    first = positions[:, 0].double().cpu().numpy()
+    return to_pixels(first, single["K"].cpu().numpy(), single["E"].cpu().numpy())
+
+
+def with_moved_eef(policy, batch, start):
+    """A batch whose EEF positions are SHIFT_PX aside, in directions that are even and repeatable.
+
+    start: number of its first sample.
+    """
+    eef = batch["eef_pos"]
+    turns = np.arange(start, start + len(eef)) * 0.618 % 1
+    angle = torch.as_tensor(2 * np.pi * turns, device=eef.device)  # (B,)
+    if policy.has_history:
+        angle = angle[:, None]  # the same for all frames of a window
+    u, v, _ = project(eef, batch["K"], batch["E"])
+    u, v = u + SHIFT_PX * angle.cos(), v + SHIFT_PX * angle.sin()
+    return {**batch, "eef_pos": unproject(u, v, eef[..., 2], batch["K"], batch["E"])}
+
+
+# -- free-running ---------------------------------------------------------------------------------
 
 
 def decision_frames(demo, config):
     """Frames of a demonstration at which decisions fall, from its first on, up to the last gripper
-    change.
+    change -> (frames (N,), their waypoints' frames (N,)).
     """
-    target, _, _, _ = waypoint_labels(
+    labels = waypoint_labels(
         demo, config.waypoint_stride, 1, config.retreat, config.min_travel, config.stay
     )
-    following, (_, changes) = following_frames(demo, target[:, 0]), gripper_segments(demo.actions)
-    end, frames = changes[-1] if len(changes) else len(demo) - 1, [0]
-    while following[frames[-1]] > frames[-1] and target[frames[-1], 0] < end:
+    target = labels[0][:, 0]
+    following = following_frames(demo, target)
+    _, changes = gripper_segments(demo.actions)
+    end = changes[-1] if len(changes) else len(demo) - 1
+    frames = [0]
+    while following[frames[-1]] > frames[-1] and target[frames[-1]] < end:
         frames.append(int(following[frames[-1]]))
-    return frames, target[frames, 0]
+    return frames, target[frames]
 
 
 @torch.no_grad()
@@ -258,40 +292,23 @@ def free_run(policy, demo, config, fed="predicted"):
     waypoints), "jitter_mm" (of their errors), "px" (N,)}.
     """
     frames, targets = decision_frames(demo, config)
-    device = next(policy.parameters()).device
-    images = demo.images(frames)
-    policy.eval().reset()
-    tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
     _, changes = gripper_segments(demo.actions)
-
-    def decide(image, frame):
-        """The policy's waypoints from here on: [((3,) m, command in {0, 1})]."""
-        eef = demo.ee_pos[frame] if fed == "measured" or not predicted else predicted[-1]
-        maps = [m.to(device) for m in policy.backbone(torch.from_numpy(image[None]))]
-        out = policy.decide(
-            {
-                "features": maps,
-                "eef_pos": tensor(eef),
-                "K": tensor(demo.K),
-                "E": tensor(demo.E),
-                "gripper_width": tensor(np.abs(demo.gripper_states[frame]).sum()),
-            }
-        )
-        return list(zip(out["position"][0].double().cpu().numpy(), map(int, out["gripper"][0])))
-
+    policy.eval().reset()
     predicted, gripper, plan = [], [], []
-    for image, frame, target in zip(images, frames, targets):
-        (position, command), *rest = plan or decide(image, frame)
+    for image, frame, target in zip(demo.images(frames), frames, targets):
+        if not plan:
+            own = predicted[-1] if predicted and fed != "measured" else demo.ee_pos[frame]
+            plan = decide(policy, demo, image, frame, own)
+        (position, command), *rest = plan
         predicted.append(position)
         gripper.append(command)
         plan = rest if fed == "chunk" and target not in changes else []
     policy.reset()
-    predicted, true, path = (
-        np.array(predicted),
-        demo.ee_pos[targets],
-        demo.ee_pos[: targets[-1] + 1],
-    )
+
+    predicted, true = np.array(predicted), demo.ee_pos[targets]
+    path = demo.ee_pos[: targets[-1] + 1]
     to_px = lambda points: to_pixels(points, demo.K, demo.E)
+    path_px = to_px(path)
     return {
         "predicted": predicted,
         "true": true,
@@ -299,13 +316,33 @@ def free_run(policy, demo, config, fed="predicted"):
         "gripper": np.array(gripper),
         "frames": np.array(frames),
         "targets": targets,
-        "aside": distance_to_polyline(to_px(path), rollout_line(predicted, demo)),
-        "in_view": ((to_px(path) >= 0) & (to_px(path) <= config.image_size - 1)).all(-1),
+        "aside": distance_to_polyline(path_px, rollout_line(predicted, demo)),
+        "in_view": ((path_px >= 0) & (path_px <= config.image_size - 1)).all(-1),
         "jerk_mm": 1000 * jerk(predicted),
         "true_jerk_mm": 1000 * jerk(true),
         "jitter_mm": 1000 * jerk(predicted - true),
         "px": np.linalg.norm(to_px(predicted) - to_px(true), axis=-1),
     }
+
+
+def decide(policy, demo, image, frame, eef):
+    """The policy's waypoints at a recorded image (H,W,3), the EEF told to be at (3,) m ->
+    [((3,) m, command in {0, 1})].
+    """
+    device = next(policy.parameters()).device
+    tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
+    maps = policy.backbone(torch.from_numpy(image[None]))
+    out = policy.decide(
+        {
+            "features": [m.to(device) for m in maps],
+            "eef_pos": tensor(eef),
+            "K": tensor(demo.K),
+            "E": tensor(demo.E),
+            "gripper_width": tensor(np.abs(demo.gripper_states[frame]).sum()),
+        }
+    )
+    positions = out["position"][0].double().cpu().numpy()
+    return list(zip(positions, map(int, out["gripper"][0])))
 
 
 def rollout_line(predicted, demo):
@@ -314,21 +351,19 @@ def rollout_line(predicted, demo):
 
 
 def rollout_summary(rollouts):
-    """Means of `free_run` over demonstrations; coverage over all their points together, and over
-    those that images show: no policy that answers with a cell of the image can say the others."""
-    aside, in_view = (np.concatenate([r[k] for r in rollouts]) for k in ("aside", "in_view"))
-    covered = lambda eps, part: float((aside[part] <= eps).mean()) if part.any() else 0.0
-    row = {
-        f"coverage_{e}px{kind}": covered(e, part)
-        for kind, part in (("", np.full_like(in_view, True)), ("_in_view", in_view))
-        for e in EPS
-    }
-    row.update(
-        {
-            k: float(np.mean([r[k] for r in rollouts]))
-            for k in ("jerk_mm", "true_jerk_mm", "jitter_mm")
-        }
-    )
+    """Means of `free_run` over demonstrations.
+
+    Coverage is over all their points together, and over those that images show: no policy that
+    answers with a cell of the image can name the others.
+    """
+    aside, in_view = (np.concatenate([r[name] for r in rollouts]) for name in ("aside", "in_view"))
+    row = {}
+    for kind, part in (("", np.full_like(in_view, True)), ("_in_view", in_view)):
+        for eps in EPS:
+            share = float((aside[part] <= eps).mean()) if part.any() else 0.0
+            row[f"coverage_{eps}px{kind}"] = share
+    for name in ("jerk_mm", "true_jerk_mm", "jitter_mm"):
+        row[name] = float(np.mean([r[name] for r in rollouts]))
     px = np.concatenate([r["px"] for r in rollouts])
     return {
         **row,

@@ -35,7 +35,7 @@ def left(folder):
 
 def script(*flags):
     """The script's exit code, in this process: a subprocess each would cost the test its time."""
-    return precompute(build_parser().parse_args([str(f) for f in flags]))
+    return precompute(**vars(build_parser().parse_args([str(f) for f in flags])))
 
 
 @pytest.mark.parametrize("space", ["so3", "euler"])

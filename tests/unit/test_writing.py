@@ -132,11 +132,9 @@ def test_only_a_basis_is_replaced_by_a_basis(synthetic_demos, tmp_path):
     target = tmp_path / "basis.npz"
     np.savez(target, eef_pos_t=np.zeros(3))
     before = target.read_bytes()
-    run = lambda *flags: precompute_rotation_pca.precompute(
-        precompute_rotation_pca.build_parser().parse_args(
-            ["--dataset", str(synthetic_demos), *map(str, flags)]
-        )
-    )
+    parser = precompute_rotation_pca.build_parser()
+    typed = lambda *flags: parser.parse_args(["--dataset", *map(str, (synthetic_demos, *flags))])
+    run = lambda *flags: precompute_rotation_pca.precompute(**vars(typed(*flags)))
     refused(lambda: run("--out", target), "basis.npz", "no rotation basis")
     assert target.read_bytes() == before
     refused(lambda: run("--out", synthetic_demos), "--out")
