@@ -2,6 +2,7 @@
 
 python -m study.bench features             # traced and frozen backbone against the plain one and a trainable one; a thread an image or a pixel row
 python -m study.bench eval --ckpt X        # evaluation with 1 and with 2 workers, and where an episode's seconds go
+python -m study.bench rollout --ckpt X   # episodes an hour: our loop, and robosuite's with a render a step; --against CHECKOUT
 python -m study.bench memory --ckpt X      # what one evaluation worker holds after each of 50 episodes, not recycled (Linux)
 python -m study.bench train                # a training step by grid and precision
 python -m study.bench attention            # A: block-causal against a dense mask, cached decision against recomputing, step sizes
@@ -22,6 +23,7 @@ import flags
 from harness.records import read_summary
 from runtime import UserError, command_line, git_commit, read_jsonl, run_script, write_json
 from study.bench_attention import bench_attention, bench_voxel
+from study.bench_rollout import bench_rollout
 from study.timing import alternate
 
 
@@ -254,6 +256,7 @@ BENCHES = {
     "train": bench_train,
     "eval": bench_eval,
     "memory": bench_memory,
+    "rollout": bench_rollout,
     "voxel": bench_voxel,
     "attention": bench_attention,
 }
@@ -267,6 +270,16 @@ def build_parser():
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("--episodes", type=flags.count, help="eval: 10, memory: 50")
     parser.add_argument("--layout", default="benchmark", help="memory: as of eval.py")
+    parser.add_argument(
+        "--workers",
+        nargs="+",
+        type=flags.count,
+        default=[1, 2],
+        help="rollout: simulators at a time",
+    )
+    parser.add_argument(
+        "--against", type=Path, help="rollout: a checkout of another commit to compare with"
+    )
     parser.add_argument("--rounds", type=flags.count, default=7)
     parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")
     parser.add_argument(

@@ -1,0 +1,280 @@
+"""Episodes an hour: our loop beside robosuite's own loop with a render a control step, as LeRobot's
+evaluation of LIBERO does it.
+
+The same policy decides the same episodes in each, alternating on the same workers, so that paths,
+steps and outcomes are equal and the cost alone differs.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from figures.pages import markdown_table
+from harness.records import newest_checkpoint, read_episodes
+from runtime import UserError
+from sim import settings
+from sim.decisions import Decider, RemoteAgent
+from sim.layouts import LAYOUTS, episode_state
+from sim.libero_env import Scene, simulator
+from sim.rollout import run_episode
+from sim.workers import run_jobs
+
+THEIRS = "robosuite's, a render a step"
+LOOPS = {  # name -> (physics of Scene, whether every control step is rendered)
+    "ours": ("lean", False),
+    "ours, robosuite's physics": ("robosuite", False),
+    THEIRS: ("robosuite", True),
+}
+STEPS = 280  # of an episode at most, as published evaluations of LIBERO-Spatial
+PARTS = ("physics", "render", "features", "policy", "rest", "layout")
+
+
+class MeasuredScene(Scene):
+    """A Scene that books its own steps and renders, and renders every step where it is told to."""
+
+    each_step, seconds = False, None  # None: while it is built, nothing is booked
+
+    def begin(self, physics, each_step):
+        """Step and render so from here on, with the account at zero."""
+        self.use_physics(physics)
+        # LIBERO's own environment computes its observations at every step, and all are wanted there
+        for observable in self.env.env._observables.values():
+            observable.set_enabled(each_step)
+        self.each_step, self.seconds, self.counts = each_step, defaultdict(float), defaultdict(int)
+
+    def step(self, action):
+        self._book("physics", lambda: super(MeasuredScene, self).step(action))
+        if self.each_step:
+            self.render()
+
+    def render(self):
+        return self._book("render", super().render)
+
+    def _book(self, name, call):
+        if self.seconds is None:
+            return call()
+        start = time.perf_counter()
+        result = call()
+        self.seconds[name] += time.perf_counter() - start
+        self.counts[name] += 1
+        return result
+
+
+class RolloutWorker:
+    """A job is (loop, episode) -> its account. config: of the policy; steps: of an episode."""
+
+    def __init__(self, layout, config, steps, address):
+        start = time.perf_counter()
+        setting = LAYOUTS[layout][0]
+        self.layout, self.stride, self.steps = layout, config["waypoint_stride"], steps
+        clean = settings.clean_by_default(setting)
+        self.scene = MeasuredScene(image_size=config["image_size"], clean=clean)
+        self.agent, self.built = RemoteAgent(address), time.perf_counter() - start
+
+    def run(self, job):
+        loop, index = job
+        self.scene.begin(*LOOPS[loop])
+        start, cpu = time.perf_counter(), time.process_time()
+        state, _ = episode_state(self.scene, self.layout, index)
+        placed = time.perf_counter()
+        self.scene.begin(*LOOPS[loop])  # a random layout rebuilds the model
+        row, _, _ = run_episode(
+            self.scene, self.agent, state, max_steps=self.steps, waypoint_stride=self.stride
+        )
+        whole = time.perf_counter() - start
+        parts = {**self.scene.seconds, **self.agent.seconds, "layout": placed - start}
+        parts["rest"] = whole - sum(parts.values())
+        return {
+            "seconds": parts,
+            "wall": whole,
+            "cpu": time.process_time() - cpu,
+            "built": self.built,
+            "counts": dict(self.scene.counts),
+            "outcome": [row[k] for k in ("outcome", "steps", "decisions", "first_success")],
+        }
+
+    def close(self):
+        self.scene.close()
+
+
+def bench_rollout(args):
+    """Tables by number of workers; with --against, whole evaluations beside those of a checkout."""
+    if args.ckpt is None:
+        args.ckpt, sentence = newest_checkpoint()
+        print(sentence)
+    n = args.episodes or 4
+    found = {
+        "title": "rollout",
+        "checkpoint": args.ckpt.name,
+        "layout": args.layout,
+        "episodes": n,
+        "max_steps": STEPS,
+        "simulator": simulator(),
+        "loops": [loops(args, n, workers) for workers in args.workers],
+    }
+    if args.against:
+        found["against"] = [against(args, n, workers) for workers in args.workers]
+    return found
+
+
+def loops(args, n, workers, steps=STEPS):
+    """n episodes in each loop, on so many workers -> the table, JSON-able."""
+    start = time.perf_counter()
+    with Decider(_policy, (args.ckpt,)) as network:
+        loaded, config = time.perf_counter() - start, network.about["config"]
+        # a round is as many episodes as there are workers: at a time they run the same loop
+        rounds = [range(i, min(i + workers, n)) for i in range(0, n, workers)]
+        jobs = [(loop, i) for chunk in rounds for loop in LOOPS for i in chunk]
+        made_of = (args.layout, config, steps, network.address)
+        outcomes = list(run_jobs(jobs, RolloutWorker, made_of, workers, recycle=len(jobs) + 1))
+    if broken := [o.error for o in outcomes if o.error]:
+        raise UserError(f"an episode failed: {broken[0].strip().splitlines()[-1]}")
+    by_loop = {loop: [o.result for o in outcomes if o.job[0] == loop] for loop in LOOPS}
+    paths = {
+        loop: {o.job[1]: o.result["outcome"] for o in outcomes if o.job[0] == loop}
+        for loop in LOOPS
+    }
+    table = {loop: account(rows, workers) for loop, rows in by_loop.items()}
+    slowest = table[THEIRS]
+    for cell in table.values():
+        cell["ratio"] = cell["episodes_an_hour"] / slowest["episodes_an_hour"]
+        cell["cpu_ratio"] = slowest["cpu"] / cell["cpu"]
+    found = {
+        "workers": workers,
+        "set_up": {
+            "network": loaded,
+            "scene": float(np.mean([o.result["built"] for o in outcomes])),
+        },
+        "equal_outcomes": all(path == paths[THEIRS] for path in paths.values()),
+        "outcomes": paths,
+        "table": table,
+    }
+    show(found)
+    return found
+
+
+def _policy(path):
+    """The one process with torch: the checkpoint's sessions on the CPU."""
+    from harness.sessions import PolicySessions
+
+    return PolicySessions.load(path, "cpu")
+
+
+def account(rows, workers):
+    """Episodes of one loop -> means, and what an hour holds."""
+    mean = lambda values: float(np.mean(list(values)))
+    seconds = {part: mean(r["seconds"].get(part, 0.0) for r in rows) for part in PARTS}
+    each = lambda part: (
+        sum(r["seconds"].get(part, 0.0) for r in rows)
+        / max(1, sum(r["counts"].get(part, 0) for r in rows))
+    )
+    return {
+        "episodes_an_hour": 3600 * workers / mean(r["wall"] for r in rows),
+        "wall": mean(r["wall"] for r in rows),
+        "cpu": mean(r["cpu"] + r["seconds"]["features"] + r["seconds"]["policy"] for r in rows),
+        "seconds": seconds,
+        "ms_a_step": 1000 * each("physics"),
+        "ms_a_render": 1000 * each("render"),
+        "renders": mean(r["counts"].get("render", 0) for r in rows),
+        "steps": mean(r["outcome"][1] for r in rows),
+    }
+
+
+def show(found):
+    """Print one table of `loops`."""
+    print(f"\n{found['workers']} worker(s); set-up, once: {rounded(found['set_up'])} s")
+    print(f"equal outcomes, step by step: {found['equal_outcomes']}")
+    head = ["loop", "episodes an hour", "ratio", "CPU ratio", "ms a step", "ms a render", "renders"]
+    head += [f"{part}, s" for part in PARTS]
+    rows = [
+        [
+            name,
+            f"{cell['episodes_an_hour']:.0f}",
+            f"{cell['ratio']:.2f}",
+            f"{cell['cpu_ratio']:.2f}",
+            f"{cell['ms_a_step']:.1f}",
+            f"{cell['ms_a_render']:.0f}",
+            f"{cell['renders']:.0f}",
+            *(f"{cell['seconds'][part]:.2f}" for part in PARTS),
+        ]
+        for name, cell in found["table"].items()
+    ]
+    print(markdown_table(head, rows))
+
+
+def rounded(numbers):
+    return ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
+
+
+# -- against another checkout ---------------------------------------------------------------------
+
+
+def against(args, n, workers):
+    """Whole evaluations of n episodes, ours and another checkout's in turn, twice each -> means."""
+    here = Path(__file__).resolve().parents[1]
+    for checkout in (here, args.against):
+        if not (checkout / "eval.py").is_file():
+            raise UserError(
+                f"--against {args.against}: no checkout of this repository, it has no eval.py"
+            )
+    runs = {"this commit": [], "the other": []}
+    for _ in range(2):
+        for name, checkout in (("this commit", here), ("the other", args.against)):
+            runs[name].append(evaluated(args, checkout, n, workers))
+    mean = lambda name, key: float(np.mean([run[key] for run in runs[name]]))
+    found = {
+        name: {key: mean(name, key) for key in ("wall", "cpu", "episodes_an_hour")} for name in runs
+    }
+    ours, theirs = found["this commit"], found["the other"]
+    commit = ["git", "-C", str(args.against), "rev-parse", "--short=10", "HEAD"]
+    ratio = {
+        "episodes_an_hour": ours["episodes_an_hour"] / theirs["episodes_an_hour"],
+        "whole_command": theirs["wall"] / ours["wall"],
+        "cpu": theirs["cpu"] / ours["cpu"],
+    }
+    found |= {
+        "workers": workers,
+        "other_commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+        "equal_outcomes": runs["this commit"][0]["rows"] == runs["the other"][0]["rows"],
+        "ratio": ratio,
+        "runs": runs,
+    }
+    print(f"\nagainst {found['other_commit']}, {workers} worker(s): {rounded(ratio)} times")
+    return found
+
+
+def evaluated(args, checkout, n, workers):
+    """One evaluation of a checkout, in a folder of its own, so that nothing is cached."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, checkout / "eval.py", "--ckpt", args.ckpt.resolve()]
+        command += ["--teleport", "--zero_rotation", "--max_steps", STEPS, "--layout", args.layout]
+        command += ["--n_episodes", n, "--n_videos", 0, "--workers", workers, "--device", "cpu"]
+        command += ["--out", Path(folder) / "cell"]
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(checkout)},
+        )
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        if done.returncode:
+            raise UserError(f"{checkout}: its evaluation failed: {done.stderr.strip()[-300:]}")
+        rows = sorted(read_episodes(Path(folder) / "cell"), key=lambda row: row["episode"])
+    inside = float(np.mean([row["seconds"]["total"] for row in rows]))
+    return {
+        "wall": wall,
+        "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "episodes_an_hour": 3600 * workers / inside,
+        "rows": [
+            [row[k] for k in ("episode", "outcome", "steps", "first_success")] for row in rows
+        ],
+    }

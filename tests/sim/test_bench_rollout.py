@@ -1,0 +1,21 @@
+"""The benchmark of whole episodes compares the same episodes, and books what it says it books."""
+
+from argparse import Namespace
+
+from study.bench_rollout import LOOPS, THEIRS, loops
+
+STEPS = 20
+
+
+def test_the_loops_run_the_same_episode_at_other_costs(trained, capsys):
+    """Else a ratio would be of two different things: equal outcomes, a render a step in the one and
+    a render a decision in the other."""
+    args = Namespace(ckpt=trained[0] / "checkpoint.safetensors", layout="position")
+    found = loops(args, 1, 1, STEPS)
+    table, ours = found["table"], found["outcomes"]["ours"][0]
+    assert found["equal_outcomes"] and list(table) == list(LOOPS)
+    steps, decisions = ours[1:3]
+    assert steps == STEPS and table["ours"]["renders"] == decisions < STEPS
+    assert table[THEIRS]["renders"] >= decisions + STEPS
+    assert table[THEIRS]["ratio"] == 1 and table["ours"]["ratio"] > 1
+    assert f"| {THEIRS} |" in capsys.readouterr().out
