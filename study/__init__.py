@@ -1,1 +1,1 @@
-"""Comparisons of policies, of rotations and of speed, and what the simulator has to hold for them."""
+"""Comparisons of policies, of rotations and of speed, and what of the simulator they need."""

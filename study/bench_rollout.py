@@ -80,11 +80,12 @@ class RolloutWorker:
 
     def run(self, job):
         loop, index = job
-        self.scene.begin(*LOOPS[loop])
+        physics, each_step = LOOPS[loop]
+        self.scene.begin(physics, False)  # to place the objects is no part of the loop
         start, cpu = time.perf_counter(), time.process_time()
         state, _ = episode_state(self.scene, self.layout, index)
         placed = time.perf_counter()
-        self.scene.begin(*LOOPS[loop])  # a random layout rebuilds the model
+        self.scene.begin(physics, each_step)  # a random layout rebuilds the model
         row, _, _ = run_episode(
             self.scene, self.agent, state, max_steps=self.steps, waypoint_stride=self.stride
         )

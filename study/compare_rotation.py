@@ -1,8 +1,10 @@
 """v7 against the new rotation head, and the new one with y/x embeddings: same data, same steps,
 several seeds, held-out episodes.
 
-    python -m study.compare_rotation --dataset data/rim.hdf5 --seeds 3 --max_steps 500 --out results/rotation
-    python -m study.compare_rotation --run v7=runs/v7_0 --run v7=runs/v7_1 --run new=runs/new_0 --run new=runs/new_1
+    python -m study.compare_rotation --dataset data/rim.hdf5 --seeds 3 --max_steps 500 \\
+        --out results/rotation
+    python -m study.compare_rotation --run v7=runs/v7_0 --run v7=runs/v7_1 \\
+        --run new=runs/new_0 --run new=runs/new_1
 
 The first trains what is not trained yet (further flags go to train.py as they are), in
 RUNS/NAME_SEED, and then compares; after a kill the same command goes on. The second compares
@@ -102,20 +104,24 @@ def train_cells(args, further):
             runs.append(f"{name}={folder}")
             if not (folder / "config.json").exists():
                 script("train.py", *flags)
-            elif (
-                other := read_json(folder / "config.json", "run of train.py", form={"argv": [str]})[
-                    "argv"
-                ]
-            ) != flags:
-                raise UserError(
-                    f"{folder}: was trained with `{' '.join(other)}`, asked for is `{' '.join(flags)}`; "
-                    "give another --runs"
-                )
-            elif not finished(folder):
-                script("train.py", "--resume", folder)
+            else:
+                refuse_other_flags(folder, flags)
+                if not finished(folder):
+                    script("train.py", "--resume", folder)
             if not finished(folder):
                 raise UserError(f"{folder}: was stopped before its end; the same command goes on")
     return runs
+
+
+def refuse_other_flags(folder, flags):
+    """Raise UserError for a run that was trained with other flags."""
+    form = {"argv": [str]}
+    made = read_json(folder / "config.json", "run of train.py", form=form)["argv"]
+    if made != flags:
+        raise UserError(
+            f"{folder}: was trained with `{' '.join(made)}`, asked for is `{' '.join(flags)}`; "
+            "give another --runs"
+        )
 
 
 def finished(folder):
@@ -133,15 +139,15 @@ def episode_predictions(policy, maps, demo, batch_size=16):
     found = defaultdict(list)
     for start in range(0, len(demo), batch_size):
         part = slice(start, min(start + batch_size, len(demo)))
-        same = lambda x: torch.from_numpy(x).expand(part.stop - start, *x.shape)
+        n = part.stop - start
         width = np.abs(demo.gripper_states[part]).sum(-1)
         out = policy.predict(
             {
                 "features": [m[part] for m in maps],
                 "eef_pos": torch.from_numpy(demo.ee_pos[part]),
                 "gripper_width": torch.from_numpy(width),
-                "K": same(demo.K),
-                "E": same(demo.E),
+                "K": torch.from_numpy(demo.K).expand(n, 3, 3),
+                "E": torch.from_numpy(demo.E).expand(n, 4, 4),
             }
         )
         for key in ("position", "gripper", "rotation"):
@@ -226,7 +232,8 @@ def training_record(folder):
     rows = [r for r in read_metrics(folder) if "val/rotation_ce" in r]
     if not rows:
         raise UserError(
-            f"{folder}: metrics.jsonl has no validation of a volume policy; give a folder of a finished train.py run"
+            f"{folder}: metrics.jsonl has no validation of a volume policy; "
+            "give a folder of a finished train.py run"
         )
     return rows[-1], [(r["step"], r["val/rotation_ce"]) for r in rows]
 
@@ -333,37 +340,30 @@ def draw(predictions, policies, demos, basis, out):
         target, gripper, _, usable = labels(demo, config)
         last, rotation = np.flatnonzero(usable)[-1] + 1, rotvec_to_matrix(demo.ee_ori)
         value = lambda r: np.degrees(basis.value(r))
-        acted = lambda commands: executed(commands, demo, config)[1]
         models = {
             n: {
                 "gripper": p[i]["gripper"][:last],
-                "executed": acted(p[i]["gripper"]),
+                "executed": executed(p[i]["gripper"], demo, config)[1],
                 "value": value(p[i]["rotation"][:last]),
             }
             for n, p in predictions.items()
         }
         truth = {
             "gripper": gripper[:last, 0],
-            "executed": acted(gripper[:, 0]),
+            "executed": executed(gripper[:, 0], demo, config)[1],
             "value": value(rotation[target[:last, 0]]),
         }
         episodes.append((demo.name, models, truth))
         if i:
             continue
-        frame, shown = (
-            int(np.flatnonzero(usable)[usable.sum() // 4]),
-            np.linspace(0, last - 1, 8).astype(int),
-        )
+        frame = int(np.flatnonzero(usable)[usable.sum() // 4])
+        shown = np.linspace(0, last - 1, 8).astype(int)
         for name, p in predictions.items():
             shares = torch.from_numpy(p[i]["logits"][frame][:, -1]).double().softmax(-1).numpy()
-            bins = (
-                policies[name]
-                .rotation_bins(torch.from_numpy(rotation[target[frame]]))[:, -1]
-                .numpy()
-            )
-            plots_rotation.distribution_strip(
-                shares, bins, f"{name}, frame {frame}", out / f"distribution_{name}.png"
-            )
+            true = torch.from_numpy(rotation[target[frame]])
+            bins = policies[name].rotation_bins(true)[:, -1].numpy()
+            title, file = f"{name}, frame {frame}", out / f"distribution_{name}.png"
+            plots_rotation.distribution_strip(shares, bins, title, file)
         segments = {
             "demonstration": closing_directions(
                 demo.ee_pos[target[shown, 0]], rotation[target[shown, 0]], demo
@@ -413,8 +413,8 @@ def compare(args, runs):
                 ]
             elif info["args"]["dataset"] != dataset:
                 raise UserError(
-                    f"{folder}: was trained on {info['args']['dataset']}, the runs before on {dataset}; "
-                    "compare runs on one dataset"
+                    f"{folder}: was trained on {info['args']['dataset']}, the runs before on "
+                    f"{dataset}; compare runs on one dataset"
                 )
             row, found = measure(policy, demos, features)
             rows.append(row)
@@ -459,7 +459,8 @@ def compare(args, runs):
     names = {n: list(map(str, some)) for n, some in folders.items()}
     write_json(args.out / "summary.json", {**provenance, "runs": names, "cells": summary})
     print(
-        f"{args.out}: summary.json, table.md, rotation_ce.png, gripper.png, gripper_executed.png, rotation.png, overlay.png, distribution_*.png"
+        f"{args.out}: summary.json, table.md, rotation_ce.png, gripper.png, "
+        "gripper_executed.png, rotation.png, overlay.png, distribution_*.png"
     )
 
 
@@ -497,7 +498,8 @@ def main(argv=None):
     args, further = build_parser().parse_known_args(argv)
     if bool(args.run) == bool(args.dataset) or args.run and further:
         raise UserError(
-            "give either --dataset, and what train.py shall get, or --run NAME=FOLDER for each finished run"
+            "give either --dataset, and what train.py shall get, "
+            "or --run NAME=FOLDER for each finished run"
         )
     if args.dataset and args.backbone_weights:
         further += ["--backbone_weights", str(args.backbone_weights)]

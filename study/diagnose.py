@@ -1,8 +1,10 @@
 """Where a policy goes wrong: one-step errors at the decisions of recorded demonstrations, by phase
 and by part of the answer.
 
-    python collect_demos.py --setting position --part val --out data/position_val.hdf5     # conditions that nothing is trained on
-    python -m study.diagnose --ckpt runs/A/checkpoint.safetensors runs/B/checkpoint.safetensors --dataset data/position_val.hdf5
+    # conditions that nothing is trained on
+    python collect_demos.py --setting position --part val --out data/position_val.hdf5
+    python -m study.diagnose --dataset data/position_val.hdf5 \\
+        --ckpt runs/A/checkpoint.safetensors runs/B/checkpoint.safetensors
 
 At each decision a policy sees the recorded image and the recorded EEF. `reach` is until the gripper
 closes, `carry` from then on. Reported for each: pixel error, its bias (mean, to the image's right
@@ -84,19 +86,21 @@ def table(rows):
     lines = []
     for name, phases in rows.items():
         for phase, r in phases.items():
-            if r:
-                lines.append(
-                    [
-                        name,
-                        phase,
-                        str(r["n"]),
-                        f"{r['px_median']:.1f} / {r['px_p90']:.1f}",
-                        "{:+.1f}, {:+.1f}".format(*r["bias_px"]),
-                        f"{r['height_cm_median']:.2f} / {r['height_cm_p90']:.2f} ({r['height_cm_bias']:+.2f})",
-                        f"{r['table_cm_median']:.2f} / {r['table_cm_p90']:.2f}",
-                        f"{100 * r['gripper']:.0f}%",
-                    ]
-                )
+            if not r:
+                continue
+            height = f"{r['height_cm_median']:.2f} / {r['height_cm_p90']:.2f}"
+            lines.append(
+                [
+                    name,
+                    phase,
+                    str(r["n"]),
+                    f"{r['px_median']:.1f} / {r['px_p90']:.1f}",
+                    "{:+.1f}, {:+.1f}".format(*r["bias_px"]),
+                    f"{height} ({r['height_cm_bias']:+.2f})",
+                    f"{r['table_cm_median']:.2f} / {r['table_cm_p90']:.2f}",
+                    f"{100 * r['gripper']:.0f}%",
+                ]
+            )
     return markdown_table(head, lines)
 
 

@@ -1,8 +1,10 @@
 """Open-loop rollouts of policies side by side on validation demonstrations: from the first frame
 on, own predictions fed back.
 
-    python -m study.openloop --ckpt runs/NAME/checkpoint.safetensors checkpoints/para_libero_spatial_0.safetensors
-    python -m study.openloop --ckpt ... --dataset calm.hdf5 --whole  # another file, e.g. one collected with --push_rate 0: no plan covers a push
+    python -m study.openloop --ckpt runs/NAME/checkpoint.safetensors \\
+        checkpoints/para_libero_spatial_0.safetensors
+    # another file, e.g. one collected with --push_rate 0: no plan covers a push
+    python -m study.openloop --ckpt ... --dataset calm.hdf5 --whole
 
 At each decision of a recorded demonstration a policy sees the recorded image and takes its own
 previous waypoint for the EEF's position. A policy of several waypoints is also rolled out in
@@ -61,45 +63,71 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
-    args = build_parser().parse_args(argv)
-    rows, paths, held_out = [], {}, None
-    for ckpt in args.ckpt:
-        policy, info, _ = load_policy(ckpt, "cpu", args.backbone_weights)
-        if held_out is None:
-            recordings = open_dataset(args.dataset, policy.config.image_size, args.n_demos)
-            attributes, held_out = recordings.attributes, recordings.demos
-            if not args.whole:
-                held_out = split_demos(held_out, args.val_fraction)[1]
-            held_out = held_out[: args.max_val]
-        elif policy.config.image_size != held_out[0].image_size:
-            raise UserError(
-                f"{ckpt}: takes images of {policy.config.image_size} px, {args.dataset} has {held_out[0].image_size}"
-            )
-        for fed in (
-            "measured",
-            "predicted",
-            *(["chunk"] if policy.n_waypoints > 1 else []),
-        ):
-            rollouts = roll(held_out, policy, fed, ckpt.stem)
-            rows.append(
-                {
-                    "checkpoint": str(ckpt),
-                    "model_type": info["model_type"],
-                    "fed": fed,
-                    **rollout_summary(rollouts),
-                }
-            )
-            if fed != "measured":
-                name = info["model_type"] + (
-                    f", {policy.n_waypoints} at a time" if fed == "chunk" else ""
-                )
-                paths[f"{len(paths)}: {name}"] = rollouts  # the same model type may come twice
-    for i, demo in enumerate(held_out[:3]):
+def held_out_demos(args, image_size):
+    """The demonstrations that policies are rolled out on, and what their file says of itself."""
+    recordings = open_dataset(args.dataset, image_size, args.n_demos)
+    demos = recordings.demos
+    if not args.whole:
+        demos = split_demos(demos, args.val_fraction)[1]
+    return demos[: args.max_val], recordings.attributes
+
+
+def roll_out(policy, info, ckpt, demos):
+    """A policy rolled out in every way that it can be -> (rows of the table, {name: rollouts} of
+    those that are drawn).
+    """
+    rows, paths = [], {}
+    for fed in ("measured", "predicted", *(["chunk"] if policy.n_waypoints > 1 else [])):
+        rollouts = roll(demos, policy, fed, ckpt.stem)
+        row = {"checkpoint": str(ckpt), "model_type": info["model_type"], "fed": fed}
+        rows.append({**row, **rollout_summary(rollouts)})
+        if fed != "measured":
+            chunk = f", {policy.n_waypoints} at a time" if fed == "chunk" else ""
+            paths[info["model_type"] + chunk] = rollouts
+    return rows, paths
+
+
+def draw(paths, demos, folder):
+    """Overlays of the first three demonstrations. paths: {name: rollouts}."""
+    for i, demo in enumerate(demos[:3]):
         image = demo.images([0])[0]
         true = to_pixels(next(iter(paths.values()))[i]["path"], demo.K, demo.E)
         lines = {name: rollout_line(r[i]["predicted"], demo) for name, r in paths.items()}
-        plots.paths_overlay(image, true, lines, args.out / f"rollout_{demo.name}.png")
+        plots.paths_overlay(image, true, lines, folder / f"rollout_{demo.name}.png")
+
+
+def print_table(rows):
+    """A line a row, in columns."""
+    print(
+        f"\n{'model':<24}{'fed':<11}{'coverage 4 / 8 / 16 px':<26}{'of points in view':<26}"
+        f"{'2nd diff. mm (true)':<20}{'jitter mm':<11}px median / 90%"
+    )
+    for r in rows:
+        near = lambda kind, r=r: " / ".join(f"{r[f'coverage_{e}px{kind}']:.3f}" for e in EPS)
+        print(
+            f"{r['model_type']:<24}{r['fed']:<11}{near(''):<26}{near('_in_view'):<26}"
+            f"{r['jerk_mm']:6.1f} ({r['true_jerk_mm']:.1f}){'':<7}"
+            f"{r['jitter_mm']:6.1f}{'':<5}{r['px_median']:.1f} / {r['px_p90']:.1f}"
+        )
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    rows, paths, demos = [], {}, None
+    for ckpt in args.ckpt:
+        policy, info, _ = load_policy(ckpt, "cpu", args.backbone_weights)
+        size = policy.config.image_size
+        if demos is None:
+            demos, attributes = held_out_demos(args, size)
+        elif size != demos[0].image_size:
+            raise UserError(
+                f"{ckpt}: takes images of {size} px, {args.dataset} has {demos[0].image_size}"
+            )
+        more, drawn = roll_out(policy, info, ckpt, demos)
+        rows += more
+        # the same model type may come twice
+        paths.update({f"{len(paths) + i}: {n}": r for i, (n, r) in enumerate(drawn.items())})
+    draw(paths, demos, args.out)
     table = {
         "command": command_line(),
         "commit": git_commit(),
@@ -109,18 +137,7 @@ def main(argv=None):
         "rows": rows,
     }
     write_json(args.out / "openloop.json", table)
-    print(
-        f"\n{'model':<24}{'fed':<11}{'coverage 4 / 8 / 16 px':<26}{'of points in view':<26}{'2nd diff. mm (true)':<20}{'jitter mm':<11}px median / 90%"
-    )
-    for r in rows:
-        cover, seen = (
-            " / ".join(f"{r[f'coverage_{e}px{kind}']:.3f}" for e in EPS)
-            for kind in ("", "_in_view")
-        )
-        print(
-            f"{r['model_type']:<24}{r['fed']:<11}{cover:<26}{seen:<26}"
-            f"{r['jerk_mm']:6.1f} ({r['true_jerk_mm']:.1f}){'':<7}{r['jitter_mm']:6.1f}{'':<5}{r['px_median']:.1f} / {r['px_p90']:.1f}"
-        )
+    print_table(rows)
     print(f"{args.out}/openloop.json, rollout_*.png")
 
 

@@ -1,9 +1,12 @@
 """The premise of every evaluation: from the benchmark's init states the objects come to rest where
 the task says.
 
-    python -m study.premise                                       # every suite whose files are installed; goes on where it was
-    python -m study.premise --suites libero_spatial libero_goal   # only these; the table keeps what is known of the others
-    python -m study.premise --table                               # only write the table anew
+    # every suite whose files are installed; goes on where it was
+    python -m study.premise
+    # only these; the table keeps what is known of the others
+    python -m study.premise --suites libero_spatial libero_goal
+    # only write the table anew
+    python -m study.premise --table
 
 For each init state of each task: set it, let WAIT_STEPS control steps of physics pass as
 evaluations do, then ask of each movable object whether it is upright, stands on what its BDDL file
@@ -49,7 +52,8 @@ HEIGHT = 3.0  # mm from the median height of that object on that support over it
 THROWN = 10.0  # mm in xy since the stored state, beyond the median over the states
 SPEED, TURN = 20.0, 20.0  # mm/s and degrees/s above which an object does not lie still
 CRITERIA = {
-    "tilted": f"tilted by more than {TILT:.0f} degrees beyond its median over the states, or by more than {TOPPLED:.0f}",
+    "tilted": f"tilted by more than {TILT:.0f} degrees beyond its median over the states, "
+    f"or by more than {TOPPLED:.0f}",
     "off": "does not touch what the BDDL file says it is on, or is not in it by LIBERO's predicate",
     "height": f"more than {HEIGHT:.0f} mm off its height on that support",
     "thrown": f"moved by more than {THROWN:.0f} mm in xy beyond its median over the states",
@@ -341,7 +345,8 @@ def measure(suites, cache, workers):
     lost = [job for job, key in keys.items() if key not in done]
     if lost:
         raise UserError(
-            f"{len(lost)} tasks could not be measured, {lost[0]} among them; the same command tries them again"
+            f"{len(lost)} tasks could not be measured, {lost[0]} among them; "
+            "the same command tries them again"
         )
     found = {}
     for (suite, i), key in keys.items():
@@ -429,13 +434,16 @@ def write_table(out, path):
         *CRITERIA,
         "tasks with failing states (how many)",
     ]
+    commits = ", ".join(sorted({f["commit"] for f in listed}))
     lines = [
         "# Do the benchmark's init states come to rest as their tasks say?",
         "",
-        f"Made by `python -m study.premise` at commit {', '.join(sorted({f['commit'] for f in listed}))} with {'; '.join(used)}.",
+        f"Made by `python -m study.premise` at commit {commits} with {'; '.join(used)}.",
         "",
-        f"From each init state {WAIT_STEPS} control steps pass with the gripper opening, as at the start of an evaluation; nothing is",
-        "rendered. A state fails if any movable object does; `of interest` counts those in which one that the task is about",
+        f"From each init state {WAIT_STEPS} control steps pass with the gripper opening, "
+        "as at the start of an evaluation; nothing is",
+        "rendered. A state fails if any movable object does; `of interest` counts those in which "
+        "one that the task is about",
         "does. The criteria:",
         "",
         *[f"- `{k}`: {v}" for k, v in CRITERIA.items()],
@@ -485,7 +493,8 @@ def write_table(out, path):
         lines += [
             "## Objects that rest otherwise than they are stored, in most states of their task",
             "",
-            "Where they are still and in place, this is the task as it is evaluated, and only states that differ from the median fail.",
+            "Where they are still and in place, this is the task as it is evaluated, "
+            "and only states that differ from the median fail.",
             "Medians over the states.",
             "",
             markdown_table(
