@@ -60,6 +60,7 @@ def fault(K, E, size=None):
     if E.shape != (4, 4) or not np.isfinite(E).all() or not np.allclose(E[3], [0, 0, 0, 1]):
         return "is no (4,4) camera-to-world transform [R t; 0 1] of finite numbers", "E"
     R = E[:3, :3]
+    # a mirror has determinant -1
     if not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0:
         return (
             "has a rotation that is not orthonormal with determinant 1, points would be "
@@ -90,6 +91,7 @@ def project(points, K, E):
     """World points (...,3) in metres -> pixels u (...), v (...) and depth (...) in metres. Depth <=
     0 is behind.
     """
+    # camera coordinates (...,3): x right, y down, z forward
     c = _rotate(_transpose(E[..., :3, :3]), points - E[..., :3, 3])
     u = K[..., 0, 0] * c[..., 0] / c[..., 2] + K[..., 0, 2]
     v = K[..., 1, 1] * c[..., 1] / c[..., 2] + K[..., 1, 2]

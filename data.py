@@ -92,11 +92,13 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
     # it stays: no change is to come, and no frame from here to the end is farther
     staying = stay & (following == len(changes)) & (step < max(min_travel, STILL))
     following_waypoint = np.where(staying, np.minimum(frames + stride, end), following_waypoint)
+    # waypoint after waypoint, each the next of the one before
     target = [following_waypoint]
     while len(target) < n_window:
         # a change is its own next waypoint: the trajectory ends there
         target.append(following_waypoint[target[-1]])
     target = np.stack(target, -1)
+    # number of pushed frames before each frame
     pushes = np.concatenate([[0], np.cumsum(demo.perturbed)])
     mask = pushes[target] == pushes[frames][:, None]  # no pushed frame in [i, target)
     held = held_frames(demo)
@@ -104,6 +106,7 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
     # at the change frame itself the old command still is
     in_force = np.append(closed[:1], closed[:-1])
     usable = mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == in_force) & ~staying)
+    # the last release is the last change, to open fingers
     if not (retreat or stay) and len(changes) and not closed[changes[-1]]:
         usable[changes[-1] + 1 :] = False
     return target, closed[target], mask, usable
@@ -199,6 +202,7 @@ class WaypointDataset(Dataset):
             return False
         kept = [maps for maps in self.maps if maps is not None]
         size = sum(m.nbytes for maps in kept for m in maps)
+        # the other half is for the training itself
         if size > torch.cuda.mem_get_info(device)[0] / 2:
             return False
         self.keep_on(device)
@@ -258,7 +262,9 @@ class WaypointDataset(Dataset):
         positions = np.concatenate([d.ee_pos for d in self.demos])
         heights = positions[:, 2]
         euler = matrix_to_euler(rotvec_to_matrix(np.concatenate([d.ee_ori for d in self.demos])))
+        # a gripper that points down has a roll of +-pi: unwrapped, or it spans a whole turn
         euler = wrap_angle(euler, circular_mean(euler))
+        # evenly over all demonstrations
         picked = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)
         features = []
         for maps in self.last_features(picked):

@@ -47,6 +47,7 @@ def window_frames(following, last, length, allowed, since=None):
     """
     frames = [last]
     while len(frames) < length:
+        # earlier frames whose decision leads onward, and by how many steps it misses this one
         before = np.flatnonzero(allowed[: frames[0]])
         before = before[following[before] > before]
         if not len(before):
@@ -56,6 +57,7 @@ def window_frames(following, last, length, allowed, since=None):
             misses = np.abs(following[before] - since[frames[0]])
         if misses.min() > NEAR:
             break
+        # of several that miss by as little, the latest
         frames.insert(0, int(before[np.flatnonzero(misses == misses.min())[-1]]))
     return frames
 
@@ -86,6 +88,7 @@ class WindowDataset(WaypointDataset):
                 for last in np.flatnonzero(usable & kept)
             ]
             needed = sorted({f for w in windows for f in w})
+            # windows hold rows: numbers of frames among all needed ones of all demonstrations
             place = {f: i for i, f in enumerate(needed)}
             start = sum(len(s) for s in starts)
             starts.append(needed)
@@ -104,6 +107,7 @@ class WindowDataset(WaypointDataset):
         )
         self.row_demo, self.row_frame = row_demo, row_frame
         self.fill(row_demo, row_frame, target[:, None], gripper[:, None], usable[:, None])
+        # a window is known by its newest frame
         ends = np.array([w[-1] for w in self.windows])
         self.demo, self.frame = row_demo[ends], row_frame[ends]
         self.first_eef = torch.from_numpy(np.stack([demo.ee_pos[0] for demo in self.demos]))

@@ -209,6 +209,7 @@ class Policy(nn.Module):
         their number, so that the average of the processes' gradients is the gradient of that mean.
         Their own means would weigh a process with few unmasked samples like one with many.
         """
+        # how many unmasked samples there are, in all processes of a training
         total, world = mask.sum(), self.shard.world if self.training else 1
         if world > 1:
             torch.distributed.all_reduce(total)
@@ -252,6 +253,7 @@ class Policy(nn.Module):
         """Optimiser groups: the weights of linear layers, convolutions and attention decay; nothing
         else does, so no bias, norm or embedding, nor a parameter of the policy's own as tokens and
         positions are, whatever its shape."""
+        # by type of layer: a policy's own matrices, as tokens and positions, are no weights of one
         weights = {
             id(p)
             for m in self.modules()
@@ -298,6 +300,7 @@ class Policy(nn.Module):
                 "E": tensor(observation.E),
             }
         )
+        # of the one observation: (T,3), (T,), (T,3,3)
         position = out["position"][0].double().cpu().numpy()
         grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)
         rotations = out["rotation"][0].double().cpu().numpy() if self.turns else None
@@ -336,6 +339,7 @@ class FittedPolicy(Policy):
         """Euler ranges and feature normalisation from the training data; see
         `data.WaypointDataset.statistics`.
         """
+        # (3,2), a little wider than the data, so that none lies on an end
         euler = torch.as_tensor(statistics["euler_range"])
         self.euler_range.copy_(euler + torch.tensor([-ROTATION_MARGIN, ROTATION_MARGIN]))
         for i, (mean, std) in enumerate(statistics["features"]):
@@ -367,6 +371,7 @@ class FittedPolicy(Policy):
     def euler_rotation(self, bins):
         """Bins (...,3) per Euler axis, which may lie between two -> rotations (...,3,3)."""
         low, high = self.euler_range.unbind(-1)
+        # a bin stands for its centre
         euler = low + (bins + 0.5) / self.config.n_rot_bins * (high - low)
         return torch.from_numpy(euler_to_matrix(euler.cpu().numpy())).to(bins.device)
 
@@ -383,6 +388,7 @@ class FittedPolicy(Policy):
         c, bins = self.config, self.rotation_bins(rotation)
         if c.rotation_sigma <= 0:
             return F.one_hot(bins, c.n_rot_bins).float()
+        # (N,A,bins), distances to the label's bin; a bell over them that sums to one
         apart = torch.arange(c.n_rot_bins, device=bins.device) - bins[..., None]
         return (-0.5 * (apart / c.rotation_sigma) ** 2).softmax(-1)
 
@@ -404,6 +410,7 @@ def euler_angles(rotation):
     device.
     """
     m = lambda i, j: rotation[..., i, j]
+    # R = Rz(yaw) Ry(pitch) Rx(roll)
     pitch = torch.atan2(-m(2, 0), torch.hypot(m(2, 1), m(2, 2)))
     return torch.stack([torch.atan2(m(2, 1), m(2, 2)), pitch, torch.atan2(m(1, 0), m(0, 0))], -1)
 

@@ -82,6 +82,7 @@ def matrix_to_quat(matrix):
         ]
     )
     products = np.moveaxis(products, (0, 1), (-2, -1))
+    # the largest component divides the others without losing digits
     best = np.diagonal(products, axis1=-2, axis2=-1).argmax(-1)
     q = np.take_along_axis(products, best[..., None, None], -2)[..., 0, :]
     q = q / np.linalg.norm(q, axis=-1, keepdims=True)
@@ -183,6 +184,7 @@ class RotationBasis:
             return euler_offsets(rotation, self.mean) @ self.axis
         x, y, z = self.axis
         A = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+        # maximises trace(relative^T exp(value A)) in closed form
         relative = self.mean.T @ np.asarray(rotation, dtype=float)
         overlap = lambda other: np.einsum("...ij,ij->...", relative, other)
         return wrap_angle(np.arctan2(overlap(A), -overlap(A @ A)), (self.low + self.high) / 2)
@@ -258,6 +260,7 @@ def fit_basis(rotations, space="so3", provenance=None):
     else:
         mean = frechet_mean(rotations)
         offsets = matrix_to_rotvec(mean.T @ rotations)
+    # principal components of offsets (N,3): directions in `axes`, largest first
     _, scale, axes = np.linalg.svd(offsets, full_matrices=False)
     if scale[0] < 1e-6 * np.sqrt(len(rotations)):
         raise UserError(
@@ -362,6 +365,7 @@ def load_basis(path, fingerprints=None):
         provenance,
     )
     check_basis(basis, path)
+    # a basis copied along with other demonstrations would bin their rotations wrongly
     known = {*basis.provenance.get("fingerprints", ()), *basis.provenance.get("held_out", ())}
     if fingerprints is not None and not set(fingerprints) <= known:
         raise UserError(

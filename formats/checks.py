@@ -36,6 +36,7 @@ def check_dataset(demos, path):
     """Raise UserError where the cameras of a dataset do not see the EEF, or its gripper commands
     say the reverse of its fingers.
     """
+    # millimetres, OpenGL axes, the inverse and K of another size all show here
     seen = np.mean(np.concatenate([_seen(d, d.ee_pos, d.K, d.E) for d in demos]))
     if seen < SEEN:
         raise UserError(
@@ -48,6 +49,7 @@ def check_dataset(demos, path):
             "EEF: it looks like the inverse transform (world-to-camera); store numpy.linalg.inv of "
             "the extrinsics"
         )
+    # fingers that open on the command to close: the sign is the other way round
     settled = [settled_widths(d) for d in demos]
     opened, closed = (np.concatenate([s[i] for s in settled]) for i in range(2))
     if len(opened) and len(closed) and np.median(closed) > np.median(opened) + REVERSED:

@@ -89,6 +89,7 @@ def turned_back(demo, E):
     to show robots turned before one camera. `states` stay as recorded. Raises UserError where such
     a move does not take one camera to the other.
     """
+    # takes the recording's camera to E, and the world with it
     move = E @ np.linalg.inv(demo.E)
     turn = move[:3, :3]
     if np.abs(turn[2] - [0, 0, 1]).max() > 1e-3 or abs(move[2, 3]) > 2e-3:
@@ -116,6 +117,7 @@ def next_waypoint(positions, end, stride, min_travel=0.0):
     path slows down, a waypoint nearer than a cell of the prediction decodes to where the EEF
     already is, and a policy without memory stays there for ever.
     """
+    # one frame later at a time, for those that are still too near
     frames = np.arange(len(positions))
     target = np.minimum(frames + stride, end)
     while True:
@@ -134,6 +136,7 @@ def split_demos(demos, val_fraction=0.15):
             f"{len(demos)} demonstration: training needs at least 2, one of them for validation; "
             f"{RECOLLECT}"
         )
+    # evenly spread over the file, whose conditions may come in blocks
     every = min(len(demos), max(2, round(1 / val_fraction)))
     return (
         [d for i, d in enumerate(demos) if i % every != every - 1],

@@ -49,6 +49,7 @@ def open_file(path, remedy):
         raise UserError(f"{path}: may not be read by you; ask its owner") from None
     except Exception as error:
         text = one_line(error)
+        # HDF5 locks what is open for writing, and marks it in the file
         if isinstance(error, BlockingIOError) or "unable to lock" in text or "already open" in text:
             raise UserError(
                 f"{path}: another program has it open for writing ({text}); wait until it "
@@ -68,6 +69,7 @@ def create(path):
 
 def write_array(parent, key, value):
     """Write an array with a checksum: a flipped bit of a position is an error, no other one."""
+    # HDF5 filters work on chunks, which a scalar and an empty array do not have
     checked = {"fletcher32": True} if np.ndim(value) and np.size(value) else {}
     parent.create_dataset(key, data=value, **checked)
 
@@ -104,8 +106,10 @@ def dataset(path, parent, key, remedy, tail=None, kinds="fiub"):
         if dtype.kind not in kinds:
             wanted = "numbers" if "u" in kinds else "floating-point numbers"
             raise UserError(f"{where}: has dtype {dtype}, {wanted} are expected; {remedy}")
+        # float16 has eleven bits: a millimetre at two metres
         if kinds == "f" and dtype.itemsize < 4:
             raise UserError(f"{where}: has dtype {dtype}, which rounds to millimetres; {remedy}")
+        # first axis: rows; None stands for any length
         if tail is not None and not (
             len(shape) == 1 + len(tail) and all(n in (None, m) for n, m in zip(tail, shape[1:]))
         ):
@@ -119,6 +123,7 @@ def _check_storage(found, where, remedy):
     """Raise UserError for a dataset that holds more than the file does, or parts never written."""
     if found.is_virtual or found.external or not found.size:
         return
+    # a file of 14 kB can claim 10^10 rows: no compression makes that much of it
     in_file = found.id.get_storage_size()
     if found.nbytes > max(SMALL, DEFLATE * in_file) or not in_file:
         raise UserError(
@@ -198,6 +203,7 @@ def _name(node):
 def _node(path, parent, key, remedy, kind, what):
     where = place(path, parent, key)
     with guarded(where, remedy):
+        # a link that leads nowhere is there, and says so when it is followed
         if key not in parent and parent.get(key, getlink=True) is None:
             raise UserError(f"{where}: key is missing; {remedy}")
         found = parent[key]

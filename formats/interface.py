@@ -29,6 +29,7 @@ class Demonstrations(ABC):
         the first so many demonstrations. Raises UserError with file, key and remedy."""
         self.path = Path(path)
         self.demos, self.attributes = self.read(image_size, limit)
+        # so that a demonstration reads its own images, wherever it goes
         for demo in self.demos:
             demo.source = self
         check_dataset(self.demos, self.path)

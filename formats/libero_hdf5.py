@@ -57,6 +57,7 @@ class LiberoFile(Demonstrations):
 
     def read(self, image_size, limit):
         with open_demos(self.path) as file:
+            # masks and other groups may lie beside the demonstrations
             names = demo_names(file)
             attributes = file_attributes_of(self.path, file)
             check_number(self.path, names, attributes)
@@ -128,6 +129,7 @@ def file_attributes_of(path, file):
     orientation that nobody knows.
     """
     found = hdf5.attributes(path, file["data"], RECOLLECT)
+    # official files name no format
     ours = str(found.get("format", "")).startswith("para-libero")
     if ours and found["format"] != FORMAT:
         raise UserError(
@@ -188,6 +190,7 @@ def read_demo(path, file, name, image_size=None, ours=False):
             raise UserError(f"{where}/{key}: has {n} rows, actions has {length}; {RECOLLECT}")
     if length < 2:
         raise UserError(f"{where}: has {length} steps, at least 2 are needed; {RECOLLECT}")
+    # official files have no cameras; a replay adds them
     K, E = (hdf5.array(path, group, key, ADD_CAMERA, kinds="f") for key in (CAMERA_K, CAMERA_E))
     check_camera(K, E, where, side)
     demo = Demo(
@@ -232,6 +235,7 @@ def read_images(path, file, name, indices):
     images = hdf5.dataset(path, hdf5.group(path, file["data"], name, RECOLLECT), IMAGE, RECOLLECT)
     with hdf5.guarded(f"{path}: data/{name}/{IMAGE}", RECOLLECT):
         images = np.stack([images[i] for i in indices])
+    # rows from the bottom up are turned over, so that every reader sees upright images
     return np.ascontiguousarray(images[:, ::-1]) if image_flipped(file) else images
 
 
@@ -270,6 +274,7 @@ def _fixtures_of_xml(text):
         name, position = body.get("name", ""), body.get("pos")
         moves = body.find("freejoint") is not None or body.findall("joint")
         if position and not moves and name.endswith(("_main", "_base")):
+            # MuJoCo leaves out a rotation that is none; quaternions are wxyz
             pose = f"{position} {body.get('quat', '1 0 0 0')}"
             poses[name.rsplit("_", 1)[0]] = [float(x) for x in pose.split()]
     return poses

@@ -20,6 +20,7 @@ def merge(parts, out, attrs, counts):
         total = 0
         for i, part in enumerate(parts):
             with h5py.File(part, "r") as source:
+                # as stored: nothing is decompressed
                 source.copy("demo", data, f"demo_{i}")
             total += data[f"demo_{i}"].attrs["num_samples"]
         hdf5.set_attributes(data, {**attrs, "num_demos": len(parts), "total": total, **counts})
@@ -71,6 +72,7 @@ def check_replaceable(out, overwrite, form):
 
 def gather(folder, parts, out, attrs):
     """Make the folder of finished episodes the dataset: settings out, provenance in, one rename."""
+    # what an interrupted collection left beside the episodes
     for other in folder.iterdir():
         if other not in parts:
             shutil.rmtree(other) if other.is_dir() else other.unlink()

@@ -203,6 +203,7 @@ def frame_files(folder):
         raise UserError(
             f"{folder}: frames are missing, neither frames/*.png or *.jpg nor video.mp4; {AGAIN}"
         )
+    # 3.png beside 003.png: which is frame 3?
     numbers = [re.sub("0*([0-9]+)", r"\1", p.stem) for p in files]
     for first, second, a, b in zip(files, files[1:], numbers, numbers[1:]):
         if a == b:
@@ -272,6 +273,7 @@ def open_image(file, where, remedy):
 def square_intrinsics(K, width, height, size):
     """K of the central square of a (width, height) image, scaled to `size` pixels."""
     side = min(width, height)
+    # the square's corner becomes the origin, then pixels become larger or smaller
     shift = np.array([[1, 0, -(width - side) / 2], [0, 1, -(height - side) / 2], [0, 0, 1.0]])
     return np.diag([size / side, size / side, 1.0]) @ shift @ K
 
@@ -330,6 +332,7 @@ def read_episode(folder, image_size=None):
         actions=actions,
         ee_pos=arrays["eef_pos_t"],
         ee_ori=rotvec,
+        # two fingers, each half of the width, as LIBERO has them
         gripper_states=np.stack([opening / 2, -opening / 2], -1),
         states=arrays.get("states_t", np.zeros((length, 0))),
         perturbed=arrays.get("perturbed_t", np.zeros(length)) > 0.5,
@@ -389,6 +392,7 @@ def read_frames(folder, indices, size):
     source, indices = frame_files(Path(folder)), [int(i) for i in indices]
     if not isinstance(source, Path):
         return np.stack([decode_image(source[i], size) for i in indices])
+    # a video is decoded from its beginning: seeking lands on key frames, not on the frame asked for
     wanted, images = set(indices), {}
     for i, image in enumerate(iterate_frames(source, size)):
         if i in wanted:
@@ -406,6 +410,7 @@ def write_episode(folder, arrays, images, video=False, fps=20):
     size.
     """
     folder = Path(folder)
+    # a killed process leaves a hidden folder, never half an episode
     scratch = folder.with_name(f".tmp{os.getpid()}.{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
