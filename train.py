@@ -241,32 +241,15 @@ def prepare(args, config_class, device, progress):
     trained on.
     """
     ensure_dataset(args.dataset)
-    dataset_class = look_up(args.model_type).dataset
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
     recordings = open_dataset(args.dataset, config.image_size, args.n_demos)
-    attributes = recordings.attributes
-    if attributes.get("part") == "val":
-        raise UserError(
-            f"{args.dataset}: holds validation conditions (--part val), by which trained policies "
-            "are judged; collect it without that flag"
-        )
-    if attributes.get("variant") == "lift_once" and not config.stay:
-        config = dataclasses.replace(config, stay=True)
-        print(
-            f"{args.dataset}: its demonstrations end by staying where they are, "
-            "so that is trained too (--stay)"
-        )
+    config = config_for(args, config, recordings.attributes)
     train_demos, val_demos = demo_files.split_demos(recordings.demos, args.val_fraction)
-    moved = "--mirror" if args.mirror else "--turn_back" if args.turn_back else None
-    if moved and config.rotation == "pca":
-        raise UserError(
-            f"{moved}: turns rotations away from those that the principal axis was computed from; "
-            "leave it out, or give --rotation euler"
-        )
-    # before any feature is computed
+    n_train, n_val, recorded = len(train_demos), len(val_demos), train_demos[0]
+    # before any feature is computed, which takes minutes
+    dataset_class = look_up(args.model_type).dataset
     dataset_class.check_split(train_demos, config)
 
-    n_train, n_val, recorded = len(train_demos), len(val_demos), train_demos[0]
     if args.turn_back:
         _, E = settings.default_camera()
         train_demos = [demo_files.turned_back(demo, E) for demo in train_demos]
@@ -281,10 +264,41 @@ def prepare(args, config_class, device, progress):
         dataset_class(demos, config, backbone, args.frame_stride, args.cache, progress)
         for demos in (train_demos, val_demos)
     )
-    reference = protocol_reference(recorded)
     return Prepared(
-        config, backbone, asked, train_set, val_set, n_train, n_val, attributes, reference
+        config,
+        backbone,
+        asked,
+        train_set,
+        val_set,
+        n_train,
+        n_val,
+        recordings.attributes,
+        protocol_reference(recorded),
     )
+
+
+def config_for(args, config, attributes):
+    """The config for a dataset with these attributes. Raises UserError where the two do not go
+    together.
+    """
+    if attributes.get("part") == "val":
+        raise UserError(
+            f"{args.dataset}: holds validation conditions (--part val), by which trained policies "
+            "are judged; collect it without that flag"
+        )
+    moved = "--mirror" if args.mirror else "--turn_back" if args.turn_back else None
+    if moved and config.rotation == "pca":
+        raise UserError(
+            f"{moved}: turns rotations away from those that the principal axis was computed from; "
+            "leave it out, or give --rotation euler"
+        )
+    if attributes.get("variant") != "lift_once" or config.stay:
+        return config
+    print(
+        f"{args.dataset}: its demonstrations end by staying where they are, "
+        "so that is trained too (--stay)"
+    )
+    return dataclasses.replace(config, stay=True)
 
 
 def ensure_dataset(path):
@@ -296,13 +310,16 @@ def ensure_dataset(path):
 
 
 def protocol_reference(demo, side=56):
-    """A recorded frame's state, camera and small image. eval.py renders the state and compares: a
-    flip cannot go unnoticed. Recordings of a real robot have no states to render."""
+    """A recorded frame's state, camera and small image: eval.py renders the state and compares, so
+    that a flip cannot go unnoticed. Recordings of a real robot have no states to render.
+    """
     if not demo.states.size:
         return {}
     image = demo.images([0])[0]
-    size = len(image) // side * side
-    small = image[:size, :size].reshape(side, size // side, side, size // side, 3).mean((1, 3))
+    # means of blocks of n x n pixels, (side,side,3)
+    n = len(image) // side
+    blocks = image[: n * side, : n * side].reshape(side, n, side, n, 3)
+    small = blocks.mean((1, 3))
     return {
         "protocol_state": torch.from_numpy(demo.states[0]),
         "protocol_extrinsics": torch.from_numpy(demo.E),

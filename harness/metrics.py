@@ -63,10 +63,12 @@ def seeds_interval(outcomes, draws=4000):
     rng = np.random.default_rng(0)  # the same table gives the same interval
     seeds = rng.integers(len(table), size=(draws, len(table)))
     drawn = rng.integers(len(episodes), size=(draws, len(episodes)))
+    # each seed's rate over the episodes that are drawn and known
     known = ~np.isnan(table)
-    # (seeds, draws)
-    wins, known = np.where(known, table, 0.0)[:, drawn].sum(-1), known[:, drawn].sum(-1)
-    by_seed = np.take_along_axis((wins / np.maximum(known, 1)).T, seeds, axis=1)
+    wins = np.where(known, table, 0.0)[:, drawn].sum(-1)  # (seeds, draws)
+    counts = known[:, drawn].sum(-1)  # (seeds, draws)
+    rates = (wins / np.maximum(counts, 1)).T  # (draws, seeds)
+    by_seed = np.take_along_axis(rates, seeds, axis=1)
     drawn_low, drawn_high = np.percentile(by_seed.mean(axis=1), [2.5, 97.5])
     return min(low, float(drawn_low)), max(high, float(drawn_high))
 
@@ -80,9 +82,9 @@ def within(row, key, steps=None):
     """
     if not row[key] or steps is None:
         return bool(row[key])
-    return (
-        row["first_success"] if key == "success" else row.get("first_release", row["steps"])
-    ) <= steps
+    if key == "success":
+        return row["first_success"] <= steps
+    return row.get("first_release", row["steps"]) <= steps
 
 
 def jerk(positions, order=2):
@@ -123,8 +125,10 @@ def distance_to_polyline(points, line):
         return np.linalg.norm(points - line[0], axis=-1)
     start, step = line[:-1], np.diff(line, axis=0)
     length2 = np.maximum((step**2).sum(-1), 1e-12)
-    along = np.clip(((points[:, None] - start) * step).sum(-1) / length2, 0, 1)  # (N,M-1)
-    return np.linalg.norm(points[:, None] - (start + along[..., None] * step), axis=-1).min(axis=1)
+    # how far along each piece, from 0 to 1, its nearest point lies: (N,M-1)
+    along = np.clip(((points[:, None] - start) * step).sum(-1) / length2, 0, 1)
+    nearest = start + along[..., None] * step  # (N,M-1,D)
+    return np.linalg.norm(points[:, None] - nearest, axis=-1).min(axis=1)
 
 
 def coverage(truth, predicted, eps):

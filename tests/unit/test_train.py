@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,29 @@ def test_a_precision_is_one_of_two(device, asked, found):
     """`auto` in a record says nothing."""
     assert choose_precision(device, asked) == found
     assert choose_precision("cpu") in ("fp32", "bf16")
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages here"
+)
+def test_huge_pages_are_asked_for_in_time():
+    """torch looks at the variable once: a tensor made while a module is imported would cost a third
+    of a CPU's speed, and nobody would know."""
+    code = (
+        "import train, runtime, torch\n"
+        "runtime.use_huge_pages()\n"
+        "kept = torch.ones(16, 1024, 1024)\n"
+        "print(open('/proc/self/smaps_rollup').read())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    huge = next(line for line in done.stdout.splitlines() if line.startswith("AnonHugePages"))
+    assert int(huge.split()[1]) > 32_000, done.stderr  # kB, of 64 MB
 
 
 # -- several processes
