@@ -22,8 +22,9 @@ from runtime import UserError
 from sim import settings
 from sim.decisions import Decider, RemoteAgent
 from sim.layouts import LAYOUTS, episode_state
-from sim.libero_env import Scene, simulator
+from sim.libero_env import Scene
 from sim.rollout import run_episode
+from sim.simulator import simulator
 from sim.workers import run_jobs
 
 THEIRS = "robosuite's, a render a step"
