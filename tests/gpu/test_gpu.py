@@ -6,6 +6,7 @@ PARA_GPU_TEST_DEVICE=cpu runs this code without a GPU, where most equalities are
 import copy
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -26,23 +27,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-TRAIN = [
-    "train.py",
-    "--model_type",
-    "para",
-    "--image_size",
-    str(SIZE),
-    "--grid",
-    "14",
-    "--backbone",
-    "efficientnet_lite0",
-    "--batch_size",
-    "4",
-    "--wandb",
-    "off",
-    "--precision",
-    "fp32",
-]
+TRAIN = shlex.split(
+    f"train.py --model_type para --image_size {SIZE} --grid 14 "
+    "--backbone efficientnet_lite0 --batch_size 4 --wandb off --precision fp32"
+)
 
 
 def far(a, b):
@@ -160,14 +148,10 @@ def trained(folder, dataset, device, *further, launcher=()):
         sys.executable,
         *launcher,
         *TRAIN,
-        "--dataset",
-        str(dataset),
-        "--out",
-        str(folder),
-        "--device",
-        device,
-        "--cache",
-        str(folder.parent / "cache"),
+        *shlex.split(
+            f"--dataset {dataset} --out {folder} --device {device} "
+            f"--cache {folder.parent / 'cache'}"
+        ),
         *further,
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

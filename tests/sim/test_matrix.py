@@ -18,13 +18,15 @@ from study.graph import pending
 
 
 def plan(*flags):
-    return run_matrix.Plan(run_matrix.parse_args(list(flags))).nodes
+    """The nodes that flags plan, by name; flags as words, or as one string."""
+    words = shlex.split(flags[0]) if len(flags) == 1 else list(flags)
+    return run_matrix.Plan(run_matrix.parse_args(words)).nodes
 
 
 def test_the_whole_matrix_is_planned(tmp_path):
     """Every row in every column; a collection a setting, a cache a kind of samples, in_dist's two
     layouts from one training."""
-    nodes = plan("--out", str(tmp_path), "--seeds", "0", "1")
+    nodes = plan(f"--out {tmp_path} --seeds 0 1")
     kinds = {
         kind: sorted(n for n in nodes if n.startswith(kind))
         for kind in ("collect", "cache", "train", "eval")
@@ -55,20 +57,18 @@ def test_the_whole_matrix_is_planned(tmp_path):
 def test_reflections_are_rows_of_their_own(tmp_path):
     """An attempt is asked for by name, is trained with --mirror, and fills a cache of its own from
     the same demonstrations."""
-    nodes = plan("--out", str(tmp_path), "--rows", "b", "b_mirror", "--columns", "position")
+    nodes = plan(f"--out {tmp_path} --rows b b_mirror --columns position")
     assert "--mirror" in nodes["train-b_mirror-position-s0"].command
     assert "--mirror" not in nodes["train-b-position-s0"].command
     assert nodes["train-b_mirror-position-s0"].deps == ("cache-position-windows8-mirrored",)
     assert sum(n.startswith("collect") for n in nodes) == 1
-    assert not [n for n in plan("--out", str(tmp_path)) if "mirror" in n]
+    assert not [n for n in plan(f"--out {tmp_path}") if "mirror" in n]
 
 
 def test_other_starts_are_demonstrations_of_their_own(tmp_path):
     """The attempt with shifted images is trained on demonstrations that start elsewhere and tested
     on the same cell as PARA."""
-    nodes = plan(
-        "--out", str(tmp_path), "--rows", "para", "para_shift_aug", "--columns", "position"
-    )
+    nodes = plan(f"--out {tmp_path} --rows para para_shift_aug --columns position")
     collect, train = (
         nodes["collect-position_starts"].command,
         nodes["train-para_shift_aug-position_starts-s0"].command,
@@ -80,16 +80,7 @@ def test_other_starts_are_demonstrations_of_their_own(tmp_path):
     assert nodes["eval-para_shift_aug-position-s0"].deps == (
         "train-para_shift_aug-position_starts-s0",
     )
-    turned = plan(
-        "--out",
-        str(tmp_path),
-        "--rows",
-        "para_turned",
-        "a_turned",
-        "b_turned",
-        "--columns",
-        "position",
-    )
+    turned = plan(f"--out {tmp_path} --rows para_turned a_turned b_turned --columns position")
     assert "--start_spread 0.3 --turn_spread 40" in shlex.join(
         turned["collect-position_turns"].command
     )
@@ -98,18 +89,12 @@ def test_other_starts_are_demonstrations_of_their_own(tmp_path):
     assert "--turn_back" in turned["train-b_turned-position_turns-s0"].command
     assert "--turn_back" not in turned["train-a_turned-position_turns-s0"].command
     given = plan(
-        "--out",
-        str(tmp_path),
-        "--rows",
-        "para_shift_aug",
-        "--columns",
-        "position",
-        "--dataset",
-        f"position_starts={__file__}",
+        f"--out {tmp_path} --rows para_shift_aug --columns position "
+        f"--dataset position_starts={__file__}"
     )
     assert not [n for n in given if n.startswith("collect")]
     assert not [
-        n for n in plan("--out", str(tmp_path)) if "shift_aug" in n or "starts" in n or "turn" in n
+        n for n in plan(f"--out {tmp_path}") if "shift_aug" in n or "starts" in n or "turn" in n
     ]
 
 
@@ -118,18 +103,8 @@ def test_pro_suites_and_other_splits_are_columns(tmp_path):
     their own; the plain columns' commands, by which finished cells are known, have neither flag;
     the table knows every cell."""
     nodes = plan(
-        "--out",
-        str(tmp_path),
-        "--rows",
-        "blind",
-        "para",
-        "--columns",
-        "in_dist",
-        "pro_swap",
-        "pro_object",
-        "position",
-        "position_near_far",
-        "viewpoint_hemisphere",
+        f"--out {tmp_path} --rows blind para "
+        "--columns in_dist pro_swap pro_object position position_near_far viewpoint_hemisphere"
     )
     assert sorted(n for n in nodes if n.startswith("collect")) == [
         "collect-in_dist",
@@ -173,27 +148,9 @@ def test_flags_reach_their_commands(tmp_path):
     data = tmp_path / "mine.hdf5"
     data.touch()
     nodes = plan(
-        "--out",
-        str(tmp_path),
-        "--rows",
-        "para",
-        "act",
-        "--columns",
-        "in_dist",
-        "--dataset",
-        f"in_dist={data}",
-        "--row_flags",
-        "act=--lr 5e-4",
-        "--train_flags",
-        "--batch_size 4",
-        "--n_episodes",
-        "3",
-        "--train_steps",
-        "7",
-        "--gpus",
-        "0.5",
-        "--preset",
-        "full",
+        f"--out {tmp_path} --rows para act --columns in_dist --dataset in_dist={data} "
+        "--row_flags 'act=--lr 5e-4' --train_flags '--batch_size 4' --n_episodes 3 "
+        "--train_steps 7 --gpus 0.5 --preset full"
     )
     assert not [n for n in nodes if n.startswith("collect")]
     para, act = (nodes[f"train-{r}-in_dist-s0"] for r in ("para", "act"))
