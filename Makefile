@@ -1,6 +1,6 @@
 # make setup   the environment
 # make demo    from nothing to a page with success rates
-# make test    everything checked
+# make test    everything checked, style and imports first
 # make lint    style, format and imports
 # make docs    the site
 PYTHON ?= python3.11
@@ -32,7 +32,7 @@ lint: setup
 	@$(VENV)/bin/ruff format --check --quiet .
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
-test: setup
+test: setup lint
 	@$(PY) -m pytest tests -q -m 'not gpu' -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 # no setup: make gpu PY=python3 needs torch, timm, h5py, pytest and the backbone's package, no LIBERO

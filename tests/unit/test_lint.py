@@ -21,6 +21,13 @@ def test_make_lint_and_the_commit_hooks_run_the_same_programs():
         assert f"$(VENV)/bin/{program}" in target, program
 
 
+def test_make_test_fails_on_what_lint_finds():
+    """CI runs `make test` alone."""
+    done = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True)
+    for program in PROGRAMS:
+        assert f"bin/{program}" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A repository with the hooks, the contract's packages and the environment."""
