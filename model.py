@@ -17,14 +17,8 @@ from torch import nn
 
 import camera
 import flags
-from nets.volume import (
-    VolumeConfig,
-    VolumeGeometry,
-    dilated_convolutions,
-    flat_index,
-    mark_cell,
-    ray_layers,
-)
+from nets.maps import dilated_convolutions, mark_cell, projected, ray_layers
+from nets.volume import VolumeConfig, VolumeGeometry, flat_index
 from policy import fingers_closed, flag
 
 
@@ -91,14 +85,11 @@ class PixelTrunk(VolumeGeometry):
 
     def trunk_features(self, batch):
         """Features of the prediction grid (B,C,H,W), with the EEF's cell marked."""
-        grid, x = self.config.grid, 0
-        for maps, project in zip(self.normalised(batch["features"]), self.project):
-            x = x + F.interpolate(
-                project(maps), size=(grid, grid), mode="bilinear", align_corners=False
-            )
+        x = projected(self.normalised(batch["features"]), self.project, self.config.grid)
         x = mark_cell(x, self.cells(batch["eef_pos"], batch), self.eef_vector(batch))
         if self.gripper_embedding is not None:
-            x = x + self.gripper_embedding[fingers_closed(batch["gripper_width"])][..., None, None]
+            fingers = self.gripper_embedding[fingers_closed(batch["gripper_width"])]  # (B,C)
+            x = x + fingers[..., None, None].to(x.dtype)
         if self.rays is not None:
             x = x + self.rays(self.cell_rays(batch))
         return self.trunk(x)
@@ -119,11 +110,8 @@ class PixelTrunk(VolumeGeometry):
     def at_cells(self, features, cells):
         """Trunk features (B,C,H,W) at integer cells (B,T,2) yx -> (B,T,C)."""
         flat = flat_index(cells, (self.config.grid,) * 2)  # (B,T)
-        return (
-            features.flatten(2)
-            .gather(2, flat[:, None].expand(-1, features.shape[1], -1))
-            .transpose(1, 2)
-        )
+        by_cell = features.flatten(2).mT  # (B,HW,C), as it lies in memory
+        return by_cell.gather(1, flat[..., None].expand(-1, -1, by_cell.shape[2]))
 
 
 class TrajectoryHeatmapPredictor(PixelTrunk):
@@ -158,11 +146,15 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         features = self.trunk_features(batch)
         coordinates = self.coordinates(batch["target_pos"], batch)
         gripper = batch["target_gripper"].flatten()
-        logits = self.volume_logits(features).flatten(0, 1).flatten(1)  # (B*T, G*Z*H*W)
-        volume = self.volume_loss(
-            logits, coordinates.flatten(0, 1), gripper if self.n_gripper == 2 else None
+        weights = self.volume.weight.view(c.n_window, -1, c.width)  # (T,G*Z,C)
+        volume = self.product_loss(
+            weights,
+            self.volume.bias.view(c.n_window, -1),
+            features,
+            coordinates,
+            batch["target_gripper"] if self.n_gripper == 2 else None,
         )
-        parts = {"volume_ce": self.masked_mean(volume, mask)}
+        parts = {"volume_ce": self.masked_mean(volume.flatten(), mask)}
         picked = (
             self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
             + self.step_embedding

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nets.layers import attend
 from policy import FittedConfig, FittedPolicy, check_heads, fingers_closed, flag
 
 # cells of the pooled maps a patch and side: a patch token still tells where inside it something is
@@ -61,6 +62,34 @@ class ActConfig(FittedConfig):
     }
 
 
+def multi_head(attention, x, memory):
+    """What an nn.MultiheadAttention answers to queries x (B,Q,d) about memory (B,S,d): (B,Q,d), by
+    the fastest way there is (nets/layers.py)."""
+    weight, bias, d = attention.in_proj_weight, attention.in_proj_bias, attention.embed_dim
+    heads = lambda y: y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B,h,N,e)
+    query = heads(F.linear(x, weight[:d], bias[:d]))
+    key, value = map(heads, F.linear(memory, weight[d:], bias[d:]).chunk(2, -1))
+    out = attend(query, key, value, attention.dropout if attention.training else 0.0)
+    return attention.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """torch's, of which a training step takes `multi_head`."""
+
+    def _sa_block(self, x, *masks, **options):
+        return self.dropout1(multi_head(self.self_attn, x, x))
+
+
+class DecoderLayer(nn.TransformerDecoderLayer):
+    """torch's, with `multi_head`."""
+
+    def _sa_block(self, x, *masks, **options):
+        return self.dropout1(multi_head(self.self_attn, x, x))
+
+    def _mha_block(self, x, memory, *masks, **options):
+        return self.dropout2(multi_head(self.multihead_attn, x, memory))
+
+
 class ActPolicy(FittedPolicy):
     """See the module's docstring. `channels`: of the backbone's maps."""
 
@@ -84,12 +113,8 @@ class ActPolicy(FittedPolicy):
             batch_first=True,
             norm_first=True,
         )
-        self.encoder = nn.ModuleList(
-            [nn.TransformerEncoderLayer(d, **layer) for _ in range(c.n_layers)]
-        )
-        self.decoder = nn.ModuleList(
-            [nn.TransformerDecoderLayer(d, **layer) for _ in range(c.n_decoder_layers)]
-        )
+        self.encoder = nn.ModuleList([EncoderLayer(d, **layer) for _ in range(c.n_layers)])
+        self.decoder = nn.ModuleList([DecoderLayer(d, **layer) for _ in range(c.n_decoder_layers)])
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         self.queries = nn.Parameter(torch.randn(c.n_window, d) * 0.5)
         self.position = nn.Linear(d, 3)

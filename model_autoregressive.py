@@ -26,7 +26,7 @@ from torch import nn
 import flags
 from nets.history import FingerLinear, HistoryConfig, HistoryPolicy
 from nets.layers import FLEX_HEAD, FrameBlock, Resolutions, fourier
-from nets.volume import dilated_convolutions, mark_cell, ray_layers
+from nets.maps import dilated_convolutions, mark_cell, product, projected, ray_layers
 from policy import check_heads, fingers_closed, flag
 from runtime import UserError
 
@@ -294,10 +294,7 @@ class AutoregressivePolicy(HistoryPolicy):
         c = self.config
         size = dict(size=(c.grid, c.grid), mode="bilinear", align_corners=False)
         added = self.key_query(query)
-        x = sum(
-            F.interpolate(project(maps), **size)
-            for maps, project in zip(features, self.key_project)
-        )
+        x = projected(features, self.key_project, c.grid)
         x = x + added[:, : c.key_width, None, None]
         if c.key_patches:
             coarse = (
@@ -323,7 +320,7 @@ class AutoregressivePolicy(HistoryPolicy):
         keys = self.cell_features(features, patches, query, eef, cameras)
         prior = self.prior[closed * (len(self.prior) - 1)]  # (N,2Z,C)
         weights = self.pointer(query, closed).unflatten(-1, (-1, c.key_width)) + prior
-        logits = torch.bmm(weights, keys.flatten(2))
+        logits = product(weights, keys.flatten(2))
         return logits.view(-1, 2, c.n_height_bins, c.grid, c.grid), keys
 
     def run(self, batch, eef, start, rows=None, fed=False):

@@ -171,7 +171,10 @@ class DinoVolumeKV(PixelTrunk):
             self.trunk_features(batch),
             self.coordinates(batch["target_pos"], batch),
         )
-        logits = self.volume_logits(features).flatten(0, 1).flatten(1)  # (B*T, Z*H*W)
+        queries = self.queries() * c.dim**-0.5  # (T,Z,C)
+        volume = self.product_loss(
+            queries, queries.new_zeros(queries.shape[:2]), self.key(features), coordinates
+        )
         keypoints = self.keypoints(coordinates)
         gripper, rotation = self.predict_from_keypoints(features, keypoints, batch["mask"] > 0)
         gripper, rotation = gripper.flatten(0, 1).float(), rotation.flatten(0, 1)
@@ -180,9 +183,7 @@ class DinoVolumeKV(PixelTrunk):
             batch["target_rot"].flatten(0, 1),
         )
         parts = {
-            "volume_ce": self.masked_mean(
-                self.volume_loss(logits, coordinates.flatten(0, 1)), mask
-            ),
+            "volume_ce": self.masked_mean(volume.flatten(), mask),
             "gripper_ce": self.masked_mean(
                 F.cross_entropy(gripper, target_gripper, reduction="none"), mask
             ),
@@ -190,6 +191,7 @@ class DinoVolumeKV(PixelTrunk):
         }
         total = parts["volume_ce"] + parts["gripper_ce"] + c.rotation_weight * parts["rotation_ce"]
         if not self.training:
+            logits = self.volume_logits(features).flatten(0, 1).flatten(1)  # (B*T, Z*H*W)
             # (B*T,3)
             best = torch.stack(
                 torch.unravel_index(logits.argmax(-1), self.volume_shape), -1

@@ -22,7 +22,7 @@ import camera
 import flags
 from nets import layers_voxel as lv
 from nets.history import FingerLinear, HistoryConfig, HistoryPolicy
-from nets.volume import dilated_convolutions, mark_cell
+from nets.maps import dilated_convolutions, mark_cell, projected
 from policy import check_heads, fingers_closed, flag
 
 MAX_TABLES = 64  # of cameras, 13 MB each at 56 x 56 x 32
@@ -249,13 +249,7 @@ class VoxelPolicy(HistoryPolicy):
         """Backbone maps [(N,C_i,H_i,W_i)], normalised -> features (N,C,H,W) of the grid with a
         neighbourhood's context.
         """
-        size = (self.config.grid,) * 2
-        resize = lambda x: (
-            x
-            if x.shape[-2:] == size
-            else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        )
-        x = sum(resize(project(maps)) for maps, project in zip(features, self.project))
+        x = projected(features, self.project, self.config.grid)
         return F.gelu(self.context(x))
 
     def run(self, batch, eef, rows):

@@ -205,7 +205,8 @@ class Trainer:
         self.recipe, self.dist, self.folder, self.logger = recipe, dist, folder, logger
         self.save_info, self.reference = save_info, reference
         self.state_path = folder / "state.safetensors"
-        self.optimizer = torch.optim.AdamW(policy.param_groups(recipe.weight_decay), lr=recipe.lr)
+        groups = policy.param_groups(recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
         for part in (train_set, val_set):
             part.hold(dist.device)
         self.batches = Batches(recipe.seed, len(train_set), recipe.batch_size)

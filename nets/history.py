@@ -69,6 +69,15 @@ class FingerLinear(nn.Module):
         return y[torch.arange(len(x), device=x.device), closed * (self.n_states - 1)]
 
 
+def padded_rows(mask, n):
+    """Flat indices (B*n) of n frames of each window, those of mask (B,T) first and others, which no
+    loss counts, where there are fewer. So their number does not depend on the mask: to count them
+    the CPU would wait for a GPU, and a compiled graph would be compiled anew."""
+    B, T = mask.shape
+    frames = mask.sort(dim=1, descending=True, stable=True).indices[:, :n].sort(dim=1).values
+    return (torch.arange(B, device=mask.device)[:, None] * T + frames).flatten()
+
+
 class HistoryPolicy(VolumeGeometry):
     """A policy over windows. A subclass counts the decisions since `reset` in `number` and keeps
     its last waypoint in `fed`.
@@ -100,6 +109,8 @@ class HistoryPolicy(VolumeGeometry):
         if self.training and 0 < n < mask.shape[1]:
             draw = self.shard.draw(torch.rand, mask.shape, mask.device) * mask
             mask = mask * (draw >= draw.topk(n).values[:, -1:])
+        if self.training and (mask.is_cuda or torch.compiler.is_compiling()):
+            return padded_rows(mask, n or mask.shape[1])
         rows = mask.flatten().nonzero()[:, 0]
         return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)
 

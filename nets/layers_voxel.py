@@ -20,7 +20,10 @@ import math
 
 import torch
 
+from nets.maps import product
+
 CHUNK = 131072  # scores at a time: 512 KB of fp32 stay in a core's cache
+KEPT_BYTES = 64e6  # of probabilities that a layer keeps for its backward pass, at most
 # a row's shift is renewed when a score exceeds it by this: e^20 times 1e5 voxels is far from fp32's
 # end
 SLACK = 20.0
@@ -122,18 +125,22 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, code, image_score, table, chunk, way):
+    def forward(ctx, code, image_score, table, chunk, way, learning):
         B, R, P = code.shape
+        size = B * R * math.prod(table.shape) * code.element_size()
+        ctx.kept = []  # a Kept for each camera
         pooled, pixels, lse = (
             code.new_empty(code.shape),
             torch.empty_like(image_score),
             code.new_empty(B, R),
         )
-        ctx.forward_rows, ctx.backward_rows = rows_of(code, way)
+        attend, ctx.backward_rows = rows_of(code, way)
+        keeps = learning and attend is forward_rows and size <= KEPT_BYTES
         for xy, item in zip(table.xy, table.items):
             a, b = code[item], image_score[item]
-            u, w, l = ctx.forward_rows(
-                a.reshape(-1, P), b.reshape(-1, b.shape[-1]), xy, table.z, chunk
+            ctx.kept.append((Kept(),) if keeps else ())
+            u, w, l = attend(
+                *(a.reshape(-1, P), b.reshape(-1, b.shape[-1]), xy, table.z, chunk), *ctx.kept[-1]
             )
             pooled[item], pixels[item], lse[item] = u.view_as(a), w.view_as(b), l.view(a.shape[:2])
         ctx.table, ctx.chunk = table, chunk
@@ -148,11 +155,21 @@ class _Attend(torch.autograd.Function):
         # d score = p (d p + d lse - sum p d p), and sum p d p is known from the outputs
         shift = d_lse - (d_pooled * pooled).sum(-1) - (d_pixels * pixels).sum(-1)
         flat = lambda x, item: x[item].flatten(0, 1)
-        for xy, item in zip(ctx.table.xy, ctx.table.items):
+        for xy, item, kept in zip(ctx.table.xy, ctx.table.items, ctx.kept):
             rows = [flat(x, item) for x in (code, image_score, lse, d_pooled, d_pixels, shift)]
-            da, db = ctx.backward_rows(*rows, xy, ctx.table.z, ctx.chunk)
+            da, db = ctx.backward_rows(*rows, xy, ctx.table.z, ctx.chunk, *kept)
             d_code[item], d_score[item] = da.view_as(code[item]), db.view_as(image_score[item])
-        return d_code, d_score, None, None, None
+        return d_code, d_score, None, None, None, None
+
+
+class Kept:
+    """What `forward_rows` may leave to `backward_rows`, so that no score is computed twice.
+
+    For each chunk of n pixels: the softmax over the pixels of one height, `shares` (Z,M,n), and the
+    log-sum-exp of each height, `heights` (Z,M)."""
+
+    def __init__(self):
+        self.shares, self.heights = [], []
 
 
 def rows_of(code, way="auto"):
@@ -178,68 +195,71 @@ def chunks(M, N, chunk):
     return [slice(i, min(i + step, N)) for i in range(0, N, step)]
 
 
-def forward_rows(code, image_score, xy, z, chunk):
+def forward_rows(code, image_score, xy, z, chunk, kept=None):
     """Rows code (M,P), image_score (M,N) on one table xy (Z,4F,N), z (Z,2F) -> sum p PE (M,P),
-    sum_z p (M,N), lse (M,).
+    sum_z p (M,N), lse (M,). kept: Kept, to be filled.
+
+    Each height of a chunk has a softmax of its own; its log-sum-exp, against that of the first,
+    says what it weighs among all.
     """
-    M, N, split = len(code), xy.shape[-1], xy.shape[1]
+    (M, N), (Z, split, _) = image_score.shape, xy.shape
     a, height_score = code[:, :split].contiguous(), code[:, split:] @ z.T  # (M,Z)
     pooled, by_height = torch.zeros_like(a), torch.zeros_like(height_score)
     pixels = torch.zeros_like(image_score)
-    shift = None
+    shift = None  # (M,1), what weights are measured against
     for part in chunks(M, N, chunk):
-        score, b, w = (
-            code.new_empty(M, part.stop - part.start),
-            image_score[:, part],
-            pixels[:, part],
-        )
-        for k in range(len(xy)):
-            offset = height_score[:, k : k + 1]
-            torch.add(b, offset if shift is None else offset - shift, out=score)
+        n = part.stop - part.start
+        score = code.new_empty(M, n)
+        shares = code.new_empty(1 if kept is None else Z, M, n)
+        heights = code.new_empty(Z, M)
+        for k in range(Z):
+            torch.add(image_score[:, part], height_score[:, k : k + 1], out=score)
             score.addmm_(a, xy[k, :, part])
-            top = score.amax(1, keepdim=True)
+            share = torch.softmax(score, 1, out=shares[k % len(shares)])
+            lse = score.amax(1, keepdim=True) - share.amax(1, keepdim=True).log()
+            heights[k] = lse[:, 0]
             if shift is None:
-                shift = top
-                score -= top
-            elif (top > SLACK).any():
-                top.clamp_(min=0)
-                shift = shift + top
-                score -= top
-                shrink = torch.exp(-top)
+                shift = lse
+            elif (lse - shift > SLACK).any():
+                shrink = torch.exp(shift - torch.maximum(lse, shift))
+                shift = torch.maximum(lse, shift)
                 for total in (pooled, by_height, pixels):
                     total *= shrink
-            score.exp_()
-            w += score
-            by_height[:, k] += score.sum(1)
-            pooled.addmm_(score, xy[k, :, part].T)
+            weight = torch.exp(lse - shift)
+            pixels[:, part].addcmul_(share, weight)
+            by_height[:, k : k + 1] += weight
+            pooled.addcmul_(share @ xy[k, :, part].T, weight)
+        if kept is not None:
+            kept.shares.append(shares)
+            kept.heights.append(heights)
     total = by_height.sum(1, keepdim=True)
     pooled = torch.cat([pooled, by_height @ z], 1).div_(total)
     return pooled, pixels.div_(total), (shift + total.log())[:, 0]
 
 
-def backward_rows(code, image_score, lse, d_pooled, d_pixels, shift, xy, z, chunk):
+def backward_rows(code, image_score, lse, d_pooled, d_pixels, shift, xy, z, chunk, kept=None):
     """Gradients of `forward_rows` with respect to code (M,P) and image_score (M,N).
 
-    shift (M,) is the row's d lse - sum p d p; the scores are computed again.
+    shift (M,) is the row's d lse - sum p d p; without `kept` the scores are computed again.
     """
-    M, N, split = len(code), xy.shape[-1], xy.shape[1]
+    (M, N), (Z, split, _) = image_score.shape, xy.shape
     a, g = code[:, :split].contiguous(), d_pooled[:, :split].contiguous()
     height_score = code[:, split:] @ z.T - lse[:, None]
     height_slope = d_pooled[:, split:] @ z.T + shift[:, None]
-    d_a, d_height, d_score = (
-        torch.zeros_like(a),
-        torch.zeros_like(height_score),
-        torch.zeros_like(image_score),
-    )
-    for part in chunks(M, N, chunk):
-        b, db, out = image_score[:, part], d_pixels[:, part], d_score[:, part]
+    d_a, d_height = torch.zeros_like(a), torch.zeros_like(height_score)
+    d_score = torch.zeros_like(image_score)
+    for i, part in enumerate(chunks(M, N, chunk)):
         p, slope = code.new_empty(2, M, part.stop - part.start)
-        for k in range(len(xy)):
-            torch.add(b, height_score[:, k : k + 1], out=p)
-            p.addmm_(a, xy[k, :, part]).exp_()
-            torch.add(db, height_slope[:, k : k + 1], out=slope)
-            slope.addmm_(g, xy[k, :, part]).mul_(p)
-            out += slope
+        for k in range(Z):
+            torch.add(d_pixels[:, part], height_slope[:, k : k + 1], out=slope)
+            slope.addmm_(g, xy[k, :, part])
+            if kept is None:
+                torch.add(image_score[:, part], height_score[:, k : k + 1], out=p)
+                slope *= p.addmm_(a, xy[k, :, part]).exp_()
+            else:
+                slope *= kept.shares[i][k]
+                slope *= torch.exp(kept.heights[i][k] - lse)[:, None]
+            d_score[:, part] += slope
             d_height[:, k] += slope.sum(1)
             d_a.addmm_(slope, xy[k, :, part].T)
     return torch.cat([d_a, d_height @ z], 1), d_score
@@ -294,7 +314,7 @@ def voxel_attention(
     B, Q, h, D = query.shape
     absorbed = torch.einsum("bqhd,hde->bqhe", query, key) / math.sqrt(D)  # (B,Q,h,d)
     image_query = absorbed if projection is None else absorbed @ projection
-    image_score = image_query.flatten(1, 2) @ image  # (B,Q*h,N)
+    image_score = product(image_query.flatten(1, 2), image)  # (B,Q*h,N)
     exact = table.z.dtype
     with torch.autocast(query.device.type, enabled=False):
         positional = positional.to(exact)
@@ -302,7 +322,12 @@ def voxel_attention(
         if anchor is not None:
             code = shift_encoding(code, -anchor[:, :, None], table.waves)
         pooled, pixels, lse = _Attend.apply(
-            code.flatten(1, 2), image_score.to(exact), table, chunk, way
+            code.flatten(1, 2),
+            image_score.to(exact),
+            table,
+            chunk,
+            way,
+            torch.is_grad_enabled(),
         )
         pooled = pooled.view(B, Q, h, -1)
         if anchor is not None:
@@ -393,7 +418,7 @@ def voxel_logits(query, table, image, positional, height_query, anchor=None):
     """
     B, Q, Z, C = height_query.shape
     exact = table.z.dtype
-    seen = height_query.flatten(1, 2) @ image  # (B,Q*Z,N)
+    seen = product(height_query.flatten(1, 2), image)  # (B,Q*Z,N)
     with torch.autocast(query.device.type, enabled=False):
         code = query.to(exact) @ positional.to(exact)
         if anchor is not None:

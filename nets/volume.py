@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import camera
+from nets.cross_entropy import product_cross_entropy, sparse_cross_entropy
 from policy import FittedConfig, FittedPolicy, fingers_closed, flag
 
 HEIGHT_MARGIN = 0.02  # metres beyond the heights of the training data that the bins still cover
@@ -53,45 +53,6 @@ def flat_index(bins, shape):
     for d in range(1, len(shape)):
         flat = flat * shape[d] + bins[..., d]
     return flat
-
-
-class _SparseCrossEntropy(torch.autograd.Function):
-    """The volume has 26 million logits a batch: one pass and one temporary in each direction, where
-    autograd's logsumexp, gather and scatter take six. On a CPU row by row, each of which fits its
-    cache; on a GPU all at once."""
-
-    @staticmethod
-    def forward(ctx, logits, index, weight):
-        normaliser = torch.cat(
-            [rows.float().logsumexp(-1) for rows in logits.split(rows_at_once(logits))]
-        )
-        ctx.save_for_backward(logits, index, weight, normaliser)
-        return normaliser - (logits.gather(-1, index).float() * weight).sum(-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, index, weight, normaliser = ctx.saved_tensors
-        slope = torch.empty_like(logits)
-        parts = (
-            x.split(rows_at_once(logits))
-            for x in (logits, slope, normaliser[:, None], grad[:, None])
-        )
-        for rows, out, z, g in zip(*parts):
-            out.copy_((rows.float() - z).exp_().mul_(g))
-        slope.scatter_add_(-1, index, (-weight * grad[:, None]).to(slope.dtype))
-        return slope, None, None
-
-
-def rows_at_once(logits):
-    """How many rows of logits (N,V) one operation takes."""
-    return 1 if logits.device.type == "cpu" else max(1, len(logits))
-
-
-def sparse_cross_entropy(logits, index, weight):
-    """Cross-entropy (N,) of logits (N,V) against sparse target distributions: index (N,K), weight
-    (N,K) summing to one. Computed in fp32 whatever the logits' type; differentiable in the logits
-    alone."""
-    return _SparseCrossEntropy.apply(logits, index, weight.float())
 
 
 def local_soft_argmax(logits, shape, radius=2):
@@ -200,17 +161,32 @@ class VolumeGeometry(FittedPolicy):
     # -- losses and decoding
     # -----------------------------------------------------------------------------------------
 
-    def volume_loss(self, logits, coordinates, gripper=None):
-        """Cross-entropy (N,) of logits (N, G*Z*H*W) at coordinates zyx (N,3); gripper (N,) in {0,
-        1} where G = 2 is joint.
-        """
+    def volume_targets(self, coordinates, gripper=None):
+        """Coordinates zyx (N,3) -> the classes (N,K) that they train and their shares (N,K), float32.
+        gripper (N,) in {0, 1}: the command, where it is an axis of the volume."""
         c = self.config
-        index, weight = soft_targets(
+        index, share = soft_targets(
             coordinates, self.volume_shape, c.sigma if c.target == "soft" else 0.0
         )
         if gripper is not None:
             index = index + gripper[:, None] * int(np.prod(self.volume_shape))
-        return sparse_cross_entropy(logits, index, weight.float())
+        return index, share.float()
+
+    def volume_loss(self, logits, coordinates, gripper=None):
+        """Cross-entropy (N,) of logits (N, G*Z*H*W) at coordinates zyx (N,3); gripper (N,) in {0,
+        1} where G = 2 is joint.
+        """
+        return sparse_cross_entropy(logits, *self.volume_targets(coordinates, gripper))
+
+    def product_loss(self, weights, bias, maps, coordinates, gripper=None):
+        """`volume_loss` (B,T) of volumes weights (T,G*Z,C) . maps (B,C,H,W) + bias (T,G*Z), which
+        are never stored; coordinates zyx (B,T,3), gripper (B,T)."""
+        B, T = coordinates.shape[:2]
+        gripper = None if gripper is None else gripper.flatten()
+        index, share = self.volume_targets(coordinates.flatten(0, 1), gripper)
+        return product_cross_entropy(
+            weights[None], bias[None], maps.flatten(2), index.view(B, T, -1), share.view(B, T, -1)
+        )
 
     def decode_volume(self, logits):
         """Logits (N,G,Z,H,W) -> coordinates zyx (N,3), gripper (N,) in {0..G-1}: the command of the
@@ -240,28 +216,3 @@ class VolumeGeometry(FittedPolicy):
         command = fingers_closed(batch["gripper_width"])
         same = F.one_hot(command, logits.shape[1]).bool()[..., None, None, None]  # (N,2,1,1,1)
         return logits.masked_fill(here[:, None] & same, -torch.inf)
-
-
-def dilated_convolutions(width, dilations):
-    """A trunk of 3x3 convolutions with GELU, `width` channels throughout, one for each dilation."""
-    return nn.Sequential(
-        *[
-            layer
-            for d in dilations
-            for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())
-        ]
-    )
-
-
-def ray_layers(width):
-    """From `cell_rays` to what is added to maps of `width` channels."""
-    return nn.Sequential(nn.Conv2d(4, width, 1), nn.GELU(), nn.Conv2d(width, width, 1))
-
-
-def mark_cell(x, cells, vector):
-    """Add vector (N,C) to maps x (N,C,H,W) at cells (N,2) yx, rounded and kept inside."""
-    limit = torch.tensor(x.shape[2:], device=x.device) - 1
-    place = torch.minimum(cells.round().long().clamp(min=0), limit)
-    mark = torch.zeros(len(x), 1, *x.shape[2:], device=x.device, dtype=x.dtype)
-    mark[torch.arange(len(x), device=x.device), 0, place[:, 0], place[:, 1]] = 1
-    return x + mark * vector[..., None, None]

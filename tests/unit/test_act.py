@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import look_at
 
-from model_act import ActConfig, ActPolicy
+from model_act import ActConfig, ActPolicy, multi_head
+from nets.layers import attend
 from runtime import UserError
 
 CHANNELS, MEAN, STD = (5, 7), np.array([0.1, -0.2, 1.0]), np.array([0.2, 0.1, 0.05])
@@ -103,3 +104,29 @@ def test_heads_have_to_divide_the_width():
     """One sentence names both flags."""
     with pytest.raises(UserError, match="--dim 16.*--n_heads 3"):
         ActPolicy(ActConfig(dim=16, n_heads=3), CHANNELS)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_attention_is_that_of_torch(other):
+    """The layers are torch's with another way through their attention: checkpoints of either act
+    alike."""
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    x = torch.randn(2, 5, 16)
+    memory = torch.randn(2, 7, 16) if other else x
+    expected, _ = attention(x, memory, memory, need_weights=False)
+    torch.testing.assert_close(multi_head(attention, x, memory), expected)
+
+
+def test_products_answer_what_the_fused_kernel_does():
+    """In bf16 a CPU trains by plain products and acts by torch's kernel: the same up to roundings,
+    gradients too."""
+    torch.manual_seed(0)
+    heads = [torch.randn(2, 3, n, 16, requires_grad=True) for n in (5, 9, 9)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in heads]
+    exact, found = attend(*heads), attend(*rounded)
+    torch.testing.assert_close(found.float(), exact, rtol=0.03, atol=0.03)
+    for one, other in zip(
+        torch.autograd.grad(found.sum(), rounded), torch.autograd.grad(exact.sum(), heads)
+    ):
+        torch.testing.assert_close(one.float(), other, rtol=0.05, atol=0.05)

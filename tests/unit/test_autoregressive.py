@@ -15,6 +15,7 @@ from eval import draw_seed
 from formats.dataset import open_dataset
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from nets import layers
+from nets.history import padded_rows
 from nets.layers import FrameBlock, Resolutions, dense_mask, flex_frame_attention, frame_attention
 from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError
@@ -489,3 +490,12 @@ def test_more_shapes_than_torch_allows(monkeypatch):
         q, k, v = (torch.randn(n, 2, 3, 1, 16) for _ in "qkv")
         layers.flex_frame_attention(q, k, v, 2, compile=True)
     assert len(compiled) == 10
+
+
+def test_a_gpu_trains_as_many_frames_at_every_step():
+    """How many frames a mask leaves is not counted there, for which the CPU would have to wait: the
+    masked ones of windows that are too short fill up."""
+    mask = torch.tensor([[1.0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]])
+    rows = padded_rows(mask, 2)
+    assert rows.tolist() == [0, 2, 4, 7, 8, 9]
+    assert padded_rows(mask, 4).tolist() == list(range(12))

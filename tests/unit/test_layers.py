@@ -29,7 +29,8 @@ LAYERS = [
 BESIDE = {
     "nets.backbone": {"nets.fusion"},
     "nets.history": {"nets.volume"},
-    "nets.layers_voxel": {"nets.layers_voxel_triton"},
+    "nets.layers_voxel": {"nets.layers_voxel_triton", "nets.maps"},
+    "nets.volume": {"nets.cross_entropy"},
     "formats.checks": {"formats.demos"},
     "formats.dataset": {"formats.interface", "formats.libero_hdf5", "formats.smith300"},
     "formats.interface": {"formats.checks"},

@@ -142,6 +142,18 @@ def test_the_chunk_size_changes_no_answer(chunk):
     compare(gradients(one, inputs)[1], gradients(other, inputs)[1], EXACT)
 
 
+@pytest.mark.parametrize("chunk", [None, 13])
+def test_probabilities_computed_again_are_those_that_were_kept(chunk, monkeypatch):
+    """A layer whose probabilities have no room computes them again in its backward pass: its
+    gradients are the same."""
+    table, _ = geometry(*cameras(3, False))
+    inputs = weights()
+    kept = lv.voxel_attention(table=table, chunk=chunk, **inputs)
+    monkeypatch.setattr(lv, "KEPT_BYTES", 0)
+    again = lv.voxel_attention(table=table, chunk=chunk, **inputs)
+    compare(gradients(kept, inputs)[1], gradients(again, inputs)[1], EXACT)
+
+
 @pytest.mark.parametrize("anchored", [True, False], ids=["an anchor per query", "no anchor"])
 def test_whole_volumes_equal_the_chunks(anchored):
     """What a GPU computes with all scores in memory at once is what a CPU computes chunk by chunk:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nets import volume
+from nets import cross_entropy
 from nets.history import FingerLinear
 from nets.volume import flat_index, local_soft_argmax, soft_targets, sparse_cross_entropy
 from policy import PolicyConfig, add_config_flags, flag
@@ -100,7 +100,7 @@ def test_all_rows_at_once_cost_what_single_ones_do(dtype, monkeypatch):
     )
     found = []
     for rows in (1, 2, 5):
-        monkeypatch.setattr(volume, "rows_at_once", lambda _, rows=rows: rows)
+        monkeypatch.setattr(cross_entropy, "rows_at_once", lambda _, rows=rows: rows)
         loss = sparse_cross_entropy(logits, index, weight)
         found.append((loss.detach(), *torch.autograd.grad((loss * torch.arange(5)).sum(), logits)))
     for other in found[1:]:

@@ -1,0 +1,68 @@
+"""Feature maps (N,C,H,W) whose channels lie last in memory, as convolutions and resizing are fastest
+on a CPU and on a GPU's tensor cores alike.
+
+The layout survives a chain of layers by itself; what would break it, a mark at a cell and a matrix
+product over cells, keeps it here, in the gradient too.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def dilated_convolutions(width, dilations):
+    """A trunk of 3x3 convolutions with GELU, `width` channels throughout, one for each dilation."""
+    return nn.Sequential(
+        *[
+            layer
+            for d in dilations
+            for layer in (nn.Conv2d(width, width, 3, padding=d, dilation=d), nn.GELU())
+        ]
+    )
+
+
+def ray_layers(width):
+    """From `cell_rays` to what is added to maps of `width` channels."""
+    return nn.Sequential(nn.Conv2d(4, width, 1), nn.GELU(), nn.Conv2d(width, width, 1))
+
+
+def projected(features, projections, grid):
+    """Backbone maps [(N,C_i,H_i,W_i)], each through its own convolution and resized, added up ->
+    (N,C,grid,grid). Channels lie last in memory, as convolutions and resizing are fastest."""
+    total = 0
+    for maps, project in zip(features, projections):
+        maps = project(maps.contiguous(memory_format=torch.channels_last))
+        if maps.shape[-2:] != (grid, grid):
+            maps = F.interpolate(maps, size=(grid, grid), mode="bilinear", align_corners=False)
+        total = total + maps
+    return total
+
+
+def mark_cell(x, cells, vector):
+    """Add vector (N,C) to maps x (N,C,H,W) at cells (N,2) yx, rounded and kept inside."""
+    limit = torch.tensor(x.shape[2:], device=x.device) - 1
+    row, column = torch.minimum(cells.round().long().clamp(min=0), limit).unbind(-1)
+    sample = torch.arange(len(x), device=x.device)
+    channels_last = x.permute(0, 2, 3, 1)  # (N,H,W,C)
+    marked = channels_last.index_put((sample, row, column), vector.to(x.dtype), accumulate=True)
+    return marked.permute(0, 3, 1, 2)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights, cells):
+        ctx.save_for_backward(weights, cells)
+        return torch.bmm(weights, cells)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        weights, cells = ctx.saved_tensors
+        return torch.bmm(grad, cells.mT), torch.bmm(grad.mT, weights).mT
+
+
+def product(weights, cells):
+    """Weights (N,R,C) times the cells of maps (N,C,P) -> (N,R,P), in the cells' type. The cells'
+    gradient has its channels last, where autograd's own would lie across what follows."""
+    with torch.autocast(cells.device.type, enabled=False):
+        return _Product.apply(weights.to(cells.dtype), cells)
