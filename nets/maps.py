@@ -1,5 +1,5 @@
-"""Feature maps (N,C,H,W) whose channels lie last in memory, as convolutions and resizing are fastest
-on a CPU and on a GPU's tensor cores alike.
+"""Feature maps (N,C,H,W) whose channels lie last in memory, as convolutions and resizing are
+fastest on a CPU and on a GPU's tensor cores alike.
 
 The layout survives a chain of layers by itself; what would break it, a mark at a cell and a matrix
 product over cells, keeps it here, in the gradient too.

@@ -1,13 +1,15 @@
-"""Speed, measured as ratios side by side in one run.
+"""Speed, measured side by side in one run.
 
-python -m study.bench features             # traced and frozen backbone against the plain one and a trainable one; a thread an image or a pixel row
-python -m study.bench eval --ckpt X        # evaluation with 1 and with 2 workers, and where an episode's seconds go
-python -m study.bench rollout --ckpt X   # episodes an hour: our loop, and robosuite's with a render a step; --against CHECKOUT
-python -m study.bench memory --ckpt X      # what one evaluation worker holds after each of 50 episodes, not recycled (Linux)
-python -m study.bench train                # a training step by grid and precision
-python -m study.bench attention            # A: block-causal against a dense mask, cached decision against recomputing, step sizes
-python -m study.bench voxel [--quick]      # attention to voxel tokens: built, against absorbed; time, memory, equality
-python -m study.bench voxel --train        # B and C: whole training steps of the preset small on the full volume, and their parts
+python -m study.bench features           # the frozen backbone as it is used, and as timm has it
+python -m study.bench train              # training steps a second of every policy
+python -m study.bench rollout --ckpt X   # episodes an hour: our loop, robosuite's own
+python -m study.bench eval --ckpt X      # evaluation with 1 and 2 workers, where its seconds go
+python -m study.bench memory --ckpt X    # a worker's memory after each of 50 episodes (Linux)
+python -m study.bench attention          # A: block-causal attention against a dense mask, the cache
+python -m study.bench voxel [--quick]    # attention to voxel tokens: built, against absorbed
+python -m study.bench voxel --train      # B and C: the parts of a training step
+
+`train` and `rollout` take `--against CHECKOUT`: another commit's, which takes turns with this one.
 """
 
 import contextlib
@@ -21,9 +23,11 @@ from pathlib import Path
 
 import flags
 from harness.records import read_summary
+from registry import REGISTRY
 from runtime import UserError, command_line, git_commit, read_jsonl, run_script, write_json
 from study.bench_attention import bench_attention, bench_voxel
 from study.bench_rollout import bench_rollout
+from study.bench_train import bench_train
 from study.timing import alternate
 
 
@@ -81,58 +85,6 @@ def bench_features(args):
     )
 
 
-def bench_train(args):
-    """A PARA training step at batch 16 on random features."""
-    import torch
-
-    from model import ParaConfig, TrajectoryHeatmapPredictor
-
-    rng = torch.Generator().manual_seed(0)
-    steps, E = {}, torch.eye(4, dtype=torch.float64).repeat(16, 1, 1)
-    E[:, :3, :3] = torch.diag(torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64))
-    E[:, 2, 3] = 2.0
-    K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).repeat(
-        16, 1, 1
-    )
-    batch = {
-        "features": [
-            torch.randn(16, 40, 56, 56, generator=rng).half(),
-            torch.randn(16, 112, 28, 28, generator=rng).half(),
-        ],
-        "eef_pos": torch.rand(16, 3, dtype=torch.float64, generator=rng) * 0.3
-        + torch.tensor([0, 0, 0.9]),
-        "gripper_width": torch.full((16,), 0.08),
-        "K": K,
-        "E": E,
-        "target_pos": torch.rand(16, 6, 3, dtype=torch.float64, generator=rng) * 0.3
-        + torch.tensor([0, 0, 0.9]),
-        "target_rot": torch.eye(3, dtype=torch.float64).repeat(16, 6, 1, 1),
-        "target_gripper": torch.randint(0, 2, (16, 6), generator=rng),
-        "mask": torch.ones(16, 6),
-    }
-
-    def make(grid, precision):
-        policy = TrajectoryHeatmapPredictor(ParaConfig(grid=grid), [40, 112])
-        optimizer = torch.optim.AdamW(policy.parameters())
-
-        def step():
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-                loss = policy(batch)["loss"]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-        return step
-
-    for grid, precision in ((64, "fp32"), (64, "bf16"), (56, "fp32"), (56, "bf16")):
-        steps[f"grid {grid}, {precision}"] = make(grid, precision)
-    return report(
-        f"PARA training step, batch 16, {torch.get_num_threads()} threads",
-        alternate(steps, args.rounds),
-        "a step",
-    )
-
-
 def bench_eval(args):
     """Whole evaluations with 1 and 2 workers."""
     if not args.ckpt:
@@ -170,9 +122,8 @@ def bench_eval(args):
             f"  {workers} worker{'s' * (workers > 1)}: "
             + ", ".join(f"{k} {v:.2f}" for k, v in row.items())
         )
-    print(
-        f"  ratio of wall time, 1 to 2 workers: {rows[1]['wall_per_episode'] / rows[2]['wall_per_episode']:.2f}"
-    )
+    ratio = rows[1]["wall_per_episode"] / rows[2]["wall_per_episode"]
+    print(f"  ratio of wall time, 1 to 2 workers: {ratio:.2f}")
     return {"title": "evaluation", "seconds": rows}
 
 
@@ -264,10 +215,20 @@ BENCHES = {
 
 def build_parser():
     parser = flags.Parser(__doc__)
-    parser.add_argument(
-        "what", nargs="?", choices=list(BENCHES), help="default: features and train"
-    )
+    parser.add_argument("what", nargs="?", choices=list(BENCHES), help="default: features")
     parser.add_argument("--ckpt", type=Path)
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        default=Path("data/libero_spatial_0.hdf5"),
+        help="train: demonstrations",
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("cache/features"), help="train: cached features"
+    )
+    parser.add_argument("--models", nargs="+", choices=list(REGISTRY), help="train: these alone")
+    parser.add_argument("--preset", default="small", help="train: as of train.py")
+    parser.add_argument("--device", default="cpu", help="train: as of train.py")
     parser.add_argument("--episodes", type=flags.count, help="eval: 10, memory: 50")
     parser.add_argument("--layout", default="benchmark", help="memory: as of eval.py")
     parser.add_argument(
@@ -278,7 +239,10 @@ def build_parser():
         help="rollout: simulators at a time",
     )
     parser.add_argument(
-        "--against", type=Path, help="rollout: a checkout of another commit to compare with"
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="train, rollout: a checkout of another commit that takes turns with this one",
     )
     parser.add_argument("--rounds", type=flags.count, default=7)
     parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")
@@ -293,7 +257,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features", "train"])]
+    tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features"])]
     if args.out:
         write_json(
             args.out,

@@ -79,7 +79,12 @@ BESIDE = {
     "figures.plots_rotation": {"figures.plots"},
     "figures.plots_settings": {"figures.plots"},
     "figures.report": {"figures.pages", "figures.plots"},
-    "study.bench": {"study.bench_attention", "study.bench_rollout", "study.timing"},
+    "study.bench": {
+        "study.bench_attention",
+        "study.bench_rollout",
+        "study.bench_train",
+        "study.timing",
+    },
     "study.bench_attention": {"study.timing"},
     "study.matrix_plan": {"study.graph", "study.matrix"},
     "study.bench_gpu": {"study.bench_attention"},
