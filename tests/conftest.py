@@ -40,12 +40,15 @@ from rot_utils import (
 FIRST = (
     "test_readme.py",
     "test_settings.py",
-    "test_rotation_pipeline.py",
     "test_pipeline.py",
-    "test_contract.py",
-    "test_variants.py",
-    "test_matrix.py",
     "test_checkpoints.py",
+    "test_rotation_pipeline.py",
+    "test_matrix.py",
+    "test_train.py",
+    "test_contract.py",
+    "test_device.py",
+    "test_extending.py",
+    "test_variants.py",
 )
 
 
