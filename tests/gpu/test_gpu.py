@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_backbone import pictures
 from test_contract import Case
 
+from harness.sessions import MICRO_BATCH, PolicySessions
 from harness.validation import to_device
 from nets import layers
 from nets import layers_voxel as lv
@@ -89,6 +90,24 @@ def test_predictions_are_the_cpus(case, device):
             position = policy.predict(to_device(batch, where))["position"].double().cpu()
         expected = position if expected is None else expected
     assert (position - expected).norm(dim=-1).median() < 1e-3
+
+
+def test_answers_do_not_depend_on_who_else_asks(case, device):
+    """Simulators share the network: an observation is answered bit by bit alike, alone and in any
+    place among up to MICRO_BATCH others."""
+    policy = case.policy().attach(copy.deepcopy(case.backbone)).to(device).eval()
+    sessions = PolicySessions(policy, MICRO_BATCH)
+    observations = list(case.observations((0, 5, 10, 15, 20)))
+
+    def answers(chosen):
+        asked = [(sessions.open(), observations[i]) for i in chosen]
+        found = zip(chosen, sessions.answer(asked))
+        return {i: (answer[0].position, answer[0].trajectory) for i, answer in found}
+
+    alone = {i: answers([i])[i] for i in range(5)}
+    for company in ([0, 1, 2, 3, 4], [4, 2, 0], [3, 1]):
+        for i, found in answers(company).items():
+            assert all((a == b).all() for a, b in zip(found, alone[i]))
 
 
 def test_act_answers_as_on_the_cpu(case, device):
