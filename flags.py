@@ -70,6 +70,7 @@ class Parser(argparse.ArgumentParser):
         """The text of --help."""
         if not self.first:
             return super().format_help()
+        # argparse keeps all flags of all groups in one list
         by_name = {action.dest: action for action in self._actions}
         shown = [by_name[name] for name in self.first]
         formatter = self._get_formatter()

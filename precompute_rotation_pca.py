@@ -34,7 +34,7 @@ from rot_utils import (
 )
 from runtime import UserError, command_line, git_commit, run_script
 
-GATE_EXIT = 3
+GATE_EXIT = 3  # neither 1, a traceback's, nor 2, a UserError's: scripts tell it from both
 
 
 def singular_share(rotations):
@@ -102,6 +102,7 @@ def read_rotations(dataset, n_demos, val_fraction):
 
 def fit_bases(found, provenance):
     """{space: basis} of Rotations; what the bases were fitted to is stored in them."""
+    # by these a training sees that a basis was fitted to its own demonstrations, and which ones
     prints = lambda part: [fingerprint(demo.ee_ori) for demo in part]
     about = {
         "demos": len(found.demos),
@@ -120,6 +121,7 @@ def say_how_it_fits(found, basis, space):
     """Print what the basis does to demonstrations that it has not seen, and a warning where Euler
     angles are no measure of rotation.
     """
+    # angles about the axis (M,), which the policy's bins can say only inside the range
     values = basis.value(found.unseen)
     outside = float(((values < basis.low) | (values > basis.high)).mean())
     lost = np.degrees(np.median(reconstruction_error(basis, found.unseen)))
@@ -160,11 +162,12 @@ def write(path, found, bases, space):
     """Write the basis of a space, and beside it a picture of both."""
     basis, picture = bases[space], path.with_suffix(".png")
     save_basis(path, basis)
-    lengths = np.cumsum([len(demo) for demo in found.demos])[:-1]
+    # where one demonstration ends and the next begins, in the rows of all
+    ends = np.cumsum([len(demo) for demo in found.demos])[:-1]
     plots_rotation.rotation_histogram(
         {name: np.degrees(b.value(found.known)) for name, b in bases.items()},
         {name: b.ev_ratio for name, b in bases.items()},
-        np.split(np.degrees(basis.value(found.known)), lengths),
+        np.split(np.degrees(basis.value(found.known)), ends),
         space,
         picture,
     )

@@ -175,6 +175,7 @@ def parse_args(argv=None):
     """Flags -> (args, config class). --model_type first: it decides which others there are."""
     argv = sys.argv[1:] if argv is None else list(argv)
     plain = [word for word in argv if word not in ("-h", "--help", "--help_all")]
+    # without --help, which would be about a parser that knows no policy's flags
     first, _ = build_parser().parse_known_args(plain)
     if first.resume:
         return resumed_args(first.resume)
@@ -212,6 +213,7 @@ def with_preset(parser, argv):
     preset = args.preset
     if preset == "auto":
         preset = "full" if choose_device(args.device).startswith("cuda") else "small"
+    # what is typed wins over the preset: it is read again, over other defaults
     parser.set_defaults(**look_up(args.model_type).config.presets[preset])
     args = parser.parse_args(argv)
     args.preset = preset
@@ -341,6 +343,7 @@ def first_alone(dist, lock, make):
         with FileLock(lock, timeout=0):
             return make(True)
     except Timeout:
+        # the first one is at work, and done when the lock is free
         with FileLock(lock):
             pass
         return make(False)
@@ -363,6 +366,7 @@ def train(args, config_class):
         print(f"{args.cache}: features of {n_samples}, backbone {found.backbone.identity}")
         return
     recipe = resolve(args, found, dist)
+    # from here on a process waits for the others
     dist.join()
     trainer = build(recipe, found, dist, folder, args)
     if dist.is_main:
@@ -396,6 +400,7 @@ def resolve(args, found, dist):
             f"--batch_size {args.batch_size}: {batch_size} samples a step for {dist.world} "
             "processes; start fewer, or give a larger batch and more demonstrations"
         )
+    # most flags are taken as they were typed
     names = {field.name for field in dataclasses.fields(Recipe)}
     typed = {name: value for name, value in vars(args).items() if name in names}
     came_to = {
@@ -482,6 +487,7 @@ def announce(trainer, resume):
 def finish(trainer):
     """Last validation, checkpoint and pictures."""
     folder, policy, val_set = trainer.folder, trainer.policy, trainer.val_set
+    # unless the loop has validated this very step
     if trainer.step % trainer.recipe.val_every or trainer.metrics is None:
         trainer.validate()
     trainer.save()

@@ -57,7 +57,7 @@ def predict_newest(policy, batch):
     """
     if not policy.has_history:
         return batch, policy.predict(batch)
-    out = policy.decided(batch, newest_rows(batch))
+    out = policy.decided(batch, newest_rows(batch))  # (B,...), the other frames cost nothing
     return newest(batch, {})[0], {name: value[:, None] for name, value in out.items()}
 
 
@@ -205,7 +205,7 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
     policy.eval()
     size = dataset.config.image_size
     blank = dataset.backbone(torch.full((1, size, size, 3), 128, dtype=torch.uint8))
-    blank = [maps.to(device)[0] for maps in blank]
+    blank = [maps.to(device)[0] for maps in blank]  # grey
     moved, errors, blank_errors, past_moves = [], [], [], []
     apart = lambda a, b: np.linalg.norm(a - b, axis=-1)
     indices = chosen(dataset, limit)
@@ -248,7 +248,7 @@ def with_moved_eef(policy, batch, start):
     start: number of its first sample.
     """
     eef = batch["eef_pos"]
-    turns = np.arange(start, start + len(eef)) * 0.618 % 1
+    turns = np.arange(start, start + len(eef)) * 0.618 % 1  # multiples of the golden ratio
     angle = torch.as_tensor(2 * np.pi * turns, device=eef.device)  # (B,)
     if policy.has_history:
         angle = angle[:, None]  # the same for all frames of a window
@@ -271,6 +271,7 @@ def decision_frames(demo, config):
     following = following_frames(demo, target)
     _, changes = gripper_segments(demo.actions)
     end = changes[-1] if len(changes) else len(demo) - 1
+    # from each decision to the frame that its waypoint is reached at, past the gripper's holds
     frames = [0]
     while following[frames[-1]] > frames[-1] and target[frames[-1]] < end:
         frames.append(int(following[frames[-1]]))
@@ -299,6 +300,7 @@ def free_run(policy, demo, config, fed="predicted"):
         if not plan:
             own = predicted[-1] if predicted and fed != "measured" else demo.ee_pos[frame]
             plan = decide(policy, demo, image, frame, own)
+        # the plan's first waypoint is taken to be reached
         (position, command), *rest = plan
         predicted.append(position)
         gripper.append(command)
