@@ -46,6 +46,7 @@ from harness.records import (
 from harness.summary import print_summary, summarise
 from runtime import UserError, append_jsonl, run_script, write_json
 from sim import settings
+from sim.cameras import RENDERS
 from sim.decisions import Decider, RemoteAgent
 from sim.expert import EXPERTS
 from sim.layouts import LAYOUTS, episode_state
@@ -87,7 +88,9 @@ class EvalWorker:
 
     def __init__(self, args, address=None, reference=None):
         self.args, self.reference = args, reference or {}
-        self.scene = Scene(args.task_suite, args.task_id, args.image_size, args.clean_scene)
+        self.scene = Scene(
+            args.task_suite, args.task_id, args.image_size, args.clean_scene, render=args.render
+        )
         self.agent = None
         if args.policy == "checkpoint":
             self.agent = RemoteAgent(address)
@@ -214,6 +217,8 @@ def add_policy_flags(group):
     add("--grid", type=flags.at_least(2, 4096), default=64, help="oracle: image cells")
     add("--n_height_bins", type=flags.at_least(2, 4096), default=32, help="oracle: height bins")
     add("--image_size", type=flags.pixels, default=448, help="oracle, blind: side, pixels")
+    drawn = "as the checkpoint's demonstrations: exact, LIBERO's picture, or fast"
+    add("--render", choices=RENDERS, default="exact", help=drawn)
 
 
 def add_task_flags(group):
@@ -341,6 +346,13 @@ def as_trained(args, info, config):
     """
     args.image_size, args.waypoint_stride = config["image_size"], config["waypoint_stride"]
     trained_on = info.get("dataset", {})
+    rendered = trained_on.get("render", "exact")
+    if rendered != args.render:
+        raise UserError(
+            f"--render {args.render}: {args.ckpt} was trained on images of --render {rendered}, "
+            f"which look otherwise; give --render {rendered}, or train on demonstrations of "
+            f"collect_demos.py --render {args.render}"
+        )
     for name in ("task_suite", "grasp", "variant"):
         if getattr(args, name) is None:
             setattr(args, name, trained_on.get(name))
@@ -412,6 +424,8 @@ def stamp_of(args, info):
     asked = {k: str(v) for k, v in vars(args).items() if k not in FREE}
     if not args.stop_stalled:  # folders from before it was there go on
         del asked["stop_stalled"]
+    if args.render == "exact":
+        del asked["render"]
     where = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')}"
     asked["trained"] = f"{where} {info.get('minutes')}"
     asked["mujoco"] = simulator_versions()["mujoco"]
@@ -421,7 +435,7 @@ def stamp_of(args, info):
 def evaluate(args):
     with network_of(args) as network:
         info = prepare(args, network)
-        where = where_run(info)
+        where = {**where_run(info), "render": args.render}
         asked = stamp_of(args, info)
         check_stamp(args.out, asked)
         write_json(args.out / "settings.json", asked)

@@ -66,6 +66,7 @@ ABOUT = (
     "setting",
     "split",
     "clean_scene",
+    "render",
 )
 # what --help shows; --help_all shows the rest
 FIRST = "model_type dataset out preset max_steps batch_size lr backbone seed device"

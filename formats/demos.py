@@ -37,6 +37,7 @@ class Demo:
     attrs: dict
     source: object = None  # the interface.Demonstrations that it is of, which has its images
     mirrored: bool = False  # images are turned left to right where they are read
+    image_stride: int = 1  # every k-th frame has an image: 0, k, 2k, ...
 
     def __len__(self):
         return len(self.actions)
@@ -47,7 +48,17 @@ class Demo:
         return self.source.fingerprint, self.name, self.mirrored
 
     def images(self, frames):
-        """Images (N,S,S,3) uint8 RGB, upright, of N frames, S = image_size. Reads these alone."""
+        """Images (N,S,S,3) uint8 RGB, upright, of N frames, S = image_size. Reads these alone.
+
+        Raises UserError where a frame has no image, see `image_stride`.
+        """
+        missing = [int(i) for i in frames if i % self.image_stride]
+        if missing:
+            raise UserError(
+                f"{self.source.path}: {self.name} has images of frames 0, {self.image_stride}, "
+                f"{2 * self.image_stride} ... and none of frame {missing[0]}; give --frame_stride "
+                f"{self.image_stride} or a multiple of it, or collect with --frame_stride 1"
+            )
         images = self.source.images(self, [int(i) for i in frames])
         return np.ascontiguousarray(images[:, :, ::-1]) if self.mirrored else images
 

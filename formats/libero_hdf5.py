@@ -11,12 +11,14 @@
       perturbed (T,) bool      true while the robot is pushed
       states (T,S)             flattened MuJoCo states, before the action
       rewards, dones (T,), robot_states (T,9)
-      obs/agentview_rgb (T,H,W,3) uint8, ee_pos (T,3), ee_ori (T,3) axis-angle, ee_states (T,6),
+      obs/agentview_rgb (N,H,W,3) uint8, ee_pos (T,3), ee_ori (T,3) axis-angle, ee_states (T,6),
           gripper_states (T,2), joint_states (T,7)
       camera/agentview_intrinsics (3,3), agentview_extrinsics (4,4)   camera-to-world, OpenCV axes
 
-Observation t belongs to state t. `image_orientation` is 'upright' here; official LIBERO files hold
-rows bottom first ('flipped'), and reading turns them over.
+Observation t belongs to state t. Where a demonstration's attribute `frame_stride` is k, image n is
+of state k n; without it, as in official files, every state has one. `image_orientation` is
+'upright' here; official LIBERO files hold rows bottom first ('flipped'), and reading turns them
+over.
 """
 
 import json
@@ -67,7 +69,8 @@ class LiberoFile(Demonstrations):
 
     def images(self, demo, frames):
         with open_demos(self.path) as file:
-            return read_images(self.path, file, demo.name, frames)
+            stored = [i // demo.image_stride for i in frames]
+            return read_images(self.path, file, demo.name, stored)
 
 
 def check_number(path, names, attributes):
@@ -84,12 +87,13 @@ def check_number(path, names, attributes):
         )
 
 
-def write_demo(group, demo, images):
+def write_demo(group, demo, images, frame_stride=1):
     """Write one demonstration into an HDF5 group.
 
-    demo: {path inside the group: array}, with `attrs` a dict; images (T,H,W,3) uint8, upright.
+    demo: {path inside the group: array}, with `attrs` a dict; images (N,H,W,3) uint8, upright, of
+    every `frame_stride`-th frame.
     """
-    hdf5.set_attributes(group, demo["attrs"])
+    hdf5.set_attributes(group, {**demo["attrs"], "frame_stride": frame_stride})
     for key, value in demo.items():
         if key != "attrs":
             hdf5.write_array(group, key, value)
@@ -185,9 +189,12 @@ def read_demo(path, file, name, image_size=None, ours=False):
     else:
         rows["perturbed"] = np.zeros(len(rows["states"]))
     length = len(rows["actions"])
-    for key, n in {**{key: len(value) for key, value in rows.items()}, IMAGE: n_images}.items():
-        if n != length:
+    for key, value in rows.items():
+        if len(value) != length:
+            n = len(value)
             raise UserError(f"{where}/{key}: has {n} rows, actions has {length}; {RECOLLECT}")
+    attributes = hdf5.attributes(path, group, RECOLLECT)
+    stride = image_stride(where, attributes, n_images, length)
     if length < 2:
         raise UserError(f"{where}: has {length} steps, at least 2 are needed; {RECOLLECT}")
     # official files have no cameras; a replay adds them
@@ -204,10 +211,29 @@ def read_demo(path, file, name, image_size=None, ours=False):
         K=K,
         E=E,
         image_size=side,
-        attrs=hdf5.attributes(path, group, RECOLLECT),
+        attrs=attributes,
+        image_stride=stride,
     )
     check_values(demo, f"{where}/obs/ee_pos", f"{where}/obs/ee_ori")
     return demo
+
+
+def image_stride(where, attributes, n_images, length):
+    """Every how many frames a demonstration of `length` frames has an image. Raises UserError
+    unless the stored number of images is the one that follows.
+    """
+    stride = attributes.get("frame_stride", 1)
+    if not isinstance(stride, int) or stride < 1:
+        raise UserError(
+            f"{where}, attribute 'frame_stride' is {stride!r}, a whole number from 1 on is "
+            f"expected; {RECOLLECT}"
+        )
+    if n_images != -(-length // stride):
+        raise UserError(
+            f"{where}/{IMAGE}: has {n_images} rows, actions has {length} and frame_stride is "
+            f"{stride}; {RECOLLECT}"
+        )
+    return stride
 
 
 def image_shape(path, group, name, image_size):

@@ -263,6 +263,9 @@ def with_moved_eef(policy, batch, start):
 def decision_frames(demo, config):
     """Frames of a demonstration at which decisions fall, from its first on, up to the last gripper
     change -> (frames (N,), their waypoints' frames (N,)).
+
+    Where not every frame has an image (`Demo.image_stride`), a decision falls on the last that has
+    one: with every second, at most one control step (50 ms) early.
     """
     labels = waypoint_labels(
         demo, config.waypoint_stride, 1, config.retreat, config.min_travel, config.stay
@@ -272,6 +275,7 @@ def decision_frames(demo, config):
     _, changes = gripper_segments(demo.actions)
     end = changes[-1] if len(changes) else len(demo) - 1
     # from each decision to the frame that its waypoint is reached at, past the gripper's holds
+    following = following - following % demo.image_stride
     frames = [0]
     while following[frames[-1]] > frames[-1] and target[frames[-1]] < end:
         frames.append(int(following[frames[-1]]))

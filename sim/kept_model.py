@@ -45,6 +45,8 @@ def keep_over_resets(environment):
             if self.compiled is not None:
                 let_go(self)
             initialize(self, xml)
+            for name, value in (self.renderer_config or {}).items():
+                setattr(self.sim.model.vis.quality, name, value)  # before the context is made
             self.compiled = Compiled(xml, self.sim.model._model)
             return
         self.compiled.put_back(self.sim.model._model)

@@ -12,7 +12,7 @@ import numpy as np
 from rot_utils import quat_to_matrix
 from runtime import UserError
 from sim import kept_model
-from sim.cameras import Agentview
+from sim.cameras import FAST_QUALITY, Agentview
 from sim.placement import ROBOT_DOF, Placement
 from sim.simulator import libero, parsed_bddl, release_memory
 from sim.tasks import clean_bddl, find_task, init_states
@@ -52,7 +52,7 @@ class Scene(Agentview, Placement):
 
     `clean`: without distractors and unused fixtures (fastest). `rendering`: False makes no
     rendering context, which saves a second, and works where nothing can be rendered. `physics`: see
-    `use_physics`. States are the flattened [time, qpos, qvel].
+    `use_physics`. `render`: one of cameras.RENDERS. States are the flattened [time, qpos, qvel].
     """
 
     def __init__(
@@ -64,10 +64,11 @@ class Scene(Agentview, Placement):
         seed=0,
         rendering=True,
         physics="lean",
+        render="exact",
     ):
         OffScreenRenderEnv, ControlEnv = libero()[2:]
         self.task, self.image_size, self.clean = find_task(task_suite, task_id), image_size, clean
-        self.physics = physics  # what each reset's loop is made of
+        self.physics, self.quality = physics, render  # both are set up anew after each reset
         np.random.seed(seed)  # fixtures are placed by NumPy's global generator
         bddl = clean_bddl(self.task) if clean else self.task.bddl
         if rendering:
@@ -77,6 +78,7 @@ class Scene(Agentview, Placement):
                 camera_widths=image_size,
                 camera_names=["agentview"],
                 use_camera_obs=False,
+                renderer_config=FAST_QUALITY if render == "fast" else None,
             )
         else:
             self.env = ControlEnv(
@@ -102,6 +104,7 @@ class Scene(Agentview, Placement):
         for observable in self.env.env._observables.values():
             observable.set_enabled(False)
         self.use_physics(self.physics)
+        self.set_quality()
         model, index = self.sim.model, self.sim.model.camera_name2id("agentview")
         self.default_camera = np.array(model.cam_pos[index]), np.array(model.cam_quat[index])
 

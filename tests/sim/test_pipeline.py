@@ -14,13 +14,14 @@ import torch
 from helpers import SIZE, interrupt, run, train_flags
 from safetensors.torch import load_file
 
-from collect_demos import Recorder
 from formats import libero_hdf5
 from formats.dataset import open_dataset
 from formats.demos import simulated_with
 from formats.parts import merge
+from runtime import UserError
 from sim import settings
 from sim.libero_env import Scene
+from sim.recording import Recorder
 from sim.tasks import env_metadata
 
 # -- collect_demos.py
@@ -86,6 +87,20 @@ def test_demonstrations_can_be_seen_from_cameras_turned_about_the_robot(spread):
     for camera, turn in zip(cameras, turns):
         assert np.allclose(settings.turned(E, turn, base), camera, atol=0.01)
     test_images_show_the_eef_where_the_camera_says([spread])
+
+
+def test_only_frames_that_training_reads_are_rendered(collected):
+    """Every second frame by default: a render costs twenty control steps. States stay at each; a
+    frame without an image is refused with the remedy."""
+    with h5py.File(collected[0]) as file:
+        demo = file["data/demo_1"]
+        assert demo.attrs["frame_stride"] == 2
+        assert len(demo[libero_hdf5.IMAGE]) == -(-len(demo["states"]) // 2)
+    recording = open_dataset(collected[0])
+    assert recording.attributes["render"] == "exact"
+    assert recording["demo_1"].images([0, 4]).shape == (2, int(SIZE), int(SIZE), 3)
+    with pytest.raises(UserError, match="none of frame 3; give --frame_stride 2 or a multiple"):
+        recording["demo_1"].images([0, 3])
 
 
 def test_images_show_the_eef_where_the_camera_says(collected):
@@ -157,7 +172,7 @@ def test_replay_restores_official_files(full_scene, tmp_path):
     # LIBERO's own files as well
     np.testing.assert_allclose(new[0].ee_pos, old[0].ee_pos, atol=1e-3)
     np.testing.assert_allclose(new[0].E, old[0].E, atol=1e-9)
-    ours, theirs = (d[0].images([0, 11]).astype(int) for d in (new, old))
+    ours, theirs = (d[0].images([0, 10]).astype(int) for d in (new, old))
     assert np.abs(ours - theirs).mean() < 1.0
 
 

@@ -15,7 +15,7 @@ import eval as evaluation
 from camera import project
 from formats.dataset import open_dataset
 from runtime import UserError
-from sim import layouts, settings
+from sim import layouts, recording, settings
 from sim.expert import PLATE_RISE
 from sim.libero_env import Scene
 from sim.rollout import BlindAgent, key_poses
@@ -172,7 +172,7 @@ def collected_seed(part, seed, index):
     """The seed of the first layout that collect_demos.py tries."""
 
     def ask(scene):
-        worker = collect_demos.ExpertWorker.__new__(collect_demos.ExpertWorker)
+        worker = recording.ExpertWorker.__new__(recording.ExpertWorker)
         worker.args = collect_demos.build_parser().parse_args(["--part", part, "--seed", str(seed)])
         worker.scene, worker.conditions = scene, [settings.Condition()]
         scene.common_shift = lambda condition: None

@@ -193,6 +193,37 @@ def test_image_size_is_compared_with_the_one_asked_for(tmp_path):
     assert open_dataset(path, image_size=16).demos[0].image_size == 16
 
 
+def thinned(path, stride=3):
+    """Keep the images of every `stride`-th frame of a file's first demonstration, and say so."""
+    with h5py.File(path, "a") as file:
+        group = file["data/demo_0"]
+        images = group[libero_hdf5.IMAGE][::stride]
+        del group[libero_hdf5.IMAGE]
+        group[libero_hdf5.IMAGE], group.attrs["frame_stride"] = images, stride
+    return path
+
+
+def test_images_of_every_third_frame_are_found_by_their_frame(tmp_path):
+    """A file that stores only what training reads gives the same pictures for the same frames."""
+    path = write_synthetic_demos(tmp_path / NAME, n_demos=2, size=16)
+    whole = open_dataset(path)["demo_0"].images([0, 9, 6])
+    demo = open_dataset(thinned(path))["demo_0"]
+    np.testing.assert_array_equal(demo.images([0, 9, 6]), whole)
+    with pytest.raises(UserError, match="none of frame 7; give --frame_stride 3 or a multiple"):
+        demo.images([6, 7])
+
+
+@pytest.mark.parametrize("stride", [2, 0, "three"])
+def test_a_frame_stride_that_the_images_do_not_have_is_named(stride, tmp_path):
+    """Images would be taken for those of other frames."""
+    path = thinned(write_synthetic_demos(tmp_path / NAME, n_demos=2, size=16))
+    with h5py.File(path, "a") as file:
+        file["data/demo_0"].attrs["frame_stride"] = stride
+    with pytest.raises(UserError, match="frame_stride") as error:
+        open_dataset(path)
+    assert NAME in str(error.value) and COLLECT in str(error.value)
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.97])
 def test_a_truncated_file_is_named(keep, tmp_path):
     """A half-copied file is called truncated, wherever it ends."""

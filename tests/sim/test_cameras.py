@@ -1,0 +1,72 @@
+"""What agentview renders: exactly LIBERO's picture, or the fast one, which is near it and never
+taken for it.
+"""
+
+import argparse
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+from runtime import UserError
+from sim.libero_env import Scene
+from sim.simulator import libero
+
+SIDE = 96
+
+
+def libero_picture(task, state):
+    """(S,S,3) uint8, upright: what LIBERO's own environment shows of a state."""
+    env = libero()[2](
+        bddl_file_name=task.bddl,
+        camera_names=["agentview"],
+        camera_heights=SIDE,
+        camera_widths=SIDE,
+    )
+    env.reset()
+    picture = env.set_init_state(state)["agentview_image"][::-1].copy()
+    env.env.compiled = None
+    env.close()
+    return picture
+
+
+@pytest.mark.parametrize("suite, task", [("libero_goal", 7), ("libero_90", 0), ("libero_10", 0)])
+def test_the_exact_render_is_liberos_byte_by_byte(suite, task):
+    """Committed checkpoints and official data have seen these pixels, on a table, in a kitchen and
+    in a living room."""
+    scene = Scene(suite, task, image_size=SIDE)
+    state = scene.init_states()[0]
+    scene.set_state(state)
+    picture = scene.render()
+    scene.close()
+    np.random.seed(0)  # as a Scene's seed: fixtures are placed by NumPy's global generator
+    np.testing.assert_array_equal(picture, libero_picture(scene.task, state))
+
+
+def test_the_fast_render_is_near_the_exact_one_and_stays_fast():
+    """Without reflections and smoothed edges: mean difference below 2.5 of 255, fewer than one
+    pixel in twenty by more than 16. A reset that keeps the context keeps its quality."""
+    pictures = {}
+    for quality in ("exact", "fast"):
+        scene = Scene(image_size=448, render=quality)
+        scene.set_state(scene.init_states()[0])
+        pictures[quality] = scene.render()
+        fixtures, camera = scene.fixtures(), scene.camera()[1]
+        scene.reset([0, 1])
+        scene.set_fixtures(fixtures)
+        scene.set_state(scene.init_states()[0])
+        np.testing.assert_array_equal(scene.camera()[1], camera)
+        np.testing.assert_array_equal(scene.render(), pictures[quality])
+        scene.close()
+    difference = np.abs(pictures["fast"].astype(int) - pictures["exact"])
+    assert 0.1 < difference.mean() < 2.5
+    assert (difference.max(-1) > 16).mean() < 0.05
+
+
+@pytest.mark.parametrize("trained, asked", [("fast", "exact"), ("exact", "fast")])
+def test_a_checkpoint_sees_the_render_it_was_trained_on(trained, asked):
+    """Otherwise a rate falls without a word. A checkpoint that does not say it has seen exact."""
+    args = argparse.Namespace(render=asked, ckpt="run/checkpoint.safetensors")
+    info = {"dataset": {"render": trained} if trained == "fast" else {}}
+    with pytest.raises(UserError, match=f"was trained on images of --render {trained}"):
+        evaluation.as_trained(args, info, {"image_size": SIDE, "waypoint_stride": 5})
