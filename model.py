@@ -30,7 +30,8 @@ class TrunkConfig(VolumeConfig):
     width: int = flag(64, "channels of the convolutional trunk")
     dilations: str = flag(
         "1,2,4",
-        "dilations of the trunk's convolutions: with 1,1,1 a cell 4 cells from the EEF does not see its mark",
+        "dilations of the trunk's convolutions: "
+        "with 1,1,1 a cell 4 cells from the EEF does not see its mark",
         kind=flags.int_list,
     )
     eef_height: bool = flag(
@@ -38,16 +39,31 @@ class TrunkConfig(VolumeConfig):
     )
     eef_gripper: bool = flag(
         True,
-        "the EEF's embedding, and one added to every cell, depend on whether the fingers are measured open or closed",
+        "the EEF's embedding, and one added to every cell, depend on whether the fingers are "
+        "measured open or closed",
     )
     rays: bool = flag(
         False,
-        "every cell knows where its ray passes the EEF's height and which way it rises, and so where the camera is",
+        "every cell knows where its ray passes the EEF's height and which way it rises, "
+        "and so where the camera is",
     )
 
     presets = {
-        "full": dict(lr=1e-3, warmup=200, max_steps=10_000, val_every=1000, save_every=500),
-        "small": dict(grid=56, width=48, batch_size=8, lr=1e-3, max_steps=750, val_every=375),
+        "full": {
+            "lr": 1e-3,
+            "warmup": 200,
+            "max_steps": 10_000,
+            "val_every": 1000,
+            "save_every": 500,
+        },
+        "small": {
+            "grid": 56,
+            "width": 48,
+            "batch_size": 8,
+            "lr": 1e-3,
+            "max_steps": 750,
+            "val_every": 375,
+        },
     }
 
 

@@ -48,17 +48,23 @@ class ActConfig(FittedConfig):
     eef_noise_m: float = flag(0.02, "its standard deviation along each axis, metres")
 
     presets = {
-        "full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
-        "small": dict(
-            dim=128,
-            n_layers=3,
-            n_heads=4,
-            mlp_ratio=2,
-            dropout=0.0,
-            lr=1e-3,
-            max_steps=2500,
-            val_every=500,
-        ),
+        "full": {
+            "lr": 3e-4,
+            "warmup": 500,
+            "max_steps": 10_000,
+            "val_every": 1000,
+            "save_every": 500,
+        },
+        "small": {
+            "dim": 128,
+            "n_layers": 3,
+            "n_heads": 4,
+            "mlp_ratio": 2,
+            "dropout": 0.0,
+            "lr": 1e-3,
+            "max_steps": 2500,
+            "val_every": 500,
+        },
     }
 
 
@@ -105,14 +111,14 @@ class ActPolicy(FittedPolicy):
         self.state = nn.Linear(3 + 1, d)  # EEF xyz, fingers
         if c.camera_token:
             self.camera = nn.Linear(12, d)
-        layer = dict(
-            nhead=c.n_heads,
-            dim_feedforward=c.mlp_ratio * d,
-            dropout=c.dropout,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
+        layer = {
+            "nhead": c.n_heads,
+            "dim_feedforward": c.mlp_ratio * d,
+            "dropout": c.dropout,
+            "activation": "gelu",
+            "batch_first": True,
+            "norm_first": True,
+        }
         self.encoder = nn.ModuleList([EncoderLayer(d, **layer) for _ in range(c.n_layers)])
         self.decoder = nn.ModuleList([DecoderLayer(d, **layer) for _ in range(c.n_decoder_layers)])
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(d), nn.LayerNorm(d)
@@ -150,13 +156,13 @@ class ActPolicy(FittedPolicy):
             x = x + project(F.adaptive_avg_pool2d(maps, POOLED * side))  # (B,d,H,W)
         x = x.flatten(2).transpose(1, 2) + (self.place[0, :, None] + self.place[1]).flatten(0, 1)
         closed = fingers_closed(batch["gripper_width"]).float()[:, None]
-        own = [self.state(torch.cat([self.scaled(eef), closed], -1))]
+        others = [self.state(torch.cat([self.scaled(eef), closed], -1))]
         if self.config.camera_token:
-            own.append(self.camera(batch["E"][:, :3].flatten(1).float()))
-        return torch.cat([x, torch.stack(own, 1)], 1)
+            others.append(self.camera(batch["E"][:, :3].flatten(1).float()))
+        return torch.cat([x, torch.stack(others, 1)], 1)
 
     def run(self, batch):
-        """Batch -> scaled positions (B,T,3), gripper logits (B,T,2), rotation logits (B,T,3,bins)."""
+        """Batch -> scaled positions (B,T,3), logits: gripper (B,T,2), rotation (B,T,3,bins)."""
         memory = self.tokens(batch)
         for layer in self.encoder:
             memory = layer(memory)

@@ -69,7 +69,8 @@ class AutoregressiveConfig(HistoryConfig):
     )
     rays: bool = flag(
         False,
-        "the pointer's cells know where their rays pass the EEF's height and which way they rise, and so where the camera is",
+        "the pointer's cells know where their rays pass the EEF's height and which way they rise, "
+        "and so where the camera is",
     )
     eef_mark: bool = flag(
         True, "the query marks the last known EEF's cell before the pointer's convolutions"
@@ -96,20 +97,26 @@ class AutoregressiveConfig(HistoryConfig):
     # small: 7x7 patches and two trained frames of each of four windows make a step cost a third of
     # 14x14 and all eight
     presets = {
-        "full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
-        "small": dict(
-            dim=128,
-            n_layers=3,
-            n_heads=4,
-            mlp_ratio=2,
-            patch_grid=7,
-            key_width=48,
-            batch_size=4,
-            trained_frames=2,
-            lr=1e-3,
-            max_steps=2500,
-            val_every=1250,
-        ),
+        "full": {
+            "lr": 3e-4,
+            "warmup": 500,
+            "max_steps": 10_000,
+            "val_every": 1000,
+            "save_every": 500,
+        },
+        "small": {
+            "dim": 128,
+            "n_layers": 3,
+            "n_heads": 4,
+            "mlp_ratio": 2,
+            "patch_grid": 7,
+            "key_width": 48,
+            "batch_size": 4,
+            "trained_frames": 2,
+            "lr": 1e-3,
+            "max_steps": 2500,
+            "val_every": 1250,
+        },
     }
 
 
@@ -122,7 +129,8 @@ class AutoregressivePolicy(HistoryPolicy):
         check_heads(c)
         if c.attention == "flex" and d // c.n_heads < FLEX_HEAD:
             raise UserError(
-                f"--attention flex: heads are {d // c.n_heads} wide (--dim / --n_heads) and it needs {FLEX_HEAD}; use sdpa"
+                f"--attention flex: heads are {d // c.n_heads} wide (--dim / --n_heads) "
+                f"and it needs {FLEX_HEAD}; use sdpa"
             )
         self.n_patches, n_old = c.patch_grid**2, (c.patch_grid // 2) ** 2 if c.recent_hires else 0
         self.resolutions = Resolutions(c.recent_hires, self.n_patches + 2, self.n_patches)
@@ -170,8 +178,7 @@ class AutoregressivePolicy(HistoryPolicy):
         self.check()
         self.reset()
 
-    # -- tokens
-    # ------------------------------------------------------------------------------------------------------
+    # -- tokens ------------------------------------------------------------------------------------
 
     def eef_coordinates(self, batch):
         """The last known EEF of every frame as volume coordinates zyx (B,T,3) float32, noised in
@@ -190,7 +197,7 @@ class AutoregressivePolicy(HistoryPolicy):
         return eef
 
     def share(self, coordinates):
-        """Volume coordinates zyx -> shares of the height range and of the image, about [-0.5, 0.5]."""
+        """Volume coordinates zyx -> shares of height range and image, about [-0.5, 0.5]."""
         c = self.config
         size = torch.tensor([c.n_height_bins, c.grid, c.grid], device=coordinates.device)
         return (coordinates + 0.5) / size - 0.5
@@ -216,13 +223,13 @@ class AutoregressivePolicy(HistoryPolicy):
                 maps = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
             tokens = tokens + project(maps)
         tokens = tokens.permute(0, 2, 3, 1).unflatten(0, (B, T))  # (B,T,H,W,d)
-        line = (torch.arange(side, device=anchor.device) + 0.5) / side - 0.5
+        centres = (torch.arange(side, device=anchor.device) + 0.5) / side - 0.5
         if self.config.relative:
             tokens = tokens + self.place(
-                self.relative, line - anchor[..., :1], line - anchor[..., 1:]
+                self.relative, centres - anchor[..., :1], centres - anchor[..., 1:]
             )
         if self.config.patch_position:
-            tokens = tokens + self.place(self.position, line, line)
+            tokens = tokens + self.place(self.position, centres, centres)
         return tokens.flatten(2, 3)
 
     def tokens(self, features, eef, before, batch, start):
@@ -238,14 +245,15 @@ class AutoregressivePolicy(HistoryPolicy):
         state = self.state(
             torch.cat([fourier(eef[..., 0], SPACE_FREQUENCIES), 10 * moved, fingers], -1)
         )
-        own = self.token + torch.stack([state, torch.zeros_like(state)], 2)  # (B,T,2,d): EEF, query
+        # (B,T,2,d): EEF, query
+        pair = self.token + torch.stack([state, torch.zeros_like(state)], 2)
         # (B,T,2) -> (B,T,1,d)
         at = lambda tables, yx: self.place(tables, yx[..., :1], yx[..., 1:])[..., 0, :]
         if c.relative:
-            own = own + at(self.relative, eef[..., 1:] - anchor)
+            pair = pair + at(self.relative, eef[..., 1:] - anchor)
         if c.patch_position:
-            own = own + at(self.position, eef[..., 1:])
-        groups = [self.patches(features, c.patch_grid, anchor), own]
+            pair = pair + at(self.position, eef[..., 1:])
+        groups = [self.patches(features, c.patch_grid, anchor), pair]
         if c.recent_hires:
             groups.append(self.patches(features, c.patch_grid // 2, anchor) + self.coarse)
         x = torch.cat(groups, 2)
@@ -270,8 +278,7 @@ class AutoregressivePolicy(HistoryPolicy):
         )
         return eef[torch.arange(len(eef), device=eef.device), last][:, None].expand_as(eef)
 
-    # -- the network
-    # -------------------------------------------------------------------------------------------------
+    # -- the network -------------------------------------------------------------------------------
 
     def encode(self, x, past=None):
         """Tokens (B,T,N,d) -> query outputs (B,T,d), patch outputs (B,T,H*W,d) of the layer before
@@ -292,7 +299,7 @@ class AutoregressivePolicy(HistoryPolicy):
         """Pointer's keys (N,C,H,W) of N frames: maps [(N,C,H,W)], patch outputs (N,H*W,d), query
         outputs (N,d), the last known EEF's coordinates zyx (N,3), their cameras {"K", "E"}."""
         c = self.config
-        size = dict(size=(c.grid, c.grid), mode="bilinear", align_corners=False)
+        size = {"size": (c.grid, c.grid), "mode": "bilinear", "align_corners": False}
         added = self.key_query(query)
         x = projected(features, self.key_project, c.grid)
         x = x + added[:, : c.key_width, None, None]
@@ -323,16 +330,16 @@ class AutoregressivePolicy(HistoryPolicy):
         logits = product(weights, keys.flatten(2))
         return logits.view(-1, 2, c.n_height_bins, c.grid, c.grid), keys
 
-    def run(self, batch, eef, start, rows=None, fed=False):
+    def run(self, batch, eef, start, rows=None, exact=False):
         """A window -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the
-        flattened (B*T). fed: eef (B,T,3) are no noised measurements but positions of their own."""
+        flattened (B*T). exact: eef (B,T,3) are no noised measurements, and marked as they are."""
         features = self.normalised(batch["features"])
         query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start))
         flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
         query = flat(query)
         marked = (
             eef
-            if fed or self.config.noisy_mark
+            if exact or self.config.noisy_mark
             else self.coordinates(batch["eef_pos"], batch).float()
         )
         logits, keys = self.head(
@@ -354,8 +361,7 @@ class AutoregressivePolicy(HistoryPolicy):
             )
         return 0.5 * self.offset_head(query).float().tanh()
 
-    # -- the policy's interface
-    # ----------------------------------------------------------------------------------------
+    # -- the policy's interface --------------------------------------------------------------------
 
     def supervised(self, batch):
         """Which of the B*T frames are trained on: flat indices."""
@@ -373,7 +379,7 @@ class AutoregressivePolicy(HistoryPolicy):
         """Cross-entropies of gripper x volume and of rotation over the supervised frames, in nats;
         see the config for more.
         """
-        c, B, T = self.config, *batch["mask"].shape
+        c, B = self.config, len(batch["mask"])
         eef = self.eef_coordinates(batch)
         start = torch.zeros(B, dtype=torch.long, device=eef.device)
         if self.training:
@@ -418,8 +424,8 @@ class AutoregressivePolicy(HistoryPolicy):
 
     def smoothness(self, batch, logits, start, rows):
         """Mean squared second difference, in cells and bins, of the waypoints of frames `rows` and
-        the two before each, when a frame is fed the prediction of the frame before it, or the
-        measured EEF where that frame was not drawn (--trained_frames): a free-running rollout of
+        the two before each, when a frame knows the prediction of the frame before it, or the
+        measured EEF where that frame is not trained (--trained_frames): a free-running rollout of
         one step from everywhere."""
         B, T = batch["mask"].shape
         measured = self.coordinates(batch["eef_pos"], batch).float()
@@ -427,8 +433,8 @@ class AutoregressivePolicy(HistoryPolicy):
             # where each frame's waypoint led
             reached = torch.cat([measured[:, 1:], measured[:, -1:]], 1).flatten(0, 1)
             reached[rows] = self.decode_volume(logits.float())[0].to(reached.dtype)
-        fed = torch.cat([measured[:, :1], reached.view(B, T, 3)[:, :-1]], 1)
-        again, _, _ = self.run(batch, fed, start, rows, fed=True)
+        known = torch.cat([measured[:, :1], reached.view(B, T, 3)[:, :-1]], 1)
+        again, _, _ = self.run(batch, known, start, rows, exact=True)
         volume = again.float().logsumexp(1).flatten(1).softmax(-1).view(-1, *self.volume_shape)
         mean = torch.stack(
             [
@@ -441,15 +447,16 @@ class AutoregressivePolicy(HistoryPolicy):
             ],
             -1,
         )
-        before = torch.cat([fed[:, :1], fed[:, :-1]], 1).flatten(0, 1)[rows]
-        known = batch["mask"].flatten()[rows] * (rows % T > 0)
-        return self.masked_mean(((mean - 2 * fed.flatten(0, 1)[rows] + before) ** 2).sum(-1), known)
+        before = torch.cat([known[:, :1], known[:, :-1]], 1).flatten(0, 1)[rows]
+        has_before = batch["mask"].flatten()[rows] * (rows % T > 0)
+        bend = mean - 2 * known.flatten(0, 1)[rows] + before
+        return self.masked_mean((bend**2).sum(-1), has_before)
 
     def decide_rows(self, batch, logits, keys, query, shape):
         """Head outputs of N = prod(shape) frames -> {"position" (*shape,3), "gripper" (*shape),
         "rotation" (*shape,3,3)}.
         """
-        c, logits = self.config, self.drawn(logits.float())
+        c, logits = self.config, self.sampled(logits.float())
         coordinates, gripper = self.decode_volume(logits)
         if c.coarse_to_fine:
             best = self.peak(logits, gripper)
@@ -502,12 +509,12 @@ class AutoregressivePolicy(HistoryPolicy):
         weights = self.blocks[-1].weights(x, self.n_patches + QUERY, self.n_patches)
         return weights.unflatten(-1, (c.patch_grid, c.patch_grid))
 
-    # -- closed loop
-    # -------------------------------------------------------------------------------------------------
+    # -- closed loop -------------------------------------------------------------------------------
 
     def reset(self, generator=None):
         super().reset(generator)
-        self.number, self.past, self.before, self.fed, self.window = 0, None, None, None, []
+        self.number, self.past, self.window = 0, None, []
+        self.before, self.last_waypoint = None, None
 
     def decide(self, batch):
         """One observation (B = 1) after those since `reset`, with keys and values of earlier frames
@@ -542,13 +549,15 @@ class AutoregressivePolicy(HistoryPolicy):
                 now["gripper_width"],
                 {k: now[k] for k in "KE"},
             )
-            out = self.decide_rows(frame, self.elsewhere(logits, now), keys, query[:, 0], (1, 1))
-        self.number, self.fed = self.number + 1, out["position"]
+            out = self.decide_rows(
+                frame, self.without_reached(logits, now), keys, query[:, 0], (1, 1)
+            )
+        self.number, self.last_waypoint = self.number + 1, out["position"]
         return out
 
     def decide_window(self, frame):
         """The newest frame's waypoint, from the last `context` frames computed anew."""
-        self.window = (self.window + [frame])[-self.config.context :]
+        self.window = [*self.window, frame][-self.config.context :]
         join = lambda parts: (
             [torch.cat(m, 1) for m in zip(*parts)]
             if isinstance(parts[0], list)
@@ -560,7 +569,9 @@ class AutoregressivePolicy(HistoryPolicy):
         logits, keys, query = self.run(
             batch, eef, start, torch.tensor([eef.shape[1] - 1], device=eef.device)
         )
-        return self.decide_rows(frame, self.elsewhere(logits, self.now(frame)), keys, query, (1, 1))
+        return self.decide_rows(
+            frame, self.without_reached(logits, self.now(frame)), keys, query, (1, 1)
+        )
 
     @staticmethod
     def now(frame):

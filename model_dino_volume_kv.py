@@ -108,8 +108,7 @@ class DinoVolumeKV(PixelTrunk):
     def volume_parameters(self):
         return [p for name, p in self.named_parameters() if not name.startswith(self.heads)]
 
-    # -- the network
-    # -------------------------------------------------------------------------------------------------
+    # -- the network -------------------------------------------------------------------------------
 
     def queries(self):
         """(T,Z,C), the same for every image."""
@@ -144,8 +143,7 @@ class DinoVolumeKV(PixelTrunk):
             -1, (3, self.config.n_rot_bins)
         )
 
-    # -- rotation: three Euler angles here, as of policy.FittedPolicy
-    # -------------------------------------------------------------------------------
+    # -- rotation: three Euler angles here, as of policy.FittedPolicy ------------------------------
 
     def decoded_bins(self, logits):
         """Rotation logits (...,A,bins) -> bins (...,A) float64, between two where --rotation_decode
@@ -159,8 +157,7 @@ class DinoVolumeKV(PixelTrunk):
         """Logits (...,3,bins) -> rotations (...,3,3)."""
         return self.euler_rotation(self.decoded_bins(logits))
 
-    # -- the policy's interface
-    # ----------------------------------------------------------------------------------------
+    # -- the policy's interface --------------------------------------------------------------------
 
     def loss(self, batch):
         """Cross-entropies of volume, gripper and rotation, averaged over the unmasked waypoints, in

@@ -4,8 +4,10 @@ trajectory's tokens.
 A token is the pixel feature at a waypoint's keypoint plus embeddings of its height bin and number.
 Two configurations:
 
-    v7    --tf_layers 2 --token_enc learned --rotation euler --n_rot_bins 32     three Euler angles of 32 bins each
-    new   (the defaults) --tf_layers 5 --token_enc sin --rotation pca --n_rot_bins 48    one axis, see rot_utils.RotationBasis
+    v7    --tf_layers 2 --token_enc learned --rotation euler --n_rot_bins 32
+          three Euler angles of 32 bins each
+    new   (the defaults) --tf_layers 5 --token_enc sin --rotation pca --n_rot_bins 48
+          one axis, see rot_utils.RotationBasis
 
 `--yx_embedding` adds embeddings of the keypoint's cell in either.
 """
@@ -40,7 +42,7 @@ class DinoVolumeKVFullConfig(DinoVolumeKVConfig):
 
 
 class TokenBlock(nn.Module):
-    """Pre-norm transformer block over T tokens: attention, then a GELU MLP of four times the width."""
+    """Pre-norm transformer block over T tokens: attention, then a GELU MLP, four times as wide."""
 
     def __init__(self, dim, n_heads):
         super().__init__()

@@ -41,7 +41,8 @@ class VoxelConfig(HistoryConfig):
     key_width: int = flag(64, "channels of the image features, before their projection to d")
     dilations: str = flag(
         "1,2,4",
-        "dilations of the convolutions over image features: the first before attention, the rest before readout",
+        "dilations of the convolutions over image features: "
+        "the first before attention, the rest before readout",
         kind=flags.int_list,
     )
     n_waves: int = flag(8, "wavelengths of the positional encoding, P = 6 times as many")
@@ -63,19 +64,25 @@ class VoxelConfig(HistoryConfig):
     # small: a step costs what its frames cost, and two frames of each of four windows differ more
     # than four of each of two
     presets = {
-        "full": dict(lr=3e-4, warmup=500, max_steps=10_000, val_every=1000, save_every=500),
-        "small": dict(
-            context=8,
-            dim=64,
-            n_layers=2,
-            mlp_ratio=2,
-            key_width=48,
-            batch_size=4,
-            trained_frames=2,
-            lr=1e-3,
-            max_steps=2500,
-            val_every=500,
-        ),
+        "full": {
+            "lr": 3e-4,
+            "warmup": 500,
+            "max_steps": 10_000,
+            "val_every": 1000,
+            "save_every": 500,
+        },
+        "small": {
+            "context": 8,
+            "dim": 64,
+            "n_layers": 2,
+            "mlp_ratio": 2,
+            "key_width": 48,
+            "batch_size": 4,
+            "trained_frames": 2,
+            "lr": 1e-3,
+            "max_steps": 2500,
+            "val_every": 500,
+        },
     }
 
 
@@ -159,8 +166,7 @@ class VoxelPolicy(HistoryPolicy):
         self.check()
         self.reset()
 
-    # -- where things are
-    # --------------------------------------------------------------------------------------------
+    # -- where things are --------------------------------------------------------------------------
 
     def anchors(self, eef, first):
         """The points that each step measures positions from (B,T,3) in metres, or None for the
@@ -217,8 +223,7 @@ class VoxelPolicy(HistoryPolicy):
             [c.eef_noise_m, c.eef_noise_m, c.eef_noise_height_m]
         ) * self.noise(eef)
 
-    # -- the network
-    # -------------------------------------------------------------------------------------------------
+    # -- the network -------------------------------------------------------------------------------
 
     def eef_tokens(self, eef, widths, anchor, rows):
         """EEF tokens (N,S,d) that the steps `rows` (N,) of the flattened (B*T) read, S = T, and
@@ -264,8 +269,8 @@ class VoxelPolicy(HistoryPolicy):
         # (N,C,H,W)
         image = self.image_features(self.normalised([flat(f) for f in batch["features"]]))
         tokens, known = self.eef_tokens(eef, batch["gripper_width"], anchor, rows)
-        own = tokens[torch.arange(len(rows), device=rows.device), rows % T]
-        x = (self.token[1] + self.start(own))[:, None]  # (N,1,d)
+        last_eef = tokens[torch.arange(len(rows), device=rows.device), rows % T]
+        x = (self.token[1] + self.start(last_eef))[:, None]  # (N,1,d)
         voxels = {
             "table": table,
             "image": image.flatten(2),
@@ -322,8 +327,7 @@ class VoxelPolicy(HistoryPolicy):
         )
         return logits.unflatten(-1, (c.grid, c.grid))
 
-    # -- the policy's interface
-    # ----------------------------------------------------------------------------------------
+    # -- the policy's interface --------------------------------------------------------------------
 
     def loss(self, batch):
         """Cross-entropies of gripper x volume and of rotation over the unmasked frames of windows,
@@ -375,11 +379,11 @@ class VoxelPolicy(HistoryPolicy):
         logits = logits.float()
         T = batch["gripper_width"].shape[1]
         if acting and self.n_gripper == 2:
-            logits = self.elsewhere(
+            logits = self.without_reached(
                 logits,
                 {k: batch[k][rows // T, rows % T] for k in ("eef_pos", "gripper_width", "K", "E")},
             )
-        coordinates, gripper = self.decode_volume(self.drawn(logits))
+        coordinates, gripper = self.decode_volume(self.sampled(logits))
         cameras = {k: batch[k][rows // T, rows % T] for k in "KE"}
         gripper = gripper if self.n_gripper == 2 else self.gripper(query).argmax(-1)
         return {
@@ -415,8 +419,7 @@ class VoxelPolicy(HistoryPolicy):
             ]
         )
 
-    # -- closed loop
-    # -------------------------------------------------------------------------------------------------
+    # -- closed loop -------------------------------------------------------------------------------
 
     def session(self):
         twin = super().session()
@@ -425,7 +428,8 @@ class VoxelPolicy(HistoryPolicy):
 
     def reset(self, generator=None):
         super().reset(generator)
-        self.number, self.fed, self.first, self.past = 0, None, None, []
+        self.number, self.last_waypoint = 0, None
+        self.first, self.past = None, []
 
     def decide(self, batch):
         """One observation (B = 1) after those since `reset`: of earlier frames only the EEF tokens
@@ -433,7 +437,7 @@ class VoxelPolicy(HistoryPolicy):
         """
         eef = self.last_known(batch["eef_pos"])
         self.first = eef if self.first is None else self.first
-        self.past = (self.past + [(eef, batch["gripper_width"])])[-self.config.context :]
+        self.past = [*self.past, (eef, batch["gripper_width"])][-self.config.context :]
         positions, widths = (torch.stack(x, 1) for x in zip(*self.past))  # (1,S,3), (1,S)
         frame = {
             k: [m[:, None].expand(-1, len(self.past), -1, -1, -1) for m in batch[k]]
@@ -447,5 +451,5 @@ class VoxelPolicy(HistoryPolicy):
             last,
             acting=True,
         )
-        self.number, self.fed = self.number + 1, out["position"]
+        self.number, self.last_waypoint = self.number + 1, out["position"]
         return {k: v[None] for k, v in out.items()}

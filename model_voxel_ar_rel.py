@@ -28,7 +28,8 @@ class RelativeVoxelConfig(VoxelConfig):
 
     anchor: str = flag(
         "window",
-        "xyz is relative to the EEF at: the first frame of the context, the episode's start, or the last known",
+        "xyz is relative to the EEF at: the first frame of the context, the episode's start, "
+        "or the last known",
         ("window", "episode", "last"),
     )
     anchor_axes: str = flag(

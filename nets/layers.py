@@ -131,7 +131,7 @@ def flex_frame_attention(q, k, v, context, resolutions=Resolutions(), compile=No
     A shape beyond the SHAPES-th raises, where torch would silently go on with dense scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    (B, Tq, Nq, h, e), (Tk, N) = q.shape, k.shape[1:3]
+    (Tq, Nq), (Tk, N) = q.shape[1:3], k.shape[1:3]
     flat = lambda x: x.flatten(1, 2).transpose(1, 2)  # (B,T,N,h,e) -> (B,h,T*N,e)
     mask = block_mask(Tq, Nq, Tk, N, context, resolutions, q.device)
     with torch._dynamo.config.patch(

@@ -1,9 +1,11 @@
 """Exact attention to voxel tokens that are never built.
 
-The token of voxel (z, n), height bin z on the ray of pixel n, is  Wg PE(xyz) + image[n].  Absorbing the key projection into
-the query (q' = Wk^T q) its score is  (Wg^T q') . PE(xyz) + q' . image[n],  and the output is
-Wv (Wg sum p PE + sum_n (sum_z p) image[n]):  nothing of size V x d exists, for V = Z N voxels of width d. The softmax runs online over
-chunks of pixels and is recomputed in the backward pass, so the V probabilities are not stored either.
+The token of voxel (z, n), height bin z on the ray of pixel n, is  Wg PE(xyz) + image[n].
+Absorbing the key projection into the query (q' = Wk^T q) its score is
+(Wg^T q') . PE(xyz) + q' . image[n],  and the output is
+Wv (Wg sum p PE + sum_n (sum_z p) image[n]):  nothing of size V x d exists, for V = Z N voxels of
+width d. The softmax runs online over chunks of pixels; its V probabilities are kept for the
+backward pass where they have room (KEPT_BYTES) and computed again where not.
 
 PE holds sin/cos pairs, so PE(x - a) = R(a) PE(x): an anchor `a` per query turns the query and the
 output, never the tokens. A voxel's world z is its height bin, the same for all pixels, so only the
@@ -139,10 +141,11 @@ class _Attend(torch.autograd.Function):
         for xy, item in zip(table.xy, table.items):
             a, b = code[item], image_score[item]
             ctx.kept.append((Kept(),) if keeps else ())
-            u, w, l = attend(
+            sums = attend(
                 *(a.reshape(-1, P), b.reshape(-1, b.shape[-1]), xy, table.z, chunk), *ctx.kept[-1]
             )
-            pooled[item], pixels[item], lse[item] = u.view_as(a), w.view_as(b), l.view(a.shape[:2])
+            pooled[item], pixels[item] = sums[0].view_as(a), sums[1].view_as(b)
+            lse[item] = sums[2].view(a.shape[:2])
         ctx.table, ctx.chunk = table, chunk
         ctx.save_for_backward(code, image_score, pooled, pixels, lse)
         return pooled, pixels, lse
@@ -190,7 +193,7 @@ def rows_of(code, way="auto"):
 
 
 def chunks(M, N, chunk):
-    """Slices over N pixels such that M rows of scores fill about `chunk` (default CHUNK) numbers."""
+    """Slices over N pixels such that M rows of scores fill about `chunk` numbers (CHUNK)."""
     step = max(64, CHUNK // M) if chunk is None else max(1, chunk // M)
     return [slice(i, min(i + step, N)) for i in range(0, N, step)]
 

@@ -21,8 +21,8 @@ STEEP = 0.1  # metres of height that a ray loses over a metre of depth, at least
 
 def neighbours(radius, dims, device):
     """Integer offsets (K,dims) of a cube with the given radius."""
-    line = torch.arange(-radius, radius + 1, device=device)
-    return torch.cartesian_prod(*[line] * dims).view(-1, dims)
+    steps = torch.arange(-radius, radius + 1, device=device)
+    return torch.cartesian_prod(*[steps] * dims).view(-1, dims)
 
 
 def soft_targets(coordinates, shape, sigma, radius=2):
@@ -111,11 +111,10 @@ class VolumeGeometry(FittedPolicy):
     def volume_shape(self):
         return self.config.n_height_bins, self.config.grid, self.config.grid
 
-    # -- between world and volume
-    # ------------------------------------------------------------------------------------
+    # -- between world and volume ------------------------------------------------------------------
 
     def cameras(self, batch, ndim):
-        """The batch's K and E with ones inserted, so that they serve points of `ndim` dimensions."""
+        """The batch's K and E with ones inserted, to serve points of `ndim` dimensions."""
         K, E = batch["K"], batch["E"]
         while K.ndim < ndim + 1:
             K, E = K.unsqueeze(-3), E.unsqueeze(-3)
@@ -149,20 +148,19 @@ class VolumeGeometry(FittedPolicy):
         anything on a table, are taken as descending by STEEP.
         """
         c, (K, E), eef = self.config, self.cameras(batch, 4), batch["eef_pos"][:, None, None]
-        line = camera.cell_to_pixel(
+        pixels = camera.cell_to_pixel(
             torch.arange(c.grid, device=K.device, dtype=K.dtype), c.grid, c.image_size
         )
-        v, u = torch.meshgrid(line, line, indexing="ij")
+        v, u = torch.meshgrid(pixels, pixels, indexing="ij")
         direction = camera.ray(u, v, K, E)  # (B,H,W,3)
         slope = direction[..., :2] / direction[..., 2:].clamp(max=-STEEP)
         passed = E[..., :2, 3] + slope * (eef[..., 2:] - E[..., 2:3, 3]) - eef[..., :2]
         return torch.cat([10 * passed.clamp(-1, 1), slope], -1).permute(0, 3, 1, 2).float()
 
-    # -- losses and decoding
-    # -----------------------------------------------------------------------------------------
+    # -- losses and decoding -----------------------------------------------------------------------
 
     def volume_targets(self, coordinates, gripper=None):
-        """Coordinates zyx (N,3) -> the classes (N,K) that they train and their shares (N,K), float32.
+        """Coordinates zyx (N,3) -> the classes (N,K) that they train, their shares (N,K) float32.
         gripper (N,) in {0, 1}: the command, where it is an axis of the volume."""
         c = self.config
         index, share = soft_targets(
@@ -198,21 +196,19 @@ class VolumeGeometry(FittedPolicy):
             volume, self.volume_shape, 2 if self.config.decode == "soft" else 0
         ), gripper
 
-    def elsewhere(self, logits, batch):
+    def without_reached(self, logits, batch):
         """Logits (N,2,Z,H,W) without the voxels where the EEF already is, gripper unchanged: no
-        label lies nearer than `min_travel`, and a policy that answers "here" would answer so for
+        label lies nearer than `min_travel`, and a policy that answers "stay" would answer so for
         ever. As they are where `stay` is an answer. batch: eef_pos (N,3), gripper_width (N,), K,
         E."""
         if self.config.stay:
             return logits
         Z, H, W = self.volume_shape
-        line = lambda n: torch.arange(n, device=logits.device, dtype=torch.float64)
-        zyx = torch.stack(torch.meshgrid(line(Z), line(H), line(W), indexing="ij"), -1)
+        bins = lambda n: torch.arange(n, device=logits.device, dtype=torch.float64)
+        zyx = torch.stack(torch.meshgrid(bins(Z), bins(H), bins(W), indexing="ij"), -1)
         points = self.points(zyx.expand(len(logits), -1, -1, -1, -1), batch)
-        # (N,Z,H,W)
-        here = (points - batch["eef_pos"].double()[:, None, None, None]).norm(
-            dim=-1
-        ) < 0.75 * self.config.min_travel
+        distance = (points - batch["eef_pos"].double()[:, None, None, None]).norm(dim=-1)
+        reached = distance < 0.75 * self.config.min_travel  # (N,Z,H,W)
         command = fingers_closed(batch["gripper_width"])
         same = F.one_hot(command, logits.shape[1]).bool()[..., None, None, None]  # (N,2,1,1,1)
-        return logits.masked_fill(here[:, None] & same, -torch.inf)
+        return logits.masked_fill(reached[:, None] & same, -torch.inf)

@@ -258,7 +258,7 @@ def bench_voxel_train(args):
     for name in ("voxel_ar", "voxel_ar_rel"):
         entry = look_up(name)
         preset, fields = entry.config.presets["small"], entry.config.__dataclass_fields__
-        size = dict(grid=28, n_height_bins=16) if args.quick else {}
+        size = {"grid": 28, "n_height_bins": 16} if args.quick else {}
         config = entry.config(**{k: v for k, v in preset.items() if k in fields}, **size)
         batch, trained = preset["batch_size"], config.trained_frames or config.context
         volume = f"{config.grid}x{config.grid}x{config.n_height_bins} voxels"
@@ -440,11 +440,11 @@ def decide_all(policy, windows, cached):
         policy.eval().reset()
         for t in range(frames - 1):
             policy.decide(at(t))
-    kept = policy.number, policy.past, policy.before, policy.fed
+    kept = policy.number, policy.past, policy.before, policy.last_waypoint
 
     def once():
         with torch.inference_mode():
-            policy.number, policy.past, policy.before, policy.fed = kept
+            policy.number, policy.past, policy.before, policy.last_waypoint = kept
             return policy.decide(at(frames - 1))["position"][0, -1]
 
     def window():
@@ -467,7 +467,16 @@ def bench_attention(args):
     }
     if args.quick:
         sizes, lengths = (
-            {"tiny": dict(dim=32, n_layers=2, n_heads=2, patch_grid=7, key_width=8, grid=28)},
+            {
+                "tiny": {
+                    "dim": 32,
+                    "n_layers": 2,
+                    "n_heads": 2,
+                    "patch_grid": 7,
+                    "key_width": 8,
+                    "grid": 28,
+                }
+            },
             (3,),
         )
     else:

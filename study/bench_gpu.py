@@ -53,7 +53,11 @@ def training_step(device, quick, rounds):
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    size = dict(dim=32, n_layers=2, n_heads=2, patch_grid=7, key_width=8, grid=28) if quick else {}
+    size = (
+        {"dim": 32, "n_layers": 2, "n_heads": 2, "patch_grid": 7, "key_width": 8, "grid": 28}
+        if quick
+        else {}
+    )
     frames, batch = (3, 1) if quick else (8, 16)
     rate, rows = matmul_rate(device, 256 if quick else 8192, rounds), []
     for way in ("sdpa", "flex") if device != "cpu" else ("sdpa",):
@@ -116,7 +120,11 @@ def voxel_attention(device, quick, rounds):
 
 def decisions(device, quick, rounds):
     """A's newest decision of an episode, with the cache of keys and values."""
-    size = dict(dim=32, n_layers=2, n_heads=2, patch_grid=7, key_width=8, grid=28) if quick else {}
+    size = (
+        {"dim": 32, "n_layers": 2, "n_heads": 2, "patch_grid": 7, "key_width": 8, "grid": 28}
+        if quick
+        else {}
+    )
     frames = 3 if quick else 8
     policy, windows = window_of(AutoregressiveConfig(context=frames, **size), frames, 1, False)
     call = decide_all(policy.to(device), to_device(windows, device), True)

@@ -24,10 +24,12 @@ def alternate(variants, rounds):
 
 def peak_mb(call):
     """Memory of a CPU process beyond what it holds, at the peak of `call`, MB."""
-    status = lambda key: (
-        next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-        / 1e3
-    )
+
+    def status(key):
+        """A row of the process's status, MB."""
+        rows = Path("/proc/self/status").read_text().splitlines()
+        return next(int(row.split()[1]) for row in rows if row.startswith(key)) / 1e3
+
     before = status("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     call()

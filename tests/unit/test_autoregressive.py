@@ -294,7 +294,9 @@ def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
     """Decisions with the cache are those of the whole window at once: measured positions, frames
     inside the context."""
     policy = policy_of(windows, **changes)
-    policy.elsewhere = lambda logits, batch: logits  # the window's predictions keep all voxels
+    policy.without_reached = lambda logits, batch: (
+        logits
+    )  # the window's predictions keep all voxels
     index = next(
         i
         for i, w in enumerate(windows.windows)
@@ -326,13 +328,13 @@ def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
             torch.tensor([[4.0, 7.0, 8.0], [2.0, 3.0, 9.0]])[:, None].double(), frame
         )[:, 0],
     }
-    left = torch.isfinite(policy.elsewhere(logits, fine))
+    left = torch.isfinite(policy.without_reached(logits, fine))
     command = (frame["gripper_width"] < 0.04).long()
     for i, (z, y, x) in enumerate([(4, 7, 8), (2, 3, 9)]):
         assert not left[i, command[i], z, y, x] and left[i, 1 - command[i]].all()
         assert left[i].float().mean() > 0.9
     staying = policy_of(windows, stay=True)  # of a task in which to stay is an answer
-    assert torch.isfinite(staying.elsewhere(logits, fine)).all()
+    assert torch.isfinite(staying.without_reached(logits, fine)).all()
 
 
 def test_the_known_eef_is_the_one_that_feedback_names(windows, synthetic_demos):
