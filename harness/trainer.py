@@ -10,6 +10,8 @@ import copy
 import math
 import resource
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -190,6 +192,27 @@ def load_moments(path, tensors, policy, optimizer, advice):
 # -- the loop ------------------------------------------------------------------------------------
 
 
+class Ahead:
+    """What `make(step)` returns for steps from `first` to `end`, in order, made by a thread while
+    the steps before are trained on; at most `depth` wait."""
+
+    def __init__(self, make, first, end, depth=2):
+        self.make, self.depth = make, depth
+        self.steps = iter(range(first, end))
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting = deque()
+
+    def take(self):
+        """The next step's. Raises what `make` raised."""
+        while len(self.waiting) <= self.depth and (step := next(self.steps, None)) is not None:
+            self.waiting.append(self.thread.submit(self.make, step))
+        return self.waiting.popleft().result()
+
+    def close(self):
+        """Make no more."""
+        self.thread.shutdown(cancel_futures=True)
+
+
 class Trainer:
     """A policy, its optimizer and its data, in one process of a training.
 
@@ -220,6 +243,7 @@ class Trainer:
         bar.set_description("training")
         broken = torch.zeros((), dtype=torch.bool, device=device)
         stopping = False
+        self.ahead = Ahead(self.samples, self.step, recipe.max_steps)
         self.policy.train()
         while self.step < recipe.max_steps and not stopping:
             started = time.perf_counter()
@@ -256,6 +280,7 @@ class Trainer:
             if (saves or stopping) and is_main:
                 self.save()
         bar.close()
+        self.ahead.close()
         self.policy.shard = Shard()
         return not stopping
 
@@ -275,18 +300,24 @@ class Trainer:
         """This process's samples of the next step, on its device; noise is seeded for it too."""
         seed, step = self.recipe.seed, self.step
         rank, world = self.dist.rank, self.dist.world
-        indices = self.batches[step]
         # for dropout, each process its own
         torch.manual_seed(seed_of(seed, step, 1 + rank))
         # for the noise of samples, the same in every process
         generator = torch.Generator().manual_seed(seed_of(seed, step, 0))
-        self.policy.shard = Shard(rank, world, len(indices), generator)
+        self.policy.shard = Shard(rank, world, self.batches.batch_size, generator)
+        return to_device(self.ahead.take(), self.dist.device)
+
+    def samples(self, step):
+        """This process's samples of a step, where the dataset has them: a pure function of the
+        step."""
+        seed, rank, world = self.recipe.seed, self.dist.rank, self.dist.world
+        indices = self.batches[step]
         batch = self.train_set.batch(indices[rank::world])
         if self.recipe.shift_aug > 0:
             draws = np.random.default_rng([seed, step]).random(len(indices))[rank::world]
             size = self.policy.config.image_size
             batch = shifted_sideways(batch, self.recipe.shift_aug, draws, size)
-        return to_device(batch, self.dist.device)
+        return batch
 
     def due(self):
         """Whether the step that is reached is (logged, validated, saved)."""

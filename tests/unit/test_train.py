@@ -283,3 +283,32 @@ def test_a_state_that_does_not_fit_is_refused_in_one_sentence(damage, state, tmp
     with pytest.raises(UserError, match=f"{path}.*train anew"):
         trainer.load_state(path, policy, optimizer)
     assert trainer.load_state(state / "state.safetensors", policy, optimizer)["step"] == 2
+
+
+def test_batches_made_ahead_come_in_order_and_no_further_than_asked():
+    """A thread prepares the samples of the steps to come: each step still gets its own, and memory
+    holds but a few."""
+    made = []
+
+    def make(step):
+        made.append(step)
+        return f"batch {step}"
+
+    ahead = trainer.Ahead(make, 3, 8, depth=2)
+    assert [ahead.take() for _ in range(2)] == ["batch 3", "batch 4"]
+    assert max(made) <= 6
+    assert [ahead.take() for _ in range(3)] == ["batch 5", "batch 6", "batch 7"]
+    ahead.close()
+    assert made == [3, 4, 5, 6, 7]
+
+
+def test_a_batch_that_cannot_be_made_ends_the_training_with_its_error():
+    """A file that goes away while a thread reads ahead is not waited for."""
+
+    def make(step):
+        raise UserError("features.npy: no such file")
+
+    ahead = trainer.Ahead(make, 0, 5)
+    with pytest.raises(UserError, match="no such file"):
+        ahead.take()
+    ahead.close()
