@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rot_utils import euler_to_matrix, matrix_to_euler, rotation_angle, rotvec_to_matrix
+from sim import kept_model
 from sim.expert import RIM_LIMIT, PickPlaceExpert, rim_angle, servo_action
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
 from sim.rollout import OracleAgent, expert_path, run_episode, run_expert
@@ -44,6 +45,7 @@ def test_a_rebuilt_scene_leaves_no_memory_behind(scene):
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
     def rebuild(seed):
+        kept_model.let_go(scene.env.env)  # else a reset compiles nothing
         scene.reset(seed)
         scene.render()
         return megabytes()

@@ -145,17 +145,13 @@ def test_a_reset_without_compiling_is_one_with_it(open_scene):
         np.testing.assert_array_equal(kept[name], value, err_msg=name)
 
 
-def test_a_setup_that_the_loop_does_not_follow_is_refused(open_scene):
-    """Another controller would be driven by OSC_POSE's formulas without a word."""
-    scene = open_scene("libero_object", 0)
-    scene.robot.controller.uncoupling = False
-    with pytest.raises(RuntimeError, match="OSC_POSE in its default settings"):
-        scene.use_physics("lean")
-
-
-def test_sensors_are_off_in_the_lean_loop_alone(open_scene):
-    """Nobody reads them; robosuite's own loop does, and is compared with all of its work."""
+def test_the_lean_loop_is_for_liberos_setup_alone(open_scene):
+    """Another controller would be driven by OSC_POSE's formulas without a word. Sensors, which
+    nobody reads, are off; robosuite's own loop has them, and is compared with all of its work."""
     scene = open_scene("libero_object", 0)
     assert scene.sim.model.opt.disableflags & NO_SENSORS
     scene.use_physics("robosuite")
     assert not scene.sim.model.opt.disableflags & NO_SENSORS
+    scene.robot.controller.uncoupling = False
+    with pytest.raises(RuntimeError, match="OSC_POSE in its default settings"):
+        scene.use_physics("lean")
