@@ -5,9 +5,9 @@ Dimensions: B batch, T waypoints (or frames), N samples, C channels, H W grid, Z
 sparse targets, G gripper commands, V = G*Z*H*W classes.
 """
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -167,7 +167,7 @@ class VolumeGeometry(FittedPolicy):
             coordinates, self.volume_shape, c.sigma if c.target == "soft" else 0.0
         )
         if gripper is not None:
-            index = index + gripper[:, None] * int(np.prod(self.volume_shape))
+            index = index + gripper[:, None] * math.prod(self.volume_shape)
         return index, share.float()
 
     def volume_loss(self, logits, coordinates, gripper=None):
