@@ -17,5 +17,6 @@ def test_the_loops_run_the_same_episode_at_other_costs(trained, capsys):
     steps, decisions = ours[1:3]
     assert steps == STEPS and table["ours"]["renders"] == decisions < STEPS
     assert table[THEIRS]["renders"] >= decisions + STEPS
+    assert table["ours, fast render"]["steps"] == STEPS
     assert table[THEIRS]["ratio"] == 1 and table["ours"]["ratio"] > 1
     assert f"| {THEIRS} |" in capsys.readouterr().out
