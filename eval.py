@@ -217,8 +217,8 @@ def add_policy_flags(group):
     add("--grid", type=flags.at_least(2, 4096), default=64, help="oracle: image cells")
     add("--n_height_bins", type=flags.at_least(2, 4096), default=32, help="oracle: height bins")
     add("--image_size", type=flags.pixels, default=448, help="oracle, blind: side, pixels")
-    drawn = "as the checkpoint's demonstrations: exact, LIBERO's picture, or fast"
-    add("--render", choices=RENDERS, default="exact", help=drawn)
+    drawn = "exact, LIBERO's picture, or fast (the checkpoint's, else exact)"
+    add("--render", choices=RENDERS, help=drawn)
 
 
 def add_task_flags(group):
@@ -323,6 +323,7 @@ def prepare(args, network=None):
     args.grasp = args.grasp or "side"
     args.variant = args.variant or "task"
     refuse_without_meaning(args)
+    args.render = args.render or "exact"  # of a policy that was trained on no images
     args.split = settings.resolve_split(setting, args.split)
     if args.clean_scene is None:
         args.clean_scene = settings.clean_by_default(setting)
@@ -347,7 +348,8 @@ def as_trained(args, info, config):
     args.image_size, args.waypoint_stride = config["image_size"], config["waypoint_stride"]
     trained_on = info.get("dataset", {})
     rendered = trained_on.get("render", "exact")
-    if rendered != args.render:
+    args.render = args.render or rendered
+    if args.render != rendered:
         raise UserError(
             f"--render {args.render}: {args.ckpt} was trained on images of --render {rendered}, "
             f"which look otherwise; give --render {rendered}, or train on demonstrations of "

@@ -70,3 +70,16 @@ def test_a_checkpoint_sees_the_render_it_was_trained_on(trained, asked):
     info = {"dataset": {"render": trained} if trained == "fast" else {}}
     with pytest.raises(UserError, match=f"was trained on images of --render {trained}"):
         evaluation.as_trained(args, info, {"image_size": SIDE, "waypoint_stride": 5})
+
+
+@pytest.mark.parametrize("trained", ["fast", "exact"])
+def test_what_is_not_asked_for_is_what_the_checkpoint_was_trained_on(trained):
+    """Otherwise a checkpoint of fast pictures is refused until its user has found the flag."""
+    args = argparse.Namespace(
+        **{"render": None, "ckpt": "run/checkpoint.safetensors", "layout": "shifted"},
+        **{"task_suite": None, "task_id": None, "grasp": None, "variant": None},
+        **{"clean_scene": None, "split": None},
+    )
+    info = {"dataset": {"render": trained}, "model_type": "para", "backbone_identity": "x"}
+    evaluation.as_trained(args, info, {"image_size": SIDE, "waypoint_stride": 5})
+    assert args.render == trained

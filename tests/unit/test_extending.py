@@ -75,5 +75,7 @@ def test_a_policy_written_by_the_page_passes_the_contract_and_trains(checkout, s
         place = str(checkout / script) if script.endswith(".py") else script
         done = run(place, *flags, *SMALL[script], cwd=checkout)
         if script == "pytest":
-            assert re.search(rf"(?m)^{len(CONTRACT)} passed", done.stdout), done.stdout
+            # some of the contract's tests have several cases
+            passed = int(re.search(r"(?m)^(\d+) passed", done.stdout)[1])
+            assert passed >= len(CONTRACT), done.stdout
     assert (checkout / "run" / "checkpoint.safetensors").is_file()
