@@ -278,9 +278,10 @@ def bench_voxel_train(args):
                     part: round(1000 * float(np.median(seconds)), 1)
                     for part, seconds in spent.items()
                 }
+                windows = f"{trained} frames of each of {batch} windows of {config.context}"
+                parts = ", ".join(f"{part} {ms:.0f}" for part, ms in median.items())
                 print(
-                    f"  {name}, {volume}, {trained} frames of each of {batch} windows of {config.context}, {kind}: {rate:.2f} steps/s; "
-                    + ", ".join(f"{part} {ms:.0f}" for part, ms in median.items()),
+                    f"  {name}, {volume}, {windows}, {kind}: {rate:.2f} steps/s; {parts}",
                     flush=True,
                 )
                 rows.append(
@@ -310,8 +311,9 @@ def bench_voxel(args):
     ways = ["built", "absorbed", "absorbed_again"] + ["built_bf16"] * (device != "cpu")
     rows = []
     print(
-        f"\nattention to V voxel tokens, {VOXEL_HEADS} heads, forward and backward, {device}, {torch.get_num_threads()} threads; "
-        "difference: of outputs and gradients, relative to the largest entry of each"
+        f"\nattention to V voxel tokens, {VOXEL_HEADS} heads, forward and backward, {device}, "
+        f"{torch.get_num_threads()} threads; difference: of outputs and gradients, relative to "
+        "the largest entry of each"
     )
     print(
         f"  {'':<34}"
@@ -454,6 +456,72 @@ def decide_all(policy, windows, cached):
     return once if cached else window
 
 
+def attention_of_a_layer(name, config, rounds):
+    """Dense mask against block-causal attention, forward and backward: ms and MB of each."""
+    case = (config.context, config.patch_grid, config.dim, config.n_heads)
+    ways, difference = attention_ways(*case)
+    seconds = alternate(ways, rounds)
+    memory = {way: in_fresh_process(_attention_peak, case, way) for way in ways}
+    dense, block = ways
+    patches = f"{config.patch_grid}x{config.patch_grid} patches, d {config.dim}"
+    print(
+        f"\n{name}, {config.context} frames of {patches}: attention of a layer, forward and "
+        f"backward\n  dense mask {1000 * seconds[dense]:.0f} ms, {memory[dense]:.0f} MB; "
+        f"block-causal {1000 * seconds[block]:.0f} ms, {memory[block]:.0f} MB: "
+        f"x{seconds[dense] / seconds[block]:.2f} in time, "
+        f"x{memory[dense] / max(memory[block], 1):.2f} in memory; "
+        f"largest difference {difference:.1e}",
+        flush=True,
+    )
+    return {
+        "attention_ms": {k: round(1000 * v, 1) for k, v in seconds.items()},
+        "attention_mb": {k: round(v, 1) for k, v in memory.items()},
+        "difference": difference,
+    }
+
+
+def newest_decision(config, rounds):
+    """The newest decision of an episode, its window computed anew or with the cache: ms of each."""
+    policy, windows = window_of(config, config.context, 1, False)
+    calls = {
+        "window computed anew": decide_all(policy, windows, False),
+        "with the cache": decide_all(policy, windows, True),
+    }
+    apart = (calls["window computed anew"]() - calls["with the cache"]()).abs().max().item()
+    anew, cached = alternate(calls, rounds).values()
+    print(
+        f"  newest decision: window {1000 * anew:.0f} ms, cache {1000 * cached:.0f} ms: "
+        f"x{anew / cached:.1f}; apart {apart:.1e} m",
+        flush=True,
+    )
+    return {"window": round(1000 * anew, 1), "cache": round(1000 * cached, 1)}
+
+
+def training_step(config, batch, warm_up):
+    """Time and peak memory of one training step."""
+    import torch
+
+    policy, windows = window_of(config, config.context, batch, True)
+    optimizer = torch.optim.AdamW(policy.parameters())
+
+    def step():
+        optimizer.zero_grad()
+        policy(windows)["loss"].backward()
+        optimizer.step()
+
+    if warm_up:
+        step()
+    start = time.perf_counter()
+    peak = peak_mb(step)
+    took = time.perf_counter() - start
+    print(
+        f"  training step, batch {batch}: {1000 * took:.0f} ms, "
+        f"{peak:.0f} MB beyond weights and data",
+        flush=True,
+    )
+    return {"batch": batch, "ms": round(1000 * took, 1), "peak_mb": round(peak, 1)}
+
+
 def bench_attention(args):
     """The autoregressive policy: its attention, its decisions, its training step."""
     import torch
@@ -485,59 +553,15 @@ def bench_attention(args):
     for name, size in sizes.items():
         for frames in lengths:
             config = AutoregressiveConfig(context=frames, **size)
-            case = (frames, config.patch_grid, config.dim, config.n_heads)
-            ways, difference = attention_ways(*case)
-            seconds = alternate(ways, 1 if name == "full" else args.rounds)
-            memory = {way: in_fresh_process(_attention_peak, case, way) for way in ways}
-            dense, block = ways
-            print(
-                f"\n{name}, {frames} frames of {config.patch_grid}x{config.patch_grid} patches, d {config.dim}: attention of a layer, "
-                f"forward and backward\n  dense mask {1000 * seconds[dense]:.0f} ms, {memory[dense]:.0f} MB; block-causal "
-                f"{1000 * seconds[block]:.0f} ms, {memory[block]:.0f} MB: x{seconds[dense] / seconds[block]:.2f} in time, "
-                f"x{memory[dense] / max(memory[block], 1):.2f} in memory; largest difference {difference:.1e}",
-                flush=True,
-            )
+            rounds = 1 if name == "full" else args.rounds
             row = {
                 "size": name,
                 "frames": frames,
-                "attention_ms": {k: round(1000 * v, 1) for k, v in seconds.items()},
-                "attention_mb": {k: round(v, 1) for k, v in memory.items()},
-                "difference": difference,
+                **attention_of_a_layer(name, config, rounds),
+                "decision_ms": newest_decision(config, rounds),
+                "step": [],
             }
-            policy, windows = window_of(config, frames, 1, False)
-            calls = {
-                "window computed anew": decide_all(policy, windows, False),
-                "with the cache": decide_all(policy, windows, True),
-            }
-            apart = (calls["window computed anew"]() - calls["with the cache"]()).abs().max().item()
-            seconds = alternate(calls, 1 if name == "full" else args.rounds)
-            anew, cached = seconds.values()
-            print(
-                f"  newest decision: window {1000 * anew:.0f} ms, cache {1000 * cached:.0f} ms: x{anew / cached:.1f}; apart {apart:.1e} m",
-                flush=True,
-            )
-            row["decision_ms"] = {"window": round(1000 * anew, 1), "cache": round(1000 * cached, 1)}
-            row["step"] = []
             for batch in (2, 4) if name != "full" else (2,):
-                policy, windows = window_of(config, frames, batch, True)
-                optimizer = torch.optim.AdamW(policy.parameters())
-
-                def step():
-                    optimizer.zero_grad()
-                    policy(windows)["loss"].backward()
-                    optimizer.step()
-
-                if name != "full":
-                    step()  # warm-up
-                start = time.perf_counter()
-                peak = peak_mb(step)
-                took = time.perf_counter() - start
-                row["step"].append(
-                    {"batch": batch, "ms": round(1000 * took, 1), "peak_mb": round(peak, 1)}
-                )
-                print(
-                    f"  training step, batch {batch}: {1000 * took:.0f} ms, {peak:.0f} MB beyond weights and data",
-                    flush=True,
-                )
+                row["step"].append(training_step(config, batch, warm_up=name != "full"))
             rows.append(row)
     return {"title": "autoregressive policy", "threads": torch.get_num_threads(), "rows": rows}

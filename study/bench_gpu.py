@@ -1,7 +1,8 @@
 """What a GPU makes of it, timed by CUDA events: for `make gpu`.
 
-    python -m study.bench_gpu                   # results/gpu/<card>.json
-    python -m study.bench_gpu --device cpu --quick --out x.json     # the same code without a GPU, at small sizes
+    python -m study.bench_gpu     # results/gpu/<card>.json
+    # the same code without a GPU, at small sizes
+    python -m study.bench_gpu --device cpu --quick --out x.json
 
 A's training step at full size against the rate of a plain matrix product measured beside it,
 attention to voxel tokens in each of its ways, the latency of a decision, features a second.
@@ -67,7 +68,7 @@ def training_step(device, quick, rounds):
         policy, windows = policy.to(device), to_device(windows, device)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
 
-        def step():
+        def step(policy=policy, windows=windows, optimizer=optimizer):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
                 loss = policy(windows)["loss"]
@@ -110,9 +111,10 @@ def voxel_attention(device, quick, rounds):
             "built_bf16": milliseconds(case.built_bf16, device, rounds),
         }
         for way in ways:
-            call = lambda way=way: case.finish(
-                lv.voxel_attention(table=table, way=way, **case.inputs)[0]
-            )
+
+            def call(case=case, table=table, way=way):
+                return case.finish(lv.voxel_attention(table=table, way=way, **case.inputs)[0])
+
             row[way] = milliseconds(call, device, rounds)
         rows.append(row)
     return {"title": "attention to voxel tokens, forward and backward, ms", "rows": rows}
@@ -137,7 +139,8 @@ def features(device, quick, rounds):
     rows = []
     for batch in (1, 4) if quick else (1, 64, GPU_BATCH, 256):
         images = torch.randint(0, 255, (batch, backbone.size, backbone.size, 3), dtype=torch.uint8)
-        ms = milliseconds(lambda: [m.cpu() for m in backbone(images)], device, rounds)
+        there_and_back = lambda images=images: [m.cpu() for m in backbone(images)]
+        ms = milliseconds(there_and_back, device, rounds)
         rows.append({"batch": batch, "ms": ms, "images_per_s": round(1000 * batch / ms, 1)})
     return {"title": "features of efficientnet_lite0, to and from the GPU", "rows": rows}
 
