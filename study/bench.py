@@ -47,11 +47,13 @@ def bench_features(args):
 
     from nets.backbone import Backbone, each_on_one_thread
 
+    # the backbone as policies use it, and the same network as timm builds it
     frozen = Backbone("efficientnet_lite0")
     plain = timm.create_model(
         "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(2, 3)
     ).eval()
     images = torch.randint(0, 255, (8, 448, 448, 3), dtype=torch.uint8)
+    # pixels in [-1, 1], (B,3,H,W): the plain model's input; `frozen` takes uint8 itself
     x = ((images.permute(0, 3, 1, 2).float() - 127.5) / 127.5).contiguous()
     cores = os.cpu_count()
 
@@ -61,6 +63,7 @@ def bench_features(args):
                 call(items[i : i + 1])
 
     def by_threads():
+        # a core an image; threads inside an operator would compete for the same cores
         with each_on_one_thread(), ThreadPoolExecutor(cores) as pool:
             list(pool.map(lambda i: frozen(images[i : i + 1]), range(len(images))))
 
@@ -80,6 +83,7 @@ def bench_features(args):
     )
     return report(
         f"efficientnet_lite0 features, 448 px, {cores} cores",
+        # every variant goes through the same 8 images
         {k: v / 8 for k, v in seconds.items()},
         "an image",
     )
@@ -91,6 +95,7 @@ def bench_eval(args):
         raise UserError("study.bench eval needs --ckpt")
     rows, episodes = {}, args.episodes or 10
     with tempfile.TemporaryDirectory() as scratch:
+        # process start and model loading are part of the wall time, as a user waits for them
         for workers in (1, 2):
             folder = Path(scratch) / str(workers)
             start = time.perf_counter()
@@ -128,18 +133,22 @@ def bench_eval(args):
 
 
 def largest_child(pid):
-    """Memory of the largest process that descends from `pid` -> {"rss", "anon", "peak"}, MB. A
-    worker, where one evaluates.
+    """Memory of the largest process that descends from `pid` -> {"rss", "anon", "peak"}, MB. In
+    an evaluation that is the worker.
     """
+    # child -> parent of every process; the fields of stat after the name in parentheses are state,
+    # parent's id, ...
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
     found = [{"rss": 0.0, "anon": 0.0, "peak": 0.0}]
     for child in parents:
+        # climb to `pid`, or to 0 where it is no ancestor
         above = parents[child]
         while above not in (pid, 0):
             above = parents.get(above, 0)
+        # a process may end while it is read; a zombie has no VmRSS
         with contextlib.suppress(OSError, KeyError):
             if above == pid:
                 lines = dict(
@@ -174,6 +183,7 @@ def bench_memory(args):
                 "--workers",
                 "1",
                 "--recycle",
+                # the worker outlives all n episodes, so that growth of its memory would show
                 str(n + 1),
                 "--layout",
                 args.layout,
@@ -182,6 +192,7 @@ def bench_memory(args):
             ]
         )
         while process.poll() is None:
+            # a row is appended as its episode ends: measure once per new row
             for _ in read_jsonl(Path(folder) / "episodes.jsonl")[len(held) :]:
                 held.append(largest_child(process.pid))
             time.sleep(0.1)

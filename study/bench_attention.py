@@ -11,6 +11,7 @@ import numpy as np
 
 from study.timing import alternate, in_fresh_process, peak_mb
 
+# (batch, side of the grid, height bins, token width d, queries Q); side^2 * bins voxels
 VOXEL_CASES = [
     (batch, side, bins, d, Q)
     for side, bins in ((28, 16), (56, 32))
@@ -39,16 +40,21 @@ class VoxelCase:
             f"batch {batch}, V {side * side * bins}, d {d}, Q {Q}",
         )
         torch.manual_seed(0)
+        # inputs that are parameters or activations: each gets a gradient
         make = lambda *shape, scale=1.0: (scale * torch.randn(*shape)).to(device).requires_grad_()
         h, D, P = VOXEL_HEADS, d // VOXEL_HEADS, 6 * len(self.waves)
         self.inputs = {
+            # h heads of width D, P numbers of a position's encoding; (B,Q,h,D), (B,d,N), (d,P),
+            # then the projections (h,D,d)
             "query": make(batch, Q, h, D),
             "image": make(batch, d, side * side),
             "positional": make(d, P, scale=P**-0.5),
             "key": make(h, D, d, scale=d**-0.5),
             "value": make(h, D, d, scale=d**-0.5),
         }
+        # the loss is a weighted sum of the outputs, so every output has a gradient of its own
         self.weight = torch.randn(batch, Q, h, D).to(device)
+        # cameras 2 m up that look straight down; from item to item they move 0.1 m on every axis
         E = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)).repeat(
             batch, 1, 1
         )
@@ -59,6 +65,7 @@ class VoxelCase:
         pixel = camera.cell_to_pixel(torch.arange(side, dtype=torch.float64), side, 448)
         v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
         self.heights = torch.linspace(0.9, 1.3, bins, dtype=torch.float64).to(device)
+        # a ray is a line in height: its xyz at height 0, and how far it moves a metre up, (B,N,3)
         at = lambda height: camera.unproject(u, v, height, K[:, None], E[:, None]).to(device)
         self.origin, far = at(torch.zeros(1)), at(torch.ones(1))
         self.slope = far - self.origin
@@ -181,7 +188,9 @@ def random_windows(config, folder, n_demos=2, steps=60):
         number = lambda f: np.full((1, 1, 3), 100 * int(demo.name) + f, np.uint16)
         return np.stack([number(f).view(np.uint8) for f in frames])
 
+    # as much of a dataset's source as WindowDataset asks for
     source = SimpleNamespace(path="random", fingerprint="random", images=images)
+    # 2 m up, looking straight down; OpenCV axes, so y and z are turned over
     E = np.diag([1.0, -1.0, -1.0, 1.0])
     E[:3, 3] = 0, 0, 2.0
     demos = []
@@ -191,7 +200,9 @@ def random_windows(config, folder, n_demos=2, steps=60):
             [0, 0, 0], rng.uniform([-0.3, -0.3, -0.1], [0.3, 0.3, 0.1]), steps
         )
         actions = np.zeros((steps, 7))
+        # the gripper closes at the last step: one stretch a demonstration
         actions[:, 6] = np.where(np.arange(steps) < steps - 1, -1.0, 1.0)
+        # rotation vector of pi about x: the gripper points down; fingers 8 cm apart, open
         down, fingers = np.tile([np.pi, 0, 0], (steps, 1)), np.tile([0.04, -0.04], (steps, 1))
         demos.append(
             Demo(
@@ -223,8 +234,10 @@ def training_steps(policy, dataset, batch, precision, n):
     optimizer, spent = torch.optim.AdamW(policy.param_groups(0.01), lr=1e-3), defaultdict(list)
     # shorter ones would flatter
     whole = [i for i, window in enumerate(dataset.windows) if len(window) == dataset.config.context]
+    # one step: read, forward, backward, update; the clock is read between them
     for step in range(n + 1):
         clock = [time.perf_counter()]
+        # a stride of 7 through the windows, so that steps take other windows
         data = dataset.batch([whole[7 * (step * batch + i) % len(whole)] for i in range(batch)])
         clock.append(time.perf_counter())
         with autocast("cpu", precision):
@@ -236,6 +249,7 @@ def training_steps(policy, dataset, batch, precision, n):
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         clock.append(time.perf_counter())
+        # step 0 warms up
         if step:
             for part, seconds in zip(("read", "forward", "backward", "optimizer"), np.diff(clock)):
                 spent[part].append(seconds)
@@ -258,6 +272,7 @@ def bench_voxel_train(args):
     for name in ("voxel_ar", "voxel_ar_rel"):
         entry = look_up(name)
         preset, fields = entry.config.presets["small"], entry.config.__dataclass_fields__
+        # a smaller volume for a quick look
         size = {"grid": 28, "n_height_bins": 16} if args.quick else {}
         config = entry.config(**{k: v for k, v in preset.items() if k in fields}, **size)
         batch, trained = preset["batch_size"], config.trained_frames or config.context
@@ -322,6 +337,7 @@ def bench_voxel(args):
     )
     for sizes in VOXEL_QUICK if args.quick else VOXEL_CASES:
         case = VoxelCase(*sizes, device)
+        # first that both compute the same, outputs and gradients; then time and memory
         found, expected = case.absorbed(), case.built()
         difference = max(
             ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected)
@@ -329,6 +345,7 @@ def bench_voxel(args):
         del found, expected
         seconds = alternate({w: getattr(case, w) for w in ways}, args.rounds)
         memory = {w: voxel_peak_mb(sizes, w, device) for w in ways}
+        # on a GPU the rival is the fastest way to build tokens: bf16 with FlashAttention
         slow = seconds[ways[-1] if device != "cpu" else "built"]
         faster = [slow / seconds[w] for w in ("absorbed", "absorbed_again")]
         less = memory["built"] / memory["absorbed"]
@@ -365,12 +382,15 @@ def attention_ways(frames, side, dim, heads):
     from nets.layers import dense_mask, frame_attention
 
     torch.manual_seed(0)
+    # tokens of a frame: its patches, the EEF's and the query
     N = side * side + 2
+    # (1,T,N,h,D)
     q, k, v = (torch.randn(1, frames, N, heads, dim // heads, requires_grad=True) for _ in "qkv")
     weight, mask = (
         torch.randn(1, frames, N, heads, dim // heads),
         dense_mask(frames, N, frames, N, frames),
     )
+    # (1,T,N,h,D) -> (1,h,TN,D): frames side by side, as plain attention takes them
     flat = lambda x: x.flatten(1, 2).transpose(1, 2)
     finish = lambda out: (out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v)))
     ways = {
@@ -399,6 +419,7 @@ def window_of(config, frames, batch, train):
 
     torch.manual_seed(0)
     policy = AutoregressivePolicy(config, [40, 112]).train(train)
+    # 45 degrees over 448 px, 2 m up, looking straight down
     K = torch.tensor([[540.8, 0, 224], [0, 540.8, 224], [0, 0, 1]], dtype=torch.float64).expand(
         batch, frames, 3, 3
     )
@@ -406,6 +427,7 @@ def window_of(config, frames, batch, train):
         batch, frames, 1, 1
     )
     E[..., 2, 3] = 2.0
+    # world xyz in m, within reach above a table
     place = lambda: (
         torch.rand(batch, frames, 3, dtype=torch.float64) * 0.3 + torch.tensor([0, 0, 0.9])
     )
@@ -438,6 +460,7 @@ def decide_all(policy, windows, cached):
         for k, v in windows.items()
         if k in ("features", "eef_pos", "gripper_width", "K", "E")
     }
+    # all decisions but the newest, once: they fill the history that `once` starts from
     with torch.inference_mode():
         policy.eval().reset()
         for t in range(frames - 1):
@@ -446,6 +469,7 @@ def decide_all(policy, windows, cached):
 
     def once():
         with torch.inference_mode():
+            # back to before the decision, so that every call takes the same one
             policy.number, policy.past, policy.before, policy.last_waypoint = kept
             return policy.decide(at(frames - 1))["position"][0, -1]
 
@@ -487,6 +511,7 @@ def newest_decision(config, rounds):
         "window computed anew": decide_all(policy, windows, False),
         "with the cache": decide_all(policy, windows, True),
     }
+    # the two ways have to agree before their times are worth comparing
     apart = (calls["window computed anew"]() - calls["with the cache"]()).abs().max().item()
     anew, cached = alternate(calls, rounds).values()
     print(
@@ -534,6 +559,7 @@ def bench_attention(args):
         "full": {},
     }
     if args.quick:
+        # tiny: only shows that the code runs
         sizes, lengths = (
             {
                 "tiny": {
@@ -553,6 +579,7 @@ def bench_attention(args):
     for name, size in sizes.items():
         for frames in lengths:
             config = AutoregressiveConfig(context=frames, **size)
+            # full size is slow on a CPU: one round, no warm-up step
             rounds = 1 if name == "full" else args.rounds
             row = {
                 "size": name,

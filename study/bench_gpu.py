@@ -33,6 +33,7 @@ def milliseconds(call, device, rounds):
             call()
             times.append(1000 * (time.perf_counter() - start))
             continue
+        # kernels run after the call has returned: events on the stream are timed where they happen
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -44,6 +45,7 @@ def milliseconds(call, device, rounds):
 
 def matmul_rate(device, n, rounds):
     """Floating-point operations a second of a square bf16 product, 1e12."""
+    # 2 n^3 operations a product; ms and 1e12 leave a factor of 1e-9
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in "ab")
     return 2 * n**3 / milliseconds(lambda: a @ b, device, rounds) / 1e9
 
@@ -61,6 +63,7 @@ def training_step(device, quick, rounds):
     )
     frames, batch = (3, 1) if quick else (8, 16)
     rate, rows = matmul_rate(device, 256 if quick else 8192, rounds), []
+    # FlexAttention is compiled for a GPU and has no backward pass on a CPU
     for way in ("sdpa", "flex") if device != "cpu" else ("sdpa",):
         policy, windows = window_of(
             AutoregressiveConfig(context=frames, attention=way, **size), frames, batch, True
@@ -68,6 +71,7 @@ def training_step(device, quick, rounds):
         policy, windows = policy.to(device), to_device(windows, device)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
 
+        # defaults bind the loop's variables of this round
         def step(policy=policy, windows=windows, optimizer=optimizer):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
@@ -81,6 +85,7 @@ def training_step(device, quick, rounds):
             "frames": frames,
             "ms": milliseconds(step, device, rounds),
         }
+        # operations are counted of plain attention alone, in one further step
         if way == "sdpa":
             with FlopCounterMode(display=False) as counter:
                 step()
@@ -103,7 +108,9 @@ def voxel_attention(device, quick, rounds):
         if quick
         else [(4, 28, 16, 128, 1), (4, 56, 32, 128, 1), (16, 56, 32, 384, 1)]
     ):
+        # (batch, side, height bins, token width, queries)
         case = VoxelCase(*size, device)
+        # once for all ways: as of a camera that stands still
         table = case.make_table()
         row = {
             "case": case.name,
@@ -129,6 +136,7 @@ def decisions(device, quick, rounds):
     )
     frames = 3 if quick else 8
     policy, windows = window_of(AutoregressiveConfig(context=frames, **size), frames, 1, False)
+    # the history is filled once, then the same newest decision is timed again and again
     call = decide_all(policy.to(device), to_device(windows, device), True)
     return {"title": "A, a decision without its features", "ms": milliseconds(call, device, rounds)}
 
@@ -139,6 +147,7 @@ def features(device, quick, rounds):
     rows = []
     for batch in (1, 4) if quick else (1, 64, GPU_BATCH, 256):
         images = torch.randint(0, 255, (batch, backbone.size, backbone.size, 3), dtype=torch.uint8)
+        # pictures come from host memory, and features go back to the cache there
         there_and_back = lambda images=images: [m.cpu() for m in backbone(images)]
         ms = milliseconds(there_and_back, device, rounds)
         rows.append({"batch": batch, "ms": ms, "images_per_s": round(1000 * batch / ms, 1)})

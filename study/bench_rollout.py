@@ -47,6 +47,7 @@ class MeasuredScene(Scene):
 
     def begin(self, physics, each_step):
         """Step and render so from here on, with the account at zero."""
+        # a swap of the stepping loop alone: model and state stay
         self.use_physics(physics)
         # LIBERO's own environment computes its observations at every step, and all are wanted there
         for observable in self.env.env._observables.values():
@@ -61,6 +62,7 @@ class MeasuredScene(Scene):
     def render(self):
         return self._book("render", super().render)
 
+    # adds the seconds and the calls of `call` to the account
     def _book(self, name, call):
         if self.seconds is None:
             return call()
@@ -79,6 +81,7 @@ class RolloutWorker:
         setting = LAYOUTS[layout][0]
         self.layout, self.stride, self.steps = layout, config["waypoint_stride"], steps
         clean = settings.clean_by_default(setting)
+        # a scene for each render, built once for all jobs; `built` tells its seconds apart
         self.scenes = {
             render: MeasuredScene(image_size=config["image_size"], clean=clean, render=render)
             for render in RENDERS
@@ -98,6 +101,7 @@ class RolloutWorker:
             scene, self.agent, state, max_steps=self.steps, waypoint_stride=self.stride
         )
         whole = time.perf_counter() - start
+        # `rest` is what nobody booked, messages to the network among it
         parts = {**scene.seconds, **self.agent.seconds, "layout": placed - start}
         parts["rest"] = whole - sum(parts.values())
         return {
@@ -137,12 +141,15 @@ def bench_rollout(args):
 def loops(args, n, workers, steps=STEPS):
     """n episodes in each loop, on so many workers -> the table, JSON-able."""
     start = time.perf_counter()
+    # one process holds the network; the workers send it observations
     with Decider(_policy, (args.ckpt,)) as network:
         loaded, config = time.perf_counter() - start, network.about["config"]
         # a round is as many episodes as there are workers: at a time they run the same loop
         rounds = [range(i, min(i + workers, n)) for i in range(0, n, workers)]
         jobs = [(loop, i) for chunk in rounds for loop in LOOPS for i in chunk]
         made_of = (args.layout, config, steps, network.address)
+        # recycle is beyond the number of jobs: no worker is replaced, and none builds its scenes
+        # twice
         outcomes = list(run_jobs(jobs, RolloutWorker, made_of, workers, recycle=len(jobs) + 1))
     if broken := [o.error for o in outcomes if o.error]:
         raise UserError(f"an episode failed: {broken[0].strip().splitlines()[-1]}")
@@ -151,6 +158,7 @@ def loops(args, n, workers, steps=STEPS):
         loop: {o.job[1]: o.result["outcome"] for o in outcomes if o.job[0] == loop}
         for loop in LOOPS
     }
+    # compared are rates by the clock, and CPU time, which other programs disturb less
     table = {loop: account(rows, workers) for loop, rows in by_loop.items()}
     slowest = table[THEIRS]
     for cell in table.values():
@@ -162,6 +170,7 @@ def loops(args, n, workers, steps=STEPS):
             "network": loaded,
             "scene": float(np.mean([o.result["built"] for o in outcomes])),
         },
+        # the fast render changes images and so may change decisions; the exact loops must agree
         "equal_outcomes": all(
             paths[loop] == paths[THEIRS]
             for loop, (_, render, _) in LOOPS.items()
@@ -185,6 +194,7 @@ def account(rows, workers):
     """Episodes of one loop -> means, and what an hour holds."""
     mean = lambda values: float(np.mean(list(values)))
     seconds = {part: mean(r["seconds"].get(part, 0.0) for r in rows) for part in PARTS}
+    # seconds of one step or one render: all seconds over all calls
     each = lambda part: (
         sum(r["seconds"].get(part, 0.0) for r in rows)
         / max(1, sum(r["counts"].get(part, 0) for r in rows))
@@ -239,6 +249,7 @@ def against(args, n, workers):
                 f"--against {args.against}: no checkout of this repository, it has no eval.py"
             )
     runs = {"this commit": [], "the other": []}
+    # in turn, A B A B: a slow spell of the machine hits both
     for _ in range(2):
         for name, checkout in (("this commit", here), ("the other", args.against)):
             runs[name].append(evaluated(args, checkout, n, workers))
@@ -271,6 +282,7 @@ def evaluated(args, checkout, n, workers):
         command += ["--teleport", "--zero_rotation", "--max_steps", STEPS, "--layout", args.layout]
         command += ["--n_episodes", n, "--n_videos", 0, "--workers", workers, "--device", "cpu"]
         command += ["--out", Path(folder) / "cell"]
+        # CPU seconds of children that have ended, their own children among them
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         done = subprocess.run(
             list(map(str, command)),
@@ -283,6 +295,7 @@ def evaluated(args, checkout, n, workers):
         if done.returncode:
             raise UserError(f"{checkout}: its evaluation failed: {done.stderr.strip()[-300:]}")
         rows = sorted(read_episodes(Path(folder) / "cell"), key=lambda row: row["episode"])
+    # an episode's own seconds, without process start and loading
     inside = float(np.mean([row["seconds"]["total"] for row in rows]))
     return {
         "wall": wall,

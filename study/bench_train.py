@@ -25,6 +25,7 @@ class PacedTraining:
             *(sys.executable, ROOT / "study" / "paced.py", str(PORTION), "train.py"),
             *("--model_type", model_type, "--preset", args.preset, "--dataset", args.dataset),
             *("--cache", args.cache, "--out", Path(folder) / "run", "--device", args.device),
+            # no validation and no checkpoint falls into what is measured
             *("--val_every", "1000000", "--save_every", "1000000", "--wandb", "off"),
         ]
         with open(self.log, "w") as log:
@@ -61,6 +62,7 @@ class PacedTraining:
 
 def rates(seconds):
     """Steps a second of portions -> {"median", "low", "high"}: the quartiles are the spread."""
+    # long portions give low rates: percentiles of the rates, not of the seconds
     low, median, high = np.percentile(PORTION / np.array(seconds), [25, 50, 75])
     return {"median": round(median, 3), "low": round(low, 3), "high": round(high, 3)}
 

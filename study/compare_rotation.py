@@ -33,6 +33,7 @@ from harness.validation import decision_frames, to_pixels
 from rot_utils import basis_path, load_basis, rotation_angle, rotvec_to_matrix
 from runtime import UserError, command_line, git_commit, read_json, run_script, versions, write_json
 
+# flags of train.py for each configuration; v7 is the head before the rotation basis
 CELLS = {
     "v7": [
         "--tf_layers",
@@ -97,7 +98,9 @@ def train_cells(args, further):
     """Train every cell and seed that is not finished -> ["NAME=FOLDER"]."""
     runs = []
     if not basis_path(args.dataset).exists():
+        # the new head turns about the principal axis that this file names
         script("precompute_rotation_pca.py", "--dataset", args.dataset)
+    # all configurations with one seed, then the next: a killed run has whole comparisons
     for seed in range(args.seeds):
         for name in CELLS:
             folder, flags = args.runs / f"{name}_{seed}", train_flags(args, name, seed, further)
@@ -105,9 +108,11 @@ def train_cells(args, further):
             if not (folder / "config.json").exists():
                 script("train.py", *flags)
             else:
+                # a started run: of these flags, and finished now or resumed
                 refuse_other_flags(folder, flags)
                 if not finished(folder):
                     script("train.py", "--resume", folder)
+            # a signal ends train.py with exit code 0 after it has saved
             if not finished(folder):
                 raise UserError(f"{folder}: was stopped before its end; the same command goes on")
     return runs
@@ -140,6 +145,7 @@ def episode_predictions(policy, maps, demo, batch_size=16):
     for start in range(0, len(demo), batch_size):
         part = slice(start, min(start + batch_size, len(demo)))
         n = part.stop - start
+        # two fingers, measured from the middle with opposite signs: m between them
         width = np.abs(demo.gripper_states[part]).sum(-1)
         out = policy.predict(
             {
@@ -151,17 +157,22 @@ def episode_predictions(policy, maps, demo, batch_size=16):
             }
         )
         for key in ("position", "gripper", "rotation"):
+            # (n,T,...) -> the first waypoint alone, which is the one that is executed
             found[key].append(out[key][:, 0].numpy())
         found["logits"].append(out["rotation_logits"].numpy())
     return {k: np.concatenate(v) for k, v in found.items()}
 
 
 def executed(gripper, demo, config):
-    """Of commands (N,) answered at every frame, those that a robot would execute: it decides where
-    the demonstration's waypoints are reached, and holds what it decided until the next -> (commands
-    of the decisions (M,), the same held over the frames (N,))."""
+    """Commands (N,) answered at every frame -> those that a robot would execute: (commands of the
+    decisions (M,), the same held over the frames (N,)).
+
+    A robot decides where the demonstration's waypoints are reached. It holds a command until its
+    next decision.
+    """
     frames, _ = decision_frames(demo, config)
     decided = gripper[frames]
+    # each decision's command up to the frame of the next decision, (M,) -> (N,)
     return decided, np.repeat(decided, np.diff([*frames, len(gripper)]))
 
 
@@ -181,13 +192,16 @@ def rotation_nats(policy, logits, rotation):
     angles and bins there are, (N,) each.
 
     whole: cross-entropies above the labels' entropy, summed over the angles. density: -ln of the
-    probability per degree at the truth, of the angle that turns (with the widest range): what an
-    angle of few degrees makes easy does not count.
+    probability per degree at the truth, for the angle with the widest range alone. Angles that
+    span few degrees are easy, and do not count in it.
     """
+    # (N,A,bins) log probabilities; (A,) degrees a bin
     log_share, widths = torch.from_numpy(logits).double().log_softmax(-1), bin_widths(policy)
     turning, rotation = int(widths.argmax()), torch.from_numpy(rotation)
+    # rotation_loss is a mean over the angles: times their number it is the sum
     whole = policy.rotation_loss(torch.from_numpy(logits), rotation) * len(widths)
     bins = policy.rotation_bins(rotation)[:, turning]
+    # a bin's probability over its width is a density per degree
     return whole.numpy(), np.log(widths[turning]) - log_share[
         torch.arange(len(bins)), turning, bins
     ].numpy()
@@ -205,13 +219,15 @@ def unsteadiness(rotation):
 
 
 def guess_nats(targets):
-    """What a guesser scores who knows how often each bin occurs, of labels (N,A,bins), in nats
-    above their entropy, an angle.
+    """Score of a guesser who only knows how often each bin occurs: nats an angle above the entropy
+    of the labels (N,A,bins).
     """
     targets = torch.as_tensor(targets).double()
+    # the guesser answers the mean distribution at every frame
     mean = targets.mean(0, keepdim=True).expand_as(targets)
     return float(
         torch.nn.functional.kl_div(mean.log(), targets, reduction="none")
+        # 0 log 0 is 0; torch says NaN where the guesser's share is 0 too
         .nan_to_num(0.0)
         .sum(-1)
         .mean()
@@ -251,12 +267,15 @@ def measure(policy, demos, features):
     for demo, maps in zip(demos, features):
         target, _, mask, usable = labels(demo, c)
         found.append(episode_predictions(policy, maps, demo))
+        # up to the last frame that training uses; (N,3,3) rotation of each first waypoint
         last, true = np.flatnonzero(usable)[-1] + 1, rotvec_to_matrix(demo.ee_ori)[target[:, 0]]
         gripper = found[-1]["gripper"]
+        # gripper changes at every frame, and at the decisions that a robot would take
         for kind, commands in (("", gripper[:last]), ("executed_", executed(gripper, demo, c)[0])):
             closes, opens = transitions(commands)
             row[f"{kind}closes"].append(closes)
             row[f"{kind}opens"].append(opens)
+        # (N,T), the waypoints that training uses
         known = mask & usable[:, None]
         whole, density = rotation_nats(
             policy, found[-1]["logits"][known], rotvec_to_matrix(demo.ee_ori)[target[known]]
@@ -328,6 +347,7 @@ def closing_directions(position, rotation, demo):
     """Segments (N,2,2) px along the EEF's y axis, in which the fingers close, at positions (N,3)
     with rotations (N,3,3).
     """
+    # the second column of a rotation is the EEF's y axis in the world; (N,2,3) m
     ends = np.stack([position - AXIS_M * rotation[..., 1], position + AXIS_M * rotation[..., 1]], 1)
     return to_pixels(ends, demo.K, demo.E)
 
@@ -354,11 +374,14 @@ def draw(predictions, policies, demos, basis, out):
             "value": value(rotation[target[:last, 0]]),
         }
         episodes.append((demo.name, models, truth))
+        # the further pictures show the first episode alone
         if i:
             continue
+        # a frame a quarter of the way in, and eight frames over the whole episode
         frame = int(np.flatnonzero(usable)[usable.sum() // 4])
         shown = np.linspace(0, last - 1, 8).astype(int)
         for name, p in predictions.items():
+            # (T,A,bins) -> of the last angle, which turns: yaw, or that about the axis
             shares = torch.from_numpy(p[i]["logits"][frame][:, -1]).double().softmax(-1).numpy()
             true = torch.from_numpy(rotation[target[frame]])
             bins = policies[name].rotation_bins(true)[:, -1].numpy()
@@ -399,6 +422,8 @@ def compare(args, runs):
             policy, info, _ = load_policy(
                 folder / "checkpoint.safetensors", weights=args.backbone_weights, backbone=backbone
             )
+            # the first run says what all are measured on: its backbone and held-out episodes, whose
+            # features are computed once
             if backbone is None:
                 backbone, val = policy.backbone, held_out(info, policy)
                 demos, basis, dataset = (
@@ -418,6 +443,7 @@ def compare(args, runs):
                 )
             row, found = measure(policy, demos, features)
             rows.append(row)
+            # of a configuration's first seed: predictions and labels for pictures and the guesser
             if name not in first:
                 first[name], policies[name] = found, policy
                 targets = []
@@ -425,6 +451,7 @@ def compare(args, runs):
                     target, _, mask, usable = labels(demo, policy.config)
                     true = rotvec_to_matrix(demo.ee_ori)[target[mask & usable[:, None]]]
                     targets.append(policy.rotation_targets(torch.from_numpy(true)))
+        # rates and errors over the frames of all seeds; nats stay apart by seed, for their range
         joined = {k: [v for row in rows for v in row[k]] for k in rows[0]}
         degrees = joined.pop("degrees")
         for kind in ("whole", "density"):

@@ -34,11 +34,14 @@ def one_step(policy, demo):
     """Errors of a policy at a demonstration's decisions -> {"phase" (N,) index into PHASES, "at"
     (N,2) px where the waypoint is, "offset" (N,2) px predicted minus true, "height" (N,) m
     likewise, "table" (N,) m, "gripper" (N,) bool right}."""
+    # fed="measured": every decision starts from the recorded EEF, so that errors do not add up
     run = free_run(policy, demo, policy.config, fed="measured")
     at, predicted = (to_pixels(p, demo.K, demo.E) for p in (run["true"], run["predicted"]))
+    # the predicted pixel at the true height: its error on the table is the pixel's alone
     level = unproject(*predicted.T, run["true"][:, 2], demo.K, demo.E)
     closed = demo.actions[:, 6] > 0
     return {
+        # the command in force at a decision is that of the step before it
         "phase": closed[np.maximum(run["frames"] - 1, 0)].astype(int),
         "at": at,
         "offset": predicted - at,
@@ -56,6 +59,7 @@ def phase_row(found, phase):
     if not part.any():
         return None
     offset, height, table = (found[k][part] for k in ("offset", "height", "table"))
+    # (N,) lengths of the offsets; their mean vector is the bias
     px = np.linalg.norm(offset, axis=-1)
     return {
         "n": int(part.sum()),
@@ -137,6 +141,7 @@ def main(argv=None):
         each = [one_step(policy, demo) for demo in tqdm(demos, desc=name, unit="demo")]
         found[name] = {k: np.concatenate([e[k] for e in each]) for k in each[0]}
         rows[name] = {phase: phase_row(found[name], i) for i, phase in enumerate(PHASES)}
+        # the first demonstration's first frame, for errors.png
         image = demos[0].images([0])[0] if image is None else image
     plots.error_maps(image, found, PHASES, args.out / "errors.png")
     args.out.mkdir(parents=True, exist_ok=True)

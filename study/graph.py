@@ -1,8 +1,8 @@
 """A graph of commands: each runs as soon as what it needs is there, on this machine or as tasks of
 a Ray cluster.
 
-Whether a node is done is asked of its results, whoever made them, so that a killed run goes on
-where it was. A failed node is reported with the last line of its log; what does not need it goes
+A node is done when its results are complete, whoever made them. A killed run therefore goes on
+where it was. A failed node is reported with the last line of its log; nodes that do not need it go
 on.
 """
 
@@ -34,9 +34,9 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 class Node:
     """A command and what it needs.
 
-    lacks: what its results lack, "" when they are complete; without it the node has no results to
-    be asked for, and runs before a node that needs it, or when nothing does. resume: (path, command
-    to run instead once this path is there).
+    lacks: a function that tells what the results lack, "" when they are complete. A node without
+    it runs whenever a node that needs it has to run, or when no node needs it. resume: (path,
+    command to run instead once this path is there). cpus, gpus: what it occupies.
     """
 
     name: str
@@ -51,9 +51,10 @@ class Node:
 def pending(nodes):
     """The nodes that have to run, in the order given.
 
-    A node has to run if it is not done and either nobody needs it, or one that has to run does.
-    Raises ValueError for two nodes of one name, or one that needs a node that is not there.
+    A node has to run if it is not done and if either no node needs it, or a node that has to run
+    does. Raises ValueError for two nodes of one name, or for a node that needs one that is missing.
     """
+    # names have to be unique, and what is needed has to be there
     by_name = {node.name: node for node in nodes}
     if len(by_name) != len(nodes):
         raise ValueError("two nodes of one name")
@@ -65,6 +66,7 @@ def pending(nodes):
     # from what nobody needs, down to what needs nothing
     for name in reversed(order):
         node = by_name[name]
+        # a finished training needs no dataset: look at results only if someone will use them
         users = [other.name for other in nodes if name in other.deps]
         asked = not users or any(user in todo for user in users)
         if asked and (node.lacks is None or node.lacks()):
@@ -100,6 +102,7 @@ def execute(command, resume, log, cwd, running=None):
     log = Path(cwd, log)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
+        # the log reads like a terminal: the command, then its output
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         try:
@@ -113,7 +116,7 @@ def execute(command, resume, log, cwd, running=None):
             )
         except OSError as error:
             file.write(f"{error}\n".encode())
-            return 127
+            return 127  # as a shell says of a command that cannot be started
         if running is not None:
             running.add(process)
         code = process.wait()
@@ -127,10 +130,12 @@ def last_line(log, width=160):
     try:
         with open(log, "rb") as file:
             size = file.seek(0, 2)
+            # the end of the file is enough, a log may be long
             file.seek(max(0, size - 8192))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
+    # a progress bar rewrites its line after a carriage return
     lines = text.replace("\r", "\n").split("\n")
     return next((line.strip()[:width] for line in reversed(lines) if line.strip()), "")
 
@@ -160,6 +165,7 @@ class Local:
             process.terminate()  # train.py saves and leaves
         concurrent.futures.wait(handles, 60)
         for process in list(self.running):
+            # what has not ended within a minute
             process.kill()
         self.pool.shutdown()
 
@@ -169,7 +175,7 @@ class Ray:
     task again whose worker died.
     """
 
-    slots = float("inf")
+    slots = float("inf")  # Ray itself queues what has no room yet
 
     def __init__(self, address):
         try:
@@ -200,6 +206,7 @@ class Ray:
         """Raise UserError for a node that no machine of the cluster could ever run."""
         machines = [m["Resources"] for m in self.ray.nodes() if m["Alive"]]
         for node in nodes:
+            # one machine must have all of it: a task does not span machines
             able = [
                 machine
                 for machine in machines
@@ -259,6 +266,7 @@ class Run:
 
     def start_ready(self):
         """Start what needs nothing more, as far as there is room; give up what never can start."""
+        # in the order of the plan, so that early cells are finished first
         for node in list(self.waiting.values()):
             broken = [name for name in node.deps if name in self.failed]
             # those that this pass has started are among them
@@ -284,6 +292,7 @@ class Run:
             if code < 0 and self.starts[node.name] < TRIES:
                 self.start(node)  # a signal ended it, as where memory ran out
                 continue
+            # exit code 0 is no proof: the results are asked, as before the start
             lack = node.lacks() if node.lacks and not code else ""
             if code:
                 lack = f"exit code {code}"
@@ -334,6 +343,7 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _interrupt) if in_main else None
     try:
+        # before anything starts: a node that can never run ends the run at once
         backend.check(run.waiting.values())
         while run.waiting or run.running:
             run.start_ready()
@@ -341,6 +351,7 @@ def run_graph(nodes, backend, folder, cwd=".", title="graph"):
                 run.collect()
                 run.show()
     finally:
+        # after Ctrl-C, SIGTERM or an error too
         run.close()
         if in_main:
             signal.signal(signal.SIGTERM, before)

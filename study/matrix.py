@@ -53,6 +53,7 @@ class Column(NamedTuple):
 
 
 ROWS = {
+    # without training: lower and upper bounds of what a table can show
     "blind": Row(policy="blind"),
     "oracle": Row(policy="oracle"),
     "expert": Row(policy="expert"),
@@ -102,12 +103,14 @@ COLUMNS = {
     # bowls and plate look different
     "pro_object": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_object"),
 }
+# the row that all others are compared with, episode by episode
 REFERENCE = "para"
 OWN_DEMOS = {  # flags of their collection; the name of the dataset ends in theirs
     "starts": ("--start_spread", "0.3"),  # the arm starts elsewhere
     # and is seen from elsewhere about the robot's base
     "turns": ("--start_spread", "0.3", "--turn_spread", "40"),
 }
+# dict.fromkeys: each name once, in the order of the columns
 CELLS = list(
     dict.fromkeys(column.cell(layout) for column in COLUMNS.values() for layout in column.layouts)
 )

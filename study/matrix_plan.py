@@ -43,6 +43,7 @@ def same(stored, command):
     """True if a stored command line and an argv ask for the same results. Older ones were stored
     without quotes.
     """
+    # stored with quotes, and as older versions stored it
     asked = (typed(command), " ".join(typed_words(command)))
     return INCIDENTAL.sub("", stored) in [INCIDENTAL.sub("", text) for text in asked]
 
@@ -58,6 +59,7 @@ def dataset_command(path):
     """The command that collected a dataset; "" for one that does not say, or is not there."""
     if not path.is_file():
         return ""
+    # ends the error of a file that cannot be read
     remedy = "remove it, or copy it again"
     with hdf5.open_file(path, remedy) as file:
         data = hdf5.group(path, file, "data", remedy)
@@ -65,21 +67,29 @@ def dataset_command(path):
 
 
 def lacks_dataset(path, command):
-    """What a dataset lacks. The file appears under its name once it is whole."""
+    """What a dataset lacks, "" for nothing. The file gets its name once it is whole.
+
+    Raises UserError for one that another command made.
+    """
     if not path.is_file():
         return f"{path} is missing"
     if not same(dataset_command(path), command):
+        # a whole file from other flags is never overwritten
         refuse(path, dataset_command(path), command)
     return ""
 
 
 def lacks_training(run, command, dataset):
-    """What a run folder lacks to be finished."""
+    """What a run folder lacks to be finished, "" for nothing.
+
+    Raises UserError for one of other flags, or of other demonstrations than `dataset` holds.
+    """
     if not (run / "config.json").is_file():
         return f"{run} is missing"
     config = read_json(run / "config.json", "run of train.py", form=TRAINED)
     if not same(config["command"], command):
         refuse(run, config["command"], command)
+    # the dataset may have been collected anew since this training
     if dataset.is_file() and config["dataset"].get("command", "") != dataset_command(dataset):
         raise UserError(
             f"{run}: was trained on other demonstrations than {dataset} holds now; "
@@ -101,6 +111,8 @@ def lacks_evaluation(folder, command, n, training=None):
         return f"{folder} was made by other flags"
     if training:
         run, asked = training
+        # the training that its checkpoint names; a resumed one names the run folder instead of
+        # flags
         made = (summary["trained"] or {"command": ""})["command"]
         resumed = made.endswith((f" --resume {shlex.quote(str(run))}", f" --resume {run}"))
         if not same(made, asked) and not resumed:
@@ -113,8 +125,8 @@ def lacks_evaluation(folder, command, n, training=None):
 
 
 def seen_frames(row, preset):
-    """What the frames that a row needs features of depend on: rows with the same share one step
-    that fills the cache.
+    """A name for the set of frames whose features a row needs. Rows with the same name share one
+    step that fills the cache.
     """
     config = look_up(row.model_type).config
     context = config.presets[preset].get("context", config.context)
@@ -132,6 +144,7 @@ class Plan:
 
     def __init__(self, args):
         self.args, self.nodes = args, {}
+        # first everything with one seed, then the next: a whole table early
         for seed in args.seeds:
             for column in args.columns:
                 for name in args.rows:
@@ -139,13 +152,12 @@ class Plan:
 
     def add(self, name, command, deps=(), lacks=None, **rest):
         deps = tuple(d for d in deps if d)
+        # columns share demonstrations, caches and trainings: the first to ask adds the node
         self.nodes.setdefault(name, Node(name, command, deps, lacks, **rest))
         return name
 
     def add_row(self, name, column, seed):
-        """A row's nodes in a column; those of a policy without training, or of another column too,
-        are there once.
-        """
+        """Add a row's nodes in a column. Nodes that columns or seeds share are there once."""
         row = ROWS[name]
         training = self.training(name, row, column, seed) if row.model_type else None
         for layout, n in column.layouts.items():
@@ -158,6 +170,7 @@ class Plan:
     def dataset(self, row, column):
         """(its name, its file, the node that collects it or None)."""
         args, data = self.args, column.demos(row.demos)
+        # given on the command line: nothing to collect
         if data in args.dataset:
             return data, Path(args.dataset[data]), None
         out = args.out / "demos" / f"{data}.hdf5"
@@ -179,6 +192,8 @@ class Plan:
         words += ["--wandb", "off", *args.train_flags, *args.row_flags.get(name, []), "--out", run]
         command = python("train.py", *words)
         limits = {"cpus": args.train_cpus, "gpus": args.gpus}
+        # one node fills the cache of features for all rows that see the same frames, so that
+        # trainings side by side do not compute them twice
         frames = f"cache-{data}-{seen_frames(row, args.preset)}"
         cached = self.add(frames, [*command, "--cache_only"], [collected], **limits)
         node = self.add(
@@ -193,6 +208,7 @@ class Plan:
 
     def evaluation(self, name, row, column, layout, n, seed, training):
         args = self.args
+        # the folder's name is what matrix_table.py reads: ROW-LAYOUT or ROW-LAYOUT-sSEED
         cell = f"{name}-{column.cell(layout)}" + ("" if seed is None else f"-s{seed}")
         out = args.out / "evals" / cell
         if training:
@@ -201,6 +217,7 @@ class Plan:
             words = ["--ckpt", run / "checkpoint.safetensors", *self.weights()]
             words += ["--device", args.device]
         else:
+            # nothing trained: the policy is known by name
             node = made = None
             words = ["--policy", row.policy]
         words += ["--teleport", "--zero_rotation", "--max_steps", 600, "--layout", layout]

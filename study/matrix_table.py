@@ -2,8 +2,8 @@
 as JSON, Markdown, PNG, HTML.
 
 Everything is computed from the per-episode rows of evaluations in FOLDER/evals/ROW-LAYOUT[-sSEED]
-and FOLDER/nodes.jsonl. The rate of several seeds of training is the mean of theirs. What
-run_matrix.py would not have made stands apart, marked *.
+and from FOLDER/nodes.jsonl. The rate of several seeds of training is the mean of their rates.
+Evaluations that run_matrix.py would not have made stand apart, marked *.
 """
 
 import collections
@@ -53,11 +53,13 @@ def words_of(command):
 def flags_of(command):
     """A stored command line -> {flag: value}, as argparse reads it: the last of a repeated flag."""
     found, name = {}, None
+    # after `python SCRIPT`
     for word in words_of(command)[2:]:
         if word.startswith("--"):
             name, _, value = word.partition("=")
             found[name] = value
         elif name:
+            # a flag of several values keeps them all, with blanks between
             found[name] = f"{found[name]} {word}".strip()
     return found
 
@@ -72,6 +74,7 @@ def differing(made, asked, ignored):
         "--dataset": lambda value: Path(value).stem,
     }
     value = lambda flags, flag: name.get(flag, str)(flags[flag]) if flag in flags else "left out"
+    # flags of either side, in a fixed order for the text
     names = sorted((made.keys() | asked.keys()) - ignored)
     return ", ".join(
         f"{n} {value(made, n)} for {value(asked, n)}"
@@ -83,18 +86,20 @@ def differing(made, asked, ignored):
 def made_otherwise(folder, summary, asked):
     """Why an evaluation is none that run_matrix.py makes, as text; "" for one that is.
 
-    asked: the command lines (evaluation, training or None) by which it would make it; None where it
-    never would.
+    asked: the two command lines by which run_matrix.py would make it, (evaluation, training or
+    None); None where it never would make such a one.
     """
     if asked is None:
         return "run_matrix.py has no such seed"
     evaluation, training = asked
+    # a folder with another name than its --out was copied or renamed by hand
     place = flags_of(summary["command"]).get("--out", "")
     why = [] if Path(place).name == Path(folder).name else [f"copied from {place or 'elsewhere'}"]
     if found := differing(summary["command"], evaluation, INCIDENTAL):
         why.append(f"evaluation with {found}")
     trained = (summary["trained"] or {}).get("command")
     if training and trained:
+        # a resumed training stores --resume FOLDER instead of its flags: its folder has to fit
         resumed = flags_of(trained).get("--resume")
         same = resumed and Path(resumed).name == Path(flags_of(training)["--out"]).name
         if found := "" if same else differing(trained, training, INCIDENTAL | BUDGET):
@@ -112,6 +117,7 @@ def read_cells(folder, rows, layouts, recipe):
     """
     cells, features = {}, {}
     for path in sorted(Path(folder, "evals").glob("*/summary.json")):
+        # ROW-LAYOUT-sSEED; without training there is no seed: ""
         row, layout, seed = (*path.parent.name.split("-"), "")[:3]
         if row not in rows or layout not in layouts:
             raise UserError(
@@ -122,12 +128,14 @@ def read_cells(folder, rows, layouts, recipe):
         if not episodes:
             continue
         why = made_otherwise(path.parent, summary, recipe(row, layout, seed))
+        # runs by other commands do not mix with those of the plan: a cell of their own
         cell = cells.setdefault(
             (row, layout, bool(why)), {"row": row, "layout": layout, "otherwise": {}, "runs": {}}
         )
         cell["runs"][seed] = {"folder": path.parent, "summary": summary, "episodes": episodes}
         cell["otherwise"].update({seed: why} if why else {})
         if summary["trained"]:
+            # policies on different backbones are no comparison of policies
             features.setdefault(summary["trained"]["backbone_identity"], path.parent)
     if len(features) > 1:
         raise UserError(
@@ -165,7 +173,9 @@ def paired(cell, reference, key):
     `comparison`, with that of each seed in "by_seed"; None where nothing is shared.
     """
     by_seed, by_episode = {}, collections.defaultdict(list)
+    # pair by pair: the same seed, and of it the episodes that both have
     for seed, other in reference["runs"].items():
+        # the same seed of training, or the only run of a policy without seeds
         own = cell["runs"].get(seed) or cell["runs"].get("")
         if own and (shared := sorted(own["episodes"].keys() & other["episodes"].keys())):
             found = [int(own["episodes"][i][key]) - int(other["episodes"][i][key]) for i in shared]
@@ -181,6 +191,7 @@ def rate(cell, key, steps=None):
     """A cell's success rate, within so many steps if given: {"rate" mean of its seeds', "interval",
     "by_seed"}.
     """
+    # seed -> {episode: success}, so that the interval can pair episodes over seeds
     won = {
         seed: {i: within(e, key, steps) for i, e in run["episodes"].items()}
         for seed, run in cell["runs"].items()
@@ -202,6 +213,7 @@ def numbers(cell, reference):
         run["summary"]["trained"] for run in cell["runs"].values() if run["summary"]["trained"]
     ]
     mean = lambda values: float(np.mean(values)) if len(values) else None
+    # seconds of the network alone, without simulator
     thinking = sum(e["seconds"]["features"] + e["seconds"]["policy"] for e in episodes)
     commits = [run["summary"]["commit"] for run in cell["runs"].values()]
     all_commits = [*commits, *(t.get("commit") for t in trained)]
@@ -215,6 +227,7 @@ def numbers(cell, reference):
         "crashes": sum(run["summary"]["crashes"] for run in cell["runs"].values()),
     }
     for key in RATES:
+        # no comparison of the reference with itself, nor of what other commands made
         compared = reference not in (None, cell) and not cell["otherwise"]
         against = paired(cell, reference, key) if compared else None
         found[key] = {
@@ -239,6 +252,7 @@ def adjust(table):
     """Put Holm's adjusted p, over all comparisons of a table, beside each p: "p_holm"."""
     for key in RATES:
         pairs = [c[key]["against_reference"] for c in table if c[key]["against_reference"]]
+        # one family of tests a metric: every comparison that the table shows
         for pair, p in zip(pairs, holm([pair["p"] for pair in pairs])):
             pair["p_holm"] = p
 
@@ -249,6 +263,7 @@ def time_spent(folder):
     """
     spent = collections.Counter()
     for row in read_jsonl(Path(folder, "nodes.jsonl"), form={"node": str, "seconds": float}):
+        # nodes are called KIND-..., e.g. train-para-in_dist-s0
         spent[row["node"].split("-")[0]] += row["seconds"] / 60
     return {kind: round(minutes, 2) for kind, minutes in spent.items()}
 
@@ -284,9 +299,10 @@ def marks(cell):
 
 
 def shown_cells(table):
-    """{(row, layout): the cell to show}: what run_matrix.py makes, and what it would not only where
-    there is nothing else.
+    """{(row, layout): the cell to show}. A cell that run_matrix.py would not make is shown only
+    where there is no other.
     """
+    # read_cells sorts the plan's own first, so reversed it comes last and stays
     return {(c["row"], c["layout"]): c for c in reversed(table)}
 
 
@@ -393,6 +409,7 @@ def insert(path, text):
     """Put text between a file's marks. Raises UserError where they are not."""
     path = Path(path)
     try:
+        # before, mark, old table, mark, after: only what is between the marks changes
         before, _, rest = path.read_text().partition(MARKS[0])
     except OSError as error:
         raise UserError(f"--readme {path}: cannot be read ({error.strerror})") from error
@@ -422,6 +439,7 @@ def shown_video(cell, metric):
                 where = f"{cell['row']}, {cell['layout']}{seed and ' ' + seed}"
                 caption = f"{where}, episode {int(episode)}: {outcome}"
                 found.append((row[metric], path, caption))
+    # False sorts before True: a failure first
     return min(found, key=lambda f: f[0])[1:] if found else None
 
 
@@ -479,6 +497,7 @@ def write(cells, folder, metric, reference, info):
     with atomic_path(folder / FILES[1]) as scratch:
         scratch.write_text(text + "\n")
     rows, layouts = names(table)
+    # NaN is an empty field of the picture
     rates, labels = np.full((len(rows), len(layouts)), np.nan), {}
     for c in shown_cells(table).values():
         place = rows.index(c["row"]), layouts.index(c["layout"])

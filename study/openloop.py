@@ -28,6 +28,7 @@ from harness.validation import EPS, free_run, rollout_line, rollout_summary, to_
 from runtime import UserError, command_line, git_commit, run_script, write_json
 
 
+# `free_run` of a policy on each demonstration
 def roll(demos, policy, fed, label):
     return [
         free_run(policy, demo, policy.config, fed)
@@ -77,10 +78,12 @@ def roll_out(policy, info, ckpt, demos):
     those that are drawn).
     """
     rows, paths = [], {}
+    # how the EEF's position is known: recorded, own waypoint, own after all of a chunk are used
     for fed in ("measured", "predicted", *(["chunk"] if policy.n_waypoints > 1 else [])):
         rollouts = roll(demos, policy, fed, ckpt.stem)
         row = {"checkpoint": str(ckpt), "model_type": info["model_type"], "fed": fed}
         rows.append({**row, **rollout_summary(rollouts)})
+        # with recorded positions no path of the policy's own comes about: nothing to draw
         if fed != "measured":
             chunk = f", {policy.n_waypoints} at a time" if fed == "chunk" else ""
             paths[info["model_type"] + chunk] = rollouts
@@ -119,6 +122,7 @@ def main(argv=None):
         size = policy.config.image_size
         if demos is None:
             demos, attributes = held_out_demos(args, size)
+        # one set of demonstrations for all checkpoints, so one image size
         elif size != demos[0].image_size:
             raise UserError(
                 f"{ckpt}: takes images of {size} px, {args.dataset} has {demos[0].image_size}"

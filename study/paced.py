@@ -18,6 +18,7 @@ WARM_UP = 5  # steps of an optimizer before it counts: estimates beforehand take
 
 def pace(optimizer_class, portion, report):
     """Make every `portion` steps of an optimizer report their seconds and wait."""
+    # the class itself is changed, as its instance is made inside train.py
     plain_step = optimizer_class.step
     steps_of = {}
     started = {}
@@ -44,12 +45,15 @@ def pace(optimizer_class, portion, report):
 def main():
     # before torch, as train.py does
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # the checkout's modules, not those beside this file
     sys.path[0] = os.getcwd()
     import torch
 
+    # a private copy of stdout for the reports; the training's prints go to stderr
     reports = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     pace(torch.optim.AdamW, int(sys.argv[1]), lambda line: print(line, file=reports, flush=True))
+    # as if `python train.py ...` had been typed
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

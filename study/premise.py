@@ -84,6 +84,7 @@ def settle(scene, steps=WAIT_STEPS):
     )
     for _ in range(steps * SUBSTEPS):
         mujoco.mj_step1(model, data)
+        # between the halves of a step the bias force of this very state is known: balance it
         data.qfrc_applied[arm] = data.qfrc_bias[arm]
         mujoco.mj_step2(model, data)
     data.qfrc_applied[arm] = 0
@@ -118,6 +119,7 @@ class Premise:
         self.scene, env = scene, scene.env.env
         self.env, self.problem = env, env.parsed_problem
         self.stands, self.facts = supports(self.problem)
+        # geom name -> object or fixture; geoms of none are the robot's or a surface's
         owner = {}
         for name, thing in [*env.objects_dict.items(), *env.fixtures_dict.items()]:
             owner.update(dict.fromkeys(getattr(thing, "contact_geoms", ()), name))
@@ -266,6 +268,7 @@ def verdict(rows):
     heights = {}
     for row in rows:
         for o in row.get("objects", {}).values():
+            # the same kind of object on the same kind of place has one height
             heights.setdefault((row["arena"], o["category"], o["place"]), []).extend(o["z"])
     return [judge(row, {k: float(np.median(z)) for k, z in heights.items()}) for row in rows]
 
@@ -283,6 +286,7 @@ def judge(row, heights):
         tilt, moved, z = (np.array(o[k]) for k in ("tilt_deg", "moved_mm", "z"))
         height = heights[row["arena"], o["category"], o["place"]]
         bad = {
+            # beyond the median: an object may lie on its side by design
             "tilted": (tilt > np.median(tilt) + TILT) | (tilt > TOPPLED),
             "off": ~np.array(o["stands"], bool),
             "height": 1000 * np.abs(z - height) > HEIGHT + 0.05,
@@ -331,6 +335,7 @@ def measure(suites, cache, workers):
     jobs = {}
     for job, key in keys.items():
         if key not in done:
+            # tasks of one key have the same physics: one of them is measured
             jobs.setdefault(key, job)
     bar = tqdm(total=len(keys), initial=len(keys) - len(jobs), desc="premise", unit="task")
     for outcome in run_jobs(jobs.values(), PremiseWorker, (), workers, recycle=10):

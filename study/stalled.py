@@ -3,9 +3,9 @@
     python eval.py --ckpt X --layout position --teleport --zero_rotation --trace --out runs/eval/x
     python -m study.stalled runs/eval/x --decisions 10 20 30 50 --out results/stalled.json
 
-Of evaluations with --trace that ran to their end: each episode is gone through again with the rule
-of sim/stalled.py. It is wrong where what it would have left out changed the outcome: a first
-success, or a first release, after the step at which it would have ended the episode.
+It reads evaluations with --trace that ran to their end, and applies the rule of sim/stalled.py to
+each episode afterwards. The rule is wrong where what it would have left out changed the outcome: a
+first success, or a first release, came after the step at which it would have ended the episode.
 """
 
 from pathlib import Path
@@ -28,6 +28,7 @@ def read_traces(folder):
     found = []
     for row in read_episodes(folder):
         path = Path(folder) / "traces" / f"{row['episode']:03d}.npz"
+        # crashed episodes have no outcome to be changed; not every episode has a trace
         if "crash" in row or not path.is_file():
             continue
         if "stalled" in row:
@@ -43,13 +44,16 @@ def read_traces(folder):
 
 
 def judged(row, states, steps, decisions, tolerance, period):
-    """What the rule does to an episode: None where it never ends it, else {"step", "saved" steps,
-    "saved_decisions", "wrong": whether the outcome came after that step}.
+    """What the rule does to an episode -> None where it never ends it, else {"step" at which it
+    does, "saved" control steps, "saved_decisions", "wrong": whether the outcome came later}.
+
+    states (N,D) and steps (N,) are those of the decisions; the rest is as in `first_stall`.
     """
     last = first_stall(states, decisions, tolerance, period)
     if last is None:
         return None
     step = int(steps[last])
+    # control steps of the first success and the first release, None where there was none
     reached = [row["first_success"], row.get("first_release")]
     return {
         "step": step,
@@ -61,6 +65,7 @@ def judged(row, states, steps, decisions, tolerance, period):
 
 def tally(episodes, decisions, tolerance, period):
     """Episodes of `read_traces` under one rule -> counts and shares, JSON-able."""
+    # one verdict an episode, None where the rule leaves it alone
     found = [judged(*episode, decisions, tolerance, period) for episode in episodes]
     ended = [f for f in found if f]
     failed = [row for row, _, _ in episodes if not row["success"]]
@@ -110,6 +115,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     read = {folder: read_traces(folder) for folder in args.folders}
     groups = {folder.name: episodes for folder, episodes in read.items()}
+    # several evaluations are also judged together
     if len(groups) > 1:
         groups["all"] = [episode for episodes in read.values() for episode in episodes]
     found = {

@@ -23,11 +23,13 @@ class SurveyWorker:
         self.n_states = n_states
 
     def run(self, job):
-        """Job: (suite, task index) -> (successes, n, mean steps), or None where the goal is not one
-        (On object target).
+        """Job (suite, task index) -> (successes, n, mean steps); None where the goal is not of the
+        form (On object target), which alone the expert can do.
         """
+        # nothing is rendered: the expert reads object poses from the simulator
         scene = Scene(*job, image_size=64, rendering=False)
         try:
+            # the expert knows one kind of task: put a movable object on a target
             if (
                 scene.pick not in scene.objects
                 or scene.env.env.parsed_problem["goal_state"][0][0] != "on"
@@ -57,15 +59,18 @@ def survey(suite, n_tasks, n_states, workers, timeout):
         find_task(suite, i)
     jobs = [(suite, i) for i in range(n_tasks)]
     rows = {}
+    # recycle=1: each task gets a fresh process; results come as they finish
     for outcome in tqdm(
         run_jobs(jobs, SurveyWorker, (n_states,), workers, recycle=1, timeout=timeout),
         total=len(jobs),
         desc="survey",
     ):
+        # a table that lacks a task's numbers says why: the last line of its error
         rows[outcome.job[1]] = (
             outcome.result if outcome.error is None else outcome.error.strip().splitlines()[-1]
         )
     lines, table = [], []
+    # printed in the order of the tasks
     for _, i in jobs:
         task, row = find_task(suite, i), rows[i]
         if isinstance(row, tuple):

@@ -14,6 +14,7 @@ def alternate(variants, rounds):
     times = {name: [] for name in variants}
     for call in variants.values():
         call()
+    # in turn: a slow spell of the machine hits every variant alike
     for _ in range(rounds):
         for name, call in variants.items():
             start = time.perf_counter()
@@ -30,6 +31,7 @@ def peak_mb(call):
         rows = Path("/proc/self/status").read_text().splitlines()
         return next(int(row.split()[1]) for row in rows if row.startswith(key)) / 1e3
 
+    # VmRSS: resident now; VmHWM: the most that was resident; Linux alone tells these
     before = status("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     call()
@@ -37,8 +39,10 @@ def peak_mb(call):
 
 
 def in_fresh_process(function, *arguments):
-    """What `function(*arguments)` returns in a process of its own: memory freed before and used
-    again is no growth there.
+    """Call `function(*arguments)` in a fresh process and return its result.
+
+    In a process that has freed memory before, a call may reuse it, and its peak shows no growth.
     """
+    # spawn: a fork would start with the parent's memory
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
