@@ -17,15 +17,18 @@ def intrinsics(fovy_deg, size):
     tan(fovy / 2).
     """
     f = 0.5 * size / math.tan(math.radians(fovy_deg) / 2)
+    # square pixels, principal point in the middle of the image
     return np.array([[f, 0, size / 2], [0, f, size / 2], [0, 0, 1.0]])
 
 
 def extrinsics_from_mujoco(position, rotation):
-    """Camera-to-world (4,4) from MuJoCo's cam_xpos and cam_xmat, whose camera looks along -z with y
-    up.
+    """Camera-to-world (4,4) from MuJoCo's cam_xpos (3,) m and cam_xmat (3,3).
+
+    MuJoCo's camera has OpenGL axes: it looks along -z with y up.
     """
     E = np.eye(4)
     E[:3, :3], E[:3, 3] = rotation, position
+    # OpenGL to OpenCV axes: y and z change sign, in the camera's frame (on the right)
     return E @ np.diag([1.0, -1.0, -1.0, 1.0])
 
 
@@ -34,15 +37,19 @@ def look_at(position, target):
     forward = np.subtract(target, position) / np.linalg.norm(np.subtract(target, position))
     right = np.cross(forward, [0, 0, 1.0])
     right /= np.linalg.norm(right)
+    # the camera's axes in the world are the columns: x right, y down (= z cross x), z forward
     E = np.eye(4)
     E[:3, 0], E[:3, 1], E[:3, 2], E[:3, 3] = right, np.cross(forward, right), forward, position
     return E
 
 
 def fault(K, E, size=None):
-    """(what is wrong, which of "K" and "E" it is) of a camera's arrays, or None: finite numbers, an
-    intrinsic matrix, a rigid camera-to-world transform. size: (width, height) in pixels of the
-    image that has to hold the principal point."""
+    """What is wrong with a camera: (message, "K" or "E"), or None.
+
+    Checked are finite numbers, an intrinsic matrix and a rigid camera-to-world transform. size:
+    (width, height) in pixels of the image that has to hold the principal point.
+    """
+    # without skew, as `project` takes it
     whole = K.shape == (3, 3) and np.isfinite(K).all() and np.allclose(K[2], [0, 0, 1])
     if not whole or not np.allclose([K[0, 1], K[1, 0]], 0):
         return "is no (3,3) intrinsic matrix [[fx,0,cx],[0,fy,cy],[0,0,1]] of finite numbers", "K"
@@ -51,6 +58,7 @@ def fault(K, E, size=None):
     if size is not None:
         # 1 where the principal point is the middle, as nearly in any camera
         ratios = 2 * K[0, 2] / size[0], 2 * K[1, 2] / size[1]
+        # both off by one factor: the image was rescaled and K was not
         alike = abs(ratios[0] - ratios[1]) < 0.1 * abs(ratios[0]) and not 0.6 < ratios[0] < 1.6
         if alike or not all(0 < r < 2 for r in ratios):
             return (
@@ -73,13 +81,14 @@ def in_view(points, K, E, size):
     """True (...) where world points (...,3) are in front of the camera and inside its (width,
     height) image.
     """
+    # a point in the camera's own plane divides by zero, and is not in view
     with np.errstate(all="ignore"):
         u, v, depth = project(points, K, E)
     return (depth > 0) & (u >= 0) & (u <= size[0]) & (v >= 0) & (v <= size[1])
 
 
 def _rotate(R, x):
-    """(...,3,3) times (...,3)."""
+    """Matrices (...,3,3) times vectors (...,3) -> (...,3)."""
     return (R @ x[..., None])[..., 0]
 
 
@@ -93,15 +102,17 @@ def project(points, K, E):
     """
     # camera coordinates (...,3): x right, y down, z forward
     c = _rotate(_transpose(E[..., :3, :3]), points - E[..., :3, 3])
+    # pinhole: focal length times tangent, from the principal point
     u = K[..., 0, 0] * c[..., 0] / c[..., 2] + K[..., 0, 2]
     v = K[..., 1, 1] * c[..., 1] / c[..., 2] + K[..., 1, 2]
     return u, v, c[..., 2]
 
 
 def ray(u, v, K, E):
-    """World direction (...,3) of the ray of pixel (u, v), which ends at a depth of one metre."""
+    """World direction (...,3) of the ray of pixel (u, v), to where it is 1 m deep."""
     x = (u - K[..., 0, 2]) / K[..., 0, 0]
     y = (v - K[..., 1, 2]) / K[..., 1, 1]
+    # camera vector (x, y, 1) in the world: a sum of the columns of R
     R = E[..., :3, :3]
     return R[..., :, 0] * x[..., None] + R[..., :, 1] * y[..., None] + R[..., :, 2]
 
@@ -113,6 +124,7 @@ def unproject(u, v, height, K, E):
     infinite.
     """
     direction, t = ray(u, v, K, E), E[..., :3, 3]
+    # camera centre + scale * direction has world z = height
     scale = (height - t[..., 2]) / direction[..., 2]
     return t + direction * scale[..., None]
 
@@ -140,17 +152,21 @@ def bin_to_height(index, low, high, n_bins):
 
 
 def quantise(point, K, E, grid, size, low, high, n_bins):
-    """Nearest representable point (3,): centre of its image cell and height bin. What a perfect
-    classifier would decode.
+    """Nearest point (3,) to `point` (3,) that the volume can represent.
+
+    It is the centre of the point's image cell and height bin: what a perfect classifier would
+    decode. The rest are the arguments of `project`, `pixel_to_cell` and `height_to_bin`.
     """
     u, v, _ = project(point, K, E)
     centre = lambda x, n: np.clip(np.round(pixel_to_cell(x, n, size)), 0, n - 1)
+    # metres, after rounding to a bin and clamping to the range
     z = bin_to_height(
         np.clip(np.round(height_to_bin(point[..., 2], low, high, n_bins)), 0, n_bins - 1),
         low,
         high,
         n_bins,
     )
+    # back along the ray of the cell's centre, to the height of the bin's centre
     return unproject(
         cell_to_pixel(centre(u, grid), grid, size),
         cell_to_pixel(centre(v, grid), grid, size),

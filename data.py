@@ -40,30 +40,41 @@ def shifted_sideways(batch, limit, draws, image_size):
     fewer where the EEF or a waypoint would leave the image; draws (B,): random numbers in [0, 1).
     """
     features, K, E = batch["features"], batch["K"], batch["E"]
+    # pixels by which a shift goes: one cell of the coarsest map, a whole number of cells of all
     cell = image_size // min(maps.shape[-1] for maps in features)
     # all points that have to stay in the image (B,N,3), and each sample's first camera
     points = [batch[k].reshape(len(K), -1, 3).double() for k in ("eef_pos", "target_pos")]
     first_K, first_E = K.reshape(len(K), -1, 3, 3)[:, :1], E.reshape(len(E), -1, 4, 4)[:, :1]
+    # (B,N) pixel columns; a window's frames share one camera, so the first serves all its points
     u, _, _ = camera.project(torch.cat(points, 1), first_K, first_E)
     # how far it may go to the left and to the right (B,), in whole cells
     bounds = lambda x: (x / cell).clamp(-limit / cell, limit / cell)
     least = bounds(-u.amin(1)).clamp(max=0).ceil()
     most = bounds(image_size - u.amax(1)).clamp(min=0).floor()
+    # uniform over the whole numbers least ... most, both included
     columns = least + (torch.as_tensor(draws, device=u.device) * (most - least + 1)).floor()
     moved = []
     for maps in features:
         width = maps.shape[-1]
+        # cells of this map for one cell of the coarsest
         step = cell * width // image_size
+        # column x of the moved map shows what was at x - shift; beyond the edge, the edge repeats
         source = torch.arange(width, device=maps.device) - step * columns.long()[:, None]  # (B,W)
+        # (B,1,...,1,W), to gather along the last axis of (B,C,H,W) or (B,T,C,H,W)
         source = source.clamp(0, width - 1).view(len(maps), *[1] * (maps.ndim - 2), width)
         moved.append(maps.gather(-1, source.expand_as(maps)))
+    # the principal point moves with the image, so that every ray keeps its direction in the world
     K = K.clone()
     K[..., 0, 2] += (cell * columns).to(K.dtype).view(-1, *[1] * (K.ndim - 3))
     return {**batch, "features": moved, "K": K}
 
 
 def gripper_segments(actions):
-    """Gripper commands (T,) in {0 open, 1 close} and the frames at which they change."""
+    """Gripper commands (T,) in {0 open, 1 close} and the frames at which they change.
+
+    A change at frame i means that frame i is the first with the new command.
+    """
+    # actions[:, 6] is the gripper's: +1 closes, -1 opens
     closed = (actions[:, 6] > 0).astype(np.int64)
     return closed, np.flatnonzero(np.diff(closed)) + 1
 
@@ -83,6 +94,7 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
     (N,T) bool, waypoints whose way is undisturbed; usable (N,) bool, frames to train on.
     """
     length = len(demo)
+    # how far each frame's trajectory may run: to the next gripper change, or to the last frame
     closed, changes = gripper_segments(demo.actions)
     frames = np.arange(length)
     following = np.searchsorted(changes, frames)  # the next change at or after each frame
@@ -98,6 +110,8 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
         # a change is its own next waypoint: the trajectory ends there
         target.append(following_waypoint[target[-1]])
     target = np.stack(target, -1)
+    # A push moves the EEF where the expert would not have gone: a label that lies behind one is
+    # wrong.
     # number of pushed frames before each frame
     pushes = np.concatenate([[0], np.cumsum(demo.perturbed)])
     mask = pushes[target] == pushes[frames][:, None]  # no pushed frame in [i, target)
@@ -105,6 +119,7 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
     still = np.linalg.norm(demo.ee_pos[target[:, 0]] - demo.ee_pos, axis=1) < STILL
     # at the change frame itself the old command still is
     in_force = np.append(closed[:1], closed[:-1])
+    # left out: pushed, held, and standing still with the command to come already in force
     usable = mask[:, 0] & ~held & ~(still & (closed[target[:, 0]] == in_force) & ~staying)
     # the last release is the last change, to open fingers
     if not (retreat or stay) and len(changes) and not closed[changes[-1]]:
@@ -120,8 +135,10 @@ def paths_of(demos):
 class WaypointDataset(Dataset):
     """Frames of demonstrations with their future waypoints.
 
-    demos: list of Demo, of one dataset or of several; config: a PolicyConfig; frame_stride: use
-    every k-th frame. `batch(indices)` gives the dict of tensors described in policy.py.
+    demos: list of Demo, of one dataset or of several; config: a PolicyConfig; backbone: the frozen
+    features of nets/backbone.py; frame_stride: use every k-th frame; cache: folder of the features,
+    computed where they are not there yet. `batch(indices)` gives the dict of tensors described in
+    policy.py. Raises UserError where no frame is usable.
     """
 
     def __init__(
@@ -131,7 +148,9 @@ class WaypointDataset(Dataset):
         self.resident = []  # features on a GPU, see `hold`
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
+        # Labels first: they say which frames need features, and every frame costs a backbone pass.
         needed = self.label(config, frame_stride)
+        # images are read only where the cache lacks their features, so they are given as a call
         groups = [
             (demo.key, partial(demo.images, frames))
             for demo, frames in zip(demos, needed)
@@ -143,13 +162,17 @@ class WaypointDataset(Dataset):
 
     @staticmethod
     def check_split(demos, config):
-        """Raise UserError where something beside the data was made from other demonstrations than
-        those that are trained on.
+        """Check what was computed from the training demonstrations in advance.
+
+        Does nothing here; `VolumeDataset` checks its rotation basis. Raises UserError where it was
+        computed from other demonstrations.
         """
 
     def label(self, config, frame_stride):
-        """Set the samples' labels; return the frames of each demonstration whose features are
-        needed.
+        """Set the samples' labels -> the frames (N,) of each demonstration that need features.
+
+        A sample is (demonstration, slot, frame): its features are row `slot` of the demonstration's
+        maps. Raises UserError where no frame is usable.
         """
         rows, needed = [], []
         for d, demo in enumerate(self.demos):
@@ -184,8 +207,10 @@ class WaypointDataset(Dataset):
             np.stack([values[d][i] for d, i in zip(demo, rows)])
         )
         positions = [d.ee_pos for d in self.demos]
+        # the two fingers have coordinates of opposite sign, each its distance from the middle
         widths = [np.abs(d.gripper_states).sum(-1) for d in self.demos]
         rotations = [rotvec_to_matrix(d.ee_ori) for d in self.demos]
+        # (N,3), (N,), then (N,T,3), (N,T,3,3), (N,T)
         self.eef_pos = pick(positions, frame)
         self.gripper_width = pick(widths, frame)
         self.target_pos = pick(positions, target)
@@ -194,9 +219,10 @@ class WaypointDataset(Dataset):
         self.mask = torch.from_numpy(mask.astype(np.float32))
 
     def hold(self, device):
-        """Keep features and labels on a GPU from now on, features as one fp16 tensor a map, where
-        half of its free memory has room for them -> True if so. On a CPU they stay in files, which
-        the system keeps in memory.
+        """Keep features and labels on a GPU from now on -> True if they are.
+
+        Features become one fp16 tensor a map. They stay in files where they would take more than
+        half of the free memory, and on a CPU: there the system keeps the files in memory.
         """
         if torch.device(device).type != "cuda":
             return False
@@ -211,10 +237,12 @@ class WaypointDataset(Dataset):
     def keep_on(self, device):
         """Keep features and labels in a device's memory; batches come from there."""
         kept = [maps for maps in self.maps if maps is not None]
+        # one tensor (N,C,H,W) for each map, one demonstration after another
         self.resident = [
             torch.from_numpy(np.concatenate([maps[i] for maps in kept])).to(device)
             for i in range(len(self.backbone.channels))
         ]
+        # labels too, or every batch would copy them from the CPU
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.to(device))
@@ -229,6 +257,7 @@ class WaypointDataset(Dataset):
         """Cached maps [(B,C,H,W) float16] of samples."""
         if self.resident:
             return [maps[torch.as_tensor(indices, device=maps.device)] for maps in self.resident]
+        # from files: slot of the demonstration's map, sample by sample
         return [
             torch.from_numpy(np.stack([self.maps[self.demo[i]][m][self.slot[i]] for i in indices]))
             for m in range(len(self.backbone.channels))
@@ -236,6 +265,7 @@ class WaypointDataset(Dataset):
 
     def last_features(self, indices):
         """Maps [(B,C,H,W) float16] of the samples' newest frames."""
+        # a sample is one frame here; windows override this
         return self.features(indices)
 
     def batch(self, indices):
@@ -269,6 +299,7 @@ class WaypointDataset(Dataset):
         features = []
         for maps in self.last_features(picked):
             maps = maps.float().cpu()  # (N,C,H,W)
+            # per channel, over samples and places
             mean, deviation = maps.mean((0, 2, 3)), maps.std((0, 2, 3))
             features.append((mean.numpy(), deviation.clamp(min=1e-4).numpy()))
         return {

@@ -19,17 +19,20 @@ NEAR = 3  # control steps by which a decision may have missed the frame that fol
 
 
 def following_frames(demo, target):
-    """The frame (T,) at which the decision after each frame's is taken: its waypoint, or the end of
-    the gripper's hold there.
+    """Frame (T,) at which the next decision after each frame's own is taken.
+
+    It is the frame of that waypoint, target (T,), or the end of the gripper's hold there.
     """
     _, changes = gripper_segments(demo.actions)
+    # a waypoint at a gripper change is followed by a hold, in which the robot waits for its fingers
     hold = np.where(np.isin(target, changes), GRIPPER_STEPS, 0)
     return np.minimum(target + hold, len(demo) - 1)
 
 
 def standing_since(positions):
-    """The first frame (T,) from which on the EEF stands, within STILL, where each frame shows it;
-    positions (T,3) m.
+    """The first frame (T,) of the pause that each frame is in, itself where the EEF moves.
+
+    positions (T,3) m. A pause reaches back as long as the EEF is within STILL of where it is now.
     """
     since = np.arange(len(positions))
     for frame, position in enumerate(positions):
@@ -42,18 +45,20 @@ def window_frames(following, last, length, allowed, since=None):
     """Frames (at most `length`, ascending) of the window that ends at frame `last`.
 
     following (T,) from `following_frames`; allowed (T,) bool, frames at which a decision can be
-    taken; since (T,) from `standing_since`, where demonstrations pause: the decision that led to a
-    frame late in a pause led to the pause's beginning.
+    taken. since (T,) from `standing_since`, for demonstrations that pause: the decision that led to
+    a frame late in a pause led to the pause's beginning, so that frame is looked for too.
     """
     frames = [last]
     while len(frames) < length:
         # earlier frames whose decision leads onward, and by how many steps it misses this one
         before = np.flatnonzero(allowed[: frames[0]])
+        # a frame that is its own next (the last one) leads nowhere
         before = before[following[before] > before]
         if not len(before):
             break
         misses = np.abs(following[before] - frames[0])
         if misses.min() > NEAR and since is not None:
+            # no decision leads to this frame: does one lead to where its pause began?
             misses = np.abs(following[before] - since[frames[0]])
         if misses.min() > NEAR:
             break
@@ -75,6 +80,7 @@ class WindowDataset(WaypointDataset):
         starts, rows = [], []
         self.windows = []
         for d, demo in enumerate(self.demos):
+            # one waypoint a frame: the window's next frames carry the ones after
             target, gripper, mask, usable = waypoint_labels(
                 demo, config.waypoint_stride, 1, config.retreat, config.min_travel, config.stay
             )
@@ -83,16 +89,19 @@ class WindowDataset(WaypointDataset):
             kept = np.arange(len(demo)) % frame_stride == 0
             allowed = ~held_frames(demo) & kept
             since = standing_since(demo.ee_pos) if config.stay else None
+            # only the newest frame has to be usable; earlier ones may be context alone
             windows = [
                 window_frames(following, last, config.context, allowed, since)
                 for last in np.flatnonzero(usable & kept)
             ]
+            # windows overlap: each frame's features and labels are stored once
             needed = sorted({f for w in windows for f in w})
             # windows hold rows: numbers of frames among all needed ones of all demonstrations
             place = {f: i for i, f in enumerate(needed)}
             start = sum(len(s) for s in starts)
             starts.append(needed)
             self.windows += [np.array([start + place[f] for f in w]) for w in windows]
+            # a frame that is context alone has mask 0
             rows += [
                 (d, i, f, target[f, 0], gripper[f, 0], float(usable[f]))
                 for i, f in enumerate(needed)
@@ -106,6 +115,7 @@ class WindowDataset(WaypointDataset):
             np.array(c) for c in zip(*rows)
         )
         self.row_demo, self.row_frame = row_demo, row_frame
+        # T = 1 of `fill`: rows (N,), targets (N,1)
         self.fill(row_demo, row_frame, target[:, None], gripper[:, None], usable[:, None])
         # a window is known by its newest frame
         ends = np.array([w[-1] for w in self.windows])
@@ -131,6 +141,7 @@ class WindowDataset(WaypointDataset):
         """Maps [(B,T,C,H,W) float16] of rows (B,T), zero where valid (B,T) says that they pad."""
         if not self.resident:
             return [self.stored_windows(rows, valid, m) for m in range(len(self.backbone.channels))]
+        # rows (B,T) of maps (N,C,H,W) -> (B,T,C,H,W)
         features = []
         for maps in self.resident:
             picked = maps[torch.from_numpy(rows).to(maps.device)]
@@ -149,6 +160,7 @@ class WindowDataset(WaypointDataset):
     def batch(self, indices):
         """Windows -> dict of tensors, see the class."""
         T = self.config.context
+        # windows differ in length: valid (B,T) is True for their frames, padding stands at the end
         windows = [self.windows[i] for i in np.asarray(indices)]
         valid = np.array([[t < len(w) for t in range(T)] for w in windows])
         # padding repeats the last frame

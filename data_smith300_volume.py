@@ -16,6 +16,7 @@ class VolumeDataset(WaypointDataset):
     """
 
     def __init__(self, demos, config, backbone, *args, **kwargs):
+        # before the features, which take minutes: a missing basis is reported at once
         self.basis = find_basis(demos, config)
         super().__init__(demos, config, backbone, *args, **kwargs)
 
@@ -27,6 +28,7 @@ class VolumeDataset(WaypointDataset):
         basis = find_basis(demos, config)
         if basis is None:
             return
+        # by content, not by name: a fingerprint is of a demonstration's rotations
         fitted = set(basis.provenance["fingerprints"])
         if fitted != {fingerprint(d.ee_ori) for d in demos}:
             raise UserError(

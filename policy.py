@@ -41,8 +41,11 @@ DECAYING = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 def flag(default, help, choices=None, kind=None, low=None, high=None, above=None, below=None):
-    """A config field that becomes a command-line flag. Bounds as in `flags.Number`: by default
-    whole numbers start at 1, others at 0. kind: another type from flags.py."""
+    """A config field that becomes a command-line flag.
+
+    Bounds are those of `flags.Number`; without them whole numbers start at 1, others at 0. kind:
+    another type from flags.py.
+    """
     kind = kind or flags.field_type(type(default), low, high, above, below)
     return field(default=default, metadata={"help": help, "choices": choices, "type": kind})
 
@@ -51,8 +54,9 @@ def flag(default, help, choices=None, kind=None, low=None, high=None, above=None
 class PolicyConfig:
     """What every policy is configured by. It travels in the checkpoint.
 
-    `presets`: {name: other defaults}, of train.py's flags too; each names its own max_steps and lr.
-    The other four names without a type are no flags here, and are where a policy says otherwise.
+    The first five names have no type annotation, so they are no flags: a policy's config class
+    overrides them, some as flags. `presets` is {name: {flag: default}}, of train.py's flags too,
+    and each preset sets its own max_steps and lr.
     """
 
     presets = {}
@@ -61,6 +65,7 @@ class PolicyConfig:
     n_window = 1  # waypoints that a decision answers
     rotation = "euler"  # or "pca": about one axis, which the dataset's basis names
 
+    # from here on every field is a flag
     backbone: str = flag(
         "auto",
         "frozen features: auto, efficientnet_lite0, dinov2_vitb14, dinov2_vits14, dinov3_vits16, "
@@ -103,12 +108,11 @@ def add_config_flags(parser, config_class):
 
 @dataclass
 class Shard:
-    """Which of a step's samples a process holds: rank, rank + world, ... of `total` (None: of those
-    that it has).
+    """Which samples of a training step this process holds: rank, rank + world, ... of `total`.
 
-    Noise is drawn for all of them in every process, on the CPU, from a generator that is the same
-    in each (None: torch's own). So what a sample gets depends neither on the number of processes
-    nor on the device.
+    total None: only those of the batch. Noise is drawn for all of them in every process, on the
+    CPU, from a generator that is the same in each (None: torch's own). So what a sample gets
+    depends neither on the number of processes nor on the device.
     """
 
     rank: int = 0
@@ -117,10 +121,12 @@ class Shard:
     generator: torch.Generator = None
 
     def draw(self, kind, shape, device):
-        """Random numbers of `shape` (B,...), one row a sample held here; kind: torch.rand or
-        torch.randn.
+        """Random numbers (B,...), one row for each sample that this process holds.
+
+        kind: torch.rand or torch.randn.
         """
         whole = kind((self.total or shape[0], *shape[1:]), generator=self.generator, device="cpu")
+        # every process drew all rows, and takes its own
         return whole[self.rank :: self.world].to(device)
 
 
@@ -138,6 +144,7 @@ class Policy(nn.Module):
         flags.check_fields(config)
         self.config = config
         self._backbone = []  # in a list, so that the frozen features are no part of the state dict
+        # wall-clock seconds of `act` since `begin`
         self.seconds = {"features": 0.0, "policy": 0.0}
         self.shard = Shard()  # set by the training loop, step by step
         self.generator = None
@@ -194,8 +201,10 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def decided(self, batch, rows):
-        """`predict` of windows for some frames alone: rows (N,) of the flattened (B*T) ->
-        {"position" (N,3) ...}. A policy that can overrides it, and saves the others' time.
+        """`predict` of windows for some frames alone: rows (N,) of the flattened (B*T).
+
+        The answer has "position" (N,3) and so on. A policy that need not compute the other frames
+        overrides it.
         """
         return {k: v.flatten(0, 1)[rows] for k, v in self.predict(batch).items()}
 
@@ -213,6 +222,7 @@ class Policy(nn.Module):
         total, world = mask.sum(), self.shard.world if self.training else 1
         if world > 1:
             torch.distributed.all_reduce(total)
+        # a lone process, or one that validates, has world = 1: the ordinary mean
         return world * (values * mask).sum() / total.clamp(min=1)
 
     def check(self):
@@ -230,29 +240,33 @@ class Policy(nn.Module):
         self.seconds = {"features": 0.0, "policy": 0.0}
 
     def session(self):
-        """The same network for an episode of its own, beside those of other sessions: weights and
-        frozen features are shared, the history and the clock are not.
+        """The same network for another episode that runs at the same time.
+
+        Weights and frozen features are shared between sessions. The history and the clock are not.
         """
+        # shallow: both hold the same parameters, and what `reset` assigns is the twin's alone
         twin = copy.copy(self)
         twin.begin(0)
         return twin
 
     def volume_parameters(self):
-        """Parameters of the volume head and of all that it reads: what `--freeze_steps` holds still
-        in a finetune.
+        """Parameters of the volume head and of all that it reads.
+
+        `--freeze_steps` holds them still at the start of a finetune.
         """
         return []
 
     def deployment_stats(self):
-        """JSON-able numbers that a robot needs beside the checkpoint to read the policy's answers;
-        none for most policies.
-        """
+        """JSON-able numbers that a robot needs beside the checkpoint; None for most policies."""
         return None
 
     def param_groups(self, weight_decay):
-        """Optimiser groups: the weights of linear layers, convolutions and attention decay; nothing
-        else does, so no bias, norm or embedding, nor a parameter of the policy's own as tokens and
-        positions are, whatever its shape."""
+        """Optimiser groups: one with weight decay, one without.
+
+        The weights of linear layers, convolutions and attention decay. Biases, norms and embeddings
+        do not, nor does a parameter that a policy holds itself, as tokens and positions, whatever
+        its shape.
+        """
         # by type of layer: a policy's own matrices, as tokens and positions, are no weights of one
         weights = {
             id(p)
@@ -268,8 +282,10 @@ class Policy(nn.Module):
         ]
 
     def decide(self, batch):
-        """`predict` for one observation (B = 1), in the order in which an episode brings them; T is
-        the trajectory's.
+        """`predict` for one observation (B = 1) of an episode, called in the episode's order.
+
+        A policy with a history overrides it: it takes the observation without T and remembers it. T
+        of the answer is the trajectory's.
         """
         return self.predict(batch)
 
@@ -290,6 +306,7 @@ class Policy(nn.Module):
         start = time.perf_counter()
         maps = self.features(observation.image[None]) if maps is None else maps
         middle = time.perf_counter()
+        # float64, as camera geometry is computed; a batch of one: (1,...)
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
         out = self.decide(
             {
@@ -302,6 +319,7 @@ class Policy(nn.Module):
         )
         # of the one observation: (T,3), (T,), (T,3,3)
         position = out["position"][0].double().cpu().numpy()
+        # -1 opens and +1 closes, as robosuite's actions have it, from {0, 1}
         grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)
         rotations = out["rotation"][0].double().cpu().numpy() if self.turns else None
         self.seconds["features"] += middle - start
@@ -327,6 +345,7 @@ class FittedPolicy(Policy):
 
     def __init__(self, config, channels):
         super().__init__(config)
+        # Placeholders of the right shape: `fit_statistics` or a checkpoint fills them.
         for i, n in enumerate(channels):
             self.register_buffer(f"feature_mean_{i}", torch.zeros(n))
             self.register_buffer(f"feature_std_{i}", torch.ones(n))
@@ -350,6 +369,7 @@ class FittedPolicy(Policy):
         """Backbone maps [(...,C,H,W) float16] -> the same in float32 with zero mean and unit
         deviation a channel.
         """
+        # (C,1,1) against (...,C,H,W)
         return [
             (maps.float() - getattr(self, f"feature_mean_{i}").view(-1, 1, 1))
             / getattr(self, f"feature_std_{i}").view(-1, 1, 1)
@@ -361,6 +381,7 @@ class FittedPolicy(Policy):
         of their range.
         """
         low, high = self.euler_range.unbind(-1)
+        # a range may cross +-pi: angles are brought next to it before they are binned
         euler = wrapped(euler_angles(rotation.double()), (low + high) / 2)
         return bins_of(euler, low, high, self.config.n_rot_bins)
 
@@ -376,15 +397,16 @@ class FittedPolicy(Policy):
         return torch.from_numpy(euler_to_matrix(euler.cpu().numpy())).to(bins.device)
 
     def rotation_bins(self, rotation):
-        """Rotations (...,3,3) -> bins (...,A) of the A angles by which a rotation is told: three,
-        of Euler.
-        """
+        """Rotations (...,3,3) -> bins (...,A) of the A predicted angles: here the 3 of Euler."""
         return self.euler_bins(rotation)
 
     def rotation_targets(self, rotation):
-        """Rotations (N,3,3) -> probabilities (N,A,bins). Episodes hold one rotation each: one-hot
-        labels of a few dozen of them leave the bins between without any, and what is memorised
-        there is worse than a guess."""
+        """Rotations (N,3,3) -> target probabilities (N,A,bins).
+
+        Gaussian by default. An episode holds one rotation, so one-hot labels of a few dozen
+        episodes leave the bins between them without any, and what is memorised there is worse than
+        a guess.
+        """
         c, bins = self.config, self.rotation_bins(rotation)
         if c.rotation_sigma <= 0:
             return F.one_hot(bins, c.n_rot_bins).float()
@@ -396,6 +418,7 @@ class FittedPolicy(Policy):
         """Cross-entropy above the labels' own entropy (N,), in nats an angle, of logits (N,A,bins)
         at rotations (N,3,3).
         """
+        # KL divergence = cross-entropy - entropy of the targets: 0 is a perfect answer, soft or not
         return (
             F.kl_div(
                 logits.float().log_softmax(-1), self.rotation_targets(rotation), reduction="none"

@@ -23,6 +23,8 @@ class Entry(NamedTuple):
     dataset: type
 
 
+# The dataset class goes by what a sample is: a frame, a window of frames, or a frame with the
+# rotation basis of its dataset.
 REGISTRY = {
     "para": Entry(TrajectoryHeatmapPredictor, ParaConfig, WaypointDataset),
     "act": Entry(ActPolicy, ActConfig, WaypointDataset),

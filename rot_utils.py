@@ -18,16 +18,17 @@ BASIS_FILE = "rotation_pca_basis.npz"
 SPACES = ("euler", "so3")
 EV_GATE = 0.85  # share of the variance that one axis must explain
 NEAR_SINGULAR = np.radians(75)  # pitch beyond which roll and yaw begin to trade places
+# arrays of the npz: dtype kind (U text, f float) and the shapes that are allowed
 BASIS_KEYS = {
     "space": ("U", [()]),
     "mean": ("f", [(3,), (3, 3)]),
     "principal_axis": ("f", [(3,)]),
     "pca_min": ("f", [()]),
-    # of the npz: dtype kind and shapes
     "pca_max": ("f", [()]),
     "ev_ratio": ("f", [(3,)]),
     "provenance": ("U", [()]),
 }
+# forms of `runtime.fits`: a "?" marks a key that may be missing
 PROVENANCE_FORM = {"fingerprints?": [str], "dataset?": str}
 STATS_FORM = {
     "model_type?": str,
@@ -60,15 +61,21 @@ def rotvec_to_matrix(rotvec):
     angle = np.linalg.norm(rotvec, axis=-1)[..., None, None]
     x, y, z = np.moveaxis(rotvec, -1, 0)
     o = np.zeros_like(x)
+    # (...,3,3), the cross product with rotvec: S = angle * [axis]x, so that
+    # R = I + sin(angle) [axis]x + (1 - cos(angle)) [axis]x^2 = I + a S + b S^2
     S = np.moveaxis(np.array([[o, -z, y], [z, o, -x], [-y, x, o]]), (0, 1), (-2, -1))
     a = np.sinc(angle / np.pi)  # sin(angle) / angle, finite at 0
+    # 1 - cos = 2 sin^2(angle / 2), which loses no digits near 0:
     b = 0.5 * np.sinc(angle / (2 * np.pi)) ** 2  # (1 - cos(angle)) / angle^2
     return np.eye(3) + a * S + b * (S @ S)
 
 
 def matrix_to_quat(matrix):
-    """Rotation matrices (...,3,3) -> unit quaternions (...,4) xyzw with w >= 0, by the largest of
-    the four components (Shepperd): row i of the matrix below is 4 q_i times the quaternion."""
+    """Rotation matrices (...,3,3) -> unit quaternions (...,4) xyzw with w >= 0.
+
+    Shepperd's method: row i of `products` is 4 q_i times the quaternion, and the row of the largest
+    component is taken.
+    """
     m = np.moveaxis(np.asarray(matrix, dtype=float), (-2, -1), (0, 1))
     xy, xz, yz = m[0, 1] + m[1, 0], m[0, 2] + m[2, 0], m[1, 2] + m[2, 1]
     xw, yw, zw = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
@@ -86,6 +93,7 @@ def matrix_to_quat(matrix):
     best = np.diagonal(products, axis1=-2, axis2=-1).argmax(-1)
     q = np.take_along_axis(products, best[..., None, None], -2)[..., 0, :]
     q = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    # q and -q are one rotation: w >= 0 picks one, with an angle in [0, pi]
     return np.where(q[..., 3:] < 0, -q, q)
 
 
@@ -95,6 +103,7 @@ def matrix_to_rotvec(matrix):
     """
     q = matrix_to_quat(matrix)
     norm = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
+    # angle = 2 atan2(|xyz|, w) along xyz / |xyz|; near 0 that is 2 xyz
     return q[..., :3] * np.where(
         norm < 1e-12, 2.0, 2 * np.arctan2(norm, q[..., 3:]) / np.maximum(norm, 1e-12)
     )
@@ -105,6 +114,7 @@ def matrix_to_euler(matrix):
     Rx(roll).
     """
     m = np.asarray(matrix, dtype=float)
+    # the bottom row of R is (-sin p, cos p sin r, cos p cos r)
     roll = np.arctan2(m[..., 2, 1], m[..., 2, 2])
     pitch = np.arctan2(-m[..., 2, 0], np.hypot(m[..., 2, 1], m[..., 2, 2]))
     return np.stack([roll, pitch, np.arctan2(m[..., 1, 0], m[..., 0, 0])], axis=-1)
@@ -138,16 +148,19 @@ def rotation_angle(a, b):
 
 
 # -- the 1D rotation basis
-# -------------------------------------------------------------------------------------------
 
 
 def frechet_mean(rotations, tolerance=1e-10, steps=100):
-    """Rotation (3,3) with the least mean squared angle to rotations (N,3,3): Karcher's iteration,
-    mean <- mean . exp(mean log), from the chordal mean (the rotation nearest to the matrices'
-    average, by SVD)."""
+    """Rotation (3,3) with the least mean squared angle to rotations (N,3,3).
+
+    Karcher's iteration, mean <- mean . exp(mean of the logs), from the chordal mean: the rotation
+    nearest to the matrices' average, by SVD. Stops at a step below `tolerance` radians.
+    """
     u, _, vt = np.linalg.svd(np.mean(rotations, axis=0))
+    # the determinant's sign keeps it a rotation where u @ vt would be a reflection
     mean = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
     for _ in range(steps):
+        # tangent vectors (N,3) at the mean, in its own frame
         step = matrix_to_rotvec(mean.T @ rotations).mean(axis=0)
         mean = mean @ rotvec_to_matrix(step)
         if np.linalg.norm(step) < tolerance:
@@ -157,13 +170,13 @@ def frechet_mean(rotations, tolerance=1e-10, steps=100):
 
 @dataclass(frozen=True)
 class RotationBasis:
-    """One axis of rotation about a mean, and the range of values on it that the demonstrations
-    cover.
+    """One axis of rotation about a mean, and the range that demonstrations cover on it.
 
-    space "so3": R = mean . exp(value . axis), mean (3,3), axis (3,) unit, in the mean's own frame,
-    value in radians. space "euler": (roll, pitch, yaw) = mean + value . axis, mean (3,) radians.
+    space "so3": R = mean . exp(value . axis). mean (3,3); axis (3,) unit, in the frame of the mean;
+    value in radians.
+    space "euler": (roll, pitch, yaw) = mean + value . axis. mean (3,) in radians.
     low, high: range of values; ev_ratio (3,): explained-variance ratios, largest first; provenance:
-    where it comes from.
+    what the basis was computed from.
     """
 
     space: str
@@ -181,16 +194,20 @@ class RotationBasis:
         which has the period 2 pi.
         """
         if self.space == "euler":
+            # projection of the offsets (...,3) on the axis
             return euler_offsets(rotation, self.mean) @ self.axis
         x, y, z = self.axis
         A = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-        # maximises trace(relative^T exp(value A)) in closed form
+        # the nearest rotation exp(v A) maximises trace(relative^T exp(v A))
         relative = self.mean.T @ np.asarray(rotation, dtype=float)
+        # exp(v A) = I + sin(v) A + (1 - cos(v)) A^2, so the trace is a sin(v) - b cos(v) +
+        # constant, a and b the overlaps with A and A^2: largest at v = atan2(a, -b)
         overlap = lambda other: np.einsum("...ij,ij->...", relative, other)
         return wrap_angle(np.arctan2(overlap(A), -overlap(A @ A)), (self.low + self.high) / 2)
 
     def rotation(self, value):
         """Values (...) -> rotations (...,3,3)."""
+        # (...,3): axis-angle in so3, roll, pitch, yaw in euler
         offset = np.asarray(value, dtype=float)[..., None] * self.axis
         return (
             euler_to_matrix(self.mean + offset)
@@ -247,27 +264,33 @@ def euler_offsets(rotation, mean):
 
 
 def fit_basis(rotations, space="so3", provenance=None):
-    """Principal axis of rotations (N,3,3) -> RotationBasis. Raises UserError if they do not turn at
+    """Principal axis of rotations (N,3,3) -> RotationBasis.
+
+    space: "so3" or "euler", see RotationBasis. Raises UserError if the rotations do not turn at
     all.
     """
     rotations = np.asarray(rotations, dtype=float)
     if space == "euler":
         euler = matrix_to_euler(rotations)
         mean = circular_mean(euler)
+        # The circular mean says where to unwrap. Components need offsets that average to zero.
         mean = mean + wrap_angle(euler - mean).mean(axis=0)
         offsets = wrap_angle(euler - mean)
         offsets = offsets - offsets.mean(axis=0)
     else:
+        # log map (N,3): axis-angle from the mean, in its frame
         mean = frechet_mean(rotations)
         offsets = matrix_to_rotvec(mean.T @ rotations)
     # principal components of offsets (N,3): directions in `axes`, largest first
     _, scale, axes = np.linalg.svd(offsets, full_matrices=False)
+    # scale is a root of N summed squares: less than 1e-6 rad a rotation
     if scale[0] < 1e-6 * np.sqrt(len(rotations)):
         raise UserError(
             "the rotations do not vary at all, so they have no principal axis; use demonstrations "
             "that turn the gripper"
         )
     axis = axes[0] * np.sign(axes[0][np.abs(axes[0]).argmax()])  # of the two signs, one for certain
+    # a first basis over a whole turn gives the values, whose range the second one has
     basis = RotationBasis(
         space, mean, axis, -np.pi, np.pi, scale**2 / (scale**2).sum(), provenance or {}
     )
@@ -284,8 +307,9 @@ def fit_basis(rotations, space="so3", provenance=None):
 
 
 def reconstruction_error(basis, rotations):
-    """Angles (N,) in radians between rotations (N,3,3) and the nearest that the one axis can say,
-    before binning.
+    """Angles (N,) in radians that the one axis loses, before binning.
+
+    From rotations (N,3,3) to the nearest rotations on the axis.
     """
     return rotation_angle(basis.rotation(basis.value(rotations)), rotations)
 
@@ -322,11 +346,11 @@ def fingerprint(rotvec):
 
 
 def load_basis(path, fingerprints=None):
-    """Read `save_basis` -> RotationBasis. fingerprints: of demonstrations that it must know, as
-    those that it was computed from or those that were held out.
+    """Read `save_basis` -> RotationBasis.
 
-    Raises UserError for a missing, damaged or impossible file, and for one that was computed from
-    other demonstrations.
+    fingerprints: of demonstrations that the basis has to know, as those that it was computed from
+    or those that were held out. Raises UserError for a missing, damaged or impossible file, and for
+    one that was computed from other demonstrations.
     """
     path = Path(path)
     if not path.is_file():
@@ -343,6 +367,7 @@ def load_basis(path, fingerprints=None):
         raise UserError(
             f"{path}: truncated or not an npz of a rotation basis ({one_line(error)}); {PRECOMPUTE}"
         ) from error
+    # types and shapes before values: what follows computes with them
     for key, (kind, shapes) in BASIS_KEYS.items():
         value = arrays[key]
         if value.dtype.kind != kind or value.shape not in shapes:
@@ -389,6 +414,7 @@ def load_stats(path):
         )
     remedy = "copy it again from beside the checkpoint"
     stats = read_json(path, "folder of a checkpoint", remedy, STATS_FORM)
+    # one axis with its basis, or three Euler angles with their ranges (3,2) rad
     rotation = stats["rotation"]
     try:
         if rotation["kind"] == "pca":
@@ -407,6 +433,7 @@ def load_stats(path):
 def check_basis(basis, where):
     """Raise UserError unless the basis can encode and decode rotations."""
     shape = (3, 3) if basis.space == "so3" else (3,)
+    # each row: is it wrong, the array's name, what to say about it
     for wrong, key, what in (
         (
             basis.space not in SPACES,

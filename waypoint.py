@@ -7,10 +7,10 @@ import numpy as np
 
 @dataclass
 class Waypoint:
-    """The next EEF target in the world frame and the trajectory it belongs to.
+    """The next EEF target in the world frame, and the trajectory that it is the first of.
 
-    position (3,) m; rotation (3,3) or None; gripper -1 opens, +1 closes; trajectory (T,3) m;
-    grippers (T,) in {-1, +1}; rotations (T,3,3) or None.
+    position (3,) m; rotation (3,3), or None to keep the gripper's; gripper: -1 opens, +1 closes;
+    trajectory (T,3) m; grippers (T,) in {-1, +1}; rotations (T,3,3), or None.
     """
 
     position: np.ndarray
