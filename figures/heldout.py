@@ -23,6 +23,7 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
     policy.eval()
     for episode in range(min(n_episodes, len(dataset.demos))):
         rows = np.flatnonzero(dataset.demo == episode)
+        # frames evenly over the episode
         rows = rows[np.linspace(0, len(rows) - 1, min(n_frames, len(rows))).astype(int)]
         frames = dataset.frame[rows]
         images = dataset.demos[episode].images(frames)
@@ -47,6 +48,7 @@ def trajectories(policy, whole):
     """Pixels of (EEF (B,2), true waypoints (B,T,2), predicted ones (B,T,2)) of a batch."""
     batch, out = predict_newest(policy, whole)
     array = lambda x: x.double().cpu().numpy()
+    # (B,1,3,3), (B,1,4,4): one camera for the T waypoints of a sample
     K, E = array(batch["K"])[:, None], array(batch["E"])[:, None]
     start = to_pixels(array(batch["eef_pos"])[:, None], K, E)[:, 0]
     true = to_pixels(array(batch["target_pos"]), K, E)
@@ -54,12 +56,14 @@ def trajectories(policy, whole):
 
 
 def free_runs(policy, dataset, folder, n_episodes=3):
-    """Open-loop rollouts on the first demonstrations, the policy's own predictions fed back, drawn
-    over the first image -> {"free/coverage_8px" ...}, printed.
+    """Open-loop rollouts on the first demonstrations -> {"free/coverage_8px" ...}, also printed.
+
+    The policy's predictions are fed back to it. Each rollout is drawn over the first image.
     """
     found = []
     bar = tqdm(dataset.demos[:n_episodes], desc="free-running", unit="demo")
     for episode, demo in enumerate(bar):
+        # fed="predicted": no measured position corrects what has gone wrong
         run = free_run(policy, demo, dataset.config)
         found.append(run)
         first = demo.images([0])[0]

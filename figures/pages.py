@@ -1,4 +1,4 @@
-"""Pieces of reports: tables as Markdown and HTML, and what self-contained pages are made of."""
+"""Pieces of reports: Markdown and HTML tables, and the parts of self-contained pages."""
 
 import base64
 import html
@@ -59,6 +59,7 @@ def rate(value, interval):
 
 def html_table(head, rows, strong=()):
     """An HTML table of cells that are HTML already; columns `strong` stand out."""
+    # callers escape: a cell may hold markup, as <small>
     lines = ["".join(f"<th>{cell}</th>" for cell in head)]
     for row in rows:
         kinds = [" class=rate" if i in strong else "" for i in range(len(row))]

@@ -4,6 +4,7 @@ import io
 
 import matplotlib
 
+# draws into memory: no window, no display
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,6 +37,7 @@ def write_small_jpeg(image, path, limit=SHEET_LIMIT):
             data = file.getvalue()
         if len(data) <= limit or min(size) < 64:
             break
+        # first at the price of quality, down to 65, then of size
         if quality > 65:
             quality -= 10
         else:
@@ -51,6 +53,7 @@ def _save(figure, path):
             write_small_jpeg(Image.open(file), path)
         else:
             write_png(Image.open(file), path)
+    # pyplot keeps every figure that is not closed
     plt.close(figure)
 
 
@@ -85,6 +88,7 @@ def trajectory_overlay(images, eef, true, predicted, frames, path):
     """
     columns = 3
     figure, axes = plt.subplots(
+        # rows, rounded up
         -(-len(images) // columns),
         columns,
         figsize=(12, 4 * -(-len(images) // columns)),
@@ -93,8 +97,10 @@ def trajectory_overlay(images, eef, true, predicted, frames, path):
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, start, t, p, frame in zip(axes.flat, images, eef, true, predicted, frames):
+        # the image spans [0, S] on both axes, v downwards: the pixel coordinates of camera.project
         axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
         for points, colour, label in ((t, TRUE, "true"), (p, PREDICTED, "predicted")):
+            # from where the EEF is to each waypoint, (T+1,2)
             line = np.concatenate([start[None], points])
             axis.plot(
                 line[:, 0],
@@ -116,6 +122,7 @@ def attention_overlay(images, maps, frames, path):
     figure, axes = plt.subplots(1, len(images), figsize=(3.2 * len(images), 3.4), squeeze=False)
     for axis, image, heat, frame in zip(axes[0], images, maps, frames):
         size = (0, image.shape[1], image.shape[0], 0)
+        # grey below, so that colour is the heat alone
         axis.imshow(image.mean(-1), cmap="gray", extent=size)
         axis.imshow(heat, cmap="inferno", alpha=0.55, extent=size, interpolation="bilinear")
         axis.set_title(f"frame {frame}")
@@ -136,6 +143,7 @@ def volume_projections(images, volumes, frames, path):
         column[0].imshow(volume.sum(0), cmap="inferno", alpha=0.55, extent=size)
         column[0].set_title(f"frame {frame}")
         column[0].axis("off")
+        # (Z,W) summed over rows, (Z,H) summed over columns; height bin 0 at the bottom
         for axis, side, label in (
             (column[1], volume.sum(1), "image column"),
             (column[2], volume.sum(2), "image row"),
@@ -177,6 +185,7 @@ def error_maps(image, found, phases, path):
     for (left, right), (name, errors) in zip(axes, found.items()):
         left.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
         for i, (phase, colour) in enumerate(zip(phases, (PREDICTED, "#4477aa"))):
+            # of one phase: (n,2) px each
             at, offset = (errors[k][errors["phase"] == i] for k in ("at", "offset"))
             left.quiver(
                 *at.T, *offset.T, angles="xy", scale_units="xy", scale=1, color=colour, width=0.003
@@ -198,6 +207,7 @@ def error_maps(image, found, phases, path):
             ylabel="px down",
             title="predicted minus true",
             xlim=(-60, 60),
+            # v grows downwards, as in the image
             ylim=(60, -60),
         )
         right.legend(fontsize=8)
@@ -245,6 +255,7 @@ def sheet_from_strips(folder, rows, most=14):
     """Contact sheet of an evaluation, sheet.jpg: a row of frames per episode, failures first; from
     strips/*.png.
     """
+    # failures first (False sorts first), then by number
     rows = sorted(
         (r for r in rows if "crash" not in r), key=lambda r: (r["released"], r["episode"])
     )
@@ -273,6 +284,7 @@ def draw_plan(image, plan, K, E):
     u, v, _ = project(plan.trajectory, K, E)
     points = list(zip(u.tolist(), v.tolist()))
     draw.line(points, fill=(255, 255, 255), width=1)
+    # drawn last and so on top: the first waypoint, the larger dot
     for i, ((x, y), gripper) in reversed(list(enumerate(zip(points, plan.grippers)))):
         r = 5 if i == 0 else 3
         draw.ellipse(
@@ -290,5 +302,12 @@ def write_video(frames, K, E, path, fps):
     images = [draw_plan(image, plan, K, E) if plan is not None else image for image, plan in frames]
     with atomic_path(path) as scratch:
         imageio.mimwrite(
-            scratch, images, format="mp4", fps=fps, codec="libx264", quality=6, macro_block_size=16
+            # macro_block_size: H.264 wants sides that are multiples of it, others are resized
+            scratch,
+            images,
+            format="mp4",
+            fps=fps,
+            codec="libx264",
+            quality=6,
+            macro_block_size=16,
         )

@@ -34,6 +34,8 @@ def rotation_curves(runs, n_angles, path):
     angle's and summed over the {name: number of angles} that a rotation is told by: thin lines are
     seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    # left a mean over the angles; right their sum, which is comparable between heads of one and of
+    # three angles
     for whole, axis in enumerate(axes):
         for colour, (name, seeds) in zip(COLOURS, runs.items()):
             for i, points in enumerate(seeds):
@@ -69,6 +71,7 @@ def episode_strips(episodes, key, label, path):
         axis.plot(true[key], color="black", linewidth=3, alpha=0.3, label="demonstration")
         for i, (colour, (name, values)) in enumerate(zip(COLOURS, models.items())):
             axis.plot(
+                # commands are 0 or 1: shifted a little, so that equal lines do not hide each other
                 values[key] + (0.03 * (i + 1) if label == "close" else 0),
                 color=colour,
                 linewidth=1.2,
@@ -108,6 +111,7 @@ def rotation_overlay(images, segments, frames, path):
     for i, (axis, image, frame) in enumerate(zip(axes.flat, images, frames)):
         axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
         for k, (colour, (name, lines)) in enumerate(zip(("white", *COLOURS), segments.items())):
+            # the first, the demonstration, is wide, and the others are drawn over it
             axis.plot(*lines[i].T, color=colour, linewidth=2 if k else 5, label=name)
         axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=f"frame {frame}")
     axes[0, 0].legend(loc="lower left", fontsize=8, facecolor="grey")

@@ -39,6 +39,7 @@ def views(scene, split, path):
         for c in settings.conditions("viewpoint", part, split)
     ]
     found += [(c.theta, c.phi, c, "excluded") for _, c, _ in settings.excluded(split)]
+    # validation views lie between the grid's angles: they get rows of their own below
     on_grid = lambda c: c.phi in settings.PHIS
     rows, others = {theta: [] for theta in settings.THETAS}, []
     for theta, phi, c, part in sorted(found, key=lambda view: view[:2]):
@@ -64,6 +65,7 @@ def positions(scene, split, path):
     parts = {
         c: part for part in settings.PARTS for c in settings.conditions("position", part, split)
     }
+    # metres that the bowl is moved by in the world, from its default position
     for dx in settings.DX:
         for dy in settings.DY:
             u, v, _ = project(bowl + np.array([dx, dy, 0]), *K_E)
@@ -71,6 +73,7 @@ def positions(scene, split, path):
             r = 2 if part == "unused" else 4
             draw.ellipse((u - r, v - r, u + r, v + r), fill=COLOURS[part], outline="white")
     corners = []
+    # the extremes, rendered; shift_objects says None where the moved objects touch something
     for dx in settings.DX[[0, -1]]:
         for dy in settings.DY[[0, -1]]:
             c = settings.Condition(dx=dx, dy=dy)
@@ -86,6 +89,7 @@ def positions(scene, split, path):
         whole.paste(corner, (side + i % 2 * TILE, i // 2 * (TILE + CAPTION)))
     legend = ImageDraw.Draw(whole)
     for i, part in enumerate((*settings.PARTS, "unused")):
+        # unused are the positions of the grid that no part has
         n = sum(p == part for p in parts.values()) or len(settings.DX) * len(settings.DY) - len(
             parts
         )

@@ -28,13 +28,14 @@ EXPLAINED = (
 
 
 def with_early_rates(folder):
-    """The summary of an evaluation, with rates within EARLY steps from its episodes where it is
-    older than these.
+    """The summary of an evaluation. An older one has no rates within EARLY steps: they are counted
+    from its episodes.
     """
     summary = read_summary(folder)
     if f"success_{EARLY}_rate" in summary or not summary["n"]:
         return summary
     rows = [r for r in read_episodes(folder) if "crash" not in r]
+    # only where every episode of the summary has its row
     if len(rows) == summary["n"]:
         for name in RATES:
             early = sum(within(r, name, EARLY) for r in rows)
@@ -43,7 +44,7 @@ def with_early_rates(folder):
 
 
 def early(summary, name):
-    """The rate within EARLY steps as text before that at the end; nothing where it is not known."""
+    """The rate within EARLY steps as text, put before the rate at the end; "" where unknown."""
     found = summary.get(f"{name}_{EARLY}_rate")
     return "" if found is None else f"{100 * found:.0f} / "
 
@@ -143,6 +144,7 @@ def training(run):
     parts = ["<h2>Training</h2>"]
     with tempfile.TemporaryDirectory() as scratch:
         curve = run / "loss.png"
+        # a run that was stopped has no picture yet: draw what there is
         if not curve.exists() and (rows := read_metrics(run)):
             curve = Path(scratch) / "loss.png"
             plots.loss_curve(rows, curve)
@@ -163,6 +165,7 @@ def films(folder, summary):
     title = f"{summary['model_type']}, {summary['setting']}"
     parts = [f"<h2>{html.escape(title)}</h2>"]
     for video in sorted((folder / "videos").glob("*.mp4")):
+        # NUMBER_OUTCOME.mp4
         if named := re.fullmatch("([0-9]+)_(.+)", video.stem):
             parts.append(figure(video, f"episode {int(named[1])}: {named[2]}"))
     if (folder / "sheet.jpg").exists():
@@ -191,6 +194,7 @@ def build(run, evals):
         page += films(folder, summary)
     commands = [s["command"] for s in summaries]
     if config:
+        # in order: collection, training, evaluations
         commands = [config["dataset"].get("command", ""), config["command"], *commands]
     page += ["<h2>Commands</h2><pre>", *(html.escape(c) for c in commands if c), "</pre>"]
     return "\n".join(page), summaries

@@ -72,10 +72,13 @@ def agentview(size=SIZE):
 def pick_and_place(rng, steps=STEPS):
     """EEF positions (T,3) m of one smooth pick and place that stands still while the gripper moves,
     commands (T,)."""
+    # random xyz in m, heights of a table at 0.9 m: start above, pick and place near it
     start, pick, place = (
         rng.uniform([-0.15, -0.2, z], [0.15, 0.2, z + 0.03]) for z in (1.15, 0.95, 0.98)
     )
     over = (pick + place) / 2 + [0, 0, 0.1]
+    # frame -> position; between them the path is straight. It rests for 10 frames while the gripper
+    # closes, and again while it opens
     knots = {
         0: start,
         CLOSES: pick,
@@ -85,6 +88,7 @@ def pick_and_place(rng, steps=STEPS):
         OPENS + 10: place,
         steps - 1: start,
     }
+    # each coordinate interpolated by itself, (T,3); command 1 closes, -1 opens
     times = np.array(sorted(knots))
     path = np.stack(
         [np.interp(np.arange(steps), times, [knots[t][d] for t in times]) for d in range(3)], -1
@@ -96,6 +100,7 @@ def render(rng, position, K, E, size):
     """(S,S,3) uint8: a table with grain, and a red blob where the EEF is seen."""
     image = rng.integers(90, 130, (size, size, 3), dtype=np.uint8)
     u, v, _ = project(position, K, E)
+    # pixel centres; the blob's radius is a sixteenth of the image
     y, x = np.mgrid[:size, :size] + 0.5
     image[np.hypot(x - u, y - v) < size / 16] = (230, 30, 40)
     return image
@@ -129,9 +134,11 @@ def write_synthetic_demos(
             tilt = 0.03 * np.sin(np.arange(steps) / 3)  # so that roll crosses +-pi
             rotation = euler_to_matrix(np.stack([np.pi + tilt, 0.5 * tilt, yaw], -1))
             orientation_vectors = np.stack([matrix_to_rotvec(r) for r in rotation])
+            # LIBERO's action: displacement over the controller's 5 cm, rotation, gripper command
             actions = np.zeros((steps, 7))
             actions[:-1, :3], actions[:, 6] = np.diff(position, axis=0) / 0.05, gripper
             perturbed = np.zeros(steps, bool)
+            # even demos are pushed aside in two frames, whose waypoints are not trained on
             perturbed[list(PUSHED)] = pushes and i % 2 == 0
             images = np.stack([render(rng, p, K, E, size) for p in position])
             arrays = {
@@ -145,12 +152,14 @@ def write_synthetic_demos(
                 "obs/ee_pos": position,
                 "obs/ee_ori": orientation_vectors,
                 "obs/ee_states": np.hstack([position, orientation_vectors]),
+                # the two fingers, opposite signs: 4 cm and so 8 cm apart where open, else 0
                 "obs/gripper_states": 0.02 * np.stack([1 - gripper, gripper - 1], -1),
                 "obs/joint_states": rng.normal(size=(steps, 7)),
                 libero_hdf5.CAMERA_K: K,
                 libero_hdf5.CAMERA_E: E,
                 "attrs": {"num_samples": steps, "source": "synthetic", "seed": seed},
             }
+            # LIBERO's own files are upside down
             images = images[:, ::-1] if orientation == "flipped" else images
             libero_hdf5.write_demo(
                 data.create_group(f"demo_{i}"), arrays, np.ascontiguousarray(images)
@@ -168,12 +177,15 @@ def write_synthetic_episodes(
     sides of the frames.
     """
     K, E = agentview(size)
+    # a margin at the left moves the principal point by as many columns
     K = K + np.array([[0, 0, wide], [0, 0, 0], [0, 0, 0]])
     for i in range(n_episodes):
         rng = np.random.default_rng([seed, i])
         position, gripper = pick_and_place(rng, steps)
         yaw = np.linspace(0, 1.0 if i % 2 else -1.0, steps)
+        # rotations are never exactly about the vertical: small noise on all axes
         tremor = euler_to_matrix(rng.normal(scale=0.02, size=(steps, 3)))
+        # turned about the world's vertical, after a half turn about x that points the gripper down
         turn = euler_to_matrix(np.stack([0 * yaw, 0 * yaw, yaw], -1)) @ euler_to_matrix(
             np.array([np.pi, 0, 0])
         )
@@ -250,15 +262,17 @@ def no_hub(monkeypatch, tmp_path):
 
 
 def made_once(tmp_path_factory, name, make):
-    """What `make(folder)` returns, made by the first of the test processes that asks and read by
-    the others."""
+    """Return `make(folder)`. The first test process that asks makes it, the others read it."""
     root = tmp_path_factory.getbasetemp()
+    # each process has a folder of its own below one that they share
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     stored = root / f"{name}.pickle"
     with FileLock(root / f"{name}.lock"):
+        # whoever has the lock first makes it; the others wait, and read
         if not stored.exists():
             folder = root / name
             folder.mkdir(exist_ok=True)
+            # pickled: paths and the finished process, not the files themselves
             stored.write_bytes(pickle.dumps(make(folder)))
     return pickle.loads(stored.read_bytes())
 
@@ -275,9 +289,9 @@ def scene():
 
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory):
-    """Two demonstrations from the real simulator, collected through a SIGKILL in the middle ->
-    (file, {part: its time}, the second process). Of the clean scene, whose images and steps cost a
-    third."""
+    """Two demonstrations from the real simulator, whose collection was killed in the middle and
+    went on -> (file, {part: its time}, the second process). The scene is the clean one: its images
+    and steps cost a third."""
 
     def collect(folder):
         arguments = shlex.split(
@@ -285,6 +299,7 @@ def collected(tmp_path_factory):
             "--clean_scene --workers 1 --out demos.hdf5"
         )
         parts = folder / "demos.hdf5.parts"
+        # killed once the first demonstration is on disk; the same command then goes on
         code = helpers.interrupt(
             arguments, folder, lambda: list(parts.glob("demo_*.hdf5")), signal.SIGKILL
         )

@@ -24,10 +24,12 @@ def episode(i, layout, won, freed, trained):
         "jerk_mm": 2.0 + won,
         "coverage_4px": 0.5,
         "coverage_8px": 0.75,
+        # a measure may be missing of an episode
         "coverage_16px": None if i == 0 else 1.0,
         "seconds": {
             "render": 1.0,
             "physics": 1.0,
+            # a policy without training spends no time in a network
             "features": 0.9 * trained,
             "policy": 0.3 * trained,
             "total": 2.0,
@@ -45,12 +47,14 @@ def write_evaluation(
     extra="",
     commit="0123456789",
 ):
-    """An evaluation as eval.py leaves it: success and released (n,) bool. extra: flags of the
-    evaluation that run_matrix.py has not."""
+    """Write an evaluation as eval.py leaves it; return its folder. success, released: (n,) bool.
+    extra: flags in its command that run_matrix.py would not give."""
+    # cell: ROW-LAYOUT, or ROW-LAYOUT-sSEED of a trained policy
     row, layout, *seed = cell.split("-")
     out, trained = folder / "evals" / cell, bool(seed)
     evaluated = training = ""
     if row in run_matrix.ROWS:
+        # the commands that run_matrix.py itself would have used
         args = run_matrix.parse_args(["--out", str(folder)])
         evaluated, training = run_matrix.recipe(args, row, layout, *seed or [""])
     released = success if released is None else released

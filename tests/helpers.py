@@ -48,10 +48,12 @@ class Forked:
             "files": [str(f) for f in files],
             "variables": variables,
         }
+        # one line asks, one answers: the child's process id at once, its exit code later
         server.stdin.write(json.dumps(request).encode() + b"\n")
         self.pid = int(server.stdout.readline())
 
     def poll(self):
+        # an exit code that can be read without waiting
         if self.returncode is None and select.select([self.server.stdout], [], [], 0)[0]:
             self.wait()
         return self.returncode
@@ -96,10 +98,12 @@ def start(arguments, cwd, files, variables=None):
     process. arguments: words, or a command as it is typed. variables: of the environment, which the
     repository's own code reads.
 
-    Where the environment was changed, which libraries read when they are imported, it is a fresh
-    interpreter.
+    It is a fork of warm.py, or a fresh interpreter where a test has changed the environment:
+    libraries read that when they are imported.
     """
     script, *rest = shlex.split(arguments) if isinstance(arguments, str) else arguments
+    # the fork has its parent's libraries, which have read the environment already: only an equal
+    # one will do
     if hasattr(os, "fork") and sys.platform == "linux" and environment() == warm()[1]:
         return Forked(warm()[0], [*started(script), *rest], cwd, files, variables or {})
     with open(files[0], "wb") as out, open(files[1], "wb") as err:
@@ -155,6 +159,7 @@ def first_frames(source, target, n):
     shutil.copy(source, target)
     with h5py.File(target, "r+") as file:
         for demo in file["data"].values():
+            # all arrays with one row a frame are cut; others, as the camera, stay
             length, arrays = len(demo["actions"]), []
             demo.visititems(lambda name, node, found=arrays: found.append((name, node)))
             for name, node in arrays:

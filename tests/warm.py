@@ -25,6 +25,7 @@ def become(request):
     """Turn this process into what `python SCRIPT ARGUMENTS` would be in a folder."""
     os.chdir(request["cwd"])
     os.environ.update(request["variables"])
+    # file descriptors 0, 1, 2: stdin from nowhere, stdout and stderr into the files asked for
     for number, (path, flags) in enumerate(
         [(os.devnull, os.O_RDONLY)] + [(p, os.O_WRONLY | os.O_CREAT) for p in request["files"]]
     ):
@@ -44,14 +45,16 @@ def become(request):
 
 def serve():
     """Answer requests until stdin ends -> the request, in the child that is to do it."""
+    # line-buffered: whoever waits for an answer gets it at once
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
             answers.close()
-            return request
+            return request  # in the child, which leaves the loop
         print(pid, file=answers)
+        # one child at a time: the next request is read after this one has ended
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers)
 
 

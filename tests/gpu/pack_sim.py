@@ -56,6 +56,7 @@ def used_assets(tasks):
         bddl = os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)
         env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=32, camera_widths=32)
         env.reset()
+        # the compiled model, and the one that robosuite composes: each names some files alone
         files |= set(re.findall(r'file="([^"]+)"', env.sim.model.get_xml()))
         files |= set(re.findall(r'file="([^"]+)"', env.env.model.get_xml()))
         env.close()
@@ -72,6 +73,7 @@ def copy_tree(
     for path in package.rglob("*"):
         if not path.is_file() or "__pycache__" in path.parts:
             continue
+        # sources and small tables always; meshes and textures where a task uses them
         if path.suffix in small and path.stat().st_size < 2_000_000 or path.resolve() in keep:
             target = site / package.name / path.relative_to(package)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +112,14 @@ def main():
                 continue
             with contextlib.suppress(metadata.PackageNotFoundError):
                 wanted.append(f"{name}=={metadata.version(name)}")
+        # pip is asked for the far machine's wheels, whose glibc may be any of these
         glibc = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28, 31, 34, 35)]
         platforms = ["manylinux2014_x86_64", *glibc]
         install = f"-m pip install -q --no-deps --no-compile --target {site}"
         far = f"--only-binary=:all: --python-version {args.python} --implementation cp "
         far += " ".join(f"--abi {name}" for name in (tag, "abi3", "none"))
         far += "".join(f" --platform {name}" for name in platforms)
+        # one by one, as --only-binary holds for a whole call of pip
         for requirement in wanted + args.also:
             base = [sys.executable, *install.split()]
             done = subprocess.run(

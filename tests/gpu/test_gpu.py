@@ -64,6 +64,7 @@ def test_losses_and_gradients_are_the_cpus(case, device):
     """In fp32, every parameter's gradient within a hundredth of its largest entry."""
     found = []
     for where in ("cpu", device):
+        # equal weights in both rounds: the case seeds their creation
         policy = case.policy().attach(copy.deepcopy(case.backbone)).to(where).train()
         torch.manual_seed(0)
         loss = policy(to_device(case.batch(), where))["loss"]
@@ -73,6 +74,7 @@ def test_losses_and_gradients_are_the_cpus(case, device):
         )
     (expected, slopes), (loss, moved) = found
     assert far(loss, expected) < 1e-4 and slopes.keys() == moved.keys()
+    # gradients that are rounding alone are not compared
     largest = max(g.abs().max() for g in slopes.values())
     assert not {
         n: far(moved[n], g)
@@ -104,6 +106,7 @@ def test_answers_do_not_depend_on_who_else_asks(case, device):
         found = zip(chosen, sessions.answer(asked))
         return {i: (answer[0].position, answer[0].trajectory) for i, answer in found}
 
+    # each observation in a session of its own, then in company and in other places of the batch
     alone = {i: answers([i])[i] for i in range(5)}
     for company in ([0, 1, 2, 3, 4], [4, 2, 0], [3, 1]):
         for i, found in answers(company).items():
@@ -125,6 +128,7 @@ def test_act_answers_as_on_the_cpu(case, device):
 def test_compiled_attention_equals_dense_attention(recent, n, device):
     """FlexAttention, compiled, forward and backward, against a call of scaled_dot_product_attention
     a frame."""
+    # recent > 0: earlier frames are seen through their coarse tokens alone
     rule = layers.Resolutions(recent, n - 2, n - 4) if recent else layers.Resolutions()
     torch.manual_seed(0)
     inputs = [
@@ -149,6 +153,7 @@ def test_fused_voxel_attention_equals_plain_torch(way, device):
     table = lv.VoxelTable(
         torch.rand(1, 77, 2), torch.rand(1, 77, 2), torch.linspace(0.9, 1.3, 3), lv.wavelengths()
     )
+    # 21 rows (queries x heads), 77 pixels, 3 height bins, 48 numbers of a position's encoding
     code, scores = torch.randn(21, 48), torch.randn(21, 77)
     further = torch.randn(21, 48), torch.randn(21, 77), torch.randn(21)
     found = []
@@ -162,6 +167,7 @@ def test_fused_voxel_attention_equals_plain_torch(way, device):
 
 def trained(folder, dataset, device, *further, launcher=()):
     """The weights of a short training in a process of its own."""
+    # one thread: sums on the CPU are taken in one order
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
