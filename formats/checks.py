@@ -19,6 +19,7 @@ def check_values(demo, positions, angles):
     """Raise UserError for positions that cannot be metres, and rotations that cannot be radians.
     positions, angles: where they are.
     """
+    # Units show in the magnitude: no arm reaches 20 m, no axis-angle vector is longer than a turn.
     farthest = np.abs(demo.ee_pos).max()
     if farthest > FARTHEST:
         raise UserError(
@@ -43,6 +44,7 @@ def check_dataset(demos, path):
             f"{path}: the EEF is inside the image in {100 * seen:.0f}% of the frames by the stored "
             f"cameras, at least {100 * SEEN:.0f}% is expected; {likely_cause(demos)}"
         )
+    # an inverse transform may see the EEF too, and has then passed the check above
     if np.mean([_looks_inverse(d) for d in demos]) >= SEEN:
         raise UserError(
             f"{path}: the cameras lie on their side, and their inverses stand upright and see the "
@@ -65,10 +67,14 @@ def _seen(demo, positions, K, E):
 
 
 def _looks_inverse(demo):
-    """True if a camera is rolled onto its side (its x axis is far from level, images are upright)
-    and its inverse is not. A camera like agentview, 45 degrees above the table, sees the EEF the
-    one way and the other."""
+    """True if a camera looks like the inverse of an upright one.
+
+    It is rolled onto its side (images are upright, so its x axis should be level) and its inverse
+    is not. Whether it sees the EEF does not tell: a camera like agentview, 45 degrees above the
+    table, sees it either way.
+    """
     inverse = np.linalg.inv(demo.E)
+    # E[2, 0], E[2, 1]: world heights of the camera's x and y axes; upright is x level, y down
     return (
         abs(demo.E[2, 0]) > 0.5
         and abs(inverse[2, 0]) < 0.2
@@ -78,7 +84,10 @@ def _looks_inverse(demo):
 
 
 def likely_cause(demos):
-    """Which usual mistake explains cameras that do not see the EEF: each is tried."""
+    """Which usual mistake explains cameras that do not see the EEF.
+
+    Each of `_mended` is tried: the remedy after which most frames see the EEF is named.
+    """
     seen = defaultdict(list)
     for demo in demos:
         for cause, mended in _mended(demo).items():
@@ -96,9 +105,12 @@ def likely_cause(demos):
 def _mended(demo):
     """{a usual mistake with its remedy: (positions, K, E) of a Demo after that remedy}."""
     at, K, E = demo.ee_pos, demo.K, demo.E
+    # on the right of E: the camera's y and z axes change sign
     opengl = np.diag([1.0, -1, -1, 1])
+    # times E, element by element: the translation's column alone
     metres = np.array([[1, 1, 1, 1e-3]] * 3 + [[1, 1, 1, 1]])
     # K of a whole image of another size has its centre elsewhere
+    # assuming that the principal point is the middle, as in nearly any camera
     factor = demo.image_size / (2 * K[0, 2])
     rescaled = np.diag([factor, factor, 1]) @ K
     axes = "OpenGL axes (y up, z backward): multiply the extrinsics by diag(1,-1,-1,1) from the"
@@ -115,11 +127,13 @@ def _mended(demo):
 
 
 def settled_widths(demo):
-    """Widths between the fingers (m) where the gripper has been told to open, and where to close,
-    for GRIPPER_STEPS on end.
+    """Widths between the fingers (m) in frames where the gripper has settled: [open, closed].
+
+    Settled means that the command was the same for GRIPPER_STEPS frames.
     """
     widths, closing = np.abs(demo.gripper_states).sum(-1), demo.actions[:, 6] > 0
     frames, changes = np.arange(len(widths)), np.flatnonzero(np.diff(closing)) + 1
+    # (T,), the last change at or before each frame; the start counts as one
     last_change = np.concatenate([[0], changes])[np.searchsorted(changes, frames, "right")]
     settled = frames - last_change >= GRIPPER_STEPS
     return [widths[settled & (closing == command)] for command in (False, True)]

@@ -72,10 +72,14 @@ def mirrored(demo):
     R' = M R M, M = diag(1, -1, 1). `states` stay as recorded: no simulator state looks like this.
     """
     # of vectors, and of axes of rotation
+    # a rotation's axis is a pseudovector: its components in the plane change sign, the normal one
+    # stays
     flip, turn = np.array([1.0, -1, 1]), np.array([-1.0, 1, -1])
     actions = demo.actions.copy()
+    # action: a move in xyz, then a turn as axis-angle, both in world axes
     actions[:, :6] *= np.concatenate([flip, turn])
     K, E = demo.K.copy(), demo.E.copy()
+    # column u becomes S - u, the principal point too
     K[0, 2] = demo.image_size - K[0, 2]
     # the camera's own x is reflected too, or it would be left-handed
     E[:3, :3] = flip[:, None] * E[:3, :3] * np.array([-1.0, 1, 1])
@@ -103,12 +107,14 @@ def turned_back(demo, E):
     # takes the recording's camera to E, and the world with it
     move = E @ np.linalg.inv(demo.E)
     turn = move[:3, :3]
+    # the vertical has to stay vertical, and heights have to stay (2 mm)
     if np.abs(turn[2] - [0, 0, 1]).max() > 1e-3 or abs(move[2, 3]) > 2e-3:
         raise UserError(
             f"{demo.name}: its camera is higher or steeper than agentview, no turn about a "
             "vertical takes one to the other; leave --turn_back out"
         )
     actions = demo.actions.copy()
+    # rows times R^T: a rotation of row vectors. Moves and turns are vectors, so nothing is shifted.
     actions[:, :3] = actions[:, :3] @ turn.T
     actions[:, 3:6] = actions[:, 3:6] @ turn.T
     return replace(
@@ -132,6 +138,7 @@ def next_waypoint(positions, end, stride, min_travel=0.0):
     frames = np.arange(len(positions))
     target = np.minimum(frames + stride, end)
     while True:
+        # (T,) bool; `end` stops the search even where the EEF is still too near
         short = (np.linalg.norm(positions[target] - positions, axis=1) < min_travel) & (
             target < end
         )
@@ -162,6 +169,7 @@ def simulated_with(attributes):
     attributes: of either format. A replay renders anew what another version simulated, and says so
     in `replayed_versions`.
     """
+    # HDF5 holds the versions as a JSON text, dataset.json as an object
     found = attributes.get("replayed_versions", attributes.get("versions", {}))
     if not isinstance(found, dict):
         try:

@@ -24,6 +24,7 @@ def guarded(where, remedy):
     """
     try:
         yield
+    # already a sentence, from a check inside
     except UserError:
         raise
     except Exception as error:
@@ -100,6 +101,7 @@ def dataset(path, parent, key, remedy, tail=None, kinds="fiub"):
     found = _node(path, parent, key, remedy, h5py.Dataset, "array")
     where = place(path, parent, key)
     with guarded(where, remedy):
+        # from the header: no value is read yet
         shape, dtype = found.shape, found.dtype
         if shape is None:
             raise UserError(f"{where}: has no data space, it is empty; {remedy}")
@@ -121,6 +123,7 @@ def dataset(path, parent, key, remedy, tail=None, kinds="fiub"):
 
 def _check_storage(found, where, remedy):
     """Raise UserError for a dataset that holds more than the file does, or parts never written."""
+    # such values lie in other files, or there are none
     if found.is_virtual or found.external or not found.size:
         return
     # a file of 14 kB can claim 10^10 rows: no compression makes that much of it
@@ -132,8 +135,10 @@ def _check_storage(found, where, remedy):
         )
     if found.chunks:
         sizes = found.shape, found.chunks
+        # chunks along each axis, rounded up, make the number of all
         expected = math.prod(-(-n // c) for n, c in zip(*sizes))
         places = set()
+        # the chunks that the file really has, by the index of their first value
         found.id.chunk_iter(lambda chunk: places.add(chunk.chunk_offset))
         # of a damaged index: where no part can begin
         astray = [p for p in places if any(i % c or i >= n for i, n, c in zip(p, *sizes))]
@@ -186,6 +191,7 @@ def _plain(value):
         return None
     if isinstance(value, np.ndarray) and value.shape == ():
         value = value[()]
+    # arrays of text: bytes (S) or objects (O), one by one
     if isinstance(value, np.ndarray) and value.dtype.kind in "SO":
         return [_plain(v) for v in value]
     return _plain(value.item()) if isinstance(value, np.generic) else value

@@ -14,12 +14,12 @@ from runtime import UserError
 class Demonstrations(ABC):
     """A dataset: the demonstrations at a path, read and checked, and their images.
 
-    A format is one file with a subclass that has `format`, `accepts`, `read` and `images`, and its
-    line in `formats.dataset.FORMATS`. Everything else is the same for all of them:
+    A format is one file with a subclass that has `format`, `accepts`, `read` and `images`, and a
+    line in `formats.dataset.FORMATS`. What every format then has:
 
-    path; format, the name of it; attributes {key: value}, what the dataset says of itself (its
-    task, command, versions ...); demos, a list of Demo, which hold the calibration (K, E) and the
-    number of frames (`len`); image_size, px; fingerprint.
+    path; format, its name; attributes {key: value}, what the dataset says of itself (its task,
+    command, versions ...); demos, a list of Demo, which hold the calibration (K, E) and the number
+    of frames (`len`); image_size, px; fingerprint.
     """
 
     format = None
@@ -32,6 +32,7 @@ class Demonstrations(ABC):
         # so that a demonstration reads its own images, wherever it goes
         for demo in self.demos:
             demo.source = self
+        # over all of them: one demonstration may show too little to tell
         check_dataset(self.demos, self.path)
 
     @staticmethod
@@ -83,6 +84,7 @@ class Demonstrations(ABC):
         digest = hashlib.blake2b(digest_size=12)
         for d in self.demos:
             digest.update(d.name.encode())
+            # without `attrs`: a command or a version that differs makes no other samples
             rows = (d.actions, d.ee_pos, d.ee_ori, d.gripper_states, d.perturbed, d.K, d.E)
             for value in (*rows, self.images(d, [0])):
                 digest.update(repr(value.shape).encode() + np.ascontiguousarray(value).tobytes())

@@ -55,6 +55,7 @@ class LiberoFile(Demonstrations):
 
     @staticmethod
     def accepts(path):
+        # a missing path with a suffix was meant to be a file
         return path.is_file() or bool(path.suffix) and not path.is_dir()
 
     def read(self, image_size, limit):
@@ -68,7 +69,9 @@ class LiberoFile(Demonstrations):
         return found, attributes
 
     def images(self, demo, frames):
+        # opened for each call, which comes from several threads
         with open_demos(self.path) as file:
+            # image n is of frame n * image_stride
             stored = [i // demo.image_stride for i in frames]
             return read_images(self.path, file, demo.name, stored)
 
@@ -122,6 +125,7 @@ def open_demos(path):
 def demo_names(file):
     """Demo groups in numerical order."""
     with hdf5.guarded(f"{file.filename}: data", RECOLLECT):
+        # by number: demo_2 comes before demo_10
         return sorted(
             (n for n in file["data"] if re.fullmatch("demo_[0-9]+", n)),
             key=lambda n: int(n.split("_")[1]),
@@ -180,6 +184,7 @@ def read_demo(path, file, name, image_size=None, ours=False):
     where = f"{path}: data/{name}"
     group = hdf5.group(path, file["data"], name, RECOLLECT)
     n_images, side = image_shape(path, group, name, image_size)
+    # low-dimensional arrays: shapes, dtypes and finite values one by one, then equal lengths
     rows = {}
     for key, tail in {**LOW_DIM, "states": (None,)}.items():
         rows[key] = hdf5.array(path, group, key, RECOLLECT, tail, "f")
@@ -195,6 +200,7 @@ def read_demo(path, file, name, image_size=None, ours=False):
             raise UserError(f"{where}/{key}: has {n} rows, actions has {length}; {RECOLLECT}")
     attributes = hdf5.attributes(path, group, RECOLLECT)
     stride = image_stride(where, attributes, n_images, length)
+    # a label needs a later frame
     if length < 2:
         raise UserError(f"{where}: has {length} steps, at least 2 are needed; {RECOLLECT}")
     # official files have no cameras; a replay adds them
@@ -228,6 +234,7 @@ def image_stride(where, attributes, n_images, length):
             f"{where}, attribute 'frame_stride' is {stride!r}, a whole number from 1 on is "
             f"expected; {RECOLLECT}"
         )
+    # length / stride, rounded up: frame 0 has an image
     if n_images != -(-length // stride):
         raise UserError(
             f"{where}/{IMAGE}: has {n_images} rows, actions has {length} and frame_stride is "
@@ -281,6 +288,7 @@ def stored_fixtures(path, group):
         raise UserError(
             f"{where}: cannot be read ({one_line(error)}); drop this demo, or {RECOLLECT}"
         ) from error
+    # "" where nothing is wrong: first that it is an object, then each pose
     faults = [fits(poses, {})]
     if not faults[0]:
         faults += [fits(pose, [float] * 7) for pose in poses.values()]

@@ -17,6 +17,7 @@ def merge(parts, out, attrs, counts):
     """Join the finished parts into one file, atomically, then drop them."""
     with atomic_path(out) as scratch, hdf5.create(scratch) as file:
         data = file.create_group("data")
+        # num_samples of all demonstrations, an attribute of LIBERO's files
         total = 0
         for i, part in enumerate(parts):
             with h5py.File(part, "r") as source:
@@ -51,6 +52,7 @@ def check_replaceable(out, overwrite, form):
             f"--overwrite --out {out}: is a {kind}, and --format {form} writes the other; {by_hand}"
         )
     if out.is_dir():
+        # ours by its stamp, and nothing in it that this program does not write
         stamp = out / "dataset.json"
         ours = stamp.is_file() and smith300.read_stamp(stamp).get("format") == smith300.FORMAT
         known = lambda p: p.name in WRITTEN or p.is_dir() and p.name.startswith("episode_")

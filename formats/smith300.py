@@ -64,10 +64,12 @@ class EpisodeFolder(Demonstrations):
 
     @staticmethod
     def accepts(path):
+        # the last format that is asked: a missing path is reported as a missing folder
         return not path.is_file()
 
     def read(self, image_size, limit):
         folders = episode_folders(self.path)[:limit]
+        # a recording without provenance is fine, a training then knows no task
         stamp = self.path / "dataset.json"
         said = read_stamp(stamp) if stamp.exists() else {}
         found = [read_episode(folder, image_size) for folder in folders]
@@ -104,6 +106,7 @@ def in_order(paths):
     """Paths by name, numbers in names by value: 2.png comes before 10.png."""
 
     def by_value(path):
+        # "10.png" -> "", 10, ".png": texts and numbers in turn, so like is compared with like
         parts = re.split("([0-9]+)", path.name)
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
@@ -141,12 +144,14 @@ def load_arrays(path):
             arrays[key] = arrays[key].astype(float)
         elif key not in OPTIONAL_ROWS:
             raise UserError(f"{path}: key '{key}' is missing; {AGAIN}")
+    # row t of every array is of frame t
     length = len(arrays["eef_pos_t"])
     for key in (*ROWS, *OPTIONAL_ROWS):
         if key in arrays and len(arrays[key]) != length:
             raise UserError(
                 f"{path}: {key} has {len(arrays[key])} rows, eef_pos_t has {length}; {AGAIN}"
             )
+    # units and ranges: radians, and a command between 0 and 1
     largest = np.abs(arrays["eef_euler_t"]).max(initial=0)
     if largest > 2 * np.pi + 1e-6:
         raise UserError(
@@ -168,6 +173,7 @@ def check_array(path, key, value, shape):
     """
     if value.dtype.kind not in "fiub":
         raise UserError(f"{path}: {key} has dtype {value.dtype}, numbers are expected; {AGAIN}")
+    # cameras have one array an episode, everything else a row a frame
     if key in CAMERA:
         found, wanted = value.shape, shape
     else:
@@ -179,6 +185,7 @@ def check_array(path, key, value, shape):
     if not np.isfinite(value).all():
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
         raise UserError(f"{path}: {key} has NaN or Inf, first at index {first}; {AGAIN}")
+    # whole numbers of metres or radians, or float16, would have lost the millimetres
     if (key in REAL and value.dtype.kind != "f") or value.dtype == np.float16:
         raise UserError(
             f"{path}: {key} has dtype {value.dtype}, which rounds metres and radians; {AGAIN}"
@@ -235,6 +242,7 @@ def frame_sizes(source):
             ) from error
         finally:
             reader.close()
+    # headers alone: no pixel is decoded
     sizes = set()
     for path in source:
         with open_image(path, path, AGAIN) as image:
@@ -274,6 +282,7 @@ def square_intrinsics(K, width, height, size):
     """K of the central square of a (width, height) image, scaled to `size` pixels."""
     side = min(width, height)
     # the square's corner becomes the origin, then pixels become larger or smaller
+    # (3,3) on homogeneous pixels (u, v, 1)
     shift = np.array([[1, 0, -(width - side) / 2], [0, 1, -(height - side) / 2], [0, 0, 1.0]])
     return np.diag([size / side, size / side, 1.0]) @ shift @ K
 
@@ -301,6 +310,7 @@ def read_episode(folder, image_size=None):
     where, source = folder / "episode.npz", frame_files(folder)
     arrays = load_arrays(where)
     length = len(arrays["eef_pos_t"])
+    # frames and rows have to pair up, all frames to be of one size
     n_frames, sizes = frame_sizes(source)
     if n_frames != length:
         raise UserError(
@@ -312,6 +322,7 @@ def read_episode(folder, image_size=None):
         listed = ", ".join(f"{w}x{h}" for w, h in sorted(sizes))
         raise UserError(f"{folder}: frames of different sizes, {listed}; {AGAIN}")
     width, height = sizes.pop()
+    # the central square is as large as the shorter side; it is never scaled up
     side = min(width, height)
     size = image_size or side
     if side < size:
@@ -320,6 +331,7 @@ def read_episode(folder, image_size=None):
             f"{side} or less, or record larger frames"
         )
     K, E = arrays["intrinsics"], arrays["extrinsics"]
+    # K is checked at the size it was calibrated at, and cut and scaled with the frames below
     check_camera(K, E, where, (width, height))
     # of actions only the gripper's command is known; its place stands in ee_pos
     closed = arrays["gripper_t"] > 0.5
@@ -430,6 +442,7 @@ def _fill_episode(scratch, arrays, images, video, fps):
     if video:
         import imageio.v2 as imageio
 
+        # macro_block_size 1: imageio would scale frames to multiples of 16 px
         imageio.mimwrite(
             scratch / "video.mp4",
             list(images),
