@@ -1,4 +1,4 @@
-"""Agentview of a scene: where it stands, what it renders, what is seen at a pixel."""
+"""The camera `agentview` of a scene: where it stands, what it renders, what is seen at a pixel."""
 
 import numpy as np
 
@@ -7,19 +7,22 @@ from rot_utils import matrix_to_quat
 from runtime import UserError
 from sim import settings
 
-# exact: LIBERO's picture, byte for byte. fast: at 0.3 of its cost, without reflections (on the
-# stove's top) and without smoothed edges; policies are trained and evaluated on one of them.
+# exact: LIBERO's picture, byte for byte. fast: 0.3 of its cost, without reflections (on the
+# stove's top) and without smoothed edges. A policy is trained and evaluated on the same one.
 RENDERS = ("exact", "fast")
-FAST_QUALITY = {"offsamples": 0}  # of MuJoCo's vis.quality
+FAST_QUALITY = {
+    "offsamples": 0
+}  # of MuJoCo's vis.quality: samples a pixel against jagged edges, offscreen
 
 
 class Agentview:
     """The part of a `libero_env.Scene` that is about its camera."""
 
     def set_quality(self):
-        """Make the rendering context draw as this scene's `quality` says, after it was made."""
+        """Set the rendering context's flags for this scene's `quality`. Called after each reset."""
         import mujoco
 
+        # a scene that does not render has no context
         context = self.sim._render_context_offscreen
         if context is not None:
             reflection = mujoco.mjtRndFlag.mjRND_REFLECTION
@@ -41,7 +44,8 @@ class Agentview:
         """
         position, quat = self.default_camera
         if E is not None:
-            # wxyz
+            # E has OpenCV axes, MuJoCo's camera looks along -z with y up: y and z change sign.
+            # The roll turns a quaternion xyzw into MuJoCo's wxyz.
             position, quat = (
                 E[:3, 3],
                 np.roll(matrix_to_quat(E[:3, :3] @ np.diag([1.0, -1.0, -1.0])), 1),
@@ -49,6 +53,7 @@ class Agentview:
         model, index = self.sim.model, self.sim.model.camera_name2id("agentview")
         model.cam_pos[index], model.cam_quat[index] = position, quat
         self.sim.forward()
+        # The model has the pose relative to the camera's body: read back where it is in the world.
         if E is not None and np.abs(self.camera()[1] - E).max() > 1e-3:
             raise RuntimeError(
                 f"agentview did not move: it is at {self.camera()[1][:3, 3]}, "
@@ -56,12 +61,15 @@ class Agentview:
             )
 
     def set_view(self, condition):
-        """Put agentview where a settings.Condition has it. Raises UserError in a scene whose camera
-        it was not made for.
+        """Put agentview where a settings.Condition has it.
+
+        Raises UserError in a scene whose agentview is not that of LIBERO's tabletop scenes.
         """
+        # the orbit starts from the task's own view, not from the last condition's
         self.set_camera()
         if condition.theta:
             E = self.camera()[1]
+            # which views are usable was computed for the tabletop camera, see settings.excluded
             if np.abs(E - settings.default_camera()[1]).max() > 1e-3:
                 raise UserError(
                     "viewpoints are made for the agentview of LIBERO's tabletop scenes, "
@@ -78,7 +86,10 @@ class Agentview:
         )
 
     def visible_body(self, u, v):
-        """Name of the body seen at pixel (u, v) of the upright image, by a segmentation render."""
+        """Name of the body seen at pixel (u, v) of the upright image, by a segmentation render.
+        None where the background is seen.
+        """
+        # (S,S,2): type and number of the object at each pixel, -1 for the background
         ids = self.sim.render(
             width=self.image_size,
             height=self.image_size,

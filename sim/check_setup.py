@@ -17,6 +17,7 @@ def main():
             f"Python {sys.version.split()[0]}: 3.11 is needed; "
             "make setup PYTHON=/path/to/python3.11"
         )
+    # every package that requirements.txt pins, as {name: version}
     pins = dict(
         re.findall(
             r"^([A-Za-z0-9_.-]+)==([^\s;]+)",

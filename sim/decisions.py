@@ -2,9 +2,11 @@
 memory for it.
 
 A worker's agent sends each observation through a socket and waits for the waypoint. The process
-answers what waits in batches (see harness/sessions.py). If it dies, the workers in the middle of
-an episode leave too: their episodes are tried again, as after any worker's death, and the next
-worker to start brings up a new process.
+answers the waiting requests in batches (see harness/sessions.py). If it dies, the workers in the
+middle of an episode leave too. Their episodes are tried again, as after any worker's death, and
+the next worker to start brings up a new process.
+
+    worker:  RemoteAgent --(kind, value)--> socket --> _listen --> queue --> _decide --> sessions
 """
 
 import contextlib
@@ -40,6 +42,7 @@ class RemoteAgent:
         self.address, self.connection, self.seconds = address, None, {}
 
     def start(self, scene, path, seed=0):
+        # one connection, and so one session, for all episodes of this worker
         if self.connection is None:
             self.connection = connected(self.address)
         self.seconds = {"features": 0.0, "policy": 0.0}
@@ -47,14 +50,17 @@ class RemoteAgent:
 
     def act(self, observation, closed):
         answer = self._ask("act", observation)
+        # the traceback of what the policy raised
         if isinstance(answer, str):
             raise RemoteError(answer)
         waypoint, self.seconds = answer
         return waypoint
 
     def _ask(self, kind, value):
-        """The answer to a request. Ends this worker where nobody answers any more: SystemExit is
-        no error of the policy's, and a worker that has left has its episode tried again.
+        """The answer to a request. Ends this worker where nobody answers any more.
+
+        It raises SystemExit, which no `except Exception` takes for an error of the policy. A worker
+        that has left has its episode tried again.
         """
         try:
             self.connection.send((kind, value))
@@ -67,7 +73,9 @@ def connected(address):
     """A connection to the Decider at an address. Ends this worker where none comes up."""
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
+        # While the process starts anew, the socket is not there yet, or nobody listens at it.
         try:
+            # the authkey is the parent's: all processes that it starts inherit it
             return Client(address, authkey=bytes(multiprocessing.current_process().authkey))
         except (FileNotFoundError, ConnectionError) as error:
             if time.monotonic() > deadline:
@@ -76,12 +84,12 @@ def connected(address):
 
 
 class Decider:
-    """The parent's side: a process that makes `factory(*arguments)`, sessions as
-    harness/sessions.py has them, and answers at `address`.
+    """The parent's side: it starts a process that makes `factory(*arguments)`, such sessions as
+    those of harness/sessions.py, and that answers at `address`.
 
     timeout: seconds after which a decision counts as hung, and the process ends itself. `about`:
-    what the sessions say of themselves. Raises UserError where they cannot be made, with their own
-    reason.
+    what the sessions say of themselves. Raises UserError with the sessions' reason where they
+    refuse to be made, and RuntimeError with a traceback where the process fails.
     """
 
     def __init__(self, factory, arguments=(), timeout=TIMEOUT):
@@ -90,6 +98,7 @@ class Decider:
         self.made_of = (self.address, factory, arguments, timeout)
         self.pipe = self.process = None
         self._start()
+        # wait until the network is loaded: bad files are refused before any simulator starts
         try:
             kind, self.about = self.pipe.recv()
         except EOFError:
@@ -102,21 +111,24 @@ class Decider:
             raise RuntimeError(self.about or died)
 
     def _start(self):
+        # spawned, not forked: neither threads nor a CUDA context survive a fork
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, *self.made_of), daemon=True)
         with one_thread_each():
             self.process.start()
-        theirs.close()
+        theirs.close()  # or the pipe would stay open when the process dies
 
     def ensure(self):
-        """Bring the process up again if it has died. Called before a worker starts: the death of
-        one may be the first that is seen of the other's.
+        """Bring the process up again if it has died. Called before each worker starts.
+
+        A worker leaves when this process dies, so its replacement is the first sign of that death.
         """
+        # a process that is just dying gets a moment to be seen as dead
         self.process.join(timeout=0.1)
         if not self.process.is_alive():
             self.pipe.close()
-            self._start()
+            self._start()  # its "ready" is not awaited: workers wait for it in `connected`
 
     def close(self):
         self.process.kill()
@@ -147,11 +159,13 @@ def _serve(pipe, address, factory, arguments, timeout):
         os.unlink(address)  # of one that died
     authkey = bytes(multiprocessing.current_process().authkey)
     listener = Listener(address, "AF_UNIX", backlog=WAITING, authkey=authkey)
+    # requests: (connection, session, observation); busy: {a deciding thread: since when}
     requests, busy = queue.SimpleQueue(), {}
     for _ in range(sessions.threads):
         _thread(_decide, sessions, requests, busy)
     _thread(_watch, busy, timeout)
     pipe.send(("ready", sessions.about))
+    # one thread a worker: it takes in that worker's requests, and the deciding threads answer
     while True:
         # a worker that dies while it connects is the pool's affair
         with contextlib.suppress(EOFError, OSError, multiprocessing.AuthenticationError):
@@ -163,7 +177,9 @@ def _thread(target, *arguments):
 
 
 def _listen(connection, sessions, requests):
-    """A worker's requests, until it leaves. Its session is its own: one episode at a time."""
+    """Take in a worker's requests until it leaves. It has one session, for one episode at a
+    time.
+    """
     session = sessions.open()
     with contextlib.suppress(EOFError, OSError), connection:
         while True:
@@ -176,9 +192,12 @@ def _listen(connection, sessions, requests):
 
 
 def _decide(sessions, requests, busy):
-    """Answer what waits, at most `sessions.batch` at a time, and never wait for more."""
+    """Answer the requests that wait, at most `sessions.batch` at a time. A batch that is not full
+    does not wait for more.
+    """
     this = threading.get_ident()
     while True:
+        # the first request is waited for, the others are taken if they are there
         taken = [requests.get()]
         with contextlib.suppress(queue.Empty):
             while len(taken) < sessions.batch:
@@ -196,6 +215,7 @@ def _watch(busy, timeout):
     while True:
         time.sleep(min(1.0, timeout / 4))
         now = time.monotonic()
+        # a copy, as other threads write into it
         if any(now - since > timeout for since in list(busy.values())):
             print(
                 f"a decision took more than {timeout:g} s, the network starts anew", file=sys.stderr

@@ -1,8 +1,9 @@
-"""The scripted expert: one state machine that picks a bowl by its rim and places it, from
-privileged object poses.
+"""The scripted expert: one state machine that picks a bowl by its rim and places it. It reads the
+objects' poses from the simulator.
 
-Two grasps: `side`, always at the bowl's -y rim with the start's orientation; and `rim`, at a point
-of the rim that depends on where bowl and plate stand, with the gripper turned along.
+There are two grasps. `side` is always at the bowl's -y rim, with the start's orientation. `rim` is
+at a point of the rim that depends on where bowl and plate stand, with the gripper turned along.
+Positions are in metres in the world frame: x away from the robot, z up.
 """
 
 import numpy as np
@@ -13,6 +14,7 @@ from sim.libero_env import ACTION_SCALE, CLOSE, OPEN, ROTATION_SCALE
 
 # EEF relative to the bowl when the fingers straddle its -y rim, metres
 GRASP = np.array([0.0, -0.048, 0.0366])
+# metres above grasp or release, above where the gripper closed, above where it let go
 HOVER, LIFT, RETRACT = 0.10, 0.14, 0.10
 RELEASE = 0.012  # how far above the height of the grasp the bowl is let go
 # a bowl on the plate stands as if the plate's surface were 4 mm below the plate's own origin
@@ -25,18 +27,19 @@ PHASES = ("rise", "hover", "descend", "close", "lift", "carry", "lower", "open",
 
 
 def servo_action(eef_pos, target, gripper, gain=2.0, rotation=None, eef_rot=None):
-    """OSC_POSE action (7,) that moves the EEF to `target` (3,): clip(gain (target - eef) / 5 cm,
-    -1, 1).
+    """OSC_POSE action (7,) in [-1, 1] that moves the EEF towards `target` (3,) m.
 
-    It does not turn it, or towards `rotation` (3,3) from `eef_rot` (3,3): clip(log(rotation .
-    eef_rot^T) / 0.5 rad, -1, 1). Raises ValueError for a target, rotation or gripper that is not
-    finite: the controller would pass NaN on to the motors.
+    Translation: clip(gain (target - eef) / 5 cm, -1, 1). Rotation: zero without `rotation`, else
+    from `eef_rot` (3,3) towards `rotation` (3,3), clip(log(rotation . eef_rot^T) / 0.5 rad, -1, 1).
+    Raises ValueError for a target, rotation or gripper that is not finite: the controller would
+    pass NaN on to the motors.
     """
     for name, value in (("target", target), ("rotation", rotation), ("gripper", gripper)):
         if value is not None and not np.isfinite(value).all():
             raise ValueError(
                 f"servo_action: the {name} has NaN or Inf: {np.asarray(value).tolist()}"
             )
+    # the rotation vector, in the world frame, that takes eef_rot to rotation
     turn = (
         np.zeros(3)
         if rotation is None
@@ -49,12 +52,12 @@ def servo_action(eef_pos, target, gripper, gain=2.0, rotation=None, eef_rot=None
 
 def rim_angle(pick, place):
     """Angle in radians about the vertical by which the `rim` grasp is turned from the bowl's -y
-    side: RIM_GAIN times the angle between the direction from plate to bowl and -x, at most
-    RIM_LIMIT.
+    side. pick, place: positions (3,) or (2,) m of bowl and plate.
 
-    It can be seen: both objects are in the image, and a bowl straight beside its plate (task 0 as
-    LIBERO has it) is grasped as by `side`. The gain makes +-30 degrees, which objects shifted by a
-    few centimetres take up, span the whole of what the arm reaches.
+    It is RIM_GAIN times the angle between the direction from plate to bowl and -x, at most
+    RIM_LIMIT. A policy can see it, as both objects are in the image. A bowl straight beside its
+    plate (task 0 as LIBERO has it) is grasped as by `side`. Objects shifted by a few centimetres
+    give +-30 degrees, which the gain spreads over the whole of what the arm reaches.
     """
     x, y = np.asarray(place[:2]) - np.asarray(pick[:2])
     return float(np.clip(RIM_GAIN * np.arctan2(y, x), -RIM_LIMIT, RIM_LIMIT))
@@ -64,10 +67,10 @@ class PickPlaceExpert:
     """rise - hover - descend - close - lift - carry - lower - open - retract, by the task's (On
     object target) goal.
 
-    `plan(scene)` at an episode's start, then `act(scene, eef_pos)` at each control step -> (target
-    (3,), gripper); `rotation` (3,3) is what the gripper is to be turned to meanwhile, None for
-    never. A push is answered by what the phase would do from there; a descent that strayed goes
-    back to its hover.
+    Call `plan(scene)` at an episode's start, then `act(scene, eef_pos)` at each control step ->
+    (target (3,) m, gripper). `rotation` (3,3) is the orientation that the gripper turns to
+    meanwhile, None where it keeps its own. After a push the current phase goes on from there. A
+    descent that strayed goes back to its hover.
     """
 
     rotation, offset = None, GRASP
@@ -87,6 +90,7 @@ class PickPlaceExpert:
 
     def act(self, scene, eef_pos, eef_rot=None):
         """Target position (3,) and gripper (-1 opens, +1 closes) for the next control step."""
+        # A phase whose end is reached commands nothing: the next one answers in the same step.
         while True:
             target, gripper, leave = self._phase(scene, eef_pos)
             if not leave:
@@ -99,6 +103,7 @@ class PickPlaceExpert:
         phase, near = self.phase, lambda target, tol: np.linalg.norm(target - eef) < tol
         grasp = scene.position(self.pick) + self.offset
         above = grasp + np.array([0, 0, HOVER])
+        # approach
         if phase == "rise":  # over obstacles first: a bowl on the cabinet is approached from above
             target = np.array([eef[0], eef[1], above[2]])
             return target, OPEN, "hover" if eef[2] > above[2] - 0.02 else None
@@ -107,8 +112,10 @@ class PickPlaceExpert:
         if phase == "descend":
             if np.linalg.norm((eef - grasp)[:2]) > STRAY:
                 return above, OPEN, "rise"
+            # after 25 control steps the gripper closes wherever it is
             return grasp, OPEN, "close" if near(grasp, 0.004) or self.count > 25 else None
         if phase == "close":
+            # stand still where the phase began until the fingers have closed
             if self.count == 0:
                 self.held = eef.copy()
             if self.count >= GRIPPER_STEPS:
@@ -117,10 +124,11 @@ class PickPlaceExpert:
             return self.held, CLOSE, None
         if phase == "lift":
             return self.top, CLOSE, "carry" if near(self.top, 0.015) else None
+        # transport: the targets are such that the bowl, not the EEF, ends at the goal's centre
         goal = scene.position(self.place)
         if phase in ("carry", "lower"):
             if self.grip is None:
-                # where the rim sits in the fingers
+                # where the rim sits in the fingers: from bowl to EEF, (2,) m, measured once lifted
                 self.grip = (eef - scene.position(self.pick))[:2]
             release = np.array(
                 [*(goal[:2] + self.grip), goal[2] + self.surface + GRASP[2] + RELEASE]
@@ -131,6 +139,7 @@ class PickPlaceExpert:
             if np.linalg.norm((eef - release)[:2]) > STRAY:
                 return over, CLOSE, "carry"
             return release, CLOSE, "open" if near(release, 0.004) or self.count > 25 else None
+        # release: stand still until the fingers are open, then go straight up
         if phase == "open":
             if self.count == 0:
                 self.held = eef.copy()
@@ -144,18 +153,20 @@ class PickPlaceExpert:
 
 
 class RimExpert(PickPlaceExpert):
-    """Grasps at the rim point that `rim_angle` gives, the gripper's yaw turned along; it descends
-    only once it is turned.
+    """Grasps at the rim point that `rim_angle` gives, with the gripper's yaw turned along. It
+    descends only once the gripper is turned.
     """
 
     def plan(self, scene):
         super().plan(scene)
         self.angle = rim_angle(scene.position(self.pick), scene.position(self.place))
         turn = rotvec_to_matrix(np.array([0, 0, self.angle]))
+        # both turn by the same angle; with a roll of pi the fingers point down, as at the start
         self.offset, self.rotation = turn @ GRASP, turn @ euler_to_matrix(np.array([np.pi, 0, 0]))
         return self
 
     def act(self, scene, eef_pos, eef_rot):
+        # angle in radians that the gripper still has to turn
         self.left = np.linalg.norm(matrix_to_rotvec(self.rotation @ eef_rot.T))
         return super().act(scene, eef_pos)
 

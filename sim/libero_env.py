@@ -30,7 +30,7 @@ class Observation:
 
     image: (S,S,3) uint8 upright RGB, or None when not rendered; eef_pos (3,) m and eef_rot (3,3) in
     the world; gripper_qpos (2,) finger joints in m; joint_pos (7,) rad; K (3,3) px; E (4,4)
-    camera-to-world, OpenCV axes.
+    camera-to-world, OpenCV axes. eef_quat (4,) xyzw is eef_rot again.
     """
 
     image: np.ndarray
@@ -50,9 +50,13 @@ class Observation:
 class Scene(Agentview, Placement):
     """One LIBERO task in the simulator.
 
-    `clean`: without distractors and unused fixtures (fastest). `rendering`: False makes no
-    rendering context, which saves a second, and works where nothing can be rendered. `physics`: see
-    `use_physics`. `render`: one of cameras.RENDERS. States are the flattened [time, qpos, qvel].
+    clean: without distractors and unused fixtures (fastest). rendering: False makes no rendering
+    context, which saves a second, and works where nothing can be rendered. physics: see
+    `use_physics`. render: one of cameras.RENDERS. Raises UserError for an unknown task.
+
+    States (S,) are MuJoCo's, flattened: [time, qpos, qvel]. `qpos` begins with the arm's seven
+    joints and the two fingers, then come the objects' free joints. Positions are in metres in the
+    world frame.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Scene(Agentview, Placement):
             )
         self.env.reset()
         self._after_build()
+        # (On object target) names both; a goal with one argument, as (Open drawer), has neither
         goal = self.env.env.parsed_problem["goal_state"]
         self.pick, self.place = (goal[0][1], goal[0][2]) if len(goal[0]) == 3 else (None, None)
         self.nominal_z = self._nominal_heights()
@@ -100,7 +105,7 @@ class Scene(Agentview, Placement):
 
     def _after_build(self):
         release_memory()
-        # read from the simulation instead: 30% off a step
+        # This repository reads the simulation itself, so no observable is computed: 30% off a step.
         for observable in self.env.env._observables.values():
             observable.set_enabled(False)
         self.use_physics(self.physics)
@@ -116,10 +121,12 @@ class Scene(Agentview, Placement):
         self.physics, self.loop = name, LOOPS[name](self.env.env)
 
     def reset(self, seed):
-        """A random layout of the benchmark's own sampler, objects still in the air. Rebuilds the
-        model: moved cameras and fixtures are placed anew. seed: a list of uint32, see
-        settings.random_seed."""
-        np.random.seed(seed)
+        """Draw a random layout from the benchmark's sampler, with the objects still in the air.
+
+        The model is rebuilt, so moved cameras and fixtures are placed anew. seed: a list of uint32,
+        see settings.random_seed.
+        """
+        np.random.seed(seed)  # robosuite's samplers draw from NumPy's global generator
         self.env.reset()
         self._after_build()
 
@@ -134,8 +141,8 @@ class Scene(Agentview, Placement):
         return np.array(self.sim.data.qpos)
 
     def set_state(self, state):
-        """Put the simulation into `state` as at the start of an episode: controller, gripper and
-        clock are reset too.
+        """Put the simulation into `state` (S,) as at the start of an episode: controller, gripper
+        and clock are reset too.
 
         Fixtures and cameras belong to the model and stay. Raises UserError if the length does not
         fit the model.
@@ -150,14 +157,15 @@ class Scene(Agentview, Placement):
         self.sim.reset()
         self.sim.set_state_from_flattened(state)
         self.sim.forward()
+        # what robosuite keeps beside the simulator's state
         self.robot.gripper.current_action = np.zeros(self.robot.gripper.dof)
         self.robot.controller.update(force=True)  # else the first step jerks by 4 mm
         self.robot.controller.reset_goal()
         self.env.env.timestep, self.env.env.done = 0, False
 
     def init_states(self, task=None):
-        """The benchmark's init states in this scene's own state layout, (N, S); or those of another
-        task with the same objects.
+        """The benchmark's init states (N,S), as states of this scene. task: another task with the
+        same objects, whose init states are taken. Raises UserError where its objects are others.
         """
         states, width = init_states(task or self.task), 1 + self.sim.model.nq + self.sim.model.nv
         if not self.clean and states.shape[1] != width:
@@ -168,14 +176,17 @@ class Scene(Agentview, Placement):
         return np.stack([self._from_full(s) for s in states]) if self.clean else states
 
     def _from_full(self, state):
-        """Copy robot and object poses of a full-scene state into the clean scene's layout."""
+        """Copy robot and object poses of a full-scene state into one of the clean scene."""
+        # the full scene's free joints come in the order in which its BDDL names the objects
         full = parsed_bddl(self.task.bddl)["objects"]
         names = [name for group in full.values() for name in group]
+        # time, robot, all velocities zero, then the poses of the objects that the clean scene has
         current = self.state()
         current[0] = state[0]
         current[1 : 1 + ROBOT_DOF] = state[1 : 1 + ROBOT_DOF]
         current[1 + self.sim.model.nq :] = 0
         for name in self.objects:
+            # a free joint has seven numbers: xyz and the quaternion
             source = 1 + ROBOT_DOF + 7 * names.index(name)
             current[self._address(name)] = state[source : source + 7]
         return current
@@ -191,7 +202,7 @@ class Scene(Agentview, Placement):
         return list(self.env.env.objects_dict)
 
     def fixtures(self):
-        """Poses of the fixtures, no part of the state: {name: [x, y, z, qw, qx, qy, qz]}."""
+        """Poses of the fixtures {name: [x, y, z, qw, qx, qy, qz]}, which no state contains."""
         model, body = self.sim.model, self.env.env.obj_body_id
         return {
             n: [*map(float, model.body_pos[body[n]]), *map(float, model.body_quat[body[n]])]
@@ -221,6 +232,8 @@ class Scene(Agentview, Placement):
 
     def observe(self, image=True):
         """The current Observation; `image=False` skips the render."""
+        # As in LIBERO's data, the position is that of the grip site between the fingers, the
+        # orientation that of the hand's body. MuJoCo's wxyz becomes xyzw.
         site = self.robot.eef_site_id
         quat = np.array(self.sim.data.get_body_xquat(self.robot.robot_model.eef_name))[[1, 2, 3, 0]]
         K, E = self.camera()
@@ -239,14 +252,18 @@ class Scene(Agentview, Placement):
     # -- acting
 
     def step(self, action):
-        """One control step (50 ms) with an OSC_POSE action (7,) in [-1, 1]."""
+        """One control step (50 ms) with an OSC_POSE action (7,) in [-1, 1]: translation, rotation
+        vector, gripper.
+        """
         # the caller counts steps; LIBERO's horizon would raise in long episodes
         self.env.env.timestep = 0
         self.loop.step(np.asarray(action, dtype=np.float64))
 
     def begin_episode(self, state):
-        """Set `state` and wait WAIT_STEPS with the gripper opening, as LIBERO evaluations do: the
-        benchmark's init states have their objects in the air."""
+        """Set `state` and wait WAIT_STEPS with the gripper opening, as LIBERO evaluations do.
+
+        The benchmark's init states have their objects in the air: they come to rest meanwhile.
+        """
         self.set_state(state)
         for _ in range(WAIT_STEPS):
             self.step([0, 0, 0, 0, 0, 0, OPEN])

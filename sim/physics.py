@@ -8,8 +8,12 @@ is the same, bit for bit:
     controller    torques from them, by robosuite's formulas in robosuite's order
     mj_step2      forces, accelerations, integration
 
-Left out is what nothing in this repository reads: observables, the force and torque sensors, the
+It leaves out what nothing in this repository reads: observables, the force and torque sensors, the
 robot's buffers of recent values, and the reward.
+
+OSC_POSE is operational space control (Khatib, "A unified approach for motion and force control of
+robot manipulators", 1987): an action is a small offset of the EEF's pose, and torques pull the EEF
+there as a damped spring would.
 """
 
 import mujoco
@@ -38,6 +42,7 @@ class ControlLoop:
         self.substeps = int(env.control_timestep / env.model_timestep)
         self._look_up(env.sim.data._data)
         self.torque_low, self.torque_high = self.robot.torque_limits
+        # a gripper command in [-1, 1] becomes finger positions in the actuators' range, (2,) each
         limits = self.model.actuator_ctrlrange[ARM:]
         self.finger_bias = 0.5 * (limits[:, 1] + limits[:, 0])
         self.finger_weight = 0.5 * (limits[:, 1] - limits[:, 0])
@@ -46,14 +51,19 @@ class ControlLoop:
         self.model.opt.disableflags |= NO_SENSORS
 
     def _look_up(self, data):
-        """Views into MuJoCo's memory, which follow the simulation, and the Jacobian's buffer."""
+        """Views into MuJoCo's memory, which follow the simulation, and the Jacobian's buffer.
+
+        nv is the number of the model's velocities; those of the arm are the first seven.
+        """
         self.site = self.model.site(self.controller.eef_name).id
         self.position = data.site_xpos[self.site]
         self.orientation = data.site_xmat[self.site].reshape(3, 3)
         self.qvel, self.arm_qvel, self.arm_qpos = data.qvel, data.qvel[:ARM], data.qpos[:ARM]
+        # gravity, Coriolis and centrifugal torques (7,), which the controller compensates
         self.bias_forces = data.qfrc_bias[:ARM]
         self.mass, self.mass_entries = data.qM, self._mass_entries()
         self.arm_ctrl, self.finger_ctrl = data.ctrl[:ARM], data.ctrl[ARM:]
+        # (6,nv): the EEF's linear velocity in the first three rows, its angular one in the others
         self.jacobian = np.zeros((6, self.model.nv))
         self.jacobian_linear, self.jacobian_angular = self.jacobian[:3], self.jacobian[3:]
 
@@ -81,6 +91,8 @@ class ControlLoop:
 
     def _mass_entries(self):
         """Where the arm's mass matrix (7,7) lies in MuJoCo's sparse `qM`, as indices (7,7)."""
+        # A trick: expand a sparse matrix whose entries are their own numbers. They count from 1,
+        # as 0 stands for what is not stored.
         numbered = np.arange(1.0, self.model.nM + 1)
         full = np.zeros((self.model.nv, self.model.nv))
         mujoco.mj_fullM(self.model, full, numbered)
@@ -93,6 +105,7 @@ class ControlLoop:
         model, data = self.model, self.data
         step1, step2, solve = mujoco.mj_step1, mujoco.mj_step2, mujoco.mj_fwdConstraint
         self.env.timestep += 1
+        # the fingers' command moves by `speed` a substep towards open or closed
         fingers = self.gripper.current_action  # (2,) in [-1, 1]
         creep = np.array([-1.0, 1.0]) * self.gripper.speed * np.sign(action[6:])
         for substep in range(self.substeps):
@@ -103,6 +116,7 @@ class ControlLoop:
             mujoco.mj_fwdAcceleration(model, data)
             solve(model, data)
             solve(model, data)
+            # the goal is fixed for the control step, the torques follow the state in each substep
             if substep == 0:
                 self._set_goal(action[:6])
             torques = np.maximum(self._torques(), self.torque_low)
@@ -116,7 +130,7 @@ class ControlLoop:
         self.env._post_process()  # a stove that was turned on shows its burner
 
     def _set_goal(self, action):
-        """The controller's own goal for an action (6,), from the EEF's pose now."""
+        """Set robosuite's goal for an action (6,): the EEF's pose now, moved by the action."""
         controller = self.controller
         controller.ee_pos = np.array(self.position)
         controller.ee_ori_mat = np.array(self.orientation)
@@ -125,7 +139,12 @@ class ControlLoop:
         controller.new_update = True
 
     def _torques(self):
-        """Torques (7,) towards the goal: OperationalSpaceController.run_controller, unclipped."""
+        """Torques (7,) in Nm towards the goal, not yet clipped.
+
+        The formulas are those of robosuite's OperationalSpaceController.run_controller. The order
+        of the operations is its order too: another one would round otherwise.
+        """
+        # the EEF's Jacobian (3,nv) twice, and from it its velocities (3,) in m/s and rad/s
         controller, formulas = self.controller, self.formulas
         jacobian, linear, angular = self.jacobian, self.jacobian_linear, self.jacobian_angular
         mujoco.mj_jacSite(self.model, self.data, linear, angular, self.site)
@@ -137,16 +156,19 @@ class ControlLoop:
         arm_angular = angular[:, :ARM].copy(order="F")
         mass = self.mass[self.mass_entries].T
 
+        # a damped spring from the EEF's pose to the goal: accelerations (3,), linear and angular
         kp, kd = controller.kp, controller.kd
         rotation_error = formulas.orientation_error(controller.goal_ori, self.orientation)
         force = (controller.goal_pos - self.position) * kp[:3] + -velocity * kd[:3]
         torque = rotation_error * kp[3:] + -turning * kd[3:]
 
+        # the inertia that the EEF shows, (J M^-1 J^T)^-1, taken apart for translation and rotation
         _, inertia, rotational_inertia, nullspace = formulas.opspace_matrices(
             mass, arm, arm_linear, arm_angular
         )
         wrench = np.concatenate([np.dot(inertia, force), np.dot(rotational_inertia, torque)])
         torques = np.dot(arm.T, wrench) + self.bias_forces
+        # motions of the arm that leave the EEF where it is: pull the joints to their initial pose
         torques += formulas.nullspace_torques(
             mass, nullspace, controller.initial_joint, self.arm_qpos, self.arm_qvel
         )
@@ -154,10 +176,11 @@ class ControlLoop:
 
 
 class RobosuiteLoop:
-    """robosuite's own loop behind the same method: what `ControlLoop` is compared with."""
+    """robosuite's loop behind the same method. `ControlLoop` is compared with it."""
 
     def __init__(self, env):
         self.env = env
+        # a ControlLoop may have switched them off
         env.sim.model.opt.disableflags &= ~NO_SENSORS
 
     def step(self, action):

@@ -14,21 +14,25 @@ class Placement:
     """The part of a `libero_env.Scene` that is about where its objects are."""
 
     def _nominal_heights(self):
-        """Resting height of each movable object in the benchmark's first init state (objects start
-        7 cm in the air).
+        """Resting height {name: m} of each movable object in the benchmark's first init state, in
+        which objects start 7 cm in the air.
         """
         self.begin_episode(self.init_states()[0])
         return {n: float(self.position(n)[2]) for n in self.objects}
 
     def _settle(self, state, watch):
-        """Let objects come to rest from `state`; return the settled state, or None where a watched
-        object was thrown, tipped, or ended at another height than in the benchmark. The robot and
-        the clock are put back."""
+        """Let objects come to rest from `state` (S,) -> the settled state (S,), or None for a bad
+        layout. The robot and the clock are put back, velocities are zero.
+
+        watch: names of the objects that are checked. None is returned where one of them moved by
+        more than 1 cm, tipped, or rests more than 3 mm from its height in the benchmark.
+        """
         self.begin_episode(state)
         after = self.state()
         for name in watch:
             a = self._address(name)
-            # quaternion wxyz: cosine of the tilt is 1 - 2 (x^2 + y^2) of the turn since `state`
+            # Seven numbers: xyz, then the quaternion wxyz. 1 - 2 (x^2 + y^2) is the entry (2,2) of
+            # its matrix, the cosine between the object's own z axis and the vertical.
             x, y = after[a][4:6]
             tilt = 1 - 2 * (x * x + y * y)
             if (
@@ -38,6 +42,7 @@ class Placement:
                 or not np.isfinite(after).all()
             ):
                 return None
+        # the arm has moved while the objects fell: time and joints as before, and all at rest
         after[: 1 + ROBOT_DOF] = state[: 1 + ROBOT_DOF]
         after[1 + self.sim.model.nq :] = 0
         return after
@@ -50,7 +55,7 @@ class Placement:
         task's own objects, +- metres in x and y, each by itself. offsets: {name: (dx, dy)} metres,
         added to that. seed: as of `reset`.
         """
-        rng = np.random.default_rng([*seed, 20])
+        rng = np.random.default_rng([*seed, 20])  # a stream apart from that of the sampler
         self.reset(seed)
         movable = [n for n in (self.pick, self.place) if n in self.objects]
         state = self._settle(self.state(), movable)
@@ -64,6 +69,7 @@ class Placement:
             state = self.shift_objects(state, offsets)
             if state is None:
                 return None
+        # the arm starts near its usual pose; state[0] is the time
         robot = self.env.robots[0].init_qpos
         state[1:8] = robot + rng.normal(0, jitter, 7)
         state[8:10] = 0.0208, -0.0208  # half open, as in the benchmark's init states
@@ -84,12 +90,17 @@ class Placement:
         return {self.pick: (condition.dx, condition.dy), self.place: (condition.dx, condition.dy)}
 
     def shift_objects(self, state, offsets):
-        """Move objects of a state by {name: (dx, dy)} metres and let them settle; None if they
-        touch anything but what they stand on, or if the task would be done already. Raises
-        RuntimeError if an object is not where it should be then."""
+        """Move objects of a state (S,) by {name: (dx, dy)} metres and let them settle -> the state
+        (S,), or None for a bad layout.
+
+        It is bad where `_settle` says so, where one of them touches another movable object, and
+        where the task would be done already. Raises RuntimeError if an object is not where it
+        should be then.
+        """
         state = np.array(state)
         wanted = {}
         for name, offset in offsets.items():
+            # a slice of an array is a view: this writes into the state
             state[self._address(name)][:2] += offset
             wanted[name] = state[self._address(name)][:2].copy()
         state = self._settle(state, offsets)
@@ -105,8 +116,8 @@ class Placement:
         return None if self.success() or self._touching(offsets) else state
 
     def _touching(self, names):
-        """True if one of the named objects touches another movable object or the robot."""
-        owner = {}
+        """True if one of the named objects touches another movable object."""
+        owner = {}  # {a geom's number: the object that it is of}; table and robot have none
         for name, obj in self.env.env.objects_dict.items():
             for geom in obj.contact_geoms:
                 owner[self.sim.model.geom_name2id(geom)] = name
@@ -118,13 +129,13 @@ class Placement:
         return False
 
     def shifted_layout(self, state, seed, low=0.04, high=0.05, apart=0.04):
-        """The state with the task's objects each moved by `low`..`high` metres in a direction of
-        its own, and by at least `apart` metres relative to each other: objects moved alike keep the
-        task's inner geometry, and a replay that happens to catch the bowl's rim carries it onto the
-        plate without looking.
+        """Move each of the task's objects by `low`..`high` metres in a random direction -> the
+        state (S,), which is set in the simulation too.
 
-        Deterministic in `seed`. Draws that make objects touch are drawn again. Raises RuntimeError
-        after 60 draws.
+        They move by at least `apart` metres relative to each other. Objects moved alike would keep
+        the way from bowl to plate, and a replay that happens to catch the bowl's rim would carry it
+        onto the plate without looking. Deterministic in `seed`. Bad layouts are drawn again. Raises
+        RuntimeError after 60 draws.
         """
         rng = np.random.default_rng([seed, 35])
         movable = [n for n in (self.pick, self.place) if n in self.objects]

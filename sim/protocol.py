@@ -1,4 +1,4 @@
-"""What is checked before an evaluation: mistakes that let it run and make all its figures wrong."""
+"""Checks before an evaluation, for mistakes that let it run and make all its numbers wrong."""
 
 import numpy as np
 
@@ -8,22 +8,26 @@ from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
 
 
 def check_protocol(scene, reference, condition):
-    """Check what silently ruins evaluations; raise RuntimeError for the first that is wrong -> dict
-    of what was measured.
+    """Check what silently ruins evaluations -> dict of what was measured. Raises RuntimeError for
+    the first check that fails.
 
-    Camera round trip and image orientation (the object's body is seen at its projected pixel) from
-    the first episode's view, a training frame's state rendered through this very path looks like
-    the image that was trained on (in a LIBERO-PRO suite too, the state puts its objects back), the
-    gripper's sign by the fingers' motion, init states distinct.
+    - The init states are distinct.
+    - From the first episode's view, unprojecting projected points gives the points back, and an
+      object's body is seen at its projected pixel: the image is the right way up.
+    - A training frame's state, rendered by this code, looks like the image that was trained on. In
+      a LIBERO-PRO suite too, as the state puts its objects back.
+    - The fingers open and close as commanded.
 
-    reference: arrays that a checkpoint carries, "protocol_state", "_extrinsics" and "_image"; {}
-    for none.
+    reference: arrays that a checkpoint carries, "protocol_state" (S,), "protocol_extrinsics" (4,4)
+    and "protocol_image" (s,s,3); {} for none. condition: the first episode's settings.Condition.
     """
     found = {}
+    # equal init states would count one episode several times
     states = scene.init_states()
     if len(np.unique(states, axis=0)) != len(states):
         raise RuntimeError("protocol: the benchmark's init states are not distinct")
     found["distinct_init_states"] = len(states)
+    # camera: world points to pixels and back, (N,3), the EEF and the objects
     scene.begin_episode(states[0])
     scene.set_view(condition)
     o = scene.observe()
@@ -36,6 +40,7 @@ def check_protocol(scene, reference, condition):
         raise RuntimeError(
             f"protocol: camera round trip is off by {found['camera_round_trip_m']} m"
         )
+    # image orientation: which bodies are seen where the objects are projected to
     inside = [
         (n, a, b)
         for n, a, b in zip(scene.objects, u[1:], v[1:])
@@ -45,17 +50,21 @@ def check_protocol(scene, reference, condition):
     found["objects_seen_at_their_pixels"] = sorted(
         n for n, body in seen.items() if body.startswith(n)
     )
+    # one is enough: others may be hidden behind something
     if not found["objects_seen_at_their_pixels"]:
         raise RuntimeError(
             f"protocol: image orientation, at the objects' projected pixels stand {seen}"
         )
+    # the training frame, where its state fits this scene
     if "protocol_state" in reference and len(reference["protocol_state"]) == len(scene.state()):
         scene.set_state(reference["protocol_state"])
         scene.set_camera(reference.get("protocol_extrinsics"))
         stored = reference["protocol_image"].astype(float)
         side, image = len(stored), scene.render().astype(float)
         k = len(image) // side
+        # averaged over k x k pixels to the stored image's size (s,s,3)
         small = image[: side * k, : side * k].reshape(side, k, side, k, 3).mean((1, 3))
+        # mean difference in grey levels (0-255), also of the ways in which an image may be wrong
         errors = {
             name: float(np.abs(view - stored).mean())
             for name, view in (
@@ -72,6 +81,7 @@ def check_protocol(scene, reference, condition):
                 f"protocol: a training frame renders differently here, it fits best {best}: "
                 f"{errors}"
             )
+    # the gripper's sign, by the width between the fingers in m after each command
     scene.begin_episode(states[0])
     widths = []
     for command in (OPEN, CLOSE, OPEN):

@@ -1,5 +1,5 @@
-"""Demonstrations as they are recorded: one of the scripted expert, or one replayed from its states,
-each a job of a pool's worker.
+"""Workers that record demonstrations: of the scripted expert, or replayed from stored states. Each
+demonstration is a job of sim/workers.py.
 """
 
 import json
@@ -18,6 +18,7 @@ from sim.expert import servo_action
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
 from sim.variants import STAY_STEPS, new_account, new_expert
 
+# control steps: of a demonstration, and of the way to a displaced start
 MAX_STEPS = 250
 DISPLACE_STEPS = 60
 # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
@@ -34,10 +35,12 @@ class Recorder:
         self.rows, self.images = [], []
 
     def add(self, action, executed, perturbed):
-        """Record the scene's current state with the action meant for it."""
+        """Record the scene's current state with the action (7,) meant for it. executed (7,): what
+        is carried out, another one where `perturbed`.
+        """
         seen = len(self.rows) % self.frame_stride == 0
         o = self.scene.observe(image=seen)
-        ori = matrix_to_rotvec(o.eef_rot)
+        ori = matrix_to_rotvec(o.eef_rot)  # LIBERO's files hold axis times angle, rad
         if seen:
             self.images.append(o.image)
         self.rows.append(
@@ -56,8 +59,9 @@ class Recorder:
         )
 
     def write(self, path, **attrs):
-        """Write the demonstration to its own file, atomically."""
+        """Write the demonstration to its own HDF5 file, atomically. attrs: further attributes."""
         arrays = {key: np.stack([row[key] for row in self.rows]) for key in self.rows[0]}
+        # as in LIBERO's files, the last frame is the rewarded one
         done = np.zeros(len(self.rows), np.uint8)
         done[-1] = 1
         K, E = self.scene.camera()
@@ -106,8 +110,8 @@ class ExpertWorker:
         self.conditions = settings.conditions(args.setting, args.part, args.split)
 
     def run(self, index):
-        """Try seeds of this index until one gives a good demonstration -> counts of what was
-        filtered.
+        """Try seeds of this index until one gives a good demonstration -> Counter of what was
+        filtered out. Raises RuntimeError after 30 seeds without one.
         """
         counts, condition = Counter(), self.conditions[index % len(self.conditions)]
         offsets = self.scene.common_shift(condition)
@@ -119,6 +123,7 @@ class ExpertWorker:
             if state is None:
                 counts["bad_resets"] += 1
                 continue
+            # after the layout, whose reset puts the camera back
             self.scene.set_view(condition)
             recorder = self.record(np.random.default_rng([*seed, 7]))
             if recorder is None:
@@ -145,8 +150,11 @@ class ExpertWorker:
 
     def displace(self, rng):
         """Drive the EEF, unrecorded, to a place beside its start: +- start_spread metres along y, a
-        third of that along x. Where every demonstration starts from one pose and every object
-        stands to one side of it, "go that way" is all there is to learn."""
+        third of that along x.
+
+        Where every demonstration starts from one pose and every object stands to one side of it,
+        "go that way" is all there is to learn.
+        """
         scene, spread = self.scene, self.args.start_spread
         aside = [rng.uniform(-spread, spread) / 3, rng.uniform(-spread, spread), 0.0]
         target = scene.observe(image=False).eef_pos + np.array(aside)
@@ -157,11 +165,14 @@ class ExpertWorker:
             scene.step(servo_action(eef, target, OPEN))
 
     def turn(self, rng):
-        """Turn the camera about the robot's base by up to +- turn_spread degrees, by an angle at
-        which EEF, object and goal stay in the image, or leave it where no such angle is drawn.
-        Where every object stands to one side of the robot, an arm's looks alone would tell which
-        way to go."""
+        """Turn the camera about the robot's base by up to +- turn_spread degrees.
+
+        Angles are drawn until one keeps EEF, object and goal in the image. After 50 the camera
+        stays. Where every object stands to one side of the robot, an arm's looks alone would tell
+        which way to go.
+        """
         scene, spread = self.scene, self.args.turn_spread
+        # EEF, object and goal, (N,3) m in the world
         points = np.stack(
             [
                 scene.observe(image=False).eef_pos,
@@ -188,6 +199,7 @@ class ExpertWorker:
             self.turn(rng)
         expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
         account = new_account(scene, self.args.variant)
+        # one control step: ask the expert, perhaps push, record, carry out
         for _ in range(MAX_STEPS):
             now = scene.observe(image=False)
             eef = now.eef_pos
@@ -198,6 +210,8 @@ class ExpertWorker:
             action = servo_action(
                 eef, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot
             )
+            # A push replaces the expert's action for 3 to 6 steps. The recorded `actions` stay the
+            # expert's, so that a policy learns to come back from beside the path.
             if not pushing and expert.phase in PUSHABLE and rng.random() < self.args.push_rate / 10:
                 direction = rng.normal(size=3)
                 # not into the table
@@ -207,6 +221,7 @@ class ExpertWorker:
             recorder.add(action, executed, bool(pushing))
             scene.step(executed)
             pushing = max(0, pushing - 1)
+        # a demonstration counts only if the task is done and the gripper has let go
         held_open = scene.observe(image=False).gripper_width > OPEN_WIDTH
         return recorder if expert.done and account.done(STAY_STEPS) and held_open else None
 
@@ -215,8 +230,8 @@ class ExpertWorker:
 
 
 class ReplayWorker:
-    """Re-renders one demo of an existing file from its stored states, through its own camera where
-    it has one.
+    """Re-renders one demonstration of an existing file from its stored states. The camera is the
+    stored one, or the task's where the file has none.
     """
 
     def __init__(self, args, folder):
@@ -226,7 +241,11 @@ class ReplayWorker:
         )
 
     def run(self, index):
-        """Job: the demo's index -> counts."""
+        """Replay the demonstration of an index of the file -> Counter of what is amiss.
+
+        Raises UserError for a damaged file, or one of another task.
+        """
+        # read and check what the file holds; the two optional arrays are this repository's
         path = self.args.replay
         with libero_hdf5.open_demos(path) as file:
             name = libero_hdf5.demo_names(file)[index]
@@ -246,6 +265,7 @@ class ReplayWorker:
                 for k in ("setting", *vars(settings.Condition()))
                 if k in attributes
             }
+        # every array has a row for each state
         for key, value in rows.items():
             if len(value) != len(states):
                 raise UserError(
@@ -263,6 +283,7 @@ class ReplayWorker:
                 f"simulator has {len(self.scene.state())}; is it another task's? "
                 "Give --task_suite and --task_id"
             )
+        # render each state; fixtures and camera belong to the model, and stay for all of them
         self.scene.set_fixtures(fixtures)
         self.scene.set_camera(E)
         recorder = Recorder(self.scene, self.args.frame_stride)

@@ -1,9 +1,9 @@
-"""How images are rendered: the environment's variables checked before anything starts, and the
+"""How images are rendered: checks of the environment's variables before anything starts, and the
 renderer's name.
 
-robosuite renders through EGL. It reads MUJOCO_GL, MUJOCO_EGL_DEVICE_ID and CUDA_VISIBLE_DEVICES,
-and answers a value that it cannot use with a traceback of forty lines, or an assertion, in the
-first worker after half a minute.
+robosuite renders through EGL. It reads MUJOCO_GL, MUJOCO_EGL_DEVICE_ID and CUDA_VISIBLE_DEVICES. A
+value that it cannot use ends in a traceback of forty lines, or an assertion, in the first worker
+after half a minute. These checks come before, and end in one sentence.
 """
 
 import contextlib
@@ -21,7 +21,9 @@ SOFTWARE = ("llvmpipe", "softpipe", "swrast", "SWR")  # Mesa's renderers on the 
 
 
 def check_platform(environ):
-    """Raises UserError naming the variable that asks for another way of rendering than EGL."""
+    """Raise UserError naming the variable that asks for another way of rendering than EGL.
+    environ: the environment's variables.
+    """
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
         value = environ.get(name, "").strip()
         if value and value.lower() != "egl":
@@ -32,11 +34,12 @@ def check_platform(environ):
 
 
 def choose_device(environ, devices):
-    """The EGL device to render on, an index.
+    """The index of the EGL device to render on.
 
-    environ: the environment; devices: for each EGL device, whether it can be initialised. Where
-    MUJOCO_EGL_DEVICE_ID is not set it is the first of CUDA_VISIBLE_DEVICES, as robosuite has it, if
-    that is a device that works, else the first that does. Raises UserError naming the variable.
+    environ: the environment's variables; devices: for each EGL device, whether it can be
+    initialised. MUJOCO_EGL_DEVICE_ID is taken where it is set. Else it is the first of
+    CUDA_VISIBLE_DEVICES, as in robosuite, if that is a device that works, else the first that does.
+    Raises UserError naming the variable.
     """
     working = [i for i, works in enumerate(devices) if works]
     if not working:
@@ -58,6 +61,7 @@ def choose_device(environ, devices):
                 f"driver); unset {DEVICE}, or set it to {' or '.join(map(str, working))}"
             )
         return int(asked)
+    # CUDA's numbers may also be UUIDs, or none: then the first device that works
     first = environ.get(VISIBLE, "").split(",")[0].strip()
     return (
         int(first) if first.isascii() and first.isdigit() and int(first) in working else working[0]
@@ -65,12 +69,13 @@ def choose_device(environ, devices):
 
 
 def egl_devices():
-    """For each EGL device of this machine whether it can be initialised, [bool]."""
+    """For each EGL device of this machine, whether it can be initialised -> [bool]."""
     from mujoco.egl import egl_ext as EGL
     from OpenGL.error import GLError
 
     def works(device):
         display = EGL.eglGetPlatformDisplayEXT(EGL.EGL_PLATFORM_DEVICE_EXT, device, None)
+        # a device without a driver or permission raises, or answers that it has no display
         with contextlib.suppress(GLError):
             return (
                 display != EGL.EGL_NO_DISPLAY
@@ -89,7 +94,7 @@ def prepare():
     if not ctypes.util.find_library("EGL"):
         raise UserError(f"libEGL.so is missing, so nothing can be rendered. Install it: {APT}")
     os.environ.update(MUJOCO_GL="egl", PYOPENGL_PLATFORM="egl")
-    os.environ.setdefault("LP_NUM_THREADS", "2")
+    os.environ.setdefault("LP_NUM_THREADS", "2")  # threads of llvmpipe, Mesa's software renderer
     try:
         devices = egl_devices()
     except Exception as error:
@@ -103,8 +108,8 @@ def prepare():
 def all_devices_visible():
     """Hide CUDA_VISIBLE_DEVICES while robosuite is imported.
 
-    It asserts that the EGL device's number occurs in that text, which holds CUDA's numbers, or
-    UUIDs, or nothing.
+    robosuite asserts that the EGL device's number occurs in that variable. But it holds CUDA's
+    numbers, or UUIDs, or nothing.
     """
     visible = os.environ.pop(VISIBLE, None)
     try:

@@ -36,7 +36,7 @@ SPLITS = {
     "position": ("left_right", "near_far"),
 }
 PARTS = ("train", "val", "test")
-# of random numbers; append, never reorder
+# what random numbers are for; a purpose's place is part of its seeds: append, never reorder
 PURPOSES = ("train", "val", "test_position", "val_position", "val_layout", "sample")
 
 # LIBERO's tabletop scenes: agentview, and the expert's path on libero_spatial task 0 (metres)
@@ -52,6 +52,7 @@ BOWL, PLATE, START = (
     np.array([0.075, 0.20, 0.9025]),
     np.array([-0.2085, 0.0, 1.1733]),
 )
+# the EEF above the bowl, at the grasp, lifted, above the plate, at the release, retracted
 KEY_POINTS = np.array(
     [
         [-0.05, 0.152, 1.035],
@@ -63,7 +64,7 @@ KEY_POINTS = np.array(
     ]
 )
 BOWL_RADIUS, PLATE_RADIUS = 0.06, 0.09
-# what is decoded: pixels, cells, bins, metres beyond the path's heights
+# the grid that `decode_error` assumes: pixels, cells, bins, metres beyond the path's heights
 SIZE, GRID, N_HEIGHT_BINS, MARGIN = 448, 56, 32, 0.02
 DECODE_LIMIT = 0.03  # metres
 
@@ -80,8 +81,8 @@ class Condition:
     dy: float = 0.0
 
     def described(self, setting):
-        """The numbers that the setting varies, {name: value}: what demonstrations and episodes
-        record.
+        """The numbers that a setting varies, {name: value}, as demonstrations and episodes record
+        them.
         """
         return {
             k: getattr(self, k)
@@ -90,9 +91,11 @@ class Condition:
 
 
 def random_seed(purpose, seed, index, attempt=0):
-    """128 bits as a list of four uint32, for one of PURPOSES. No two (purpose, seed, index,
-    attempt) share them, whatever --seed is: sums of multiples, as seeds were made before, met each
-    other."""
+    """128 bits as a list of four uint32, for one of PURPOSES.
+
+    No two (purpose, seed, index, attempt) share them, whatever --seed is. A sum such as
+    1000 * seed + index would be the same for several of them.
+    """
     words = np.random.SeedSequence([PURPOSES.index(purpose), seed, index, attempt]).generate_state(
         4
     )
@@ -106,15 +109,17 @@ def default_camera():
 
 
 def orbit(E, theta, phi):
-    """Camera-to-world E (4,4) orbited about the point of its axis at PIVOT_HEIGHT, which it goes on
-    looking at, upright.
+    """Camera-to-world E (4,4), orbited about the pivot: the point of its axis at PIVOT_HEIGHT. It
+    goes on looking at the pivot, upright.
 
-    theta: degrees between its place and the old one, seen from there; phi: degrees of the direction
-    in which it went, 0 down, 90 to the image's right, 180 up.
+    theta: degrees between the new place and the old one, seen from the pivot. phi: degrees of the
+    direction in which the camera goes, 0 down, 90 to the image's right, 180 up.
     """
+    # columns of R: the image's right, the image's down and the view direction, in the world
     R, position, (theta, phi) = E[:3, :3], E[:3, 3], np.radians([theta, phi])
     pivot = position + R[:, 2] * (PIVOT_HEIGHT - position[2]) / R[2, 2]
     sideways = np.cos(phi) * R[:, 1] + np.sin(phi) * R[:, 0]
+    # on the sphere about the pivot, by theta from the old place in the direction of phi
     moved = np.eye(4)
     moved[:3, 3] = pivot + np.linalg.norm(position - pivot) * (
         np.sin(theta) * sideways - np.cos(theta) * R[:, 2]
@@ -128,9 +133,10 @@ def turned(E, degrees, axis):
     """Camera-to-world E (4,4) turned by `degrees` about the vertical line through axis (2,) m,
     counterclockwise seen from above.
 
-    About a robot's base it is as if the world, robot and all, were turned the other way: how an arm
-    looks no longer tells on which side of the robot it is.
+    Turned about the robot's base, the image looks as if the world, robot and all, were turned the
+    other way: how an arm looks no longer tells on which side of the robot it is.
     """
+    # x -> T x + (a - T a): the turn T that leaves the axis a where it is
     (c, s), turn = (np.cos(np.radians(degrees)), np.sin(np.radians(degrees))), np.eye(4)
     turn[:2, :2] = [[c, -s], [s, c]]
     turn[:2, 3] = np.asarray(axis) - turn[:2, :2] @ axis
@@ -148,8 +154,8 @@ def expert_line(step=0.005):
 
 
 def decode_error(E):
-    """Metres by which the best cell and height bin misses the points of the expert's path, at most,
-    seen from E.
+    """The largest distance in metres between a point of the expert's path and the centre of its
+    cell and height bin, seen from camera-to-world E (4,4).
     """
     line, (K, _) = expert_line(), default_camera()
     low, high = line[:, 2].min() - MARGIN, line[:, 2].max() + MARGIN
@@ -161,9 +167,10 @@ def decode_error(E):
 
 
 def in_image(E, shift=(0.0, 0.0)):
-    """True if bowl, plate and the expert's path, bowl and plate shifted by (dx, dy) m, lie inside
-    the image seen from E.
+    """True if bowl, plate and the expert's path lie inside the image seen from camera-to-world E
+    (4,4). shift: (dx, dy) m by which bowl, plate and the path between them are moved.
     """
+    # the outlines of bowl and plate as 24 points each
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     ring = np.stack([np.cos(angle), np.sin(angle), 0 * angle], -1)
     points = np.concatenate(
@@ -175,7 +182,7 @@ def in_image(E, shift=(0.0, 0.0)):
 
 @functools.cache
 def why_excluded(condition):
-    """Why a view is left out of all parts, in words, or None."""
+    """Why the view of a Condition is left out of all parts, in words, or None."""
     E = orbit(default_camera()[1], condition.theta, condition.phi)
     if not in_image(E):
         return "bowl, plate or path outside the image"
@@ -184,16 +191,18 @@ def why_excluded(condition):
 
 
 def _spread(items):
-    """The items in an order in which any first few are spread over all: steps of about the golden
-    section.
+    """The items in an order whose first few are spread over all of them. It walks around the list
+    in steps of about the golden section.
     """
+    # a step without a common divisor with n visits every item once
     n = len(items)
     step = next((k for k in range(round(0.618 * n), n) if math.gcd(k, n) == 1), 1)
     return [items[i * step % n] for i in range(n)]
 
 
 def _views(part, split):
-    """All views of a part, those to be excluded among them."""
+    """All views of a part, with those that will be excluded."""
+    # phi of cameras that go to the image's right, see `orbit`
     right = lambda phi: 0 < phi < 180
     if part == "val":  # half-way between the grid's views, and one a direction
         thetas, phis = (THETAS[1:] + THETAS[:-1]) / 2, PHIS + 22.5
@@ -206,6 +215,7 @@ def _views(part, split):
         ]
     # at 0 all phis are one view
     grid = [Condition(theta, phi) for theta in THETAS for phi in PHIS if theta > 0 or phi == 0]
+    # which of the grid's views test; the others train
     tests = (
         (lambda c: c.theta >= THETAS[4])
         if split == "outer"
@@ -215,9 +225,10 @@ def _views(part, split):
 
 
 def _positions(part, split):
-    """All positions of a part. Of the half that is tested every fourth row is taken, and the rows
-    between them validate.
+    """All positions of a part. Every fourth row of the tested half tests, and rows between them
+    validate.
     """
+    # (16,16): a row for each dx, a column for each dy
     grid = np.array([[Condition(dx=dx, dy=dy) for dy in DY] for dx in DX])
     # rows across, columns from the trained half to the tested one
     grid = grid if split == "left_right" else grid.T
@@ -230,8 +241,8 @@ def _positions(part, split):
 
 
 def resolve_split(setting, split=None):
-    """The split asked for, or the setting's default. Raises UserError for one that the setting does
-    not have.
+    """The split that is asked for, or the setting's default one. Raises UserError for a split that
+    the setting does not have.
     """
     if split is None or split in SPLITS[setting]:
         return split or SPLITS[setting][0]
@@ -263,7 +274,7 @@ def excluded(split=None):
 
 
 def clean_by_default(setting):
-    """True where distractors and fixtures would stand in the way: of the shifted objects, or of a
-    view that is only moved.
+    """True for settings in which distractors and fixtures would stand in the way: of the shifted
+    objects, or of the moved camera's view.
     """
     return setting != "in_dist"

