@@ -119,6 +119,7 @@ class Number:
 
     def holds(self, value):
         """True if a value is of this type and inside the range."""
+        # a whole number may stand for a float; True, which Python counts as 1, for neither
         kinds = (int,) if self.kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
             return False
@@ -159,7 +160,10 @@ fraction = Number(float, above=0, below=1)
 
 @dataclasses.dataclass(frozen=True)
 class IntList:
-    """Whole numbers of a range with commas between them, kept as text: a config holds them so."""
+    """Whole numbers of a range, with commas between them.
+
+    The value stays text, as a config holds it.
+    """
 
     each: Number
 
@@ -183,8 +187,9 @@ int_list = IntList(at_least(1, 512))
 
 
 def new_file(*suffixes):
-    """The type of a flag: a file to write, of one of these suffixes: no file of another kind is
-    replaced.
+    """The type of a flag: a file to write, with one of these suffixes.
+
+    A suffix is asked for so that no file of another kind is replaced.
     """
 
     def parse(text):
@@ -214,6 +219,7 @@ def new_folder(text):
 def _writable(path):
     """`path`, if it can be made in the nearest folder above it that is there."""
     try:
+        # the folder itself may be made later: what counts is the nearest one that exists
         above = next(p for p in (path, *path.absolute().parents) if p.exists())
     except OSError as error:  # a name that is too long
         raise argparse.ArgumentTypeError(f"{path} cannot be written ({error.strerror})") from None
@@ -228,7 +234,7 @@ def _writable(path):
 
 
 def field_type(kind, low, high, above, below):
-    """The type of a config field: without a bound, whole numbers start at 1 and others at 0."""
+    """The type of a config field. Without a bound, whole numbers start at 1 and others at 0."""
     if kind not in (int, float):
         return kind
     if low is None and above is None:
@@ -243,6 +249,7 @@ def check_fields(config):
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kind, choices = field.metadata["type"], field.metadata["choices"]
+        # a checkpoint's config comes from a file, so it is held to what the flags allow
         ranged = hasattr(kind, "holds")
         good = kind.holds(value) if ranged else isinstance(value, kind)
         if not good or choices and value not in choices:

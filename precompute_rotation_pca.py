@@ -41,6 +41,7 @@ def singular_share(rotations):
     """(largest pitch in degrees, share of frames with a pitch beyond 75 degrees) of rotations
     (N,3,3).
     """
+    # near a pitch of +-90 degrees roll and yaw trade places
     pitch = np.abs(matrix_to_euler(rotations)[:, 1])
     return float(np.degrees(pitch.max())), float((pitch > NEAR_SINGULAR).mean())
 
@@ -52,6 +53,7 @@ def table(bases, rotations, chosen):
         f"| space | explained variance | range (deg) | axis | {lost} |",
         "|---|---|---|---|---|",
     ]
+    # one row a space, so that both can be compared before one is chosen
     for space, basis in bases.items():
         name = f"{space} (chosen)" if space == chosen else space
         shares = " / ".join(f"{ratio:.3f}" for ratio in basis.ev_ratio)
@@ -69,6 +71,7 @@ def check_replaceable(path):
     """
     by_hand = "it is left alone; give another --out, or remove it by hand"
     picture = path.with_suffix(".png")
+    # load_basis refuses whatever is no basis, and so nothing else is replaced
     if path.exists():
         try:
             load_basis(path)
@@ -93,6 +96,7 @@ class Rotations(NamedTuple):
 def read_rotations(dataset, n_demos, val_fraction):
     """The Rotations of a dataset's first `n_demos` demonstrations, or of all (None)."""
     demos, held_out = split_demos(open_dataset(dataset, limit=n_demos).demos, val_fraction)
+    # frames of all demonstrations of a part, stacked
     known, unseen = (
         rotvec_to_matrix(np.concatenate([demo.ee_ori for demo in part]))
         for part in (demos, held_out)
@@ -189,6 +193,7 @@ def precompute(dataset, space="so3", allow_low_ev=False, n_demos=None, val_fract
     print(f"{dataset}: {len(found.demos)} demonstrations, {len(found.known)} frames")
     print(table(bases, found.known, space))
     say_how_it_fits(found, bases[space], space)
+    # the gate: below it one axis is no fair account of how the gripper turns
     ev = float(bases[space].ev_ratio[0])
     if ev < EV_GATE and not allow_low_ev:
         print(refusal(dataset, bases, space), file=sys.stderr)

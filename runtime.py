@@ -120,6 +120,7 @@ def unwritable(error):
     # h5py, safetensors and PIL raise errors of their own, some with the words but no number
     words = str(error).lower()
     number = next((n for n in UNWRITABLE if os.strerror(n).lower() in words), None)
+    # open() names the file in its OSError, write() does not
     nameless = isinstance(error, OSError) and not error.filename
     if getattr(error, "errno", None) not in UNWRITABLE and number is None and not nameless:
         return None
@@ -140,6 +141,7 @@ def atomic_path(path):
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            # touched to learn the mode that a new file gets here (umask)
             scratch.touch()
             mode = scratch.stat().st_mode
             yield scratch
@@ -190,13 +192,20 @@ def _close_last_line(file):
 
 
 def fits(value, form):
-    """ "" if a JSON value has a form, else what is wrong with it.
+    """Say what is wrong with a JSON value of a form, "" if nothing is.
 
-    A form is a type (float: any finite number), "number" (NaN and Inf too), None, a tuple of forms
-    of which one fits, [form] for a list of them, [a, b] for a list of exactly these, or {key: form}
-    for an object with these keys at least, one that ends in "?" left out or fitting; {...: form} is
-    an object of any keys.
+    A form is one of
+
+        float           any finite number; other types stand for themselves
+        "number"        NaN and Inf too
+        None            null
+        (a, b)          one of these forms
+        [form]          a list of any length
+        [a, b]          a list of exactly these
+        {key: form}     an object with these keys at least; "key?" may be left out
+        {...: form}     an object of any keys
     """
+    # alternatives: the first one's fault is told where none fits
     if isinstance(form, tuple):
         faults = [fits(value, each) for each in form]
         return "" if "" in faults else faults[0]
@@ -222,6 +231,7 @@ def fits(value, form):
 def _object_fits(value, form):
     if not isinstance(value, dict):
         return f"is {_shown(value)}, an object is expected"
+    # any key: the same form for each that is there
     if ... in form:
         form = dict.fromkeys(value, form[...])
     for key, each in form.items():
@@ -237,6 +247,7 @@ def _object_fits(value, form):
 
 
 def _list_fits(value, form):
+    # [form] is a list of any length, [a, b] one of exactly two
     exact = len(form) > 1
     if not isinstance(value, list) or exact and len(value) != len(form):
         length = f" of {len(form)}" if exact else ""
@@ -283,6 +294,7 @@ def read_jsonl(path, remedy="remove that line", form=dict):
     """
     path = Path(path)
     try:
+        # without a byte-order mark
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
         return []
@@ -359,8 +371,9 @@ def command_line():
 
 
 def use_huge_pages():
-    """Let torch ask for huge pages: a third off a training step on a CPU. To be called before the
-    first tensor is made, as torch looks but once.
+    """Let torch ask for huge pages, which takes a third off a training step on a CPU.
+
+    Call it before the first tensor is made: torch looks only once.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -388,6 +401,7 @@ def choose_device(device="auto"):
             f"--device {device}: torch sees no GPU here; use --device cpu or install a GPU driver"
         )
     index, n_gpus = kind.index, torch.cuda.device_count()
+    # torchrun numbers the processes of a machine, each takes the GPU of its number
     if index is None:
         index = int(os.environ.get("LOCAL_RANK", 0))
     if index >= n_gpus:
@@ -399,8 +413,9 @@ def choose_device(device="auto"):
 
 
 def choose_precision(device, precision="auto"):
-    """--precision -> "fp32" or "bf16". auto: bf16 on a GPU and on CPUs with bf16 instructions (1.7
-    times faster there), else fp32.
+    """--precision -> "fp32" or "bf16".
+
+    auto is bf16 on a GPU and on CPUs with bf16 instructions (1.7 times faster there), else fp32.
     """
     import torch
 
@@ -479,6 +494,7 @@ class StopSignal:
 
     def _raise(self, number, frame):
         self.raised = True
+        # the default again: a second signal ends the process
         signal.signal(number, signal.SIG_DFL)
 
 

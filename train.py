@@ -54,7 +54,7 @@ BUDGETS_ARE_STEPS = (
 )
 
 
-# what a checkpoint says of its dataset
+# attributes of the dataset that a checkpoint keeps
 ABOUT = (
     "task_suite",
     "task_id",
@@ -85,6 +85,7 @@ def build_parser(config_class=None):
     add_run_flags(parser.add_argument_group("run"))
     add_data_flags(parser.add_argument_group("data"))
     add_training_flags(parser.add_argument_group("training"))
+    # one flag for each field of the policy's config, see policy.flag
     if config_class:
         add_config_flags(parser, config_class)
         if config_class.presets:
@@ -199,6 +200,7 @@ def resumed_args(run):
     # auto may mean another one by now
     if "preset" in values["args"]:
         argv = [*argv, "--preset", values["args"]["preset"]]
+    # the command is parsed again as it was typed; what "auto" came to stays: preset and backbone
     config_class = look_up(values["args"]["model_type"]).config
     args = with_preset(build_parser(config_class), argv)
     args.resume = args.out = run
@@ -208,6 +210,7 @@ def resumed_args(run):
 
 def with_preset(parser, argv):
     """Parse flags on top of the defaults that the model's --preset sets."""
+    # once to learn which preset is asked for
     args = parser.parse_args(argv)
     if "preset" not in args:
         return args
@@ -244,6 +247,7 @@ def prepare(args, config_class, device, progress):
     trained on.
     """
     ensure_dataset(args.dataset)
+    # each step may refuse, so the cheap ones come first: data, config, split, then features
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
     recordings = open_dataset(args.dataset, config.image_size, args.n_demos)
     config = config_for(args, config, recordings.attributes)
@@ -260,6 +264,7 @@ def prepare(args, config_class, device, progress):
     if args.mirror:
         train_demos = train_demos + [demo_files.mirrored(demo) for demo in train_demos]
 
+    # "auto" becomes a name here, which the checkpoint stores
     asked = config.backbone
     config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights).to(device)
@@ -295,6 +300,7 @@ def config_for(args, config, attributes):
             f"{moved}: turns rotations away from those that the principal axis was computed from; "
             "leave it out, or give --rotation euler"
         )
+    # a demonstration of lift_once ends by staying: that is an answer to be trained
     if attributes.get("variant") != "lift_once" or config.stay:
         return config
     print(
@@ -395,6 +401,7 @@ def run_folder(out, model_type, resume):
 
 def resolve(args, found, dist):
     """What was typed, with what "auto" came to -> Recipe."""
+    # no batch is larger than the data
     batch_size = min(args.batch_size, len(found.train_set))
     if batch_size < dist.world:
         raise UserError(
@@ -448,6 +455,7 @@ def build(recipe, found, dist, folder, args):
     policy_class = look_up(recipe.model_type).policy
     policy = policy_class(found.config, found.backbone.channels).attach(found.backbone)
     policy = policy.to(dist.device)
+    # normalisation before a checkpoint's tensors: --init_from replaces some of it
     policy.fit_statistics(found.train_set.statistics())
     if recipe.init_from and not args.resume:
         finetune.init_from(policy, recipe.init_from)
@@ -472,6 +480,7 @@ def announce(trainer, resume):
     """Say what is trained on what, and for how long."""
     folder, parameters = trainer.folder, trainer.save_info["parameters"]
     print(f"{folder}: {parameters:,} parameters, step {trainer.step}\n{trainer.recipe}")
+    # of policies with a 1D rotation target
     basis = getattr(trainer.train_set, "basis", None)
     if basis is not None:
         explained = float(basis.ev_ratio[0])

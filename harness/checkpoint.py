@@ -57,9 +57,11 @@ def digest(tensors, header):
     Without it a flipped bit in a weight would drive a robot somewhere else, and nobody would know.
     """
     found = hashlib.blake2b(header.encode(), digest_size=16)
+    # names, types and shapes too: the same bytes in another tensor are another policy
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # the tensor's bytes, whatever its type
         found.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
@@ -88,6 +90,7 @@ def load_tensors(path):
     except Exception as error:
         fault = f"not a safetensors file, or truncated ({one_line(error)})"
         raise UserError(f"{path}: {fault}; {AGAIN}") from error
+    # readable, so: is it ours, is it what was saved, does its header say something
     if KEY not in metadata:
         raise UserError(
             f"{path}: a foreign checkpoint, its header has no '{KEY}' entry; "
@@ -123,9 +126,11 @@ def save_policy(path, policy, model_type, info, extra=None):
         "backbone_identity": policy.backbone.identity,
         **info,
     }
+    # prefixes tell the policy's tensors from further ones in the same file
     tensors = {f"model.{name}": tensor for name, tensor in policy.state_dict().items()}
     tensors.update({f"extra.{name}": tensor for name, tensor in (extra or {}).items()})
     save_tensors(path, tensors, info)
+    # the header again as plain JSON; no policy is rebuilt from this copy
     write_json(Path(path).with_suffix(".json"), info)
     stats = policy.deployment_stats()
     if stats:
@@ -141,8 +146,10 @@ def stats_path(path):
 
 
 def fill_config(config_class, stored, path):
-    """A config from a checkpoint's fields. Fields that it does not know yet get their defaults, and
-    are printed.
+    """A config from the fields that a checkpoint stores.
+
+    Fields that the checkpoint is too old to have get their defaults, and are printed. Raises
+    UserError for fields that this version does not have.
     """
     known = {field.name for field in dataclasses.fields(config_class)}
     missing, foreign = known - stored.keys(), stored.keys() - known
@@ -155,12 +162,11 @@ def fill_config(config_class, stored, path):
 
 
 def load_policy(path, device="cpu", weights=None, backbone=None):
-    """Rebuild the policy of a checkpoint, backbone attached, ready to act -> (policy, info, extra
-    tensors).
+    """Rebuild a checkpoint's policy, ready to act -> (policy, info, extra tensors).
 
-    weights: local backbone weights; backbone: one already made. Raises UserError if the file is
-    damaged or foreign, if tensors are missing or of another shape, or if the backbone's weights are
-    not those it was trained on.
+    weights: local backbone weights; backbone: one already made, attached instead of a new one.
+    Raises UserError if the file is damaged or foreign, if tensors are missing or of another shape,
+    or if the backbone's weights are not those it was trained on.
     """
     tensors, info = load_tensors(path)
     check_header(path, info)
@@ -170,6 +176,7 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
     policy.load_state_dict(model)
     if backbone is None:
         backbone = Backbone(policy.config.backbone, policy.config.image_size, weights)
+    # features of other weights have the same shapes, and the policy would answer nonsense
     if backbone.identity != info["backbone_identity"]:
         raise UserError(
             f"{path}: was trained on the features {info['backbone_identity']}, here they are "
@@ -180,7 +187,7 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
 
 
 def with_prefix(tensors, prefix):
-    """The tensors whose names start so, by the rest of their names."""
+    """The tensors whose names start with a prefix, by the rest of their names."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -194,6 +201,7 @@ def check_header(path, info):
         raise UserError(
             f"{path}: holds a training state, not a policy; give the run's checkpoint.safetensors"
         )
+    # older files have no digest, so each entry is looked at before it is used
     dataset = info.get("dataset", {})
     fault = fits(info, POLICY_FORM) or fits(dataset, DATASET_FORM)
     if not fault and not dataset.get("task_id", "0").isdecimal():
@@ -219,7 +227,10 @@ def empty_policy(path, info):
 
 
 def check_weights(path, model, expected, model_type):
-    """Raise UserError unless a checkpoint's tensors are those that its policy has."""
+    """Raise UserError unless a checkpoint's tensors are those of its policy.
+
+    Names, shapes and types have to match, and all values have to be finite.
+    """
     surplus = model.keys() - expected.keys()
     if surplus:
         names = ", ".join(sorted(surplus))

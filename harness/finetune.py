@@ -24,6 +24,7 @@ def init_from(policy, path):
     check_related(policy, path, info)
     stored = with_prefix(tensors, "model.")
     state = policy.state_dict()
+    # every tensor that has a namesake of the same shape, but for those that describe the new data
     fitting = {
         name: tensor
         for name, tensor in stored.items()
@@ -34,12 +35,14 @@ def init_from(policy, path):
             f"--init_from {path}: no tensor of {info.get('model_type')} fits by name and shape; "
             "give a related checkpoint"
         )
+    # before loading: this data's range of heights, which the checkpoint's bins may not cover
     heights = state["height_range"].tolist() if "height_range" in fitting else None
     report = {
         "loaded": sorted(fitting),
         "dropped": sorted(set(stored) - set(fitting)),
         "fresh": sorted(set(state) - set(fitting)),
     }
+    # not strict: what does not fit keeps its new weights
     policy.load_state_dict(fitting, strict=False)
     print(f"{path}: {len(fitting)} of {len(stored)} tensors loaded by name and shape")
     print(f"  dropped: {listed(report['dropped'], stored)}")
@@ -50,7 +53,7 @@ def init_from(policy, path):
 
 
 def check_related(policy, path, info):
-    """Raise UserError unless a checkpoint's tensors mean in this policy what they meant there."""
+    """Raise UserError unless a checkpoint's tensors mean the same in this policy."""
     if "config" not in info or "backbone_identity" not in info:
         raise UserError(f"--init_from {path}: holds no policy; give a run's checkpoint.safetensors")
     theirs, ours = info["backbone_identity"], policy.backbone.identity
@@ -74,7 +77,10 @@ def listed(names, tensors):
 
 
 def warn_of_heights(ours, kept):
-    """Say where this data's heights leave the range [low, high] m of the checkpoint's bins."""
+    """Warn where this data's heights leave the range of the checkpoint's bins.
+
+    ours, kept: [low, high] in m, of this data and of the checkpoint.
+    """
     if ours[0] < kept[0] - 1e-9 or ours[1] > kept[1] + 1e-9:
         print(
             f"  warning: heights here span {ours[0]:.3f} to {ours[1]:.3f} m, the checkpoint's bins "
@@ -83,20 +89,22 @@ def warn_of_heights(ours, kept):
 
 
 def hold_volume(policy):
-    """Drop the gradients of the volume head and of all that it reads: the optimiser then leaves
-    them as they are, to the bit.
+    """Drop the gradients of the volume head and of all that it reads.
+
+    The optimiser skips parameters without a gradient, so they stay as they are, to the bit.
     """
     for parameter in policy.volume_parameters():
         parameter.grad = None
 
 
 def volume_creep(rows, freeze_steps):
-    """What became of the held-out volume loss after the freeze, in one sentence; None while there
-    is nothing to compare.
+    """How the held-out volume loss has changed since the freeze ended.
 
-    rows: of metrics.jsonl. -> (sentence, True if the loss has crept up by more than CREEP).
+    rows: of metrics.jsonl. -> (sentence, True if the loss has grown by more than CREEP), or None
+    while there is nothing to compare.
     """
     found = [(row["step"], row["val/volume_ce"]) for row in rows if "val/volume_ce" in row]
+    # the last validation in the freeze against the last one after it
     before = [loss for step, loss in found if step <= freeze_steps]
     after = [loss for step, loss in found if step > freeze_steps]
     if not before or not after:

@@ -41,6 +41,7 @@ def holm(p_values):
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
     adjusted = np.empty(len(p))
+    # the smallest p times n, the next times n - 1 ...; the running maximum keeps their order
     adjusted[order] = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
     return np.minimum(adjusted, 1.0).tolist()
 
@@ -59,8 +60,10 @@ def seeds_interval(outcomes, draws=4000):
         return low, high
     episodes = sorted(set().union(*outcomes))
     # (seeds, episodes)
+    # NaN: an episode that this seed has no result of
     table = np.array([[o.get(e, np.nan) for e in episodes] for o in outcomes], dtype=float)
     rng = np.random.default_rng(0)  # the same table gives the same interval
+    # two-level bootstrap: each draw picks seeds, and episodes that all of them share
     seeds = rng.integers(len(table), size=(draws, len(table)))
     drawn = rng.integers(len(episodes), size=(draws, len(episodes)))
     # each seed's rate over the episodes that are drawn and known
@@ -68,6 +71,7 @@ def seeds_interval(outcomes, draws=4000):
     wins = np.where(known, table, 0.0)[:, drawn].sum(-1)  # (seeds, draws)
     counts = known[:, drawn].sum(-1)  # (seeds, draws)
     rates = (wins / np.maximum(counts, 1)).T  # (draws, seeds)
+    # mean of the drawn seeds' rates; percentiles over the draws
     by_seed = np.take_along_axis(rates, seeds, axis=1)
     drawn_low, drawn_high = np.percentile(by_seed.mean(axis=1), [2.5, 97.5])
     return min(low, float(drawn_low)), max(high, float(drawn_high))
@@ -124,6 +128,7 @@ def distance_to_polyline(points, line):
     if len(line) == 1:
         return np.linalg.norm(points - line[0], axis=-1)
     start, step = line[:-1], np.diff(line, axis=0)
+    # pieces of no length would divide by zero
     length2 = np.maximum((step**2).sum(-1), 1e-12)
     # how far along each piece, from 0 to 1, its nearest point lies: (N,M-1)
     along = np.clip(((points[:, None] - start) * step).sum(-1) / length2, 0, 1)

@@ -10,6 +10,7 @@ from runtime import UserError, read_json, read_jsonl
 
 # whatever folder a script is called from
 COMMITTED = Path(__file__).resolve().parents[1] / "checkpoints"
+# forms of `runtime.fits`: "name?" may be missing, a tuple is any of its forms, `...` any key
 RATE, INTERVAL, NUMBER = (float, None), [float, float], ("number", None)
 COVERAGES = {f"coverage_{px}px": NUMBER for px in (4, 8, 16)}
 MEASURED = {
@@ -119,6 +120,7 @@ def read_summary(folder):
     """summary.json of a finished evaluation."""
     path, remedy = Path(folder) / "summary.json", "finish it with the command that began it"
     summary = read_json(path, "finished evaluation", remedy, SUMMARY)
+    # types fit; now whether the numbers can be: rates of some episodes, between 0 and 1
     n, rates = summary["n"], [summary["success_rate"], summary["released_rate"]]
     scored = [*rates, *(summary[key] for key in ("mean_steps", "jerk_mm", "seconds_per_episode"))]
     bounds = [
@@ -139,6 +141,7 @@ def read_episodes(folder, layout=None):
     """
     path = Path(folder) / "episodes.jsonl"
     rows = read_jsonl(path, "remove that line, its episode is run again", (SCORED, CRASHED))
+    # rows of before layouts were named count as of the one that is asked for
     foreign = {row["layout"] for row in rows if layout and row.get("layout", layout) != layout}
     if foreign:
         raise UserError(
@@ -157,6 +160,7 @@ def check_stamp(folder, asked):
     if stamp.exists():
         if read_json(stamp, "evaluation", remedy) != asked:
             raise UserError(f"{folder}: holds results of other settings; {remedy}")
+    # rows without settings: nobody knows what they are of
     elif (Path(folder) / "episodes.jsonl").exists():
         raise UserError(
             f"{folder}: holds episodes.jsonl without the settings.json that says what they "

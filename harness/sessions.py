@@ -40,11 +40,11 @@ def set_choices(policy, choices):
 
 
 class PolicySessions:
-    """A policy, ready to act, see the module's docstring.
+    """A policy that is ready to act in many sessions; see the module's docstring.
 
-    `batch` observations are answered by a call, `threads` calls run at a time. `about` is what an
-    evaluation needs to know of it, without torch: the checkpoint's info, the policy's config, the
-    device, and the tensors that the protocol is checked against as arrays.
+    batch: observations that one call answers; threads: calls that run at a time; about: what an
+    evaluation needs to know of the policy without torch. That is the checkpoint's info, the
+    policy's config, the device, and the tensors that the protocol is checked against, as arrays.
     """
 
     def __init__(self, policy, batch=1, threads=1, about=None):
@@ -52,7 +52,10 @@ class PolicySessions:
 
     @classmethod
     def load(cls, path, device="auto", weights=None, choices=None):
-        """Those of a checkpoint. Raises UserError for bad files, devices and choices."""
+        """The sessions of a checkpoint's policy.
+
+        choices: see `set_choices`. Raises UserError for bad files, devices and choices.
+        """
         device = choose_device(device)
         policy, info, extra = load_policy(path, device, weights)
         set_choices(policy, choices or {})
@@ -64,6 +67,7 @@ class PolicySessions:
         }
         if device != "cpu":  # one thread gives a GPU all its work
             return cls(policy, MICRO_BATCH, 1, about)
+        # one thread for each observation: sums are added in the same order whatever else runs
         torch.set_num_threads(1)
         return cls(policy, 1, os.cpu_count() or 1, about)
 
@@ -81,6 +85,7 @@ class PolicySessions:
         """
         if self.batch == 1:
             return [self._act(*request) for request in requests]
+        # GPU: one backbone call for all images, then each session with its row of the maps
         try:
             maps = self._features([observation.image for _, observation in requests])
         except Exception:
@@ -89,7 +94,10 @@ class PolicySessions:
         return [self._act(*request, one(i)) for i, request in enumerate(requests)]
 
     def _features(self, images):
-        """Images [(S,S,3)] -> maps [(batch,C,H,W)] of as many, and of copies of the first."""
+        """Images [(S,S,3)] -> the backbone's maps [(batch,C,H,W)].
+
+        Copies of the first image fill the batch up, so every call has the same shape.
+        """
         filled = images + images[:1] * (self.batch - len(images))
         return self.policy.features(np.stack(filled))
 

@@ -22,6 +22,7 @@ TRAINED = (
 
 def summarise(rows, args, info):
     """Per-episode rows -> the cell's summary. args: of eval.py; info: of the checkpoint, or {}."""
+    # a crash is the simulator's or its worker's, and says nothing about the policy
     scored = [r for r in rows if "crash" not in r]
     n, lifting = len(scored), args.variant == "lift_once"
     outcomes = (*(LIFT_OUTCOMES if lifting else OUTCOMES), ERROR)
@@ -77,6 +78,7 @@ def means(scored):
         return round(float(np.mean(values)), 4) if values else None
 
     near = [f"{name}_{px}px" for name in ("coverage", "on_path") for px in PIXELS]
+    # "mean_steps" is the mean of each row's "steps"; the others have one name in both
     names = ["mean_steps", "jerk_mm", "third_difference_mm", *near, "path_length_ratio"]
     seconds = {
         k: round(float(np.mean([r["seconds"][k] for r in scored])), 3)

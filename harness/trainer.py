@@ -39,6 +39,7 @@ class Batches:
     def __getitem__(self, step):
         """Indices (batch_size,) of a step's samples; an epoch leaves out what fills no batch."""
         epoch, i = divmod(step, self.n // self.batch_size)
+        # a new order each epoch, from the seed alone; kept until the next one
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
@@ -47,6 +48,7 @@ class Batches:
 
 def seed_of(*numbers):
     """One seed from several numbers, none of which may be exchanged for another."""
+    # 63 bits, as of a signed whole number
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -57,6 +59,7 @@ def spoken(metrics):
 
 def learning_rate(recipe, step):
     """Linear warm-up, then a cosine to zero at the last step."""
+    # 0 to 1 over the warm-up; the cosine runs from step 0 on, and the two are multiplied
     warm = min(1.0, (step + 1) / max(1, recipe.warmup))
     return recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.max_steps))
 
@@ -72,6 +75,7 @@ def profile_steps(policy, dataset, device, precision, batch_size):
     for size in sorted({2, 4, batch_size}):
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
+        # a copy is trained: the policy itself starts with the weights it has
         times = time_steps(copy.deepcopy(policy), dataset, device, precision, size)
         milliseconds = round(1000 * float(np.median(times[1:])), 1)  # the first one warms up
         memory, kind = peak_memory(device)
@@ -94,6 +98,7 @@ def time_steps(policy, dataset, device, precision, size, n=4):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        # a GPU's step is over only when the GPU says so
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -101,7 +106,7 @@ def time_steps(policy, dataset, device, precision, size, n=4):
 
 
 def peak_memory(device):
-    """-> (MB, what they are)."""
+    """Peak memory so far -> (MB, which memory that is)."""
     if device.startswith("cuda"):
         return round(torch.cuda.max_memory_allocated() / 1e6, 1), "allocated on the GPU"
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -109,7 +114,10 @@ def peak_memory(device):
 
 
 def expected_minutes(rows, batch_size, steps):
-    """Minutes that so many steps will take on this machine, from the rows of `profile_steps`."""
+    """Minutes that `steps` steps will take on this machine.
+
+    rows: of `profile_steps`, in which batch_size is one of the sizes.
+    """
     return steps * next(r["step_ms"] for r in rows if r["batch"] == batch_size) / 60_000
 
 
@@ -138,6 +146,7 @@ def load_state(path, policy, optimizer):
     advice = (
         "it is another policy's, an earlier version's or damaged; train anew with another --out"
     )
+    # how far it was; then names and shapes of the weights, then the optimizer's
     reached = {key: info[key] for key in ("step", "minutes", "validation_minutes") if key in info}
     if type(reached.get("step")) is not int or not all(
         type(v) in (int, float) for v in reached.values()
@@ -161,6 +170,7 @@ def load_state(path, policy, optimizer):
 
 def load_moments(path, tensors, policy, optimizer, advice):
     """Restore the optimizer's part of `save_state`."""
+    # "optimizer.NAME.KIND" -> {NAME: {KIND: tensor}}, KIND step, exp_avg or exp_avg_sq (of AdamW)
     moments = {}
     for key in (k for k in tensors if k.startswith("optimizer.")):
         name, _, kind = key[10:].rpartition(".")
@@ -179,6 +189,7 @@ def load_moments(path, tensors, policy, optimizer, advice):
                 f"{path}: the optimizer's tensors of '{name}' are not of shape "
                 f"{tuple(shape)}; {advice}"
             )
+    # the optimizer numbers its parameters, group by group; names do not depend on the order
     names = {id(p): name for name, p in parameters.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     optimizer.load_state_dict(
@@ -193,8 +204,10 @@ def load_moments(path, tensors, policy, optimizer, advice):
 
 
 class Ahead:
-    """What `make(step)` returns for steps from `first` to `end`, in order, made by a thread while
-    the steps before are trained on; at most `depth` wait."""
+    """`make(step)` for the steps from `first` to `end`, in order, made ahead of time by a thread.
+
+    While a step is trained on, at most `depth` further results wait.
+    """
 
     def __init__(self, make, first, end, depth=2):
         self.make, self.depth = make, depth
@@ -203,7 +216,8 @@ class Ahead:
         self.waiting = deque()
 
     def take(self):
-        """The next step's. Raises what `make` raised."""
+        """The next step's result. Raises what `make` raised."""
+        # order one more than is waited for, so that the thread has work while the caller trains
         while len(self.waiting) <= self.depth and (step := next(self.steps, None)) is not None:
             self.waiting.append(self.thread.submit(self.make, step))
         return self.waiting.popleft().result()
@@ -230,6 +244,7 @@ class Trainer:
         self.state_path = folder / "state.safetensors"
         groups = policy.param_groups(recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+        # features to the GPU where they fit, see `WaypointDataset.hold`
         for part in (train_set, val_set):
             part.hold(dist.device)
         self.batches = Batches(recipe.seed, len(train_set), recipe.batch_size)
@@ -243,6 +258,7 @@ class Trainer:
         bar.set_description("training")
         broken = torch.zeros((), dtype=torch.bool, device=device)
         stopping = False
+        # batches are gathered by a thread while the step before is computed
         self.ahead = Ahead(self.samples, self.step, recipe.max_steps)
         self.policy.train()
         while self.step < recipe.max_steps and not stopping:
@@ -255,6 +271,7 @@ class Trainer:
                 parts = module(batch)
             self.optimizer.zero_grad(set_to_none=True)
             parts["loss"].backward()
+            # before the clip: held gradients count in no norm
             if self.step < recipe.freeze_steps:
                 finetune.hold_volume(self.policy)
             norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), recipe.clip)
@@ -265,6 +282,7 @@ class Trainer:
             # A CPU's numbers are there at once. A GPU still computes: it is waited for only where
             # something is done with its numbers.
             broken |= ~torch.isfinite(parts["loss"]) | ~torch.isfinite(norm)
+            # These follow from the step alone, so all processes meet in `agree_to_stop`.
             logs, validates, saves = self.due()
             if device == "cpu" or logs or validates or saves:
                 stopping = self.agree_to_stop(stop.raised, broken)
@@ -286,13 +304,14 @@ class Trainer:
 
     def wrapped_policy(self):
         """What a step calls: the policy, shared with the other processes and compiled as asked."""
+        # DDP averages the gradients of the processes, see Policy.masked_mean
         module = self.policy
         if self.dist.world > 1:
             module = torch.nn.parallel.DistributedDataParallel(module)
         return torch.compile(module) if self.recipe.compile else module
 
     def set_learning_rate(self):
-        """That of the next step, for all parameters."""
+        """Set the learning rate of the step to come, for all parameters."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, self.step)
 
@@ -314,6 +333,7 @@ class Trainer:
         indices = self.batches[step]
         batch = self.train_set.batch(indices[rank::world])
         if self.recipe.shift_aug > 0:
+            # drawn for all samples of the step, then divided as the samples are
             draws = np.random.default_rng([seed, step]).random(len(indices))[rank::world]
             size = self.policy.config.image_size
             batch = shifted_sideways(batch, self.recipe.shift_aug, draws, size)
@@ -332,6 +352,7 @@ class Trainer:
         if `broken` is true in one, after a loss or a gradient that is not finite.
         """
         if self.dist.world > 1:
+            # the maximum over processes: 1 where any has said so
             said = torch.tensor([float(stopping), float(broken)], device=self.dist.device)
             torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
             stopping, broken = said.tolist()
@@ -344,6 +365,7 @@ class Trainer:
 
     def log(self, parts, norm):
         """Log a step's numbers, averaged over the processes -> the loss."""
+        # one transfer for all numbers; their mean over processes is that over all samples
         values = torch.stack([v.float() for v in parts.values()])
         if self.dist.world > 1:
             torch.distributed.all_reduce(values)
@@ -359,7 +381,7 @@ class Trainer:
         return {k: round(getattr(self, k), 4) for k in ("minutes", "validation_minutes")}
 
     def validate(self):
-        """Metrics on held-out demonstrations, logged; the time that they take is no training."""
+        """Compute and log metrics on held-out demonstrations; their time is no training time."""
         started = time.perf_counter()
         limit = self.recipe.val_samples
         self.metrics = validate(self.policy, self.val_set, self.dist.device, limit=limit)
@@ -386,8 +408,9 @@ class Trainer:
             vars(self).update(load_state(self.state_path, self.policy, self.optimizer))
 
     def estimate(self):
-        """Time a few steps -> rows of `profile_steps`; prints how long the training will take."""
+        """Time a few steps -> rows of `profile_steps`. Prints how long the training will take."""
         recipe, batch_size = self.recipe, self.batches.batch_size
+        # samples of the largest share of a process: batch / world, rounded up
         share = -(-batch_size // self.dist.world)
         device, precision = self.dist.device, recipe.precision
         rows = profile_steps(self.policy, self.train_set, device, precision, share)

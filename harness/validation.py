@@ -38,22 +38,26 @@ def newest_rows(batch):
 
 
 def newest(batch, out):
-    """Window batches as single-frame ones: targets and predictions of each window's newest frame,
-    one waypoint each. Batches without a history come back as they are.
+    """Window batches as batches of single frames: targets and predictions of the newest frames.
+
+    Every tensor (B,T,...) becomes (B,1,...) where it is about waypoints: one for each frame.
+    Batches without a history come back as they are.
     """
     if "valid" not in batch:
         return batch, out
     rows = newest_rows(batch)
     pick = lambda x: x.flatten(0, 1)[rows]  # (B,T,...) -> (B,...)
     single = {name: pick(batch[name]) for name in ("eef_pos", "K", "E")}
+    # of waypoints (B,...) -> (B,1,...), as of a policy that answers one
     for name in ("target_pos", "target_rot", "target_gripper", "mask"):
         single[name] = pick(batch[name])[:, None]
     return single, {name: pick(value)[:, None] for name, value in out.items()}
 
 
 def predict_newest(policy, batch):
-    """`newest` of the policy's predictions; a policy with a history decides about those frames
-    alone.
+    """Predictions about the frames that are scored -> (batch, predictions) as of `newest`.
+
+    A policy with a history computes those of the newest frames alone.
     """
     if not policy.has_history:
         return batch, policy.predict(batch)
@@ -62,10 +66,9 @@ def predict_newest(policy, batch):
 
 
 def newest_loss(policy, batch):
-    """The policy's loss on the frames that are scored: of windows the newest alone, as of a policy
-    without a history.
-    """
+    """The policy's loss on the frames that are scored: of a window the newest alone."""
     if policy.has_history:
+        # mask 0 everywhere but on the newest frames; the others stay as context
         mask = batch["mask"]
         only = torch.zeros_like(mask).flatten().index_fill(0, newest_rows(batch), 1)
         batch = {**batch, "mask": mask * only.view_as(mask)}
@@ -73,15 +76,14 @@ def newest_loss(policy, batch):
 
 
 def without_past(batch):
-    """Windows (B,T,...) of which only the newest frames are left (B,1,...), each the first of its
-    episode.
-    """
+    """Windows (B,T,...) of the newest frames alone (B,1,...), as firsts of their episodes."""
     rows = newest_rows(batch)
     pick = lambda x: x.flatten(0, 1)[rows][:, None]
     alone = {}
     for name, value in batch.items():
         if name != "first_eef":
             alone[name] = [pick(m) for m in value] if isinstance(value, list) else pick(value)
+    # the episode starts where the newest frame is
     return {**alone, "first_eef": alone["eef_pos"][:, 0]}
 
 
@@ -114,6 +116,7 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
         batch = to_device(dataset.batch(indices[i : i + batch_size]), device)
         loss = newest_loss(policy, batch)
         losses.append({name: value.item() for name, value in loss.items()})
+        # errors of every sample; means and percentiles come at the end, over all of them
         single, out = predict_newest(policy, batch)
         found = {**first_errors(single, out), **path_errors(single, out)}
         errors.append({**found, **turn_errors(single, out)} if policy.turns else found)
@@ -144,6 +147,7 @@ def turn_errors(batch, out):
     that are known.
     """
     turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
+    # trace of a rotation by an angle: 1 + 2 cos(angle)
     cosine = (torch.diagonal(turn, dim1=-2, dim2=-1).sum(-1) - 1) / 2
     degrees = torch.rad2deg(torch.arccos(cosine.clamp(-1, 1)))  # (B,T)
     return {
@@ -158,8 +162,10 @@ def path_errors(batch, out):
     K, E = batch["K"].cpu().numpy()[:, None], batch["E"].cpu().numpy()[:, None]
     true_px, predicted_px = to_pixels(true, K, E), to_pixels(predicted, K, E)
     start_px = to_pixels(batch["eef_pos"].cpu().numpy()[:, None], K, E)  # (B,1,2)
+    # the predicted line starts where the EEF is
     lines = np.concatenate([start_px, predicted_px], 1)  # (B,T+1,2)
     known = batch["mask"].cpu().numpy() > 0
+    # waypoints behind a push (mask 0) are left out of the coverage
     found = {
         f"coverage_{eps}px": [
             coverage(points[shown], line, eps) for points, shown, line in zip(true_px, known, lines)
@@ -204,6 +210,7 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
     """
     policy.eval()
     size = dataset.config.image_size
+    # one blank image serves all samples: its maps [(C,H,W)]
     blank = dataset.backbone(torch.full((1, size, size, 3), 128, dtype=torch.uint8))
     blank = [maps.to(device)[0] for maps in blank]  # grey
     moved, errors, blank_errors, past_moves = [], [], [], []
@@ -216,13 +223,16 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
         plain = first_pixels(single, out["position"])
         errors.extend(apart(plain, true))
 
+        # the EEF aside: does the answer follow the image, or the state?
         single, other = predict_newest(policy, with_moved_eef(policy, batch, i))
         moved.extend(apart(first_pixels(single, other["position"]), plain))
 
+        # the image gone: does the error grow?
         empty = [b.expand_as(maps) for b, maps in zip(blank, batch["features"])]
         single, other = predict_newest(policy, {**batch, "features": empty})
         blank_errors.extend(apart(first_pixels(single, other["position"]), true))
 
+        # the past gone: does the answer change?
         if policy.has_history:
             _, other = predict_newest(policy, without_past(batch))
             metres = (other["position"] - out["position"])[:, 0].double().norm(dim=-1)
@@ -252,6 +262,7 @@ def with_moved_eef(policy, batch, start):
     angle = torch.as_tensor(2 * np.pi * turns, device=eef.device)  # (B,)
     if policy.has_history:
         angle = angle[:, None]  # the same for all frames of a window
+    # aside in the image, at the same height above the table
     u, v, _ = project(eef, batch["K"], batch["E"])
     u, v = u + SHIFT_PX * angle.cos(), v + SHIFT_PX * angle.sin()
     return {**batch, "eef_pos": unproject(u, v, eef[..., 2], batch["K"], batch["E"])}
@@ -296,6 +307,7 @@ def free_run(policy, demo, config, fed="predicted"):
     (M,) whether the image shows it, "jerk_mm", "true_jerk_mm" (second differences of the
     waypoints), "jitter_mm" (of their errors), "px" (N,)}.
     """
+    # decision by decision along the recording, which does not react: open loop
     frames, targets = decision_frames(demo, config)
     _, changes = gripper_segments(demo.actions)
     policy.eval().reset()
@@ -337,6 +349,7 @@ def decide(policy, demo, image, frame, eef):
     """
     device = next(policy.parameters()).device
     tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
+    # batch of one, as in Policy.act
     maps = policy.backbone(torch.from_numpy(image[None]))
     out = policy.decide(
         {
