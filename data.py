@@ -31,13 +31,15 @@ STILL = 0.01  # metres
 
 
 def shifted_sideways(batch, limit, draws, image_size):
-    """A batch whose images are moved sideways, each by its own number of pixels, the camera's
-    principal point with them.
+    """A batch whose images are moved sideways, each by its own number of pixels.
 
-    It is exact but for the columns that come into view, which repeat the edge's: a cell, a height
-    and the rays through them mean what they meant, and no place in the image is the table's own any
-    more. Feature maps are moved by whole cells of the coarsest. limit: at most so many pixels,
-    fewer where the EEF or a waypoint would leave the image; draws (B,): random numbers in [0, 1).
+    The camera's principal point moves with the image, so cells, heights and rays keep their
+    meaning. A policy can then no longer learn where in the image the table is. The shift is exact
+    but for the columns that come into view, which repeat the edge. Feature maps move by whole cells
+    of the coarsest.
+
+    limit: the largest shift in pixels, less where the EEF or a waypoint would leave the image;
+    draws (B,): random numbers in [0, 1); image_size in pixels.
     """
     features, K, E = batch["features"], batch["K"], batch["E"]
     # pixels by which a shift goes: one cell of the coarsest map, a whole number of cells of all
@@ -128,7 +130,7 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
 
 
 def paths_of(demos):
-    """The datasets that demonstrations are of, as text."""
+    """The paths of the demonstrations' datasets, as text."""
     return ", ".join(sorted({str(d.source.path) for d in demos}))
 
 
@@ -146,6 +148,7 @@ class WaypointDataset(Dataset):
     ):
         self.demos, self.config, self.backbone = demos, config, backbone
         self.resident = []  # features on a GPU, see `hold`
+        # cameras by demonstration (D,3,3), (D,4,4): one camera films a whole demonstration
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
         # Labels first: they say which frames need features, and every frame costs a backbone pass.

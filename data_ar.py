@@ -77,6 +77,7 @@ class WindowDataset(WaypointDataset):
     """
 
     def label(self, config, frame_stride):
+        # as WaypointDataset.label; `starts` will hold the frames that each demonstration needs
         starts, rows = [], []
         self.windows = []
         for d, demo in enumerate(self.demos):
@@ -127,6 +128,7 @@ class WindowDataset(WaypointDataset):
         return len(self.windows)
 
     def last_features(self, indices):
+        # from files: statistics are taken before features go to a GPU, or without one
         ends = [self.windows[i][-1] for i in indices]
         n_maps = len(self.backbone.channels)
         return [

@@ -25,6 +25,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=26)
 
     def _get_default_metavar_for_optional(self, action):
+        # N a whole number, X any other, PATH, or the flag's name
         if isinstance(action.type, Number):
             return "N" if action.type.kind is int else "X"
         return "PATH" if action.type in (Path, new_folder) else action.dest.upper()
@@ -193,6 +194,7 @@ def new_file(*suffixes):
     """
 
     def parse(text):
+        # checked while flags are parsed, hours before the file is written
         path = Path(text)
         if not path.name or path.is_dir():
             raise argparse.ArgumentTypeError(

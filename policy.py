@@ -133,8 +133,9 @@ class Shard:
 class Policy(nn.Module):
     """A policy: `loss` over a batch, `act` on an observation.
 
-    What a caller has to know is asked of the policy, not of a tensor's shape: `has_history`,
-    `n_frames`, `n_waypoints`, `turns`. `seconds` adds up where `act` spends its time.
+    Callers ask the policy what they have to know, and never guess it from a tensor's shape:
+    `has_history`, `n_frames`, `n_waypoints`, `turns`. `seconds` adds up where `act` spends its
+    time.
     """
 
     turns = True  # whether it answers rotations; one that does not keeps the gripper's
@@ -176,8 +177,9 @@ class Policy(nn.Module):
         return self
 
     def _apply(self, fn, recurse=True):
-        """`.to()` takes the frozen features along, and forgets the episode, whose tensors it would
-        leave behind.
+        """As of nn.Module (`.to()` ...), with the frozen features taken along.
+
+        The episode is forgotten: its tensors would stay behind on the old device.
         """
         super()._apply(fn, recurse)
         for backbone in self._backbone:
@@ -214,9 +216,10 @@ class Policy(nn.Module):
     def masked_mean(self, values, mask):
         """Mean of values (N,) where mask (N,) is one; 0 where it never is.
 
-        In training the mean over the samples of all processes: each returns its part of it, times
-        their number, so that the average of the processes' gradients is the gradient of that mean.
-        Their own means would weigh a process with few unmasked samples like one with many.
+        In training it is the mean over the samples of all processes. Each returns its part of the
+        sum, times the number of processes, so that the average of their gradients is the gradient
+        of that mean. A mean of each process's own samples would give one with few unmasked samples
+        too much weight.
         """
         # how many unmasked samples there are, in all processes of a training
         total, world = mask.sum(), self.shard.world if self.training else 1
@@ -291,7 +294,10 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def features(self, images):
-        """Images (B,S,S,3) uint8 -> the backbone's maps [(B,C,H,W)] on this device, computed."""
+        """Images (B,S,S,3) uint8 -> the backbone's maps [(B,C,H,W)] on this device.
+
+        On a GPU it waits until they are computed.
+        """
         device = next(self.parameters()).device
         maps = [m.to(device) for m in self.backbone(torch.from_numpy(images))]
         if device.type == "cuda":
@@ -301,7 +307,10 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def act(self, observation, maps=None):
-        """Observation -> Waypoint. maps [(1,C,H,W)]: its features, where they are there already."""
+        """Observation -> Waypoint.
+
+        maps [(1,C,H,W)]: the observation's features, where a caller has computed them already.
+        """
         device = next(self.parameters()).device
         start = time.perf_counter()
         maps = self.features(observation.image[None]) if maps is None else maps

@@ -170,13 +170,15 @@ def append_jsonl(path, row):
 
 
 def _close_last_line(file):
-    """End an open JSONL file with a whole line: a torn one goes, one that lacks only its line end
-    gets it.
+    """End an open JSONL file with a whole line.
+
+    A torn last line is cut off. One that lacks only its line end gets it.
     """
     end = file.seek(0, os.SEEK_END)
     if not end:
         return
     file.seek(end - 1)
+    # the usual case: nothing but the last byte is read
     if file.read(1) == b"\n":
         return
     file.seek(0)
@@ -265,10 +267,10 @@ def _shown(value):
 
 
 def read_json(path, what, remedy="run the command that made it again", form=dict):
-    """A JSON file of a form (see `fits`), which makes its folder a `what`.
+    """Read a JSON file and check its form (see `fits`) -> its value.
 
-    Raises UserError if it is absent, empty, not UTF-8 (a byte-order mark is taken), not JSON, or of
-    another form.
+    what: what the file makes of its folder, for the message. Raises UserError if the file is
+    absent, empty, not UTF-8 (a byte-order mark is taken), not JSON, or of another form.
     """
     path = Path(path)
     so = f"so {path.parent} is no {what}; {remedy}"
@@ -323,8 +325,10 @@ def read_jsonl(path, remedy="remove that line", form=dict):
 
 @functools.cache
 def git_commit():
-    """Short commit of this checkout, with `+` when files differ from it; 'unknown' outside a
-    checkout. Found once, when the script starts: hours later the files may be others.
+    """Short commit of this checkout, with `+` when files differ from it.
+
+    'unknown' outside a checkout. Found once, when the script starts: hours later the files may be
+    others.
     """
     try:
         commit = _git("rev-parse", "--short=10", "HEAD")
@@ -353,9 +357,7 @@ def versions():
 
 
 def started_as():
-    """What follows `python` where this script is started: train.py, or -m study.bench for one in a
-    package.
-    """
+    """The words after `python` that start this script: train.py, or -m study.bench in a package."""
     path = Path(sys.argv[0])
     if path.with_name("__init__.py").is_file():
         return ["-m", f"{path.parent.name}.{path.stem}"]
@@ -467,8 +469,9 @@ class Distributed:
 
 
 def init_distributed(device="auto"):
-    """This process's place in the torchrun job, if there is one, and its device. It has not joined
-    yet: see Distributed.join.
+    """This process's place in the torchrun job, if there is one, and its device.
+
+    The process has not joined the job yet: see Distributed.join.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = choose_device(device)

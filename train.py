@@ -257,17 +257,20 @@ def prepare(args, config_class, device, progress):
     dataset_class = look_up(args.model_type).dataset
     dataset_class.check_split(train_demos, config)
 
+    # the same demonstrations in a moved world, and their reflections beside them
     if args.turn_back:
         _, E = settings.default_camera()
         train_demos = [demo_files.turned_back(demo, E) for demo in train_demos]
         val_demos = [demo_files.turned_back(demo, E) for demo in val_demos]
     if args.mirror:
+        # validation stays unmirrored
         train_demos = train_demos + [demo_files.mirrored(demo) for demo in train_demos]
 
     # "auto" becomes a name here, which the checkpoint stores
     asked = config.backbone
     config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights).to(device)
+    # label, then compute or read features
     train_set, val_set = (
         dataset_class(demos, config, backbone, args.frame_stride, args.cache, progress)
         for demos in (train_demos, val_demos)
@@ -319,8 +322,10 @@ def ensure_dataset(path):
 
 
 def protocol_reference(demo, side=56):
-    """A recorded frame's state, camera and small image: eval.py renders the state and compares, so
-    that a flip cannot go unnoticed. Recordings of a real robot have no states to render.
+    """A recorded frame's state, camera and small image, as tensors by name.
+
+    eval.py renders the state and compares, so that a flip cannot go unnoticed. {} for recordings of
+    a real robot, which have no states to render. side: of the small image, pixels.
     """
     if not demo.states.size:
         return {}
@@ -337,15 +342,15 @@ def protocol_reference(demo, side=56):
 
 
 def first_alone(dist, lock, make):
-    """What `make(progress)` returns, called by one process of a torchrun job first, which fills the
-    caches, then by the others.
+    """Call `make(progress)` in one process of a torchrun job first, then in the others.
 
-    They wait at a file lock. In a barrier they would give up after ten minutes, while the first one
-    still collects.
+    Returns its result. The first fills the caches while the others wait at a file lock. In a
+    barrier they would give up after ten minutes, while the first one still collects.
     """
     if dist.world == 1:
         return make(True)
     lock.parent.mkdir(parents=True, exist_ok=True)
+    # whoever gets the lock is the first
     try:
         with FileLock(lock, timeout=0):
             return make(True)
@@ -365,6 +370,7 @@ def train(args, config_class):
     stop = StopSignal()
     folder = run_folder(args.out, args.model_type, args.resume)
     lock = args.cache / f"{args.dataset.name}.lock"
+    # what is trained on
     found = first_alone(
         dist, lock, lambda progress: prepare(args, config_class, dist.device, progress)
     )
@@ -375,6 +381,7 @@ def train(args, config_class):
     recipe = resolve(args, found, dist)
     # from here on a process waits for the others
     dist.join()
+    # the training itself, then pictures, or a word on how to go on
     trainer = build(recipe, found, dist, folder, args)
     if dist.is_main:
         announce(trainer, args.resume)
@@ -430,6 +437,7 @@ def resolve(args, found, dist):
 
 def provenance(args, found, recipe):
     """Where a run comes from, JSON-able: for its config.json, its checkpoints and wandb."""
+    # of the dataset: what it is, and the simulator that its physics comes from
     about = {key: str(found.attributes[key]) for key in ABOUT if key in found.attributes}
     about["versions"] = demo_files.simulated_with(found.attributes)
     return {
@@ -460,6 +468,7 @@ def build(recipe, found, dist, folder, args):
     if recipe.init_from and not args.resume:
         finetune.init_from(policy, recipe.init_from)
 
+    # config.json is written once, when a run begins: --resume reads it
     record = provenance(args, found, recipe)
     record["parameters"] = sum(p.numel() for p in policy.parameters())
     if dist.is_main:

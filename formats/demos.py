@@ -44,7 +44,7 @@ class Demo:
 
     @property
     def key(self):
-        """What tells it from every other demonstration: every file has a demo_0."""
+        """What tells a demonstration from every other: every file has a demo_0."""
         return self.source.fingerprint, self.name, self.mirrored
 
     def images(self, frames):
@@ -96,13 +96,12 @@ def mirrored(demo):
 
 
 def turned_back(demo, E):
-    """A Demo whose world is moved until its camera is at camera-to-world E (4,4), by a turn about a
-    vertical and a shift along the floor.
+    """A Demo whose world is moved until its camera is at camera-to-world E (4,4).
 
-    Positions, rotations and commands move along, heights and what the image shows stay:
-    demonstrations whose cameras were turned about the robot (`collect_demos.py --turn_spread`) come
-    to show robots turned before one camera. `states` stay as recorded. Raises UserError where such
-    a move does not take one camera to the other.
+    The move is a turn about a vertical and a shift along the floor. Positions, rotations and
+    commands move along; heights and images stay. So demonstrations whose cameras were turned about
+    the robot (`collect_demos.py --turn_spread`) come to show turned robots before one camera.
+    `states` stay as recorded. Raises UserError where no such move takes one camera to the other.
     """
     # takes the recording's camera to E, and the world with it
     move = E @ np.linalg.inv(demo.E)
@@ -156,6 +155,7 @@ def split_demos(demos, val_fraction=0.15):
         )
     # evenly spread over the file, whose conditions may come in blocks
     every = min(len(demos), max(2, round(1 / val_fraction)))
+    # demonstrations k - 1, 2 k - 1, ... validate
     return (
         [d for i, d in enumerate(demos) if i % every != every - 1],
         [d for i, d in enumerate(demos) if i % every == every - 1],

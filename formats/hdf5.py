@@ -60,16 +60,16 @@ def open_file(path, remedy):
 
 
 def create(path):
-    """A new HDF5 file for writing.
+    """A new HDF5 file for writing, in the layout of HDF5 1.10.
 
-    Of the layout of HDF5 1.10 on, in which headers, indices and links carry checksums too: in the
-    one that h5py takes by itself a flipped bit in the index of an array makes it read as zeros.
+    In it headers, indices and links carry checksums too. In h5py's default layout a flipped bit in
+    the index of an array makes the array read as zeros.
     """
     return h5py.File(path, "w", libver=("v110", "v110"))
 
 
 def write_array(parent, key, value):
-    """Write an array with a checksum: a flipped bit of a position is an error, no other one."""
+    """Write an array with a checksum, so that a flipped bit is an error when it is read."""
     # HDF5 filters work on chunks, which a scalar and an empty array do not have
     checked = {"fletcher32": True} if np.ndim(value) and np.size(value) else {}
     parent.create_dataset(key, data=value, **checked)
@@ -93,10 +93,10 @@ def group(path, parent, key, remedy):
 
 
 def dataset(path, parent, key, remedy, tail=None, kinds="fiub"):
-    """The dataset parent[key], unread, after a look at its type, shape and storage.
+    """The dataset parent[key], unread, with its type, shape and storage checked.
 
-    tail: its shape behind the rows, None for any length; kinds: of dtypes.
-    Raises UserError with file, key and remedy.
+    tail: its shape behind the rows, None for any length; kinds: the dtypes that are allowed, by
+    NumPy's letters. Raises UserError with file, key and remedy.
     """
     found = _node(path, parent, key, remedy, h5py.Dataset, "array")
     where = place(path, parent, key)
@@ -151,7 +151,7 @@ def _check_storage(found, where, remedy):
 
 
 def array(path, parent, key, remedy, tail=None, kinds="fiub"):
-    """The values of a dataset, as `dataset` and finite."""
+    """The values of a dataset, checked as by `dataset`. Raises UserError for NaN and Inf too."""
     found = dataset(path, parent, key, remedy, tail, kinds)
     where = place(path, parent, key)
     with guarded(where, remedy):

@@ -288,8 +288,9 @@ def square_intrinsics(K, width, height, size):
 
 
 def square_image(image, size):
-    """The central square of a PIL image or array -> (size,size,3) uint8, as `square_intrinsics` has
-    it.
+    """The central square of a PIL image or array -> (size,size,3) uint8.
+
+    `square_intrinsics` gives its K.
     """
     image = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
     side, (width, height) = min(image.size), image.size

@@ -47,13 +47,13 @@ def holm(p_values):
 
 
 def seeds_interval(outcomes, draws=4000):
-    """95% interval of a success rate over seeds of training. outcomes: one {episode: bool} a seed
-    -> (low, high).
+    """95% interval of a success rate over training seeds -> (low, high).
 
-    One seed: Wilson's over its episodes, which says nothing about another training. Several: seeds
-    and episodes are drawn anew, with replacement, and the same episodes for each seed, as all of
-    them have the same layouts. Never narrower than Wilson's over all episodes: what is drawn from
-    nothing but successes cannot fail.
+    outcomes: one {episode: bool} for each seed. One seed gives Wilson's interval over its episodes,
+    which says nothing about another training. With several, seeds and episodes are drawn anew with
+    replacement; all seeds have the same layouts, so the same episodes are drawn for each. The
+    interval is never narrower than Wilson's over all episodes: a bootstrap of successes alone
+    cannot fail.
     """
     low, high = wilson(sum(sum(o.values()) for o in outcomes), sum(map(len, outcomes)))
     if len(outcomes) < 2:
@@ -78,11 +78,10 @@ def seeds_interval(outcomes, draws=4000):
 
 
 def within(row, key, steps=None):
-    """Whether an episode's row reached `key` ("success" or "released"), if given within so many
-    control steps.
+    """Whether an episode's row reached `key` ("success" or "released"), within `steps` if given.
 
-    An episode ends with its release, so that its length says when that was, in rows older than
-    `first_release` too.
+    steps: control steps. Older rows lack `first_release`: an episode ends with its release, so its
+    length says when that was.
     """
     if not row[key] or steps is None:
         return bool(row[key])
@@ -137,11 +136,10 @@ def distance_to_polyline(points, line):
 
 
 def coverage(truth, predicted, eps):
-    """Free-space coverage: the fraction of ground-truth trajectory points (N,2) within `eps` pixels
-    of the predicted trajectory (M,2), taken as a polyline. A policy that jumps over free space or
-    cuts a corner loses those points.
+    """Free-space coverage: the share of true points within `eps` px of the predicted path.
 
-    Wandering costs nothing here. With the two exchanged it does: the fraction of the predicted
-    points near the truth.
+    truth (N,2), predicted (M,2) px; the prediction is taken as a polyline. A policy that jumps over
+    free space or cuts a corner loses those points. One that wanders does not: swap the arguments to
+    measure that, as the share of predicted points near the truth.
     """
     return float((distance_to_polyline(truth, predicted) <= eps).mean())

@@ -76,7 +76,7 @@ class PolicySessions:
         return self.policy.session()
 
     def begin(self, session, seed):
-        """An episode begins in a session; all that it draws at random comes from `seed`."""
+        """Begin an episode in a session. All that it draws at random comes from `seed`."""
         session.begin(seed)
 
     def answer(self, requests):
@@ -90,6 +90,7 @@ class PolicySessions:
             maps = self._features([observation.image for _, observation in requests])
         except Exception:
             return [traceback.format_exc()] * len(requests)
+        # maps [(1,C,H,W)] of the i-th
         one = lambda i: [m[i : i + 1] for m in maps]
         return [self._act(*request, one(i)) for i, request in enumerate(requests)]
 
@@ -103,6 +104,7 @@ class PolicySessions:
 
     @staticmethod
     def _act(session, observation, maps=None):
+        # an exception fails this episode alone: its text is the answer
         try:
             return session.act(observation, maps), dict(session.seconds)
         except Exception:

@@ -21,11 +21,15 @@ TRAINED = (
 
 
 def summarise(rows, args, info):
-    """Per-episode rows -> the cell's summary. args: of eval.py; info: of the checkpoint, or {}."""
+    """Per-episode rows -> the summary of an evaluation.
+
+    args: of eval.py; info: of the checkpoint, or {} where no checkpoint acts.
+    """
     # a crash is the simulator's or its worker's, and says nothing about the policy
     scored = [r for r in rows if "crash" not in r]
     n, lifting = len(scored), args.variant == "lift_once"
     outcomes = (*(LIFT_OUTCOMES if lifting else OUTCOMES), ERROR)
+    # episodes that --stop_stalled ended, and how often the bowl was lifted (lift_once)
     stalled = sum("stalled" in r for r in scored)
     lifts = dict(sorted(Counter(r["lifts"] for r in scored).items())) if lifting else {}
     return {
@@ -59,6 +63,7 @@ def rates(scored):
     Wilson interval.
     """
     n, found = len(scored), {}
+    # at the end of the episode, and within the steps of published rates
     for steps in (None, EARLY):
         for key in ("success", "released"):
             reached = sum(within(r, key, steps) for r in scored)
@@ -80,6 +85,7 @@ def means(scored):
     near = [f"{name}_{px}px" for name in ("coverage", "on_path") for px in PIXELS]
     # "mean_steps" is the mean of each row's "steps"; the others have one name in both
     names = ["mean_steps", "jerk_mm", "third_difference_mm", *near, "path_length_ratio"]
+    # by activity: "features", "policy", "total" ...
     seconds = {
         k: round(float(np.mean([r["seconds"][k] for r in scored])), 3)
         for k in (scored[0]["seconds"] if scored else ())
@@ -114,6 +120,7 @@ def print_summary(s):
         f"jerk (mean second difference of the path) {s['jerk_mm']:.3f} mm/step^2, "
         f"mean third difference {s['third_difference_mm']:.3f} mm/step^3"
     )
+    # only where an expert's path was there to compare with
     if s["path_length_ratio"] is not None:
         near = lambda name: listed(f"{s[f'{name}_{px}px']:.3f} at {px} px" for px in PIXELS)
         print(

@@ -29,8 +29,10 @@ LOOK_EVERY = 10  # steps between two looks at a GPU's numbers, for which the CPU
 
 
 class Batches:
-    """Which samples a step is about, over all processes: a pure function of (seed, step), so that a
-    resumed run sees the same."""
+    """Which samples a step trains on, over all processes: a pure function of (seed, step).
+
+    So a resumed run sees the same samples. n: of the dataset.
+    """
 
     def __init__(self, seed, n, batch_size):
         self.seed, self.n, self.batch_size = seed, n, min(batch_size, n)
@@ -125,10 +127,10 @@ def expected_minutes(rows, batch_size, steps):
 
 
 def save_state(path, policy, optimizer, info):
-    """All that a continuation needs, in one atomic file; on a CPU it is bit-identical.
+    """Write all that a continuation needs, in one atomic file.
 
-    No generator is among it: noise follows from (seed, step). The optimizer's tensors go by their
-    parameter's name.
+    On a CPU the continuation is bit-identical. No generator is among it: noise follows from (seed,
+    step). The optimizer's tensors go by the names of their parameters.
     """
     tensors = {f"model.{k}": v for k, v in policy.state_dict().items()}
     for name, parameter in policy.named_parameters():
@@ -327,8 +329,10 @@ class Trainer:
         return to_device(self.ahead.take(), self.dist.device)
 
     def samples(self, step):
-        """This process's samples of a step, where the dataset has them: a pure function of the
-        step."""
+        """This process's samples of a step, on the device that holds the dataset.
+
+        A pure function of the step: `Ahead` calls it from a thread.
+        """
         seed, rank, world = self.recipe.seed, self.dist.rank, self.dist.world
         indices = self.batches[step]
         batch = self.train_set.batch(indices[rank::world])
@@ -348,8 +352,10 @@ class Trainer:
         return logs, validates, saves
 
     def agree_to_stop(self, stopping, broken):
-        """Whether any process says so: they must leave together. Raises UserError in all of them
-        if `broken` is true in one, after a loss or a gradient that is not finite.
+        """Whether any process wants to stop: they must leave together.
+
+        Raises UserError in all of them if `broken` is true in one, after a loss or a gradient that
+        is not finite.
         """
         if self.dist.world > 1:
             # the maximum over processes: 1 where any has said so
