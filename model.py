@@ -3,10 +3,11 @@ of regressing them.
 
 448 px image -> frozen patch features -> 1x1 projection, bilinear to the prediction grid -> a
 learned embedding at the current EEF's cell -> three 3x3 convolutions with GELU -> 1x1 convolution
-to volume logits (B, T, Z, H, W), one joint softmax per future waypoint. (cell, height bin) is
-unprojected through the known camera to a 3D point. Gripper and rotation come from the feature at
-the target's cell (the true one in training, the predicted one in use), or the gripper is one more
-axis of the joint softmax.
+to volume logits (B,T,Z,H,W), one joint softmax per future waypoint.
+
+(cell, height bin) is unprojected through the known camera to a 3D point. Rotation comes from the
+feature at the target's cell: the true one in training (teacher forcing), the predicted one in use.
+So does the gripper, or it is one more axis of the joint softmax.
 """
 
 from dataclasses import dataclass
@@ -87,12 +88,13 @@ class PixelTrunk(VolumeGeometry):
         super().__init__(config, channels)
         c, width = config, config.width
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
+        # (G,Z,C): by fingers and height bin, or one for all of them
         self.eef_embedding = nn.Parameter(
             torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width)
             * 0.5
         )
-        # a far cell does not see the EEF's mark: that nothing is held yet has to be known at the
-        # plate too
+        # added to every cell: far ones do not see the EEF's mark, but whether something is held
+        # has to be known at the plate too
         self.gripper_embedding = (
             nn.Parameter(torch.randn(2, width) * 0.5) if c.eef_gripper else None
         )
@@ -111,15 +113,16 @@ class PixelTrunk(VolumeGeometry):
         return self.trunk(x)
 
     def eef_vector(self, batch):
-        """The EEF's embedding (B,C), interpolated linearly between the embeddings of the nearest
-        height bins.
-        """
+        """The EEF's embedding (B,C), interpolated linearly between those of the two nearest height
+        bins."""
         table, last = self.eef_embedding, self.eef_embedding.shape[1] - 1  # (G,Z,C)
+        # continuous bins (B,), clamped to the table, which may have a single height
         bins = camera.height_to_bin(batch["eef_pos"][:, 2], *self.height_range, last + 1).clamp(
             0, last
         )
         low = bins.floor().long().clamp(max=max(0, last - 1))
         share = (bins - low).to(table.dtype)[:, None]
+        # row of the table: always 0 where the fingers have no say (G = 1)
         closed = fingers_closed(batch["gripper_width"]) * (len(table) - 1)
         return (1 - share) * table[closed, low] + share * table[closed, (low + 1).clamp(max=last)]
 
@@ -137,7 +140,9 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         super().__init__(config, channels)
         c, width = config, config.width
         self.n_gripper = 2 if c.gripper_head == "joint" else 1
+        # one output channel for each waypoint, gripper command and height bin
         self.volume = nn.Conv2d(width, c.n_window * self.n_gripper * c.n_height_bins, 1)
+        # waypoints may share a cell: this tells the heads which one is asked for
         self.step_embedding = nn.Parameter(torch.randn(c.n_window, width) * 0.5)
         self.rotation = nn.Sequential(
             nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3 * c.n_rot_bins)
@@ -162,6 +167,7 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         features = self.trunk_features(batch)
         coordinates = self.coordinates(batch["target_pos"], batch)
         gripper = batch["target_gripper"].flatten()
+        # the 1x1 convolution as a product, whose logits are never stored
         weights = self.volume.weight.view(c.n_window, -1, c.width)  # (T,G*Z,C)
         volume = self.product_loss(
             weights,
@@ -171,6 +177,7 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
             batch["target_gripper"] if self.n_gripper == 2 else None,
         )
         parts = {"volume_ce": self.masked_mean(volume.flatten(), mask)}
+        # teacher forcing: gripper and rotation are read at the true cell, features (B,T,C)
         picked = (
             self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
             + self.step_embedding
@@ -185,6 +192,7 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
             parts["gripper_ce"] = self.masked_mean(
                 F.cross_entropy(logits, gripper, reduction="none"), mask
             )
+        # every part counts once, rotation `rotation_weight` times
         total = sum(parts.values()) + (c.rotation_weight - 1) * parts["rotation_ce"]
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 
@@ -194,6 +202,7 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         logits = self.volume_logits(features).float().flatten(0, 1)  # (B*T,G,Z,H,W)
         coordinates, picked_gripper = self.decode_volume(logits)
         coordinates = coordinates.view(-1, c.n_window, 3)
+        # as in training, at the decoded cell instead of the true one
         picked = (
             self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
             + self.step_embedding

@@ -1,18 +1,20 @@
-"""ACT, the baseline that regresses: the chunk of waypoints as numbers, instead of places in the
-image.
+"""ACT, the baseline that regresses the chunk of waypoints as numbers, not as places in the image.
 
 Pooled patches of the same frozen features, a token of proprioception and one of the camera ->
 transformer encoder -> decoder with one learned query a waypoint -> absolute world xyz (L1,
 normalised by the training data), gripper command, rotation in bins.
 
 After Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware". What
-differs, so that the rows of a table differ in the head alone: labels, features and the closed loop
-are PARA's, hence T waypoints a chunk instead of T control steps, and a new chunk at each instead of
-temporal ensembling. There is no CVAE: it tells apart the ways in which people do the same thing,
-and a scripted expert has one. Two things are in its favour: the camera's pose is an input, since
-the other policies know the camera too (`--no-camera_token`: as published), and the EEF's position
-is noised in training as the history policies' is, since a regressor too would rather guess the next
-waypoint from where it is than look (`--eef_noise_m 0`).
+differs from the paper makes the rows of a table differ in the head alone:
+
+- Labels, features and the closed loop are PARA's. So a chunk is T waypoints instead of T control
+  steps, and each waypoint brings a new chunk instead of temporal ensembling.
+- There is no CVAE. It tells apart the ways in which people do the same thing, and a scripted expert
+  has one way.
+- The camera's pose is an input, since the other policies know the camera too. `--no-camera_token`
+  is as published.
+- The EEF's position is noised in training, as in the history policies. A regressor too would rather
+  guess the next waypoint from where it is than look. `--eef_noise_m 0` is as published.
 """
 
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from torch import nn
 from nets.layers import attend
 from policy import FittedConfig, FittedPolicy, check_heads, fingers_closed, flag
 
-# cells of the pooled maps a patch and side: a patch token still tells where inside it something is
+# a patch covers 2 x 2 cells of the pooled maps: its token still tells where inside it something is
 POOLED = 2
 
 
@@ -69,10 +71,13 @@ class ActConfig(FittedConfig):
 
 
 def multi_head(attention, x, memory):
-    """What an nn.MultiheadAttention answers to queries x (B,Q,d) about memory (B,S,d): (B,Q,d), by
-    the fastest way there is (nets/layers.py)."""
+    """The output (B,Q,d) of an nn.MultiheadAttention for queries x (B,Q,d) and memory (B,S,d).
+
+    It is computed by nets.layers.attend, which trains faster in bf16 on a CPU.
+    """
     weight, bias, d = attention.in_proj_weight, attention.in_proj_bias, attention.embed_dim
     heads = lambda y: y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B,h,N,e)
+    # torch packs the projections of query, key and value in this order
     query = heads(F.linear(x, weight[:d], bias[:d]))
     key, value = map(heads, F.linear(memory, weight[d:], bias[d:]).chunk(2, -1))
     out = attend(query, key, value, attention.dropout if attention.training else 0.0)
@@ -80,14 +85,14 @@ def multi_head(attention, x, memory):
 
 
 class EncoderLayer(nn.TransformerEncoderLayer):
-    """torch's, of which a training step takes `multi_head`."""
+    """torch's encoder layer, with `multi_head` as its attention in training."""
 
     def _sa_block(self, x, *masks, **options):
         return self.dropout1(multi_head(self.self_attn, x, x))
 
 
 class DecoderLayer(nn.TransformerDecoderLayer):
-    """torch's, with `multi_head`."""
+    """torch's decoder layer, with `multi_head` as its attention."""
 
     def _sa_block(self, x, *masks, **options):
         return self.dropout1(multi_head(self.self_attn, x, x))
@@ -110,6 +115,7 @@ class ActPolicy(FittedPolicy):
         self.place = nn.Parameter(torch.randn(2, c.patch_grid, d) * 0.5)
         self.state = nn.Linear(3 + 1, d)  # EEF xyz, fingers
         if c.camera_token:
+            # rows of E without the last, which is the same for all cameras
             self.camera = nn.Linear(12, d)
         layer = {
             "nhead": c.n_heads,
@@ -135,14 +141,14 @@ class ActPolicy(FittedPolicy):
 
     def scaled(self, positions):
         """World positions (...,3) in metres -> float32 with zero mean and unit deviation over the
-        training data.
-        """
+        training data's."""
         return ((positions - self.position_mean) / self.position_std).float()
 
     def tokens(self, batch):
         """Tokens (B,N,d) of the patches, the state and the camera."""
         side, eef, x = self.config.patch_grid, batch["eef_pos"], 0
         if self.training and self.config.eef_noise_m > 0:
+            # a share of the samples gets noise, metres along x, y and z
             noised = (
                 self.shard.draw(torch.rand, (len(eef), 1), eef.device) < self.config.eef_noise_share
             )
@@ -154,8 +160,10 @@ class ActPolicy(FittedPolicy):
             )
         for maps, project in zip(self.normalised(batch["features"]), self.project):
             x = x + project(F.adaptive_avg_pool2d(maps, POOLED * side))  # (B,d,H,W)
+        # (B,N,d), N = side^2; a patch's position is its row's vector plus its column's
         x = x.flatten(2).transpose(1, 2) + (self.place[0, :, None] + self.place[1]).flatten(0, 1)
         closed = fingers_closed(batch["gripper_width"]).float()[:, None]
+        # one token of EEF and fingers, one of the camera
         others = [self.state(torch.cat([self.scaled(eef), closed], -1))]
         if self.config.camera_token:
             others.append(self.camera(batch["E"][:, :3].flatten(1).float()))
@@ -163,10 +171,12 @@ class ActPolicy(FittedPolicy):
 
     def run(self, batch):
         """Batch -> scaled positions (B,T,3), logits: gripper (B,T,2), rotation (B,T,3,bins)."""
+        # the encoder mixes patches, state and camera: memory (B,N,d)
         memory = self.tokens(batch)
         for layer in self.encoder:
             memory = layer(memory)
         memory, x = self.encoder_norm(memory), self.queries.expand(len(memory), -1, -1)
+        # one query a waypoint, all at once: (B,T,d)
         for layer in self.decoder:
             x = layer(x, memory)
         x = self.decoder_norm(x)
@@ -201,6 +211,7 @@ class ActPolicy(FittedPolicy):
     def predict(self, batch):
         position, gripper, rotation = self.run(batch)
         return {
+            # back to metres
             "position": position.double() * self.position_std + self.position_mean,
             "gripper": gripper.argmax(-1),
             "rotation": self.decode_rotation(rotation),

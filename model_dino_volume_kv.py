@@ -1,12 +1,11 @@
-"""DinoVolumeKV: all waypoints at once, a volume factored into queries of height and time and keys
-of pixels.
+"""DinoVolumeKV: all waypoints at once, from a volume that is a product of queries and keys.
 
     logits[t,z,y,x] = query(t,z) . key(y,x) / sqrt(dim)
 
-Queries know no image: they are encodings of the height bin and of the waypoint's number, sinusoidal
-or learned, through an MLP. Keys come from the pixel features of model.PixelTrunk, in which the
-EEF's cell is marked. Gripper and rotation of a waypoint are read off at its keypoint zyx: the true
-one in training (teacher forcing), the decoded one in use.
+Queries do not know the image. They are encodings of the height bin and of the waypoint's number,
+sinusoidal or learned, through an MLP. Keys come from the pixel features of model.PixelTrunk, in
+which the EEF's cell is marked. A waypoint's keypoint is its voxel (z, y, x). Gripper and rotation
+are read at the keypoint: the true one in training (teacher forcing), the decoded one in use.
 """
 
 import math
@@ -71,13 +70,17 @@ class IndexEncoding(nn.Module):
 
 
 def symmetric_soft_argmax(logits, radius):
-    """Expected bin (...) under the softmax of logits (...,bins) over equally many bins to either
-    side of the highest, at most `radius` and no more than there are before the nearer end: a window
-    cut off on one side alone would pull every value near an end inwards."""
+    """Expected bin (...) under the softmax of logits (...,bins) in a window about the highest one.
+
+    The window has equally many bins on both sides: `radius`, or as many as there are before the
+    nearer end. If only one side were cut off, every value near an end would be pulled inwards.
+    """
     last, best = logits.shape[-1] - 1, logits.argmax(-1, keepdim=True)
     apart = torch.arange(last + 1, device=logits.device) - best
+    # bins on either side (...,1)
     reach = torch.minimum(best, last - best).clamp(max=radius)
     shares = logits.double().masked_fill(apart.abs() > reach, -torch.inf).softmax(-1)
+    # the highest bin plus the expected offset from it
     return best[..., 0].double() + (shares * apart).sum(-1)
 
 
@@ -123,7 +126,7 @@ class DinoVolumeKV(PixelTrunk):
         """Trunk features (B,C,H,W) -> logits (B,T,Z,H,W)."""
         queries, keys = self.queries() * self.config.dim**-0.5, self.key(features)
         T, Z, C = queries.shape
-        # a product with every cell
+        # a 1x1 convolution with the queries as its filters: a product with every cell's key
         return F.conv2d(keys, queries.to(keys.dtype).reshape(T * Z, C, 1, 1)).unflatten(1, (T, Z))
 
     def keypoints(self, coordinates):
@@ -136,6 +139,7 @@ class DinoVolumeKV(PixelTrunk):
         gripper logits (B,T,2), rotation logits (B,T,A,bins) of the A angles that a rotation is told
         by."""
         time = torch.arange(kp_zyx.shape[1], device=kp_zyx.device)
+        # one token a waypoint (B,T,dim), from the pixel feature and the waypoint's number
         token = F.gelu(
             self.token_pixel(self.at_cells(features, kp_zyx[..., 1:])) + self.token_time(time)
         )
@@ -146,10 +150,10 @@ class DinoVolumeKV(PixelTrunk):
     # -- rotation: three Euler angles here, as of policy.FittedPolicy ------------------------------
 
     def decoded_bins(self, logits):
-        """Rotation logits (...,A,bins) -> bins (...,A) float64, between two where --rotation_decode
-        is soft.
-        """
+        """Rotation logits (...,A,bins) -> bins (...,A) float64. With --rotation_decode soft they
+        may lie between two bins."""
         c = self.config
+        # two deviations: 95% of the training target's bell
         radius = math.ceil(2 * c.rotation_sigma) if c.rotation_decode == "soft" else 0
         return symmetric_soft_argmax(logits, radius)
 
@@ -160,18 +164,23 @@ class DinoVolumeKV(PixelTrunk):
     # -- the policy's interface --------------------------------------------------------------------
 
     def loss(self, batch):
-        """Cross-entropies of volume, gripper and rotation, averaged over the unmasked waypoints, in
-        nats; and in evaluation the shares of waypoints whose highest logit is the true one (top-1),
-        of each part and of all parts together."""
+        """Cross-entropies of volume, gripper and rotation in nats, averaged over the unmasked
+        waypoints.
+
+        In evaluation also the share of waypoints whose highest logit is the true one (top-1), for
+        each part and for all parts together.
+        """
         c, mask = self.config, batch["mask"].flatten()
         features, coordinates = (
             self.trunk_features(batch),
             self.coordinates(batch["target_pos"], batch),
         )
+        # the same logits as `volume_logits`, never stored in training: a product without bias
         queries = self.queries() * c.dim**-0.5  # (T,Z,C)
         volume = self.product_loss(
             queries, queries.new_zeros(queries.shape[:2]), self.key(features), coordinates
         )
+        # teacher forcing: the heads read the true keypoints
         keypoints = self.keypoints(coordinates)
         gripper, rotation = self.predict_from_keypoints(features, keypoints, batch["mask"] > 0)
         gripper, rotation = gripper.flatten(0, 1).float(), rotation.flatten(0, 1)
@@ -187,9 +196,10 @@ class DinoVolumeKV(PixelTrunk):
             "rotation_ce": self.masked_mean(self.rotation_loss(rotation, target_rot), mask),
         }
         total = parts["volume_ce"] + parts["gripper_ce"] + c.rotation_weight * parts["rotation_ce"]
+        # top-1 needs the logits themselves
         if not self.training:
             logits = self.volume_logits(features).flatten(0, 1).flatten(1)  # (B*T, Z*H*W)
-            # (B*T,3)
+            # (B*T,3) bool: the highest voxel agrees in z, y and x
             best = torch.stack(
                 torch.unravel_index(logits.argmax(-1), self.volume_shape), -1
             ) == keypoints.flatten(0, 1)
@@ -217,9 +227,8 @@ class DinoVolumeKV(PixelTrunk):
         }
 
     def deployment_stats(self):
-        """All that turns this policy's bins into metres and radians, JSON-able: see
-        rot_utils.load_stats.
-        """
+        """What turns this policy's bins into metres and radians, JSON-able; see
+        rot_utils.load_stats."""
         c = self.config
         return {
             "image_size": c.image_size,

@@ -66,9 +66,12 @@ class TokenBlock(nn.Module):
 
 
 def pack_basis(basis):
-    """RotationBasis -> vector (18,): a buffer of the policy, so that a checkpoint alone is enough
-    to act.
+    """RotationBasis -> vector (18,), a buffer of the policy: its checkpoint alone is enough to act.
+
+    Entries: 0 the space, 1-9 the mean, 10-12 the axis, 13 and 14 the range in radians, 15-17 the
+    explained-variance ratios.
     """
+    # a matrix (3,3) in so3, three angles in euler, which leave the rest at zero
     mean = np.zeros(9)
     mean[: basis.mean.size] = basis.mean.ravel()
     return np.concatenate(
@@ -103,6 +106,7 @@ class DinoVolumeKVFull(DinoVolumeKV):
         self.gripper_head = nn.Linear(c.dim, 2)
         self.rotation_head = nn.Linear(c.dim, self.n_angles * c.n_rot_bins)
         if c.rotation == "pca":
+            # until fit_statistics: the world's z axis over a full turn
             unknown = RotationBasis(
                 "so3", np.eye(3), np.array([0, 0, 1.0]), -np.pi, np.pi, np.array([1.0, 0, 0])
             )
@@ -122,6 +126,7 @@ class DinoVolumeKVFull(DinoVolumeKV):
         return unpack_basis(self.rotation_basis.cpu().numpy())
 
     def predict_from_keypoints(self, features, kp_zyx, valid=None):
+        # tokens (B,T,C): the pixel feature, which height and which waypoint it is
         z, y, x = kp_zyx.unbind(-1)
         time = torch.arange(kp_zyx.shape[1], device=kp_zyx.device)
         token = (
@@ -132,7 +137,8 @@ class DinoVolumeKVFull(DinoVolumeKV):
         if self.config.yx_embedding:
             token = token + self.token_y(y) + self.token_x(x)
         visible = None
-        # a waypoint beyond a push is no part of the trajectory: it sees itself, and nobody sees it
+        # (B,1,T,T): a waypoint beyond a push is no part of the trajectory, so nobody else sees it;
+        # it sees itself, so that no row of the mask is empty
         if valid is not None:
             visible = (
                 valid[:, None, :] | torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
@@ -148,21 +154,26 @@ class DinoVolumeKVFull(DinoVolumeKV):
         if self.config.rotation == "euler":
             return super().rotation_bins(rotation)
         low, high = self.rotation_basis[13:15]
+        # (...,1): one angle
         return bins_of(self.basis_values(rotation.double()), low, high, self.config.n_rot_bins)[
             ..., None
         ]
 
     def basis_values(self, rotation):
-        """Rotations (...,3,3) float64 -> values (...): RotationBasis.value on any device, of the
-        packed basis.
+        """Rotations (...,3,3) float64 -> values (...) in radians on the basis' axis.
+
+        This is RotationBasis.value on any device, from the packed basis.
         """
         packed, centre = self.rotation_basis, self.rotation_basis[13:15].mean()
+        # A is the cross-product matrix of the axis, [axis]x
         x, y, z = axis = packed[10:13]
         o = torch.zeros_like(x)
         A = torch.stack([o, -z, y, z, o, -x, -y, x, o]).view(3, 3)
         relative = packed[1:10].view(3, 3).T @ rotation
         overlap = lambda other: (relative * other).sum((-2, -1))
+        # so3: the value that maximises trace(relative^T exp(value A)), in closed form
         twist = wrapped(torch.atan2(overlap(A), -overlap(A @ A)), centre)
+        # euler: the offset of (roll, pitch, yaw) from the mean, projected on the axis
         offset = wrapped(euler_angles(rotation) - packed[1:4], torch.zeros_like(o)) @ axis
         return torch.where(packed[0] == SPACES.index("so3"), twist, offset)
 

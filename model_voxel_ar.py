@@ -1,14 +1,15 @@
 """B, the voxel-token policy: the action space is the token space.
 
-The image-aligned volume of a frame is its set of tokens, one a voxel: Wg PE(world xyz) + the
-feature of its pixel, unprojected through that frame's own camera. They are keys and values only,
-and never built (nets/layers_voxel.py). A learned query a step reads the EEF tokens up to that step,
-which are points in the same space, and all voxels of its frame, in one softmax, several times over;
-then it is compared with every voxel token, and that product is the distribution over the next
-waypoint.
+A frame's tokens are the voxels of its image-aligned volume: Wg PE(world xyz) + the feature of the
+voxel's pixel, where xyz is unprojected through that frame's camera. They are keys and values only,
+and they are never built (nets/layers_voxel.py).
 
-No step's query sees another step's image or a later EEF, so that every frame of a window is trained
-in one pass.
+Each step has a learned query. In every layer it reads, in one softmax, the EEF tokens up to that
+step, which are points in the same space, and all voxels of its frame. At last it is compared with
+every voxel token. That product is the distribution over the next waypoint.
+
+No step's query sees another step's image or a later EEF. So every frame of a window is trained in
+one pass.
 """
 
 import math
@@ -87,9 +88,7 @@ class VoxelConfig(HistoryConfig):
 
 
 class VoxelBlock(nn.Module):
-    """Pre-norm block: queries (N,1,d) read EEF tokens and voxels in one softmax, then a
-    feed-forward network.
-    """
+    """Pre-norm block: queries (N,1,d) read EEF tokens and voxels in one softmax, then an MLP."""
 
     def __init__(self, dim, n_heads, mlp_ratio, n_voxels):
         super().__init__()
@@ -100,24 +99,26 @@ class VoxelBlock(nn.Module):
             *(nn.Linear(dim, dim, bias=False) for _ in "kv"),
             nn.Linear(dim, dim),
         )
-        # a handful of EEF tokens would drown among 100,000 voxels: they start with half of the
-        # attention
+        # per head, log V: a handful of EEF tokens would drown among 100,000 voxels; with this bias
+        # they start with half of the attention
         self.balance = nn.Parameter(torch.full((n_heads,), math.log(n_voxels)))
         self.mlp = nn.Sequential(
             nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim)
         )
 
     def forward(self, x, eef, known, voxels):
-        """x (N,1,d), eef (N,S,d) tokens of which known (N,1,S) may be read, voxels: the other
-        arguments of voxel_attention.
+        """Queries x (N,1,d) -> x (N,1,d), attention over pixels (N,1,h,HW).
 
-        Returns x (N,1,d) and the attention over pixels (N,1,h,HW).
+        eef (N,S,d): EEF tokens, of which known (N,1,S) may be read. voxels: the other arguments of
+        voxel_attention.
         """
         heads = lambda y: y.unflatten(-1, (self.n_heads, -1))
         q = heads(self.q(self.norm1(x)))
+        # (h,D,d) matrices, which act on query and output instead of every voxel
         key, value = (linear.weight.unflatten(0, (self.n_heads, -1)) for linear in (self.k, self.v))
         seen, lse, pixels = lv.voxel_attention(q, key=key, value=value, **voxels)
         past, past_lse = lv.dense_attention(q, heads(self.k(eef)), heads(self.v(eef)), known)
+        # at equal scores the EEF tokens, however many, then weigh as much as all voxels together
         past_lse = past_lse + self.balance - known.sum(-1, keepdim=True).log()
         out, _ = lv.merge_attention(seen, lse, past.to(seen.dtype), past_lse.to(lse.dtype))
         x = x + self.out(out.flatten(-2))
@@ -135,6 +136,7 @@ class VoxelPolicy(HistoryPolicy):
             "waves", lv.wavelengths(c.n_waves, c.shortest_wave, c.longest_wave), persistent=False
         )
         self.n_gripper = 2 if c.gripper_head == "joint" else 1
+        # one convolution before attention, the others before readout, when the query has been added
         first, *others = map(int, c.dilations.split(","))
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
         self.context = nn.Conv2d(width, width, 3, padding=first, dilation=first)
@@ -155,24 +157,25 @@ class VoxelPolicy(HistoryPolicy):
         self.norm = nn.LayerNorm(d)
         self.key_query = nn.Linear(d, 2 * width if c.eef_mark else width)
         states = 2 if c.finger_heads else 1
-        # per command: against PE, and image features by height
+        # for each gripper command: d numbers against Wg PE, and width numbers twice against image
+        # features, alike for all heights and by height
         self.pointer = FingerLinear(d, self.n_gripper * (d + 2 * width), states)
         self.prior = nn.Parameter(torch.randn(states, self.n_gripper, width) * width**-0.5)
         self.height = nn.Linear(2 * c.n_waves, width, bias=False)
         self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
         if c.gripper_head == "separate":
             self.gripper = nn.Linear(d, 2)
-        self._tables = {}  # by camera
+        self._tables = {}  # VoxelTables by camera, see `table`
         self.check()
         self.reset()
 
     # -- where things are --------------------------------------------------------------------------
 
     def anchors(self, eef, first):
-        """The points that each step measures positions from (B,T,3) in metres, or None for the
-        world's origin: B.
+        """The points (B,T,3) in metres that each step measures positions from.
 
-        eef (B,T,3): known EEF positions; first (B,3): the episode's first.
+        None is the world's origin: B. eef (B,T,3): known EEF positions; first (B,3): the episode's
+        first. A subclass overrides this.
         """
         return None
 
@@ -181,17 +184,21 @@ class VoxelPolicy(HistoryPolicy):
         return super()._apply(fn, recurse)
 
     def table(self, K, E):
-        """VoxelTable of N frames' cameras K (N,3,3), E (N,4,4). Each camera's is made once, and the
-        MAX_TABLES used last are kept.
+        """VoxelTable of the cameras K (N,3,3), E (N,4,4) of N frames.
+
+        Each camera's table is made once. The MAX_TABLES used last are kept.
         """
         limits = self.height_range.expand(len(K), 2)
+        # a table depends on the camera and the heights: their bytes are its key
         cameras = torch.cat([K.flatten(1), E.flatten(1), limits], 1).cpu().numpy()
         keys = [row.tobytes() for row in cameras]
+        # each camera once, in order of appearance; frames of a batch often share one
         order = list(dict.fromkeys(keys))
         for key in order:
             i = keys.index(key)
             # the newest last
             self._tables[key] = self._tables.pop(key, None) or self.new_table(K[i], E[i])
+        # never one of this batch, even if it has more than MAX_TABLES
         for key in list(self._tables)[: -max(MAX_TABLES, len(order))]:
             del self._tables[key]
         which = torch.tensor([order.index(key) for key in keys])
@@ -200,10 +207,12 @@ class VoxelPolicy(HistoryPolicy):
     def new_table(self, K, E):
         """VoxelTable of one camera K (3,3), E (4,4)."""
         c = self.config
+        # pixels of the cells' centres, u and v (N,) in row-major order
         pixel = camera.cell_to_pixel(
             torch.arange(c.grid, dtype=torch.float64, device=K.device), c.grid, c.image_size
         )
         v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
+        # a ray's x and y are affine in its height: two points of it give slope and origin
         low, high = (
             camera.unproject(u, v, h, K[None, None], E[None, None]) for h in self.height_range
         )
@@ -215,7 +224,7 @@ class VoxelPolicy(HistoryPolicy):
         )
 
     def noised(self, eef):
-        """EEF positions (B,T,3), in training with noise common to the window and of each frame."""
+        """EEF positions (B,T,3) in metres, with noise in training, see `HistoryPolicy.noise`."""
         c = self.config
         if not self.training or c.eef_noise_share <= 0:
             return eef
@@ -226,17 +235,19 @@ class VoxelPolicy(HistoryPolicy):
     # -- the network -------------------------------------------------------------------------------
 
     def eef_tokens(self, eef, widths, anchor, rows):
-        """EEF tokens (N,S,d) that the steps `rows` (N,) of the flattened (B*T) read, S = T, and
-        which are known to them (N,1,S).
+        """EEF tokens (N,S,d), S = T, and which of them each step knows (N,1,S) bool.
 
-        eef (B,T,3), widths (B,T) between the fingers, anchor (N,3) or None: each step's own origin.
+        rows (N,): the steps, in the flattened (B*T). eef (B,T,3) and widths between the fingers
+        (B,T), metres. anchor (N,3) or None: where each step measures positions from.
         """
         B, T = widths.shape
+        # window and step of each row
         b, t = rows // T, rows % T
         positions = eef[b]  # (N,S,3)
         if anchor is not None:
             positions = positions - anchor[:, None]
         code = lv.encode_position(positions, self.waves).to(self.positional.weight.dtype)
+        # metres since the frame before, 0 at the first; as inputs in units of 10 cm
         moved = (eef - torch.cat([eef[:, :1], eef[:, :-1]], 1)).float()
         state = self.state(torch.cat([10 * moved, fingers_closed(widths).float()[..., None]], -1))[
             b
@@ -251,16 +262,16 @@ class VoxelPolicy(HistoryPolicy):
         return tokens, ((age >= 0) & (age < self.config.context))[:, None]
 
     def image_features(self, features):
-        """Backbone maps [(N,C_i,H_i,W_i)], normalised -> features (N,C,H,W) of the grid with a
-        neighbourhood's context.
+        """Normalised backbone maps [(N,C_i,H_i,W_i)] -> features (N,C,H,W) of the grid.
+
+        A 3x3 convolution gives each cell the context of its neighbours.
         """
         x = projected(features, self.project, self.config.grid)
         return F.gelu(self.context(x))
 
     def run(self, batch, eef, rows):
-        """Steps `rows` (N,) of the flattened (B*T) -> logits (N,G,Z,H,W), queries (N,d), attention
-        maps [(N,h,H,W)] by layer.
-        """
+        """Steps `rows` (N,) of the flattened (B*T) -> logits (N,G,Z,H,W), queries (N,d), and
+        attention maps [(N,h,H,W)], one a layer. eef (B,T,3): as the EEF tokens tell it, metres."""
         B, T = batch["gripper_width"].shape
         flat = lambda x: x[rows // T, rows % T]
         anchor = self.anchors(eef, batch["first_eef"])
@@ -269,6 +280,7 @@ class VoxelPolicy(HistoryPolicy):
         # (N,C,H,W)
         image = self.image_features(self.normalised([flat(f) for f in batch["features"]]))
         tokens, known = self.eef_tokens(eef, batch["gripper_width"], anchor, rows)
+        # the query starts from where the EEF is
         last_eef = tokens[torch.arange(len(rows), device=rows.device), rows % T]
         x = (self.token[1] + self.start(last_eef))[:, None]  # (N,1,d)
         voxels = {
@@ -278,11 +290,14 @@ class VoxelPolicy(HistoryPolicy):
             "projection": self.image.weight,
             "anchor": None if anchor is None else anchor[:, None],
         }
+        # layer by layer: the query reads EEF tokens and voxels
         maps = []
         for block in self.blocks:
             x, pixels = block(x, tokens, known, voxels)
             maps.append(pixels[:, 0].unflatten(-1, image.shape[2:]))
         query = self.norm(x[:, 0])
+        # where the mark goes: by default not where the noise says, but where the image shows the
+        # EEF
         cells = self.cells(
             flat(eef if self.config.noisy_mark else batch["eef_pos"]),
             {k: flat(batch[k]) for k in "KE"},
@@ -296,14 +311,20 @@ class VoxelPolicy(HistoryPolicy):
         )
 
     def readout(self, query, image, table, anchor, cells, closed):
-        """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W). cells (N,2) yx: where the
-        last known EEF is seen; closed (N,) in {0, 1}: whether the fingers are."""
+        """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W).
+
+        image (N,C,H,W): features of the grid; table: the frames' VoxelTable; anchor (N,3) or None;
+        cells (N,2) yx: where the last known EEF is seen; closed (N,) in {0, 1}: whether the fingers
+        are.
+        """
         c, width = self.config, self.config.key_width
+        # the query tells the image features what is looked for: at every cell, and at the EEF's
         added = self.key_query(query)
         x = image + added[:, :width, None, None]
         if c.eef_mark:
             x = mark_cell(x, cells, added[:, width:])
         x = self.trunk(x).flatten(2)  # (N,C,HW)
+        # weights for each gripper command: (N,G,d), (N,G,C), (N,G,C)
         position, plain, by_height = (
             self.pointer(query, closed)
             .unflatten(-1, (self.n_gripper, -1))
@@ -312,11 +333,12 @@ class VoxelPolicy(HistoryPolicy):
         heights = table.heights.to(query.device)[None, :, None]  # (1,Z,1)
         if anchor is not None:
             heights = heights - anchor[:, None, 2:]
-        # (N or 1,Z,C)
+        # (N or 1,Z,C), a code of each height
         seen = self.height(lv.encode_position(heights, self.waves).to(self.height.weight.dtype))
         prior = self.prior[closed * (len(self.prior) - 1)]
-        # (N,G,Z,C)
+        # (N,G,Z,C), what each height wants to see at a pixel
         height_query = (plain + prior)[:, :, None] + by_height[:, :, None] * seen[:, None]
+        # divided by the square roots of the widths, as attention's scores are
         logits = lv.voxel_logits(
             position / math.sqrt(c.dim),
             table,
@@ -334,6 +356,7 @@ class VoxelPolicy(HistoryPolicy):
         in nats.
         """
         c, mask = self.config, batch["mask"]
+        # only these steps are computed: no step needs another one's volume
         rows = self.trained_rows(mask)
         pick = lambda x: x.flatten(0, 1)[rows]
         logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
@@ -365,15 +388,16 @@ class VoxelPolicy(HistoryPolicy):
         return {k: torch.stack([p[k] for p in parts]) for k in parts[0]}
 
     def window_rows(self, batch):
-        """Window by window, its steps as rows of the flattened (B*T): the volumes of a whole batch
-        would fill the memory.
+        """Each window's steps as rows of the flattened (B*T): (B,T).
+
+        Callers go window by window, for the volumes of a whole batch would fill the memory.
         """
         B, T = batch["gripper_width"].shape
         return torch.arange(B * T, device=batch["K"].device).view(B, T)
 
     def decided(self, batch, rows, acting=False):
         """Waypoints of steps `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper" (N,),
-        "rotation" (N,3,3)}. acting: none that lies where the EEF already is."""
+        "rotation" (N,3,3)}. acting: exclude places where the EEF already is."""
         c = self.config
         logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
         logits = logits.float()
@@ -404,9 +428,8 @@ class VoxelPolicy(HistoryPolicy):
         )
 
     def distribution(self, batch):
-        """Each step's probabilities of the next waypoint over voxels, both gripper commands
-        together: (B,T,Z,H,W).
-        """
+        """Each step's probabilities (B,T,Z,H,W) of the next waypoint over voxels, summed over the
+        gripper commands."""
         return torch.stack(
             [
                 self.run(batch, batch["eef_pos"], rows)[0]
@@ -432,13 +455,17 @@ class VoxelPolicy(HistoryPolicy):
         self.first, self.past = None, []
 
     def decide(self, batch):
-        """One observation (B = 1) after those since `reset`: of earlier frames only the EEF tokens
-        are kept.
+        """The waypoint for one observation (B = 1) that follows those since `reset`.
+
+        Of earlier frames only EEF positions and finger widths are kept.
         """
         eef = self.last_known(batch["eef_pos"])
         self.first = eef if self.first is None else self.first
         self.past = [*self.past, (eef, batch["gripper_width"])][-self.config.context :]
         positions, widths = (torch.stack(x, 1) for x in zip(*self.past))  # (1,S,3), (1,S)
+        # a window of S steps as `decided` takes it: this image and camera as views in every step,
+        # of
+        # which only the last is computed
         frame = {
             k: [m[:, None].expand(-1, len(self.past), -1, -1, -1) for m in batch[k]]
             if k == "features"

@@ -1,19 +1,20 @@
-"""C, the voxel-token policy with EEF-relative positions: B with one override, where xyz is measured
-from.
+"""C, the voxel-token policy with EEF-relative positions. It is B with one override: the point that
+xyz is measured from, the anchor.
 
-World coordinates (B) should survive a moved camera; coordinates relative to the EEF should also
-survive a moved scene. The anchor turns queries and outputs (nets/layers_voxel.py), so each frame of
-a window has its own in one pass and no token changes. Heights stay heights above the table
-(`--anchor_axes xy`): nothing lifts the table, and an image shows badly how high the gripper is
-above it. Measured from the EEF too (`xyz`), waypoints at the rim were off by 8 mm in height instead
-of 2.
+World coordinates (B) should survive a moved camera. Coordinates relative to the EEF should also
+survive a moved scene. The anchor turns queries and outputs (nets/layers_voxel.py). So each frame of
+a window can have an anchor of its own in one pass, and no token changes.
+
+Heights stay heights above the table (`--anchor_axes xy`): nothing lifts the table, and an image
+shows badly how high the gripper is above it. With heights measured from the EEF too (`xyz`),
+waypoints at the rim were off by 8 mm in height instead of 2.
 
     window   the EEF at the first frame of the context (default): later frames of a window share it
              and so see the motion
     last     the last known EEF of each step
     episode  the EEF at the episode's start. LIBERO's episodes all start from nearly the same pose,
-             so this is a constant offset there, and C with it is B with turned weights
-             (tests/unit/test_voxel_policies.py): it tests nothing.
+             so this is a constant offset there. C with it is B with turned weights
+             (tests/unit/test_voxel_policies.py), which tests nothing.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ class RelativeVoxelPolicy(VoxelPolicy):
     """See the module's docstring."""
 
     def anchors(self, eef, first):
+        # eef (B,T,3) and first (B,3), metres -> (B,T,3), see VoxelPolicy.anchors
         anchor = {"last": eef, "window": eef[:, :1], "episode": first[:, None]}[
             self.config.anchor
         ].expand_as(eef)
+        # an anchor of height 0 leaves heights as they are
         return anchor * anchor.new_tensor([1.0, 1.0, float(self.config.anchor_axes == "xyz")])
