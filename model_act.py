@@ -191,6 +191,7 @@ class ActPolicy(FittedPolicy):
         rotation (nats), averaged over the unmasked waypoints."""
         c, mask = self.config, batch["mask"].flatten()
         position, gripper, rotation = (x.flatten(0, 1) for x in self.run(batch))
+        # L1 in deviations of the training data, the mean of x, y and z
         error = (position - self.scaled(batch["target_pos"]).flatten(0, 1)).abs().mean(-1)
         parts = {
             "position_l1": self.masked_mean(error, mask),

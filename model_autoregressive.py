@@ -58,6 +58,7 @@ class AutoregressiveConfig(HistoryConfig):
     head: str = flag(
         "pointer", "query . cell features, or an MLP over absolute cells", ("pointer", "mlp")
     )
+    # the pointer's cell features
     key_width: int = flag(64, "channels of the pointer's cell features")
     dilations: str = flag(
         "1,2,4",
@@ -75,6 +76,7 @@ class AutoregressiveConfig(HistoryConfig):
     eef_mark: bool = flag(
         True, "the query marks the last known EEF's cell before the pointer's convolutions"
     )
+    # what tokens are told of place and time
     anchor: str = flag(
         "frame",
         "positions relative to each frame's own EEF (exact cache), or to the newest frame's",
@@ -216,6 +218,7 @@ class AutoregressivePolicy(HistoryPolicy):
         B, T = anchor.shape[:2]
         tokens = 0
         for maps, project in zip(features, self.project):
+            # (B*T,C,H,W), then side x side: finer maps are pooled, coarser ones interpolated
             maps = maps.flatten(0, 1)
             if maps.shape[-1] > side:
                 maps = F.adaptive_avg_pool2d(maps, side)
@@ -239,6 +242,7 @@ class AutoregressivePolicy(HistoryPolicy):
         c = self.config
         eef = self.share(eef)
         anchor = eef[..., 1:] if c.anchor == "frame" else self.newest(eef[..., 1:], batch)
+        # shares since the frame before (B,T,3)
         moved = eef - torch.cat([self.share(before), eef[:, :-1]], 1)
         fingers = fingers_closed(batch["gripper_width"]).float()[..., None]
         # (B,T,d); moves are told in tenths of the height range and of the image
@@ -257,6 +261,7 @@ class AutoregressivePolicy(HistoryPolicy):
         if c.recent_hires:
             groups.append(self.patches(features, c.patch_grid // 2, anchor) + self.coarse)
         x = torch.cat(groups, 2)
+        # the frame's number, by a code that all tokens of its group share
         if c.temporal:
             number = start[:, None] + torch.arange(eef.shape[1], device=eef.device)
             angle = (
@@ -302,6 +307,7 @@ class AutoregressivePolicy(HistoryPolicy):
         added = self.key_query(query)
         x = projected(features, self.key_project, c.grid)
         x = x + added[:, : c.key_width, None, None]
+        # coarse, but of the whole table: the transformer's patches, resized to the grid
         if c.key_patches:
             coarse = (
                 self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
@@ -386,6 +392,7 @@ class AutoregressivePolicy(HistoryPolicy):
         if self.training:
             # a window may lie anywhere in an episode: a random phase of the time code
             start = (self.shard.draw(torch.rand, (B,), eef.device) * TIME_PERIOD).long()
+        # one pass over whole windows, heads and losses for the supervised frames alone
         rows = self.supervised(batch)
         pick = lambda x: x.flatten(0, 1)[rows]
         mask = pick(batch["mask"])
@@ -533,6 +540,7 @@ class AutoregressivePolicy(HistoryPolicy):
         if self.config.anchor == "current":
             out = self.decide_window(frame)
         else:
+            # one step: the new frame's tokens read themselves and the cache
             features, eef = self.normalised(frame["features"]), self.eef_coordinates(frame)
             before = eef if self.before is None else self.before
             start = torch.full((1,), self.number, device=eef.device)
@@ -561,6 +569,7 @@ class AutoregressivePolicy(HistoryPolicy):
     def decide_window(self, frame):
         """The newest frame's waypoint, from the last `context` frames computed anew."""
         self.window = [*self.window, frame][-self.config.context :]
+        # one window of all kept frames (1,T,...); features are lists of maps
         join = lambda parts: (
             [torch.cat(m, 1) for m in zip(*parts)]
             if isinstance(parts[0], list)
