@@ -81,8 +81,9 @@ class ParaConfig(TrunkConfig):
 
 
 class PixelTrunk(VolumeGeometry):
-    """From the backbone's maps to the features of the prediction grid, with the EEF's cell marked.
-    `channels`: of the maps.
+    """Turns the backbone's maps into features of the prediction grid, with the EEF's cell marked.
+
+    `channels`: of the maps, one number each.
     """
 
     def __init__(self, config, channels):
