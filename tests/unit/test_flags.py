@@ -166,10 +166,7 @@ def test_help_is_read_in_a_minute(name, monkeypatch):
 
 
 def test_help_all_shows_every_flag(monkeypatch, capsys):
-    """Every flag is in one of the two help texts.
-
-    Otherwise only readers of the code would find it.
-    """
+    """--help_all names every flag. Otherwise only readers of the code would find some."""
     with pytest.raises(SystemExit) as left:
         train.parse_args(["--model_type", "act", "--help_all"])
     text = capsys.readouterr().out
