@@ -68,6 +68,21 @@ def test_the_fast_render_is_near_the_exact_one_and_stays_fast():
     assert (difference.max(-1) > 16).mean() < 0.05
 
 
+def test_scenes_of_one_process_draw_their_own_pictures():
+    """Else the older of two scenes draws with the newer one's meshes, and loses its own when that
+    one is closed or built anew."""
+    scenes = [Scene(image_size=SIDE, clean=True, render=quality) for quality in ("exact", "fast")]
+    alone = [scene.render() for scene in scenes]  # the newer one's context is the current one
+    lone = Scene(image_size=SIDE, clean=True)
+    np.testing.assert_array_equal(alone[0], lone.render())
+    lone.close()
+    for scene, picture in zip(scenes, alone):
+        np.testing.assert_array_equal(scene.render(), picture)
+    scenes[1].close()
+    np.testing.assert_array_equal(scenes[0].render(), alone[0])
+    scenes[0].close()
+
+
 @pytest.mark.parametrize("trained, asked", [("fast", "exact"), ("exact", "fast")])
 def test_a_checkpoint_sees_the_render_it_was_trained_on(trained, asked):
     """Another render than that of training is refused: the success rate would fall without a

@@ -299,7 +299,7 @@ def test_matrix_runs_resumes_and_tables(collected, tmp_path):
         f"run_matrix.py --columns in_dist --dataset in_dist={collected[0]} --n_episodes 1 "
         "--n_videos 1 --workers 1 --out out "
         f"--train_flags '--max_steps 2 --image_size {SIZE} --batch_size 2' "
-        "--eval_flags '--max_steps 10'"
+        "--eval_flags '--max_steps 10 --clean_scene'"
     )
     done = run(
         *flags,

@@ -14,7 +14,7 @@ from formats.dataset import open_dataset
 from rot_utils import BASIS_FILE, load_basis, load_stats
 
 COLLECT = shlex.split(
-    "collect_demos.py --grasp rim --layout_spread 0.05 --push_rate 0 --clean_scene "
+    "collect_demos.py --grasp rim --layout_spread 0.05 --push_rate 0 --clean_scene --render fast "
     f"--image_size {SIZE} --n_demos 2 --workers 1"
 )
 

@@ -352,7 +352,7 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
     """
     run(
         f"collect_demos.py --setting viewpoint --n_demos 2 --image_size {SIZE} --push_rate 0 "
-        "--workers 1 --out views.hdf5",
+        "--render fast --workers 1 --out views.hdf5",
         cwd=tmp_path,
     )
     recordings = open_dataset(tmp_path / "views.hdf5")
@@ -393,7 +393,8 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
         del file["data/demo_0"]
         file["data"].attrs["part"] = "val"
     run(
-        "collect_demos.py --replay cut.hdf5 --image_size 64 --workers 1 --out small.hdf5",
+        "collect_demos.py --replay cut.hdf5 --image_size 64 --render fast --workers 1 "
+        "--out small.hdf5",
         cwd=tmp_path,
     )
     recordings = open_dataset(tmp_path / "small.hdf5", 64)
