@@ -39,7 +39,7 @@ MODEL = {
 }
 SMALL = {
     "collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_rate", "0"],
-    "eval.py": shlex.split("--n_episodes 1 --n_videos 0 --workers 1 --max_steps 12"),
+    "eval.py": shlex.split("--n_episodes 1 --n_videos 0 --workers 1 --clean_scene --max_steps 12"),
     "figures.report": [],
     "study.bench": ["--rounds", "1", "--quick"],
     "study.openloop": ["--max_val", "1"],
@@ -50,7 +50,7 @@ SMALL = {
     "study.compare_rotation": [
         *shlex.split("--seeds 1 --max_steps 1 --n_episodes 1"),
         *TRAIN[2:],
-        *shlex.split("--dim 16"),
+        *shlex.split("--dim 16 --image_size 64"),
     ],
 }
 
@@ -124,7 +124,7 @@ def smaller(words):
     if "--policy" in words:
         # the expert takes as long as it takes
         limited = SMALL[script] if "expert" not in words else SMALL[script][:-2]
-        return [*limited, "--clean_scene"]
+        return limited
     return SMALL[script]
 
 
