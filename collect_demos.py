@@ -44,6 +44,7 @@ from sim.tasks import env_metadata, find_task, task_of_bddl
 from sim.variants import VARIANTS, new_expert
 from sim.workers import TIMEOUT, run_jobs
 
+# attributes that a replayed file may have, see runtime.fits
 REPLAY_FORM = {
     "variant?": str,
     "setting?": str,
@@ -56,7 +57,7 @@ REPLAY_FORM = {
 
 # flags that do not decide what a demonstration holds: a run may be finished with others
 FREE = ("workers", "timeout", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")
-# flags that a replay takes from its file, or has no use for
+# flags that a replay takes from its file or does not need: giving one is an error
 NOT_REPLAYED = (
     "format",
     "grasp",
@@ -79,6 +80,7 @@ def show(args):
         raise UserError(
             "--show: in_dist has one condition only; give --setting viewpoint or position"
         )
+    # objects as in the first init state, from which the picture varies view or positions
     suite = args.task_suite or "libero_spatial"
     scene = Scene(suite, args.task_id, args.image_size, args.clean_scene, render=args.render)
     scene.begin_episode(scene.init_states()[0])
@@ -93,8 +95,9 @@ def show(args):
 
 
 def take_from_replayed(args):
-    """Take what was not given from the file that is replayed -> versions {package: version} of the
-    simulator that its states come from."""
+    """Take what was not given from the file that is replayed -> {package: version} of the simulator
+    that its states come from. Raises UserError for a file that cannot be replayed.
+    """
     path = args.replay
     with libero_hdf5.open_demos(path) as file:
         n_demos = len(libero_hdf5.demo_names(file))
@@ -121,16 +124,21 @@ def take_from_replayed(args):
 
 
 def default_number(args):
-    """How many demonstrations are collected where none is asked for: 48, or as many more as cover
-    each training condition equally often; of validation conditions each one once."""
+    """How many demonstrations are collected where --n_demos is not given.
+
+    The smallest multiple of the number of training conditions that is at least 48, so that each is
+    covered equally often. Validation conditions are covered once each.
+    """
     n_conditions = len(settings.conditions(args.setting, args.part, args.split))
-    rounds = 1 if args.part == "val" else -(-48 // n_conditions)
+    rounds = 1 if args.part == "val" else -(-48 // n_conditions)  # rounded up
     return n_conditions * rounds
 
 
 def claim(folder, args, mujoco):
-    """Make the folder of finished parts, or go on with it. Raises UserError where it holds parts of
-    other settings, or is something else."""
+    """Make the folder of finished parts, or go on with it. mujoco: the installed version.
+
+    Raises UserError where the folder holds parts of other settings, or is something else.
+    """
     asked = {k: v for k, v in vars(args).items() if k not in FREE}
     asked["mujoco"] = mujoco  # one file, one physics
     stamp, again = folder / "settings.json", "finish it with the same command, or remove the folder"
@@ -145,7 +153,10 @@ def claim(folder, args, mujoco):
 
 
 def record_missing(args, task, folder):
-    """Record the demonstrations that the folder lacks -> counts of what was filtered, over all."""
+    """Record the demonstrations that the folder lacks -> Counter of what was filtered out, by all
+    runs. Raises UserError where demonstrations fail; the others stay.
+    """
+    # the counts of earlier runs go on
     tally, counts = folder / "counts.json", Counter()
     if tally.exists():
         remedy = "remove that file, it only counts"
@@ -157,6 +168,7 @@ def record_missing(args, task, folder):
         desc=f"demonstrations of {task.key}",
         unit="demo",
     )
+    # a failed demonstration does not end the others: the failures are reported at the end
     worker = ReplayWorker if args.replay else ExpertWorker
     failures = []
     for outcome in run_jobs(jobs, worker, (args, str(folder)), args.workers, timeout=args.timeout):
@@ -177,7 +189,9 @@ def record_missing(args, task, folder):
 
 
 def file_attributes(args, task, made_with, simulated):
-    """What the finished dataset says of itself."""
+    """The attributes of the finished dataset. made_with: {package: version} here; simulated: that
+    of a replayed file's states.
+    """
     of_this_program = {
         "grasp": args.grasp,
         "variant": args.variant,
@@ -204,6 +218,7 @@ def collect(args):
     args.n_demos = args.n_demos or default_number(args)
     args.task_suite = args.task_suite or "libero_spatial"
     task = find_task(args.task_suite, args.task_id)
+    # every demonstration is recorded into its own file, all are joined at the end
     folder = out.with_name(out.name + ".parts")
     check_replaceable(out, args.overwrite, args.format)
     claim(folder, args, made_with["mujoco"])
@@ -219,6 +234,7 @@ def collect(args):
     else:
         merge(parts, out, attributes, counts)
         shutil.rmtree(folder)
+    # what was filtered out on the way: bad resets, failed demonstrations
     named = [f"{k.replace('_', ' ')} {v}" for k, v in counts.items() if v]
     filtered = ", ".join(named) or "nothing filtered"
     print(f"{out}: {args.n_demos} demonstrations of {task.key} ({filtered})")
@@ -356,6 +372,7 @@ def main(argv=None):
 
         args.n_demos = args.n_demos or 50
         return survey(args.survey, args.n_tasks, args.n_demos, args.workers, args.timeout)
+    # flags at other than their defaults that a replay would ignore
     useless = [f"--{k}" for k in NOT_REPLAYED if getattr(args, k) != parser.get_default(k)]
     if args.replay and useless:
         raise UserError(
@@ -375,8 +392,10 @@ def main(argv=None):
 
 
 def chosen_stride(args):
-    """Every how many frames an image is stored: by default what training reads; each frame with
-    `--grasp rim`, whose study of rotations looks at all. The real robot's format has one for each.
+    """Every how many frames an image is stored. The default is what training reads, and every
+    frame with `--grasp rim`, whose study of rotations looks at all of them.
+
+    Raises UserError for a stride above 1 with smith300, whose episodes hold every frame.
     """
     if args.format != "smith300":
         return args.frame_stride or (1 if args.grasp == "rim" else 2)
@@ -389,7 +408,7 @@ def chosen_stride(args):
 
 
 def file_name(args):
-    """Name of the dataset, where --out is not given: what it varies in."""
+    """Name of the dataset where --out is not given: its task and what differs from the defaults."""
     words = [f"{args.task_suite or 'libero_spatial'}_{args.task_id}"]
     if args.replay:
         words = [Path(args.replay).stem, "replayed"]

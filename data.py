@@ -82,7 +82,11 @@ def gripper_segments(actions):
 
 
 def held_frames(demo):
-    """Frames (T,) bool inside a gripper's hold, at which no decision is ever taken."""
+    """Frames (T,) bool inside a gripper's hold, at which no decision is ever taken.
+
+    A hold lasts GRIPPER_STEPS frames from a gripper change on. The frame of the change is not
+    counted.
+    """
     held = np.zeros(len(demo), bool)
     for change in gripper_segments(demo.actions)[1]:
         held[change + 1 : change + GRIPPER_STEPS] = True
@@ -90,10 +94,11 @@ def held_frames(demo):
 
 
 def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=False):
-    """Labels of the N frames of a Demo.
+    """Labels of the N frames of a Demo: (target, gripper, mask, usable).
 
-    Returns target (N,T), the frame whose EEF pose is the waypoint; gripper (N,T) in {0, 1}; mask
-    (N,T) bool, waypoints whose way is undisturbed; usable (N,) bool, frames to train on.
+    target (N,T), the frame whose EEF pose is the waypoint; gripper (N,T) in {0, 1}; mask (N,T)
+    bool, waypoints that are reached without a push; usable (N,) bool, frames to train on. stride in
+    control steps, min_travel in metres, retreat and stay as in the module's docstring.
     """
     length = len(demo)
     # how far each frame's trajectory may run: to the next gripper change, or to the last frame
@@ -202,8 +207,10 @@ class WaypointDataset(Dataset):
         return needed
 
     def fill(self, demo, frame, target, gripper, mask):
-        """Set the low-dimensional tensors of N rows: demo and frame (N,), target frames, commands
-        and masks (N,T).
+        """Set the low-dimensional tensors of N rows.
+
+        demo, frame (N,): where each row is from; target (N,T): frames of its waypoints; gripper,
+        mask (N,T).
         """
         # values: an array (T,...) of each demonstration; rows (N,) or (N,T) of their frames
         pick = lambda values, rows: torch.from_numpy(
@@ -288,9 +295,10 @@ class WaypointDataset(Dataset):
         }
 
     def statistics(self, n=256):
-        """What policies normalise by: {"height_range" (2,) m, "euler_range" (3,2) rad, unwrapped,
-        "position" (mean (3,), std (3,)) m, all over every frame; "features" [(mean (C,), std (C,))]
-        over n samples}.
+        """What policies normalise by.
+
+        Over every frame: "height_range" (2,) m, "euler_range" (3,2) rad, unwrapped, "position"
+        (mean (3,), std (3,)) m. Over `n` samples: "features", [(mean (C,), std (C,))] for each map.
         """
         positions = np.concatenate([d.ee_pos for d in self.demos])
         heights = positions[:, 2]

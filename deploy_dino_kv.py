@@ -36,7 +36,7 @@ from rot_utils import RotationBasis, load_stats, matrix_to_euler
 from runtime import UserError, choose_device, fits, one_line, run_script
 
 NOTHING = "nothing is sent to the robot"
-# of a line of standard input, see runtime.fits
+# the form of a line of standard input, see runtime.fits
 LINE_FORM = {
     "image?": str,
     "image_base64?": str,
@@ -51,8 +51,10 @@ LINE_FORM = {
 
 
 def load(ckpt, stats=None, device="cpu", weights=None):
-    """The policy of a checkpoint, ready to act, checked against its statistics (stats: their file,
-    by default <ckpt>_stats.json). Raises UserError for another policy or foreign statistics.
+    """The policy of a checkpoint, ready to act and checked against its statistics. stats: their
+    file, <ckpt>_stats.json by default.
+
+    Raises UserError for a policy that is not deployed, or statistics of another checkpoint.
     """
     device = choose_device(device)
     path = stats or stats_path(ckpt)
@@ -65,6 +67,7 @@ def load(ckpt, stats=None, device="cpu", weights=None):
             f"{ckpt}: is a {info['model_type']}; "
             "only dino_volume_kv and dino_volume_kv_full are deployed by this script"
         )
+    # the file may hold more than is compared
     part = {name: stored[name] for name in expected if name in stored}
     if comparable(part) != comparable(expected):
         raise UserError(
@@ -74,7 +77,9 @@ def load(ckpt, stats=None, device="cpu", weights=None):
 
 
 def comparable(stats):
-    """Statistics as one text, without what says how the rotation basis came about."""
+    """Statistics as one text, so that two of them can be compared. The provenance of a rotation
+    basis is left out: it changes no answer.
+    """
     rotation = dict(stats.get("rotation", {}))
     basis = rotation.get("basis")
     if isinstance(basis, dict):
@@ -88,7 +93,11 @@ def comparable(stats):
 
 
 def recorded(source, state, size):
-    """Observations of a smith300 episode folder, or of a video with its episode.npz."""
+    """Yield the observations of a smith300 episode folder, or of a video with its episode.npz.
+
+    state: the npz, by default the one in the folder or beside the video. size: side in pixels of
+    the policy's images. Raises UserError for recordings that do not fit together.
+    """
     if not source.exists():
         raise UserError(
             f"{source}: no such episode folder or video; "
@@ -101,6 +110,7 @@ def recorded(source, state, size):
     arrays = smith300.load_arrays(state)
     K, E, positions = arrays["intrinsics"], arrays["extrinsics"], arrays["eef_pos_t"]
     frames = smith300.frame_files(source) if source.is_dir() else source
+    # frames, states and camera have to belong together before anything is answered
     count, sizes = smith300.frame_sizes(frames)
     if count != len(positions):
         raise UserError(
@@ -112,9 +122,10 @@ def recorded(source, state, size):
     shape = sizes.pop()
     smith300.check_camera(K, E, state, shape)
     check_in_view(positions, K, E, shape, state)
-    # without widths, those that the commands mean
+    # an episode without measured widths: closed or open, as commanded
     commanded = np.where(arrays["gripper_t"] > 0.5, 0.0, smith300.OPEN_GRIPPER)
     width = arrays.get("gripper_width_t", commanded)
+    # the policy sees the central square, scaled to size x size px: K belongs to that image
     square_K = smith300.square_intrinsics(K, *shape, size)
     for i, image in enumerate(smith300.iterate_frames(frames, size)):
         yield SimpleNamespace(
@@ -123,7 +134,9 @@ def recorded(source, state, size):
 
 
 def check_in_view(positions, K, E, shape, where):
-    """Raise UserError where an episode's camera sees its EEF in fewer than half of the frames."""
+    """Raise UserError where too few of an episode's EEF positions (T,3) m are inside its image, by
+    formats.checks.SEEN. shape: (width, height) px.
+    """
     seen = camera.in_view(positions, K, E, shape).mean()
     if seen < SEEN:
         raise UserError(
@@ -137,7 +150,9 @@ def check_in_view(positions, K, E, shape, where):
 
 
 def stored_camera(path):
-    """{"intrinsics", "extrinsics"} of an npz, those of the two that it has. Raises UserError."""
+    """{"intrinsics": (3,3) px, "extrinsics": (4,4)} of an npz, or the one that it has. Raises
+    UserError for a damaged file or other shapes.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in smith300.CAMERA if name in file}
@@ -157,8 +172,10 @@ def stored_camera(path):
 
 
 def live(stream, state, size):
-    """Observations of JSON lines, see the module's docstring. Raises UserError for a line that
-    holds anything else.
+    """Yield the observations of JSON lines, see the module's docstring. state: an npz with the
+    camera, or None. size: side in pixels of the policy's images.
+
+    Raises UserError for a line that holds anything else: the robot must not follow a guess.
     """
     camera_now = stored_camera(state) if state else {}
     for number, line in enumerate(stream, 1):
@@ -167,6 +184,7 @@ def live(stream, state, size):
         where = f"standard input, line {number}"
         row = parsed(line, where)
         squared, shape = decoded(row, where, size)
+        # a camera in the line replaces the one before and stays until the next
         for name in smith300.CAMERA:
             if name in row:
                 camera_now[name] = np.array(row[name], dtype=float)
@@ -178,6 +196,7 @@ def live(stream, state, size):
             )
         K, E = camera_now["intrinsics"], camera_now["extrinsics"]
         smith300.check_camera(K, E, where, shape)
+        # catches millimetres
         eef = np.array(row["eef_pos"], dtype=float)
         if np.abs(eef).max() > FARTHEST:
             raise UserError(
@@ -189,12 +208,13 @@ def live(stream, state, size):
 
 
 def parsed(line, where):
-    """A line's object, of LINE_FORM and with one image."""
+    """The object of a line, of LINE_FORM and with one image. Raises UserError for another."""
     try:
         row = json.loads(line.decode() if isinstance(line, bytes) else line)
     except (ValueError, RecursionError) as error:
         fault = f"is no JSON in UTF-8 ({one_line(error)})"
         raise UserError(f"{where}: {fault}; see --help for what a line holds") from error
+    # an object at all, then exactly one image, then the form of the rest
     fault = fits(row, {})
     if not fault and ("image" in row) == ("image_base64" in row):
         fault = "one of image and image_base64 is expected"
@@ -224,8 +244,8 @@ def decoded(row, where, size):
 
 
 def checked(answer, frame):
-    """The answer as a JSON line's object. Raises UserError where a number is NaN or Inf: nothing is
-    sent to the robot then.
+    """The Waypoint as the object of a JSON line. Raises UserError for NaN or Inf, so that nothing
+    is sent to the robot.
     """
     euler = matrix_to_euler(answer.rotations)
     if not all(np.isfinite(v).all() for v in (answer.trajectory, euler, answer.grippers)):
@@ -242,18 +262,20 @@ def checked(answer, frame):
 
 
 def answer_all(policy, observations, limit=None):
-    """Print a line for each observation, `limit` at most -> milliseconds of each."""
+    """Answer observations, `limit` of them at most, with a line each -> their latencies in ms."""
     latencies = []
     policy.reset()
     for frame, observation in enumerate(observations):
         if limit is not None and frame >= limit:
             break
+        # the clock of this call alone
         policy.seconds.update(features=0.0, policy=0.0)
         start = time.perf_counter()
         answer = policy.act(observation)
         latency = 1000 * (time.perf_counter() - start)
         latencies.append(latency)
         row = {**checked(answer, frame), "latency_ms": round(latency, 2)}
+        # flushed: the robot waits for each line
         print(json.dumps(row, allow_nan=False), flush=True)
         parts = ", ".join(f"{name} {1000 * s:.1f}" for name, s in policy.seconds.items())
         print(f"frame {frame}: {latency:.1f} ms ({parts})", file=sys.stderr, flush=True)
@@ -261,7 +283,7 @@ def answer_all(policy, observations, limit=None):
 
 
 def deploy(args):
-    """Answer what the source shows, and say how long that took."""
+    """Answer every observation of the source, and print the latencies to standard error."""
     policy = load(args.ckpt, args.stats, args.device, args.backbone_weights)
     size = policy.config.image_size
     if str(args.source) == "-":

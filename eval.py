@@ -9,11 +9,11 @@
     # a task that asks for memory, see sim/variants.py
     python eval.py --policy expert --variant lift_once
 
-Layouts: `benchmark` is LIBERO's own init states; `shifted` moves the task's objects 4-5 cm, each by
-itself; `viewpoint` and `viewpoint_shifted` are these two seen from the test views of
-sim/settings.py, a view an episode in turn; `position` takes the test positions in turn, with the
-same few random layouts at each. `val`, `val_shifted` and so on are random layouts, views and
-positions apart from all of these, for tuning. An interrupted run goes on with the same command.
+Layouts: `benchmark` is LIBERO's own init states. `shifted` moves the task's objects 4-5 cm, each by
+itself. `viewpoint` and `viewpoint_shifted` are these two, each episode seen from the next of the
+test views of sim/settings.py. `position` takes the test positions in turn, with the same few random
+layouts at each. `val`, `val_shifted` and so on are random layouts, views and positions apart from
+all of these, for tuning. An interrupted run goes on with the same command.
 
 One process owns the network and answers the simulators of all --workers; an episode's outcome does
 not depend on their number.
@@ -61,6 +61,7 @@ from sim.workers import TIMEOUT, run_jobs
 
 # flags that --help shows, in this order
 FIRST = "ckpt policy layout n_episodes teleport zero_rotation max_steps workers device out"
+# packages whose exceptions are the simulator's, see `simulators`
 SIMULATOR = ("mujoco", "robosuite", "OpenGL")
 # crashed episodes without one that ran, or errors of the policy alone, after which an evaluation
 # gives up
@@ -80,10 +81,11 @@ FREE = (
 
 
 class EvalWorker:
-    """Owns a scene and an agent; a job is an episode's index, or "protocol".
+    """Owns a scene and an agent, in a process of its pool. A job is an episode's index, or
+    "protocol".
 
-    address: of the Decider that owns the network, for a checkpoint. reference: what the protocol
-    is checked against.
+    address: of the Decider that owns the network, for a checkpoint. reference: arrays that the
+    protocol is checked against, see sim/protocol.py.
     """
 
     def __init__(self, args, address=None, reference=None):
@@ -97,12 +99,16 @@ class EvalWorker:
         elif args.policy == "oracle":
             self.agent = OracleAgent(args.waypoint_stride, args.grid, args.n_height_bins)
         elif args.policy == "blind":
+            # it knows the mean position of the training demonstrations
             trained = settings.conditions(LAYOUTS[args.layout][0], "train", args.split)
             self.agent = BlindAgent(np.mean([(c.dx, c.dy) for c in trained], axis=0))
 
     def run(self, job):
-        """A job -> its row, or {"stopped": traceback} where this program failed: no result, and no
-        crash that could be left out. An exception of the simulator is one, and goes to run_jobs."""
+        """A job -> its row, or {"stopped": traceback} where this program failed.
+
+        A failure of this program is neither a result nor a crash that could be left out. An
+        exception of the simulator is a crash: it is raised, and run_jobs reports it.
+        """
         try:
             return self.check() if job == "protocol" else self.episode(job)
         except Exception as error:
@@ -111,10 +117,11 @@ class EvalWorker:
             return {"stopped": traceback.format_exc()}
 
     def check(self):
-        """The protocol, from the first episode's view -> what was measured."""
+        """Check the protocol from the first episode's view -> dict of what was measured."""
         conditions = settings.conditions(*LAYOUTS[self.args.layout], self.args.split)
         return check_protocol(self.scene, self.reference, conditions[0])
 
+    # an episode's index -> its row: place the scene, know the expert's path, act, draw
     def episode(self, job):
         args, scene = self.args, self.scene
         state, condition = episode_state(scene, args.layout, job, args.split)
@@ -140,6 +147,7 @@ class EvalWorker:
                 seed=draw_seed(args.seed, job),
                 watch=watch,
             )
+            # for study.stalled
             if args.trace:
                 watch.save(args.out / "traces" / f"{job:03d}.npz")
         self.draw(job, row, frames, thumbs)
@@ -158,9 +166,11 @@ class EvalWorker:
         if frames:
             K, E = self.scene.camera()
             film = self.args.out / "videos" / f"{job:03d}_{row['outcome']}.mp4"
+            # in real time: a second has 20 control steps
             plots.write_video(frames, K, E, film, fps=20 / self.args.video_every)
             thumbs = thumbs or [f[0][::4, ::4] for f in frames]
         if thumbs:
+            # evenly over the episode, its first and last decision among them
             picked = np.linspace(0, len(thumbs) - 1, min(10, len(thumbs))).astype(int)
             strip = self.args.out / "strips" / f"{job:03d}.png"
             plots.write_strip([thumbs[i] for i in picked], strip)
@@ -170,15 +180,15 @@ class EvalWorker:
 
 
 def simulators(error):
-    """True for an exception of MuJoCo's, robosuite's or OpenGL's: the simulator died, whatever
-    policy was tested.
+    """True for an exception of MuJoCo, robosuite or OpenGL: the simulator failed, whatever policy
+    was tested.
     """
     return type(error).__module__.partition(".")[0] in SIMULATOR
 
 
 def draw_seed(seed, episode):
-    """Seed of all that a policy draws at random in an episode: it knows no worker and no other
-    episode.
+    """Seed, 64 bits, of all that a policy draws at random in an episode. It depends on no worker
+    and no other episode.
     """
     low, high, *_ = settings.random_seed("sample", seed, episode)
     return high << 32 | low
@@ -289,8 +299,8 @@ def add_running_flags(group):
 
 @contextlib.contextmanager
 def network_of(args):
-    """The Decider with the checkpoint that the flags ask for, None for a policy without a network.
-    Bad files, devices and choices are refused here, before any simulator starts.
+    """Yield the Decider with the checkpoint that the flags ask for, None for a policy without a
+    network. Raises UserError for bad files, devices and choices, before any simulator starts.
     """
     if args.policy != "checkpoint":
         yield None
@@ -305,14 +315,20 @@ def network_of(args):
 
 
 def policy_sessions(*made_of):
-    """The checkpoint's harness.sessions.PolicySessions, in the one process that imports torch."""
+    """The checkpoint's harness.sessions.PolicySessions. Called in the one process that imports
+    torch.
+    """
     from harness.sessions import PolicySessions
 
     return PolicySessions.load(*made_of)
 
 
 def prepare(args, network=None):
-    """Fill in what was not given, from the network's checkpoint -> its info, {} without one."""
+    """Fill in the flags that were not given -> the checkpoint's info, {} without one.
+
+    The checkpoint's own settings come first, then the defaults. Raises UserError for flags that do
+    not fit the checkpoint or each other.
+    """
     info, (setting, part) = {}, LAYOUTS[args.layout]
     if network:
         info = network.about["info"]
@@ -330,6 +346,7 @@ def prepare(args, network=None):
     if args.n_episodes is None:
         conditions = settings.conditions(setting, part, args.split)
         args.n_episodes = 50 if setting != "position" else 5 * len(conditions)
+    # beyond the init states, `benchmark` would repeat episodes
     task = find_task(args.task_suite, args.task_id)
     available = len(init_states(task))
     if args.n_episodes < 1 or args.layout == "benchmark" and args.n_episodes > available:
@@ -342,8 +359,10 @@ def prepare(args, network=None):
 
 
 def as_trained(args, info, config):
-    """Take from a checkpoint what was not given: size and stride of its config, task, grasp,
-    variant, scene and split of its demonstrations.
+    """Take what was not given from a checkpoint: image size and stride from its config; render,
+    task, grasp, variant, scene and split from its demonstrations.
+
+    Raises UserError for a --render or --split other than those that it was trained on.
     """
     args.image_size, args.waypoint_stride = config["image_size"], config["waypoint_stride"]
     trained_on = info.get("dataset", {})
@@ -362,6 +381,7 @@ def as_trained(args, info, config):
         args.task_id = int(trained_on.get("task_id", 0))
     if args.clean_scene is None and "clean_scene" in trained_on:
         args.clean_scene = trained_on["clean_scene"] == "True"
+    # a split belongs to its setting; trained in another setting, any split may be tested
     same_setting = trained_on.get("setting") == LAYOUTS[args.layout][0]
     if same_setting and trained_on.get("split"):
         args.split = args.split or trained_on["split"]
@@ -406,9 +426,11 @@ def cell_name(args, info, task):
 
 
 def where_run(info):
-    """What every row and the summary say of the simulator: versions and renderer, and of a
-    checkpoint the MuJoCo version that its demonstrations were simulated with. Prints a warning
-    where that is another major.minor than runs here."""
+    """What every row and the summary say of the simulator: versions and renderer.
+
+    For a checkpoint also the MuJoCo version that its demonstrations were simulated with. Prints a
+    warning where its major.minor differs from the installed one.
+    """
     found, ours = {"simulator": simulator()}, simulator_versions()["mujoco"]
     if info:
         theirs = found["demos_mujoco"] = demos_mujoco(info)
@@ -422,10 +444,13 @@ def where_run(info):
 
 
 def stamp_of(args, info):
-    """What the episodes of a folder have in common, as its settings.json says it."""
+    """What the episodes of a folder have in common, as settings.json holds it. A run goes on only
+    in a folder with the same stamp.
+    """
     asked = {k: str(v) for k, v in vars(args).items() if k not in FREE}
     if not args.stop_stalled:  # folders from before it was there go on
         del asked["stop_stalled"]
+    # the same for --render
     if args.render == "exact":
         del asked["render"]
     where = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')}"
@@ -434,6 +459,7 @@ def stamp_of(args, info):
     return asked
 
 
+# network -> settings -> episodes -> summary; the answer is the exit code, 1 without any episode
 def evaluate(args):
     with network_of(args) as network:
         info = prepare(args, network)
@@ -452,9 +478,10 @@ def evaluate(args):
 
 
 def run_episodes(args, network, where):
-    """Run the episodes that the folder does not hold yet, each row written when it is there ->
-    {episode: row} of all. where: what every row says of the simulator.
+    """Run the episodes that the folder does not hold yet -> {episode: row} of all. Each row is
+    written as soon as its episode ends. where: what every row says of the simulator.
     """
+    # crashed episodes of an earlier run are tried again
     rows = {
         r["episode"]: r
         for r in read_episodes(args.out, args.layout)
@@ -467,6 +494,7 @@ def run_episodes(args, network, where):
         desc=f"{args.policy} {args.layout}",
         unit="episode",
     )
+    # the protocol is the first job: a wrong one ends the evaluation before much is simulated
     served = (network.address, network.about["reference"]) if network else ()
     for outcome in run_jobs(
         ["protocol", *jobs] if jobs else [],
@@ -480,6 +508,7 @@ def run_episodes(args, network, where):
         if outcome.job == "protocol":
             note_protocol(outcome, args.out)
             continue
+        # written before the check whether to give up: its sentence points to the file
         rows[outcome.job] = row = {**row_of(outcome, args), **where}
         append_jsonl(args.out / "episodes.jsonl", row)
         give_up_if_hopeless(list(rows.values()), args.out)
@@ -502,8 +531,8 @@ def note_protocol(outcome, folder):
 
 
 def row_of(outcome, args):
-    """An episode's row, or that of one whose worker died. Raises UserError where this program
-    failed: that is neither.
+    """The row of an episode, or of one that crashed. Raises UserError where this program failed,
+    which is neither.
     """
     row = outcome.result or {
         "episode": outcome.job,
@@ -523,7 +552,7 @@ def row_of(outcome, args):
 
 
 def give_up_if_hopeless(rows, folder):
-    """Raise UserError once HOPELESS episodes all crashed, or all failed by a policy's error."""
+    """Raise UserError once HOPELESS episodes all crashed, or all ended in a policy's error."""
     episodes, scored = folder / "episodes.jsonl", [r for r in rows if "crash" not in r]
     if not scored and len(rows) >= HOPELESS:
         raise UserError(

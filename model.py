@@ -35,6 +35,7 @@ class TrunkConfig(VolumeConfig):
         "with 1,1,1 a cell 4 cells from the EEF does not see its mark",
         kind=flags.int_list,
     )
+    # what the cells are told of the EEF and of the camera
     eef_height: bool = flag(
         True, "the EEF's embedding depends on its height (interpolated between height bins)"
     )
@@ -80,8 +81,9 @@ class ParaConfig(TrunkConfig):
 
 
 class PixelTrunk(VolumeGeometry):
-    """From the backbone's maps to the features of the prediction grid, with the EEF's cell marked.
-    `channels`: of the maps.
+    """Turns the backbone's maps into features of the prediction grid, with the EEF's cell marked.
+
+    `channels`: of the maps, one number each.
     """
 
     def __init__(self, config, channels):
@@ -207,6 +209,7 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
             self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
             + self.step_embedding
         )
+        # the command of the highest peak, or that of the separate head
         gripper = (
             picked_gripper.view(-1, c.n_window)
             if self.n_gripper == 2

@@ -4,8 +4,8 @@ Pooled patches of the same frozen features, a token of proprioception and one of
 transformer encoder -> decoder with one learned query a waypoint -> absolute world xyz (L1,
 normalised by the training data), gripper command, rotation in bins.
 
-After Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware". What
-differs from the paper makes the rows of a table differ in the head alone:
+After Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware". It
+differs from the paper so that the rows of a table differ in the head alone:
 
 - Labels, features and the closed loop are PARA's. So a chunk is T waypoints instead of T control
   steps, and each waypoint brings a new chunk instead of temporal ensembling.
@@ -14,7 +14,9 @@ differs from the paper makes the rows of a table differ in the head alone:
 - The camera's pose is an input, since the other policies know the camera too. `--no-camera_token`
   is as published.
 - The EEF's position is noised in training, as in the history policies. A regressor too would rather
-  guess the next waypoint from where it is than look. `--eef_noise_m 0` is as published.
+  guess the next waypoint from where it is than look. `--eef_noise_m 0` turns the noise off.
+
+The last two points are in its favour.
 """
 
 from dataclasses import dataclass
@@ -134,14 +136,14 @@ class ActPolicy(FittedPolicy):
         self.rotation = nn.Linear(d, 3 * c.n_rot_bins)
 
     def fit_statistics(self, statistics):
-        """As of the parent, and the EEF positions' mean and deviation."""
+        """Set the parent's statistics and the EEF positions' mean and deviation, metres."""
         super().fit_statistics(statistics)
         for buffer, value in zip((self.position_mean, self.position_std), statistics["position"]):
             buffer.copy_(torch.as_tensor(value))
 
     def scaled(self, positions):
-        """World positions (...,3) in metres -> float32 with zero mean and unit deviation over the
-        training data's."""
+        """World positions (...,3) in metres -> float32, with zero mean and unit deviation over the
+        training data."""
         return ((positions - self.position_mean) / self.position_std).float()
 
     def tokens(self, batch):
@@ -191,6 +193,7 @@ class ActPolicy(FittedPolicy):
         rotation (nats), averaged over the unmasked waypoints."""
         c, mask = self.config, batch["mask"].flatten()
         position, gripper, rotation = (x.flatten(0, 1) for x in self.run(batch))
+        # L1 in deviations of the training data, the mean of x, y and z
         error = (position - self.scaled(batch["target_pos"]).flatten(0, 1)).abs().mean(-1)
         parts = {
             "position_l1": self.masked_mean(error, mask),

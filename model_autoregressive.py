@@ -1,20 +1,20 @@
 """A, the autoregressive policy: one waypoint a step from a window of past frames and EEF positions.
 
-A frame's group of tokens is {its patches, the last known EEF, a learned query}; attention is
+A frame's group of tokens is {its patches, the last known EEF, a learned query}. Attention is
 bidirectional inside a group and causal across groups (nets/layers.py). The query of frame t knows
-the EEF that image t shows and everything before, never its own target, so that every frame of a
-window is supervised in one pass. Heads on the query:
+the EEF that image t shows and everything before, never its target. So every frame of a window is
+supervised in one pass. Heads on the query:
 
-    pointer  its output makes the weights of a 1x1 convolution over per-cell features (a small
-             convolutional trunk on the image features, with a mark at the EEF's cell): one joint
-             softmax over gripper x height x cell. The transformer says what to look for, and what
-             lies around a cell says where; --key_patches adds its patch outputs, which have seen
-             the whole table
-    mlp      an MLP over absolute cells and gripper, heights by a linear layer; as first specified
+    pointer  the query makes the weights of a 1x1 convolution over per-cell features: one joint
+             softmax over gripper x height x cell. The features are a small convolutional trunk on
+             the image features, with a mark at the EEF's cell. So the transformer says what to look
+             for, and what lies around a cell says where. --key_patches adds the transformer's patch
+             outputs, which have seen the whole table
+    mlp      an MLP over absolute cells and gripper, heights by a linear layer
 
 The EEF's position is noised in training on its way into the transformer (with --noisy_mark at the
-mark too): demonstrations whose layouts hardly differ let a network predict the next waypoint from
-the current state without looking, and noise makes looking the better bet.
+mark too). Demonstrations whose layouts hardly differ let a network predict the next waypoint from
+the current state without looking; noise makes looking the better bet.
 """
 
 from dataclasses import dataclass
@@ -58,6 +58,7 @@ class AutoregressiveConfig(HistoryConfig):
     head: str = flag(
         "pointer", "query . cell features, or an MLP over absolute cells", ("pointer", "mlp")
     )
+    # the pointer's cell features
     key_width: int = flag(64, "channels of the pointer's cell features")
     dilations: str = flag(
         "1,2,4",
@@ -75,6 +76,7 @@ class AutoregressiveConfig(HistoryConfig):
     eef_mark: bool = flag(
         True, "the query marks the last known EEF's cell before the pointer's convolutions"
     )
+    # what tokens are told of place and time
     anchor: str = flag(
         "frame",
         "positions relative to each frame's own EEF (exact cache), or to the newest frame's",
@@ -132,6 +134,7 @@ class AutoregressivePolicy(HistoryPolicy):
                 f"--attention flex: heads are {d // c.n_heads} wide (--dim / --n_heads) "
                 f"and it needs {FLEX_HEAD}; use sdpa"
             )
+        # young frames show patches, EEF and query; old ones EEF, query and pooled patches
         self.n_patches, n_old = c.patch_grid**2, (c.patch_grid // 2) ** 2 if c.recent_hires else 0
         self.resolutions = Resolutions(c.recent_hires, self.n_patches + 2, self.n_patches)
         self.project = nn.ModuleList([nn.Conv2d(n, d, 1) for n in channels])
@@ -157,12 +160,14 @@ class AutoregressivePolicy(HistoryPolicy):
             self.key_project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
             if c.key_patches:
                 self.key_patches = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, width))
+            # for every cell, and for the EEF's cell besides
             self.key_query = nn.Linear(d, 2 * width if c.eef_mark else width)
             if c.rays:
                 self.key_rays = ray_layers(width)
             self.key_trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
             self.pointer = FingerLinear(d, 2 * c.n_height_bins * width, states)
             self.prior = nn.Parameter(torch.randn(states, 2 * c.n_height_bins, width) * width**-0.5)
+            # at first the prior, the same for every query, decides
             nn.init.normal_(self.pointer.linear.weight, std=0.1 * d**-0.5)
         else:
             self.cell_hidden = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU())
@@ -181,12 +186,12 @@ class AutoregressivePolicy(HistoryPolicy):
     # -- tokens ------------------------------------------------------------------------------------
 
     def eef_coordinates(self, batch):
-        """The last known EEF of every frame as volume coordinates zyx (B,T,3) float32, noised in
-        training.
-        """
+        """Every frame's last known EEF as volume coordinates zyx (B,T,3) float32, with noise in
+        training."""
         c, eef = self.config, self.coordinates(batch["eef_pos"], batch).float()
         if self.training and c.eef_noise_share > 0:
             low, high = self.height_range.float()
+            # metres and pixels -> height bins and cells
             scale = torch.stack(
                 [
                     c.eef_noise_m / (high - low) * c.n_height_bins,
@@ -203,19 +208,17 @@ class AutoregressivePolicy(HistoryPolicy):
         return (coordinates + 0.5) / size - 0.5
 
     def place(self, tables, y, x):
-        """Embedding of positions by a y part plus an x part: y (...,H) and x (...,W) ->
-        (...,H,W,d).
-        """
+        """Positions y (...,H) and x (...,W) -> embeddings (...,H,W,d), a y part plus an x part."""
         parts = [table(fourier(p, SPACE_FREQUENCIES)) for table, p in zip(tables, (y, x))]
         return parts[0][..., :, None, :] + parts[1][..., None, :, :]
 
     def patches(self, features, side, anchor):
-        """Backbone maps of frames -> patch tokens (B,T,side^2,d) with their position embeddings.
-        anchor (B,T,2) yx shares.
-        """
+        """Backbone maps of frames -> patch tokens (B,T,side^2,d) with position embeddings, relative
+        to anchor (B,T,2), yx shares."""
         B, T = anchor.shape[:2]
         tokens = 0
         for maps, project in zip(features, self.project):
+            # (B*T,C,H,W), then side x side: finer maps are pooled, coarser ones interpolated
             maps = maps.flatten(0, 1)
             if maps.shape[-1] > side:
                 maps = F.adaptive_avg_pool2d(maps, side)
@@ -233,15 +236,16 @@ class AutoregressivePolicy(HistoryPolicy):
         return tokens.flatten(2, 3)
 
     def tokens(self, features, eef, before, batch, start):
-        """Groups of tokens (B,T,N,d). eef (B,T,3) coordinates; before (B,1,3) those of the frame
-        before the first, or of the first; start (B,) the first frame's number in its episode, or
-        any when training."""
+        """Groups of tokens (B,T,N,d) from eef (B,T,3), volume coordinates. before (B,1,3): those of
+        the frame before the first, or of the first itself. start (B,): the first frame's number in
+        its episode, or any number in training."""
         c = self.config
         eef = self.share(eef)
         anchor = eef[..., 1:] if c.anchor == "frame" else self.newest(eef[..., 1:], batch)
+        # shares since the frame before (B,T,3)
         moved = eef - torch.cat([self.share(before), eef[:, :-1]], 1)
         fingers = fingers_closed(batch["gripper_width"]).float()[..., None]
-        # (B,T,d)
+        # (B,T,d); moves are told in tenths of the height range and of the image
         state = self.state(
             torch.cat([fourier(eef[..., 0], SPACE_FREQUENCIES), 10 * moved, fingers], -1)
         )
@@ -257,6 +261,7 @@ class AutoregressivePolicy(HistoryPolicy):
         if c.recent_hires:
             groups.append(self.patches(features, c.patch_grid // 2, anchor) + self.coarse)
         x = torch.cat(groups, 2)
+        # the frame's number, by a code that all tokens of its group share
         if c.temporal:
             number = start[:, None] + torch.arange(eef.shape[1], device=eef.device)
             angle = (
@@ -270,7 +275,7 @@ class AutoregressivePolicy(HistoryPolicy):
         return x
 
     def newest(self, eef, batch):
-        """The last valid frame's entry of (B,T,2), for every frame."""
+        """eef (B,T,2) -> the newest valid frame's entry, for every frame (B,T,2)."""
         last = (
             batch["valid"].sum(1) - 1
             if "valid" in batch
@@ -282,27 +287,27 @@ class AutoregressivePolicy(HistoryPolicy):
 
     def encode(self, x, past=None):
         """Tokens (B,T,N,d) -> query outputs (B,T,d), patch outputs (B,T,H*W,d) of the layer before
-        the last, cache.
-        """
+        the last, cache. past: an earlier call's cache."""
         c, cache = self.config, []
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             if last:
                 patches = x[:, :, : self.n_patches]
-            # nobody reads the others
+            # the last layer computes the query alone: nobody reads the others
             rows = slice(self.n_patches + QUERY, self.n_patches + QUERY + 1) if last else None
             x, kept = block(x, c.context, self.resolutions, past[i] if past else None, rows)
             cache.append(kept)
         return self.norm(x[:, :, 0]), patches, cache
 
     def cell_features(self, features, patches, query, eef, cameras):
-        """Pointer's keys (N,C,H,W) of N frames: maps [(N,C,H,W)], patch outputs (N,H*W,d), query
-        outputs (N,d), the last known EEF's coordinates zyx (N,3), their cameras {"K", "E"}."""
+        """The pointer's keys (N,C,H,W) of N frames, from maps [(N,C,H,W)], patch outputs (N,H*W,d),
+        query outputs (N,d), the EEF's coordinates zyx (N,3) and the cameras {"K", "E"}."""
         c = self.config
         size = {"size": (c.grid, c.grid), "mode": "bilinear", "align_corners": False}
         added = self.key_query(query)
         x = projected(features, self.key_project, c.grid)
         x = x + added[:, : c.key_width, None, None]
+        # coarse, but of the whole table: the transformer's patches, resized to the grid
         if c.key_patches:
             coarse = (
                 self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
@@ -317,8 +322,8 @@ class AutoregressivePolicy(HistoryPolicy):
         return self.key_trunk(x)
 
     def head(self, features, patches, query, eef, widths, cameras):
-        """N frames, eef (N,3) coordinates, widths (N,) between the fingers, cameras {"K" (N,3,3),
-        "E" (N,4,4)} -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None."""
+        """N frames -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None. eef (N,3) coordinates,
+        widths (N,) m between the fingers, cameras {"K" (N,3,3), "E" (N,4,4)}; others as above."""
         c, closed = self.config, fingers_closed(widths)
         if c.head == "mlp":
             cells = self.cell_head(self.cell_hidden(query), closed).view(-1, 2, 1, c.grid, c.grid)
@@ -326,17 +331,19 @@ class AutoregressivePolicy(HistoryPolicy):
             return cells + heights.log_softmax(2), None  # p(gripper, cell) p(height | gripper)
         keys = self.cell_features(features, patches, query, eef, cameras)
         prior = self.prior[closed * (len(self.prior) - 1)]  # (N,2Z,C)
+        # the convolution's filters, one for each gripper command and height (N,2Z,C)
         weights = self.pointer(query, closed).unflatten(-1, (-1, c.key_width)) + prior
         logits = product(weights, keys.flatten(2))
         return logits.view(-1, 2, c.n_height_bins, c.grid, c.grid), keys
 
     def run(self, batch, eef, start, rows=None, exact=False):
-        """A window -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the
-        flattened (B*T). exact: eef (B,T,3) are no noised measurements, and marked as they are."""
+        """Windows -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the
+        flattened (B*T), None for all. exact: mark the cells of eef (B,T,3) itself."""
         features = self.normalised(batch["features"])
         query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start))
         flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
         query = flat(query)
+        # the noise is for the transformer: the mark is by default where the image shows the EEF
         marked = (
             eef
             if exact or self.config.noisy_mark
@@ -354,6 +361,7 @@ class AutoregressivePolicy(HistoryPolicy):
 
     def offset(self, keys, query, coordinates):
         """Offset zyx (N,3) in [-0.5, 0.5] inside the cell at integer coordinates (N,3)."""
+        # the pointer's offset sees the features of the chosen cell too
         if keys is not None:
             flat = (coordinates[:, 1] * self.config.grid + coordinates[:, 2]).long()
             query = torch.cat(
@@ -366,7 +374,7 @@ class AutoregressivePolicy(HistoryPolicy):
     def supervised(self, batch):
         """Which of the B*T frames are trained on: flat indices."""
         mask = batch["mask"]
-        # older frames are seen from the newest one's EEF, which is their future
+        # older frames' positions are relative to the newest EEF, which is their future: not trained
         if self.config.anchor == "current":
             newest = (
                 torch.arange(mask.shape[1], device=mask.device)
@@ -376,14 +384,15 @@ class AutoregressivePolicy(HistoryPolicy):
         return self.trained_rows(mask)
 
     def loss(self, batch):
-        """Cross-entropies of gripper x volume and of rotation over the supervised frames, in nats;
-        see the config for more.
-        """
+        """Cross-entropies of gripper x volume and of rotation over the supervised frames, in nats.
+        --coarse_to_fine and --smooth_weight add a part each."""
         c, B = self.config, len(batch["mask"])
         eef = self.eef_coordinates(batch)
         start = torch.zeros(B, dtype=torch.long, device=eef.device)
         if self.training:
+            # a window may lie anywhere in an episode: a random phase of the time code
             start = (self.shard.draw(torch.rand, (B,), eef.device) * TIME_PERIOD).long()
+        # one pass over whole windows, heads and losses for the supervised frames alone
         rows = self.supervised(batch)
         pick = lambda x: x.flatten(0, 1)[rows]
         mask = pick(batch["mask"])
@@ -405,6 +414,7 @@ class AutoregressivePolicy(HistoryPolicy):
         }
         total = parts["volume_ce"] + c.rotation_weight * parts["rotation_ce"]
         if c.coarse_to_fine:
+            # the true cell, and the true offset inside it as the target
             true = pick(coordinates).float()
             cell = torch.minimum(
                 true.round().clamp(min=0), torch.tensor(self.volume_shape, device=true.device) - 1
@@ -423,10 +433,11 @@ class AutoregressivePolicy(HistoryPolicy):
         return {"loss": total, **{k: v.detach() for k, v in parts.items()}}
 
     def smoothness(self, batch, logits, start, rows):
-        """Mean squared second difference, in cells and bins, of the waypoints of frames `rows` and
-        the two before each, when a frame knows the prediction of the frame before it, or the
-        measured EEF where that frame is not trained (--trained_frames): a free-running rollout of
-        one step from everywhere."""
+        """Mean squared second difference of waypoints, in cells and bins, at the frames `rows`.
+
+        It is a free-running rollout of one step from everywhere: each frame knows the prediction of
+        the frame before it, or where that one is not trained (--trained_frames) the measured EEF.
+        """
         B, T = batch["mask"].shape
         measured = self.coordinates(batch["eef_pos"], batch).float()
         with torch.no_grad():
@@ -434,28 +445,29 @@ class AutoregressivePolicy(HistoryPolicy):
             reached = torch.cat([measured[:, 1:], measured[:, -1:]], 1).flatten(0, 1)
             reached[rows] = self.decode_volume(logits.float())[0].to(reached.dtype)
         known = torch.cat([measured[:, :1], reached.view(B, T, 3)[:, :-1]], 1)
+        # a second pass, with gradients, from where the first one led
         again, _, _ = self.run(batch, known, start, rows, exact=True)
         volume = again.float().logsumexp(1).flatten(1).softmax(-1).view(-1, *self.volume_shape)
+        # the expected waypoint zyx (N,3), differentiable where a peak is not
         mean = torch.stack(
             [
                 (
                     volume.sum([a for a in (1, 2, 3) if a != axis])
                     * torch.arange(n, device=volume.device)
                 ).sum(-1)
-                # expectations along z, y and x
                 for axis, n in zip((1, 2, 3), self.volume_shape)
             ],
             -1,
         )
         before = torch.cat([known[:, :1], known[:, :-1]], 1).flatten(0, 1)[rows]
         has_before = batch["mask"].flatten()[rows] * (rows % T > 0)
+        # next - 2 now + before; a window's first frame has none before
         bend = mean - 2 * known.flatten(0, 1)[rows] + before
         return self.masked_mean((bend**2).sum(-1), has_before)
 
     def decide_rows(self, batch, logits, keys, query, shape):
-        """Head outputs of N = prod(shape) frames -> {"position" (*shape,3), "gripper" (*shape),
-        "rotation" (*shape,3,3)}.
-        """
+        """Head outputs of N = prod(shape) frames -> {"position" (*shape,3) m, "gripper" (*shape),
+        "rotation" (*shape,3,3)}."""
         c, logits = self.config, self.sampled(logits.float())
         coordinates, gripper = self.decode_volume(logits)
         if c.coarse_to_fine:
@@ -478,9 +490,8 @@ class AutoregressivePolicy(HistoryPolicy):
         return torch.stack([best // (H * W), best // W % H, best % W], -1).double()
 
     def decided(self, batch, rows):
-        """Waypoints of frames `rows` (N,) of the flattened (B*T): {"position" (N,3), "gripper"
-        (N,), "rotation" (N,3,3)}.
-        """
+        """Waypoints of frames `rows` (N,) of the flattened (B*T): {"position" (N,3) m, "gripper"
+        (N,), "rotation" (N,3,3)}."""
         eef = self.eef_coordinates(batch)
         outputs = self.run(
             batch, eef, torch.zeros(len(eef), dtype=torch.long, device=eef.device), rows
@@ -490,17 +501,15 @@ class AutoregressivePolicy(HistoryPolicy):
         )
 
     def predict(self, batch):
-        """The next waypoint of every frame of windows: {"position" (B,T,3), "gripper" (B,T),
-        "rotation" (B,T,3,3)}.
-        """
+        """The next waypoint of every frame of windows: {"position" (B,T,3) m, "gripper" (B,T),
+        "rotation" (B,T,3,3)}."""
         shape = batch["gripper_width"].shape
         rows = torch.arange(shape.numel(), device=batch["K"].device)
         return {k: v.unflatten(0, shape) for k, v in self.decided(batch, rows).items()}
 
     def attention(self, batch):
-        """Where each frame's query looks in its own frame in the last layer: (B,T,H,W) over
-        patches, summing to one.
-        """
+        """How each frame's query attends to its frame's patches in the last layer: (B,T,H,W),
+        summing to one."""
         eef, c = self.eef_coordinates(batch), self.config
         start = torch.zeros(len(eef), dtype=torch.long, device=eef.device)
         x = self.tokens(self.normalised(batch["features"]), eef, eef[:, :1], batch, start)
@@ -517,12 +526,12 @@ class AutoregressivePolicy(HistoryPolicy):
         self.before, self.last_waypoint = None, None
 
     def decide(self, batch):
-        """One observation (B = 1) after those since `reset`, with keys and values of earlier frames
-        from the cache.
+        """The waypoint for one observation (B = 1) that follows those since `reset`.
 
-        With --anchor current every frame's tokens change with the newest EEF: the window is
-        computed anew.
+        Keys and values of earlier frames come from the cache. With --anchor current the window is
+        computed anew, for every frame's tokens change with the newest EEF.
         """
+        # a window of one frame (1,1,...)
         frame = {
             k: [m[:, None] for m in v] if isinstance(v, list) else v[:, None]
             for k, v in batch.items()
@@ -531,12 +540,14 @@ class AutoregressivePolicy(HistoryPolicy):
         if self.config.anchor == "current":
             out = self.decide_window(frame)
         else:
+            # one step: the new frame's tokens read themselves and the cache
             features, eef = self.normalised(frame["features"]), self.eef_coordinates(frame)
             before = eef if self.before is None else self.before
             start = torch.full((1,), self.number, device=eef.device)
             query, patches, cache = self.encode(
                 self.tokens(features, eef, before, frame, start), self.past
             )
+            # the next frame and these fill the context
             keep = self.config.context - 1
             self.past = [(k[:, -keep:], v[:, -keep:]) for k, v in cache] if keep else None
             self.before = eef
@@ -558,6 +569,7 @@ class AutoregressivePolicy(HistoryPolicy):
     def decide_window(self, frame):
         """The newest frame's waypoint, from the last `context` frames computed anew."""
         self.window = [*self.window, frame][-self.config.context :]
+        # one window of all kept frames (1,T,...); features are lists of maps
         join = lambda parts: (
             [torch.cat(m, 1) for m in zip(*parts)]
             if isinstance(parts[0], list)

@@ -97,6 +97,7 @@ class DinoVolumeKV(PixelTrunk):
         c = config
         self.height_code = IndexEncoding(c.height_enc, c.n_height_bins, c.dim)
         self.time_code = IndexEncoding(c.time_enc, c.n_window, c.dim)
+        # the two factors of the volume: queries (T,Z,dim) and keys (B,dim,H,W)
         self.query = nn.Sequential(nn.Linear(c.dim, c.dim), nn.GELU(), nn.Linear(c.dim, c.dim))
         self.key = nn.Conv2d(c.width, c.dim, 1)
         self.build_heads()
@@ -215,6 +216,7 @@ class DinoVolumeKV(PixelTrunk):
 
     def predict(self, batch):
         features = self.trunk_features(batch)
+        # the volume first: where each waypoint lies says where its gripper and rotation are read
         logits = self.volume_logits(features).float()
         coordinates, _ = self.decode_volume(logits.flatten(0, 1)[:, None])
         coordinates = coordinates.view(*logits.shape[:2], 3)

@@ -113,7 +113,7 @@ class DinoVolumeKVFull(DinoVolumeKV):
             self.register_buffer("rotation_basis", torch.from_numpy(pack_basis(unknown)))
 
     def fit_statistics(self, statistics):
-        """As of the parent, and the rotation basis; see
+        """Set the parent's statistics and the rotation basis; see
         `data_smith300_volume.VolumeDataset.statistics`.
         """
         super().fit_statistics(statistics)

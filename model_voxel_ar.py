@@ -35,10 +35,12 @@ class VoxelConfig(HistoryConfig):
 
     grid: int = flag(56, "voxel columns H = W: 56 with 32 height bins, or 28 with 16", low=2)
     context: int = flag(20, "EEF positions that a query sees")
+    # queries and attention
     dim: int = flag(384, "width d of queries and tokens")
     n_layers: int = flag(4, "layers")
     n_heads: int = flag(4, "attention heads")
     mlp_ratio: int = flag(4, "feed-forward width over d")
+    # image features and positions
     key_width: int = flag(64, "channels of the image features, before their projection to d")
     dilations: str = flag(
         "1,2,4",
@@ -402,6 +404,7 @@ class VoxelPolicy(HistoryPolicy):
         logits, query, _ = self.run(batch, self.noised(batch["eef_pos"]), rows)
         logits = logits.float()
         T = batch["gripper_width"].shape[1]
+        # which places are reached depends on the command, so it has to be an axis of the volume
         if acting and self.n_gripper == 2:
             logits = self.without_reached(
                 logits,
@@ -409,6 +412,7 @@ class VoxelPolicy(HistoryPolicy):
             )
         coordinates, gripper = self.decode_volume(self.sampled(logits))
         cameras = {k: batch[k][rows // T, rows % T] for k in "KE"}
+        # the command is the peak's, or that of a head on the query
         gripper = gripper if self.n_gripper == 2 else self.gripper(query).argmax(-1)
         return {
             "position": self.points(coordinates, cameras),
@@ -459,6 +463,7 @@ class VoxelPolicy(HistoryPolicy):
 
         Of earlier frames only EEF positions and finger widths are kept.
         """
+        # measured, or the waypoint before, as --feedback says
         eef = self.last_known(batch["eef_pos"])
         self.first = eef if self.first is None else self.first
         self.past = [*self.past, (eef, batch["gripper_width"])][-self.config.context :]

@@ -197,8 +197,10 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def predict(self, batch):
-        """Batch without targets -> {"position" (B,T,3) m, "gripper" (B,T) in {0, 1}, and where it
-        turns "rotation" (B,T,3,3)} as tensors.
+        """Predict a batch without targets -> tensors by name.
+
+        "position" (B,T,3) m, "gripper" (B,T) in {0, 1}, and "rotation" (B,T,3,3) if the policy
+        turns.
         """
         raise NotImplementedError
 
@@ -399,7 +401,7 @@ class FittedPolicy(Policy):
         return self.euler_rotation(logits.argmax(-1).double())
 
     def euler_rotation(self, bins):
-        """Bins (...,3) per Euler axis, which may lie between two -> rotations (...,3,3)."""
+        """Bins (...,3), one for each Euler angle and maybe fractions -> rotations (...,3,3)."""
         low, high = self.euler_range.unbind(-1)
         # a bin stands for its centre
         euler = low + (bins + 0.5) / self.config.n_rot_bins * (high - low)

@@ -38,8 +38,9 @@ GATE_EXIT = 3  # neither 1, a traceback's, nor 2, a UserError's: scripts tell it
 
 
 def singular_share(rotations):
-    """(largest pitch in degrees, share of frames with a pitch beyond 75 degrees) of rotations
-    (N,3,3).
+    """How near rotations (N,3,3) come to the Euler angles' singularity.
+
+    -> (largest pitch in degrees, share of frames with a pitch beyond 75 degrees).
     """
     # near a pitch of +-90 degrees roll and yaw trade places
     pitch = np.abs(matrix_to_euler(rotations)[:, 1])
@@ -66,8 +67,9 @@ def table(bases, rotations, chosen):
 
 
 def check_replaceable(path):
-    """Raise UserError unless basis and picture may be written to `path`: nothing is there, or
-    another basis.
+    """Raise UserError unless basis and picture may be written to `path`.
+
+    They may where nothing is, or another basis.
     """
     by_hand = "it is left alone; give another --out, or remove it by hand"
     picture = path.with_suffix(".png")
@@ -105,7 +107,7 @@ def read_rotations(dataset, n_demos, val_fraction):
 
 
 def fit_bases(found, provenance):
-    """{space: basis} of Rotations; what the bases were fitted to is stored in them."""
+    """{space: basis} of Rotations. Each basis stores what it was fitted to."""
     # by these a training sees that a basis was fitted to its own demonstrations, and which ones
     prints = lambda part: [fingerprint(demo.ee_ori) for demo in part]
     about = {
@@ -122,8 +124,9 @@ def fit_bases(found, provenance):
 
 
 def say_how_it_fits(found, basis, space):
-    """Print what the basis does to demonstrations that it has not seen, and a warning where Euler
-    angles are no measure of rotation.
+    """Print how well the basis fits demonstrations that it has not seen.
+
+    Warns where Euler angles are no measure of rotation.
     """
     # angles about the axis (M,), which the policy's bins can say only inside the range
     values = basis.value(found.unseen)

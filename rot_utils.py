@@ -98,9 +98,7 @@ def matrix_to_quat(matrix):
 
 
 def matrix_to_rotvec(matrix):
-    """Rotation matrices (...,3,3) -> axis-angle vectors (...,3) in radians, angle in [0, pi]: the
-    log map.
-    """
+    """Log map: rotation matrices (...,3,3) -> axis-angle (...,3), angles in [0, pi] radians."""
     q = matrix_to_quat(matrix)
     norm = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
     # angle = 2 atan2(|xyz|, w) along xyz / |xyz|; near 0 that is 2 xyz
@@ -131,8 +129,10 @@ def euler_to_matrix(euler):
 
 
 def wrap_angle(angle, centre=0.0):
-    """Angles in radians, wrapped into [centre - pi, centre + pi): a gripper that points down sits
-    at roll = +-pi, and binning must not cut there."""
+    """Angles in radians, wrapped into [centre - pi, centre + pi).
+
+    A gripper that points down has a roll of +-pi, and binning must not cut there.
+    """
     return centre + (np.asarray(angle) - centre + np.pi) % (2 * np.pi) - np.pi
 
 
@@ -188,9 +188,9 @@ class RotationBasis:
     provenance: dict = field(default_factory=dict)
 
     def value(self, rotation):
-        """Rotations (...,3,3) -> values (...), radians, unwrapped about the middle of the range.
+        """Rotations (...,3,3) -> values (...) in radians, unwrapped about the middle of the range.
 
-        so3: the value whose rotation is nearest to the given one, that is its twist about the axis,
+        so3: the value whose rotation is nearest to the given one. That is its twist about the axis,
         which has the period 2 pi.
         """
         if self.space == "euler":
@@ -257,9 +257,7 @@ class RotationBasis:
 
 
 def euler_offsets(rotation, mean):
-    """Rotations (...,3,3) -> roll, pitch, yaw relative to `mean` (3,), each in [-pi, pi): unwrapped
-    about the mean.
-    """
+    """Rotations (...,3,3) -> roll, pitch, yaw relative to `mean` (3,), each in [-pi, pi)."""
     return wrap_angle(matrix_to_euler(rotation) - mean)
 
 
@@ -315,7 +313,7 @@ def reconstruction_error(basis, rotations):
 
 
 def basis_path(dataset):
-    """Where a dataset's basis lies: in a dataset that is a folder, beside one that is a file."""
+    """Where a dataset's basis is: inside a dataset that is a folder, beside one that is a file."""
     dataset = Path(dataset)
     return (dataset if dataset.is_dir() else dataset.parent) / BASIS_FILE
 
@@ -338,8 +336,9 @@ def save_basis(path, basis):
 
 
 def fingerprint(rotvec):
-    """Digest (hex) of one demonstration's axis-angle vectors (T,3), by which a basis knows what it
-    was computed from.
+    """Digest (hex) of one demonstration's axis-angle vectors (T,3).
+
+    By it a basis knows the demonstrations that it was computed from.
     """
     rounded = np.round(np.asarray(rotvec, dtype=float), 5) + 0.0  # + 0.0: no negative zeros
     return hashlib.blake2b(rounded.tobytes(), digest_size=8).hexdigest()
@@ -402,10 +401,10 @@ def load_basis(path, fingerprints=None):
 
 
 def load_stats(path):
-    """Read a checkpoint's <ckpt>_stats.json with NumPy alone -> its dictionary, in which
-    rotation["basis"] is a RotationBasis.
+    """Read a checkpoint's <ckpt>_stats.json with NumPy alone -> its dictionary.
 
-    Raises UserError for a missing, damaged or foreign file.
+    rotation["basis"] in it is a RotationBasis, where the policy has one. Raises UserError for a
+    missing, damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():

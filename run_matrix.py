@@ -48,6 +48,7 @@ SMALL_FILES = (
 
 def assignments(words, known, flag):
     """["NAME=VALUE", ...] -> dict. Raises UserError for an unknown name."""
+    # partition gives (NAME, "=", VALUE): every second part
     found = dict(word.partition("=")[::2] for word in words)
     for name in found.keys() - set(known):
         raise UserError(f"{flag} {name}: give NAME=VALUE with a NAME of {', '.join(known)}")
@@ -160,8 +161,10 @@ def add_table_flags(group):
     )
 
 
+# flags, with the words inside NAME=VALUE and quoted flags taken apart; UserError for unknown names
 def parse_args(argv=None):
     args = build_parser().parse_args(argv)
+    # SETTING, SETTING_SPLIT and SETTING_starts of every column
     known = [c.demos(own) for c in COLUMNS.values() for own in ("", *OWN_DEMOS)]
     args.dataset = assignments(args.dataset, known, "--dataset")
     row_flags = assignments(args.row_flags, ROWS, "--row_flags")
@@ -180,7 +183,7 @@ def parse_args(argv=None):
 
 
 def copy_files(source, target, names):
-    """Copy those of the named files that there are."""
+    """Copy the files of these names that exist from one folder to another."""
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).exists():
@@ -188,9 +191,12 @@ def copy_files(source, target, names):
 
 
 def recipe(args, name, cell, seed):
-    """The command lines (evaluation, training or None) by which these flags make a cell; None for a
-    seed that cannot be.
+    """The command lines by which these flags make a cell of the table -> (evaluation, training or
+    None), or None where they make no such cell.
+
+    name: a row; cell: a column's layout; seed: as "s0", "" for a policy without training.
     """
+    # plan this one cell alone
     column = next(n for n, c in COLUMNS.items() if cell in map(c.cell, c.layouts))
     one = copy.copy(args)
     one.rows, one.columns, one.seeds = [name], [column], [int(seed[1:]) if seed else 0]
@@ -203,11 +209,14 @@ def recipe(args, name, cell, seed):
 
 
 def write_table(args):
-    """Table, picture and page in args.out, from all evaluations there -> their number."""
+    """Write table, picture and page into args.out, from all evaluations there -> the number of
+    cells.
+    """
     cells = matrix_table.read_cells(args.out, list(ROWS), CELLS, lambda *cell: recipe(args, *cell))
     if not cells:
         return 0
     info = {"command": command_line(), "commit": git_commit(), "versions": versions()}
+    # into args.out, then a page's marks, then a folder to be committed
     text = matrix_table.write(cells, args.out, args.metric, REFERENCE, info)
     if args.readme:
         matrix_table.insert(args.readme, text)
@@ -230,12 +239,14 @@ def main(argv=None):
             )
         return 0
     nodes = list(Plan(args).nodes.values())
+    # every command in the order of the plan, those with complete results marked
     if args.dry_run:
         todo = {node.name for node in pending(nodes)}
         for node in nodes:
             line = shlex.join(typed_words(node.command))
             print(line if node.name in todo else f"# done: {line}")
         return 0
+    # the table is written from what succeeded, even where a step failed
     runner = Ray(args.ray) if args.ray else Local(args.jobs)
     failed = run_graph(nodes, runner, args.out, title="matrix")
     write_table(args)

@@ -98,9 +98,7 @@ def one_line(error):
 
 @contextlib.contextmanager
 def writing(path):
-    """While inside, a disk that is full or a folder that is read-only is a UserError that names
-    `path`.
-    """
+    """A context in which a full disk or a read-only folder is a UserError that names `path`."""
     try:
         yield
     except UserError:

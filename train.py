@@ -73,7 +73,7 @@ FIRST = "model_type dataset out preset max_steps batch_size lr backbone seed dev
 
 
 class RefuseMinutes(argparse.Action):
-    """--max_minutes, which an earlier version had: one sentence instead of an unknown flag."""
+    """Refuses --max_minutes, a flag of an earlier version, with one sentence."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         raise UserError(f"--max_minutes {values}: {BUDGETS_ARE_STEPS}")
@@ -163,7 +163,7 @@ def add_training_flags(group):
 
 
 def add_preset_flag(group, presets):
-    """--preset; what each preset sets stands above it."""
+    """Add --preset. The help lists above it what each preset sets."""
     sizes = []
     for name, values in presets.items():
         words = " ".join(f"--{flag} {value}" for flag, value in values.items())
@@ -186,7 +186,10 @@ def parse_args(argv=None):
 
 
 def resumed_args(run):
-    """`parse_args` of the command that began a run folder."""
+    """`parse_args` for --resume: the flags of the command that began the run folder.
+
+    Raises UserError for a folder that holds no run that can go on.
+    """
     stored = run / "config.json"
     if not stored.is_file():
         raise UserError(f"--resume {run}: no {stored}, so this is no run folder")
@@ -314,7 +317,7 @@ def config_for(args, config, attributes):
 
 
 def ensure_dataset(path):
-    """Collect the default dataset where it is asked for and not there."""
+    """Collect the default dataset if it is asked for and missing."""
     if path == DEFAULT_DATASET and not path.is_file():
         print(f"{path} is not there yet: collecting it (48 demonstrations, several minutes)")
         collect = Path(__file__).with_name("collect_demos.py")
@@ -396,7 +399,7 @@ def train(args, config_class):
 
 
 def run_folder(out, model_type, resume):
-    """Where the run is written. Raises UserError for one that holds another run."""
+    """The folder that the run is written to. Raises UserError for one that holds another run."""
     folder = out or Path("runs") / f"{model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
     if (folder / "state.safetensors").exists() and not resume:
         raise UserError(
@@ -407,7 +410,10 @@ def run_folder(out, model_type, resume):
 
 
 def resolve(args, found, dist):
-    """What was typed, with what "auto" came to -> Recipe."""
+    """What was typed, with every "auto" resolved -> Recipe.
+
+    Raises UserError for a batch that is too small for the processes.
+    """
     # no batch is larger than the data
     batch_size = min(args.batch_size, len(found.train_set))
     if batch_size < dist.world:

@@ -17,7 +17,8 @@ REVERSED = 0.005
 
 def check_values(demo, positions, angles):
     """Raise UserError for positions that cannot be metres, and rotations that cannot be radians.
-    positions, angles: where they are.
+
+    positions, angles: file and key of each, for the message.
     """
     # Units show in the magnitude: no arm reaches 20 m, no axis-angle vector is longer than a turn.
     farthest = np.abs(demo.ee_pos).max()
@@ -34,8 +35,9 @@ def check_values(demo, positions, angles):
 
 
 def check_dataset(demos, path):
-    """Raise UserError where the cameras of a dataset do not see the EEF, or its gripper commands
-    say the reverse of its fingers.
+    """Raise UserError where a dataset's cameras or its gripper's sign cannot be right.
+
+    The cameras have to see the EEF, and the fingers have to follow the gripper commands.
     """
     # millimetres, OpenGL axes, the inverse and K of another size all show here
     seen = np.mean(np.concatenate([_seen(d, d.ee_pos, d.K, d.E) for d in demos]))
@@ -52,6 +54,7 @@ def check_dataset(demos, path):
             "the extrinsics"
         )
     # fingers that open on the command to close: the sign is the other way round
+    # widths (N,), (M,) in all frames with the gripper settled: told to open, told to close
     settled = [settled_widths(d) for d in demos]
     opened, closed = (np.concatenate([s[i] for s in settled]) for i in range(2))
     if len(opened) and len(closed) and np.median(closed) > np.median(opened) + REVERSED:
@@ -63,6 +66,7 @@ def check_dataset(demos, path):
 
 
 def _seen(demo, positions, K, E):
+    # (T,) bool: is each frame's EEF inside the image by this camera?
     return camera.in_view(positions, K, E, (demo.image_size, demo.image_size))
 
 

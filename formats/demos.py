@@ -163,11 +163,10 @@ def split_demos(demos, val_fraction=0.15):
 
 
 def simulated_with(attributes):
-    """Versions {package: version} of the simulator that a dataset's physics comes from; {} where it
-    does not say.
+    """Versions {package: version} of the simulator that made a dataset's physics.
 
-    attributes: of either format. A replay renders anew what another version simulated, and says so
-    in `replayed_versions`.
+    {} where the dataset does not say. attributes: of a dataset of either format. A replay renders
+    anew what another version simulated, and names that version in `replayed_versions`.
     """
     # HDF5 holds the versions as a JSON text, dataset.json as an object
     found = attributes.get("replayed_versions", attributes.get("versions", {}))

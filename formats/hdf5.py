@@ -19,8 +19,9 @@ SMALL = 2**24  # bytes that are read whatever the file's size
 
 @contextlib.contextmanager
 def guarded(where, remedy):
-    """While inside, what h5py and NumPy raise about a damaged file is a UserError that names
-    `where`.
+    """A context in which errors of h5py and NumPy about a damaged file become a UserError.
+
+    where: file and key, for the message.
     """
     try:
         yield
@@ -171,8 +172,9 @@ def holds(path, parent, key, remedy):
 
 
 def attributes(path, node, remedy):
-    """All attributes of a node as plain values: text as str however stored, scalars as Python's
-    own.
+    """All attributes of a node as plain Python values.
+
+    Text becomes str, however it is stored.
     """
     where = f"{path}: {_name(node)}"
     with guarded(where, remedy):
@@ -198,7 +200,7 @@ def _plain(value):
 
 
 def place(path, parent, key):
-    """file: data/demo_0/obs/ee_pos"""
+    """The name of an entry in messages, as "file: data/demo_0/obs/ee_pos"."""
     return f"{path}: {_name(parent)}/{key}".replace(": /", ": ")
 
 

@@ -105,8 +105,9 @@ def write_demo(group, demo, images, frame_stride=1):
 
 
 def open_demos(path):
-    """Open a demonstration file for reading. Raises UserError if it is absent, truncated, no HDF5
-    or being written.
+    """Open a demonstration file for reading.
+
+    Raises UserError if it is absent, truncated, no HDF5, or being written.
     """
     path = Path(path)
     file = hdf5.open_file(path, RECOLLECT)
@@ -133,8 +134,9 @@ def demo_names(file):
 
 
 def file_attributes_of(path, file):
-    """Attributes of a file's `data` group, decoded. Raises UserError for a format or an image
-    orientation that nobody knows.
+    """Attributes of a file's `data` group as plain values.
+
+    Raises UserError for an unknown format, image orientation or part.
     """
     found = hdf5.attributes(path, file["data"], RECOLLECT)
     # official files name no format
@@ -225,8 +227,10 @@ def read_demo(path, file, name, image_size=None, ours=False):
 
 
 def image_stride(where, attributes, n_images, length):
-    """Every how many frames a demonstration of `length` frames has an image. Raises UserError
-    unless the stored number of images is the one that follows.
+    """A demonstration has an image of every k-th frame -> k.
+
+    length: its number of frames. Raises UserError if n_images is not the number that follows from
+    k.
     """
     stride = attributes.get("frame_stride", 1)
     if not isinstance(stride, int) or stride < 1:
@@ -244,8 +248,9 @@ def image_stride(where, attributes, n_images, length):
 
 
 def image_shape(path, group, name, image_size):
-    """(number, side in px) of a demonstration's stored images. Raises UserError unless they are
-    square RGB of 8 bits, and of `image_size` where one is given.
+    """(number, side in px) of a demonstration's stored images.
+
+    Raises UserError unless they are square RGB of 8 bits, and of `image_size` where one is given.
     """
     images = hdf5.dataset(path, group, IMAGE, RECOLLECT, kinds="fiubS")
     where, shape = f"{path}: data/{name}/{IMAGE}", images.shape
@@ -262,8 +267,9 @@ def image_shape(path, group, name, image_size):
 
 
 def read_images(path, file, name, indices):
-    """Images (N,S,S,3) uint8, upright, of a demo's frames. Raises UserError where the file is
-    damaged.
+    """Images (N,S,S,3) uint8, upright, of a demo: rows `indices` of those that are stored.
+
+    Raises UserError where the file is damaged.
     """
     images = hdf5.dataset(path, hdf5.group(path, file["data"], name, RECOLLECT), IMAGE, RECOLLECT)
     with hdf5.guarded(f"{path}: data/{name}/{IMAGE}", RECOLLECT):
@@ -273,8 +279,9 @@ def read_images(path, file, name, indices):
 
 
 def stored_fixtures(path, group):
-    """Fixture poses of a stored demo: our own attribute, or read out of the official files'
-    `model_file` XML -> {name: 7 numbers}.
+    """Poses of a stored demo's fixtures, {name: 7 numbers}: position (m) and quaternion wxyz.
+
+    They come from this repository's own attribute, or from the `model_file` XML of official files.
     """
     attributes = hdf5.attributes(path, group, RECOLLECT)
     key = "fixtures" if "fixtures" in attributes else "model_file"
@@ -330,8 +337,9 @@ def file_attributes(task, metadata, seed, command, versions):
 
 
 def replay_note(path, simulated, rendering):
-    """A sentence on the MuJoCo versions of a replay: `simulated` its states (None: unknown),
-    `rendering` its images.
+    """A sentence on the MuJoCo versions of a replay.
+
+    simulated: that of its states, None if unknown; rendering: that of its images.
     """
     if simulated == rendering:
         return f"{path}: states and images are of MuJoCo {rendering}"

@@ -73,7 +73,7 @@ def check_replaceable(out, overwrite, form):
 
 
 def gather(folder, parts, out, attrs):
-    """Make the folder of finished episodes the dataset: settings out, provenance in, one rename."""
+    """Make a folder of finished episodes the dataset: clear it of the rest, stamp and rename it."""
     # what an interrupted collection left beside the episodes
     for other in folder.iterdir():
         if other not in parts:

@@ -103,7 +103,7 @@ def episode_folders(path):
 
 
 def in_order(paths):
-    """Paths by name, numbers in names by value: 2.png comes before 10.png."""
+    """Sort paths by name, with numbers in names by value: 2.png comes before 10.png."""
 
     def by_value(path):
         # "10.png" -> "", 10, ".png": texts and numbers in turn, so like is compared with like
@@ -124,8 +124,9 @@ def read_stamp(path):
 
 
 def load_arrays(path):
-    """All arrays of an episode.npz, checked one by one and against each other's lengths -> dict of
-    float64.
+    """All arrays of an episode.npz as float64, {key: array}.
+
+    Each is checked, and then its length against the others'. Raises UserError.
     """
     path = Path(path)
     if not path.is_file():
@@ -168,8 +169,9 @@ def load_arrays(path):
 
 
 def check_array(path, key, value, shape):
-    """Raise UserError unless an array holds finite numbers, and has `shape` (None: any length)
-    behind its rows, or as a whole where it is of the camera.
+    """Raise UserError unless an array holds finite numbers and has the right shape.
+
+    shape (None: any length) is that of a row, or of the whole array where it is of the camera.
     """
     if value.dtype.kind not in "fiub":
         raise UserError(f"{path}: {key} has dtype {value.dtype}, numbers are expected; {AGAIN}")
@@ -193,8 +195,9 @@ def check_array(path, key, value, shape):
 
 
 def frame_files(folder):
-    """The frames' image files in order, or the one video. Raises UserError where there is neither,
-    or both.
+    """The frames' image files in order, or the one video.
+
+    Raises UserError where there is neither, or both.
     """
     video, frames = folder / "video.mp4", folder / "frames"
     if video.is_file() and frames.is_dir():
@@ -252,10 +255,10 @@ def frame_sizes(source):
 
 @contextlib.contextmanager
 def open_image(file, where, remedy):
-    """A PIL image of 8 bits a channel that is stored as it is shown. file: its path, or an open
-    file; where: its name in a message.
+    """A context with a PIL image of 8 bits a channel that is stored upright.
 
-    Raises UserError for another one, and for what cannot be decoded while it is in use.
+    file: its path, or an open file; where: its name in a message. Raises UserError for another kind
+    of image, and for what cannot be decoded while the context is open.
     """
     try:
         with Image.open(file) as image:
@@ -301,11 +304,10 @@ def square_image(image, size):
 
 
 def read_episode(folder, image_size=None):
-    """Validate one episode folder and return its `demos.Demo`; frames stay on disk (see
-    `read_frames`).
+    """Validate one episode folder and return its `demos.Demo`; frames stay on disk.
 
     image_size: side that frames are scaled to; None leaves their shorter side. Raises UserError
-    with file, key and remedy for everything that the module's docstring promises and does not hold.
+    with file, key and remedy for whatever differs from the module's docstring.
     """
     folder = Path(folder)
     where, source = folder / "episode.npz", frame_files(folder)
@@ -416,11 +418,10 @@ def read_frames(folder, indices, size):
 
 
 def write_episode(folder, arrays, images, video=False, fps=20):
-    """Write one episode folder, renamed into place when it is whole. arrays: as in the module's
-    docstring; images (T,H,W,3).
+    """Write one episode folder, and rename it into place when it is whole.
 
-    Frames become PNG files, which lose nothing, or with `video` an H.264 video.mp4, a tenth of the
-    size.
+    arrays: as in the module's docstring; images (T,H,W,3) uint8. Frames become PNG files, which
+    lose nothing, or with `video` an H.264 video.mp4 of `fps` frames a second, a tenth of the size.
     """
     folder = Path(folder)
     # a killed process leaves a hidden folder, never half an episode

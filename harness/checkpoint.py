@@ -75,8 +75,9 @@ def save_tensors(path, tensors, info):
 
 
 def load_tensors(path):
-    """Read a file of `save_tensors` -> (tensors, info). Raises UserError for an absent, damaged or
-    foreign file.
+    """Read a file of `save_tensors` -> (tensors, info).
+
+    Raises UserError for an absent, damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,8 +117,9 @@ def load_tensors(path):
 
 
 def save_policy(path, policy, model_type, info, extra=None):
-    """Write a policy's checkpoint. info: JSON-able provenance; extra: further tensors (saved as
-    extra.NAME).
+    """Write a policy's checkpoint, a readable copy of its header, and its deployment statistics.
+
+    info: JSON-able provenance; extra: further tensors, saved as extra.NAME.
     """
     info = {
         "model_type": model_type,
@@ -139,8 +141,9 @@ def save_policy(path, policy, model_type, info, extra=None):
 
 
 def stats_path(path):
-    """<ckpt>_stats.json beside a checkpoint: bins, ranges and rotation basis, for readers without
-    torch (rot_utils.load_stats).
+    """<ckpt>_stats.json beside a checkpoint: bins, ranges and rotation basis.
+
+    `rot_utils.load_stats` reads it without torch.
     """
     return Path(path).with_name(f"{Path(path).stem}_stats.json")
 

@@ -13,12 +13,12 @@ CREEP = 0.05  # nats by which the held-out volume loss may grow after the freeze
 
 
 def init_from(policy, path):
-    """Load a checkpoint's tensors into a policy by name and shape -> {"loaded", "dropped", "fresh"}
-    lists of names, printed.
+    """Load a checkpoint's tensors into a policy by name and shape, and print which.
 
-    Height range and feature normalisation come along, for the volume head's sake; what describes
-    rotations stays the new data's. Raises UserError for other features, another grid, or a
-    checkpoint of which nothing fits.
+    Returns {"loaded", "dropped", "fresh"}: lists of names. The height range and the normalisation
+    of features are the checkpoint's, as its volume head needs them. What describes rotations stays
+    that of the new data. Raises UserError for other features, another grid, or a checkpoint of
+    which nothing fits.
     """
     tensors, info = load_tensors(path)
     check_related(policy, path, info)

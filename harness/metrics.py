@@ -35,9 +35,11 @@ def mcnemar(better, worse):
 
 
 def holm(p_values):
-    """Holm's adjusted p values, in the order given: with all below 0.05 rejected, a false rejection
-    anywhere among them has a chance of at most 5%. Source: Holm 1979, "A simple sequentially
-    rejective multiple test procedure"."""
+    """Holm's adjusted p values, in the order given.
+
+    If all below 0.05 are rejected, the chance of any false rejection is at most 5%. Source: Holm
+    1979, "A simple sequentially rejective multiple test procedure".
+    """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
     adjusted = np.empty(len(p))
@@ -91,11 +93,10 @@ def within(row, key, steps=None):
 
 
 def jerk(positions, order=2):
-    """Mean norm of a trajectory's differences (T,D), in its own unit per step^order; 0 when T <=
-    order.
+    """Mean norm of the differences of a trajectory (T,D), in its unit per step^order.
 
-    Order 2 is what tables call jerk here, after the definition that this project started from: it
-    is an acceleration. Order 3, the third difference, is the jerk of physics.
+    0 when T <= order. Order 2 is what tables call jerk here, after the definition that this project
+    started from: it is an acceleration. Order 3, the third difference, is the jerk of physics.
     """
     positions = np.asarray(positions, dtype=float)
     if len(positions) <= order:
@@ -109,8 +110,9 @@ def path_length(positions):
 
 
 def rises(values, low, high):
-    """How often a trace (T,) rises above `high` after having been below `low`: small wobbles about
-    one threshold do not count.
+    """How often a trace (T,) rises above `high` after it was below `low`.
+
+    Two thresholds, so that small wobbles about one do not count.
     """
     count, below = 0, False
     for value in values:

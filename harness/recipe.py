@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that decides a training's weights, its policy's config apart, and how often it saves.
+    """All that decides a training's weights besides the policy's config, and how often it saves.
 
     It is printed when the training starts, and stored as "resolved" in the run's config.json and in
     each checkpoint.

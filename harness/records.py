@@ -111,7 +111,7 @@ def read_config(run):
 
 
 def read_tabled(folder):
-    """What the matrix's table says of an evaluation as a whole, of its summary.json."""
+    """The entries of an evaluation's summary.json that the matrix's table shows."""
     remedy = "finish it with the command that began it"
     return read_json(Path(folder) / "summary.json", "finished evaluation", remedy, TABLED)
 
@@ -177,9 +177,9 @@ def read_metrics(run):
 
 
 def demos_mujoco(info):
-    """MuJoCo version that a checkpoint's demonstrations were simulated with, None for unknown ones.
+    """MuJoCo version that a checkpoint's demonstrations were simulated with, None if unknown.
 
-    Older checkpoints do not say: there it is the version that was installed when they were trained.
+    Older checkpoints do not say. For them it is the version that was installed in training.
     """
     installed = info.get("versions", {})
     return info.get("dataset", {}).get("versions", installed).get("mujoco")
@@ -191,8 +191,9 @@ def run_name(path):
 
 
 def newest_checkpoint(runs="runs", committed=COMMITTED):
-    """The newest run's checkpoint, else the newest committed one, and a sentence that says which.
-    Raises UserError for none.
+    """The newest run's checkpoint, else the newest committed one.
+
+    Returns its path and a sentence that names it. Raises UserError where there is none.
     """
     places = (
         (runs, "*/checkpoint.safetensors", "the newest run's"),

@@ -24,8 +24,10 @@ MICRO_BATCH = 8
 
 
 def set_choices(policy, choices):
-    """Set how a policy with a history is used. choices: {"feedback", "sample", "temperature":
-    value, or None for the checkpoint's own}. Raises UserError for a policy without a history.
+    """Set how a policy with a history is used.
+
+    choices: {"feedback", "sample", "temperature": value, or None to keep the checkpoint's}. Raises
+    UserError for a policy without a history.
     """
     for name, value in choices.items():
         if value is None:
@@ -80,8 +82,9 @@ class PolicySessions:
         session.begin(seed)
 
     def answer(self, requests):
-        """[(session, observation)], at most `batch` -> [(waypoint, seconds by activity) or the
-        traceback of what the policy raised], in the same order.
+        """Answer at most `batch` requests [(session, observation)], in their order.
+
+        Each answer is (waypoint, seconds by activity), or the traceback of what the policy raised.
         """
         if self.batch == 1:
             return [self._act(*request) for request in requests]

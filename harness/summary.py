@@ -59,8 +59,9 @@ def summarise(rows, args, info):
 
 
 def rates(scored):
-    """Success and release of scored episodes, at their end and within EARLY steps, each with its
-    Wilson interval.
+    """Rates of success and release of scored episodes, each with its Wilson interval.
+
+    At the end of the episodes, and within EARLY steps.
     """
     n, found = len(scored), {}
     # at the end of the episode, and within the steps of published rates

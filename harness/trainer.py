@@ -49,7 +49,7 @@ class Batches:
 
 
 def seed_of(*numbers):
-    """One seed from several numbers, none of which may be exchanged for another."""
+    """One seed from several numbers; in another order they give another seed."""
     # 63 bits, as of a signed whole number
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
@@ -70,8 +70,9 @@ def learning_rate(recipe, step):
 
 
 def profile_steps(policy, dataset, device, precision, batch_size):
-    """Step time and peak memory of a copy of the policy at batch 2, 4 and the run's own -> rows,
-    printed.
+    """Step time and peak memory of training at batch 2, 4 and the run's own -> rows, printed.
+
+    The steps train a copy of the policy.
     """
     rows = []
     for size in sorted({2, 4, batch_size}):
@@ -225,7 +226,7 @@ class Ahead:
         return self.waiting.popleft().result()
 
     def close(self):
-        """Make no more."""
+        """Stop: make no more results."""
         self.thread.shutdown(cancel_futures=True)
 
 
@@ -253,7 +254,7 @@ class Trainer:
         self.step, self.minutes, self.validation_minutes, self.metrics = 0, 0.0, 0.0, None
 
     def fit(self, stop):
-        """Train to the last step -> True, or until a StopSignal, saved -> False."""
+        """Train to the last step -> True; or to a StopSignal, then save -> False."""
         recipe, device, is_main = self.recipe, self.dist.device, self.dist.is_main
         module = self.wrapped_policy()
         bar = tqdm(total=recipe.max_steps, initial=self.step, unit="step", disable=not is_main)

@@ -91,9 +91,9 @@ def without_past(batch):
 
 
 def chosen(dataset, limit):
-    """At most `limit` indices, evenly spread.
+    """At most `limit` indices of a dataset, evenly spread; a third as many of windows.
 
-    A third as many of windows: all their frames are read, and only the newest is scored.
+    All frames of a window are read, though only the newest is scored.
     """
     if dataset.config.has_history:
         limit = max(1, limit // 3)
@@ -102,12 +102,12 @@ def chosen(dataset, limit):
 
 @torch.no_grad()
 def validate(policy, dataset, device, batch_size=16, limit=400):
-    """Loss and decoded errors on held-out demonstrations.
+    """Loss and decoded errors on held-out demonstrations -> {"val/NAME": number}.
 
     Of the first waypoint: error in cm (median, 90th percentile) and px (median), gripper accuracy,
-    rotation error in degrees (median, 95th percentile; of all waypoints too). Of the trajectory:
-    coverage at 4, 8 and 16 px and jerk in cm/step^2 beside the truth's. And `looks`. No rotation
-    errors of a policy that does not turn.
+    and rotation error in degrees (median, 95th percentile; of all waypoints too) where the policy
+    turns. Of the trajectory: coverage at 4, 8 and 16 px, and jerk in cm/step^2 beside the truth's.
+    Then the numbers of `looks`. limit: frames to look at, see `chosen`.
     """
     policy.eval()
     losses, errors = [], []
@@ -143,8 +143,9 @@ def first_errors(batch, out):
 
 
 def turn_errors(batch, out):
-    """Degrees from the true rotation to the predicted one: of the first waypoint (B,), and of all
-    that are known.
+    """Angles in degrees between true and predicted rotations.
+
+    "degrees" (B,) of the first waypoint, "every_degrees" of all unmasked ones.
     """
     turn = out["rotation"].double() @ batch["target_rot"].transpose(-1, -2)
     # trace of a rotation by an angle: 1 + 2 cos(angle)
@@ -199,14 +200,13 @@ def error_summary(errors):
 
 @torch.no_grad()
 def looks(policy, dataset, device, batch_size=16, limit=96):
-    """Tests that a policy looks instead of guessing from its own state, on the first waypoint of
-    the newest frame.
+    """Tests that a policy looks at the image instead of guessing from its own state.
 
-    shift_px: how far the predicted waypoint moves (median, px) when every EEF position it is given
-    moves by 20 px, each sample in a direction of its own. blank_ratio: by what factor the median
-    error grows when the images are blank. no_past_mm, of policies with a history: how far it moves
-    (median, mm) when all frames before the newest are removed; near 0 the policy is one of a single
-    frame.
+    All are about the first waypoint of the newest frame. shift_px: how far the prediction moves
+    (median, px) when every EEF position in the input moves by 20 px, each sample in its own
+    direction. blank_ratio: the factor by which the median error grows when the images are blank.
+    no_past_mm, of policies with a history: how far the prediction moves (median, mm) when all
+    frames before the newest are removed; near 0 the policy is one of a single frame.
     """
     policy.eval()
     size = dataset.config.image_size
@@ -272,11 +272,11 @@ def with_moved_eef(policy, batch, start):
 
 
 def decision_frames(demo, config):
-    """Frames of a demonstration at which decisions fall, from its first on, up to the last gripper
-    change -> (frames (N,), their waypoints' frames (N,)).
+    """Frames (N,) of a demonstration at which decisions fall, and frames (N,) of their waypoints.
 
-    Where not every frame has an image (`Demo.image_stride`), a decision falls on the last that has
-    one: with every second, at most one control step (50 ms) early.
+    From its first frame up to the last gripper change. Where not every frame has an image
+    (`Demo.image_stride`), a decision falls on the last frame that has one: with every second, at
+    most one control step (50 ms) early.
     """
     labels = waypoint_labels(
         demo, config.waypoint_stride, 1, config.retreat, config.min_travel, config.stay
@@ -295,11 +295,12 @@ def decision_frames(demo, config):
 
 @torch.no_grad()
 def free_run(policy, demo, config, fed="predicted"):
-    """Open-loop rollout on a demonstration from its first frame on: at each of its decisions the
-    policy sees the recorded image and, as the last known EEF position, its own previous waypoint
-    (fed="predicted") or the recorded one ("measured"). fed="chunk": a policy of several waypoints
-    decides anew only when it has used them up, or after a change of the gripper, with its own last
-    one.
+    """Open-loop rollout: the policy's waypoints along a recorded demonstration.
+
+    At each of the demonstration's decisions the policy sees the recorded image and a last known EEF
+    position: its previous waypoint (fed="predicted") or the recorded position ("measured"). With
+    fed="chunk" a policy of several waypoints decides anew only when it has used them up, or after a
+    change of the gripper; the EEF position is then its last waypoint.
 
     Returns {"predicted" (N,3) m, "true" (N,3) m, "path" (M,3) the recorded positions up to the last
     gripper change, "gripper" (N,) in {0, 1}, "frames" and "targets" (N,) of the decisions and their
@@ -344,8 +345,9 @@ def free_run(policy, demo, config, fed="predicted"):
 
 
 def decide(policy, demo, image, frame, eef):
-    """The policy's waypoints at a recorded image (H,W,3), the EEF told to be at (3,) m ->
-    [((3,) m, command in {0, 1})].
+    """The policy's waypoints at a recorded image -> [((3,) m, command in {0, 1})].
+
+    image (H,W,3) uint8 of a demonstration's `frame`; eef (3,) m: where the policy is told to be.
     """
     device = next(policy.parameters()).device
     tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
@@ -372,8 +374,8 @@ def rollout_line(predicted, demo):
 def rollout_summary(rollouts):
     """Means of `free_run` over demonstrations.
 
-    Coverage is over all their points together, and over those that images show: no policy that
-    answers with a cell of the image can name the others.
+    Coverage is over all their points together, and again over those that the images show: a policy
+    that answers with a cell of the image can name no others.
     """
     aside, in_view = (np.concatenate([r[name] for r in rollouts]) for name in ("aside", "in_view"))
     row = {}

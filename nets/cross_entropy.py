@@ -1,9 +1,9 @@
 """Cross-entropy over millions of classes: the loss and its slope in one pass.
 
-A volume's logits are what a training step holds most of, 10 million numbers at the preset small.
-Their exponentials are computed once: the forward pass keeps softmax minus target, by which the
-backward pass only has to multiply. On a CPU rows are taken one after the other, so that each stays
-in the core's cache, on a GPU all at once.
+A volume's logits are the largest tensor of a training step, 10 million numbers at the preset small.
+Their exponentials are computed once: the forward pass keeps softmax minus target, and the backward
+pass only multiplies by it. A CPU takes the rows one after the other, so that each stays in the
+core's cache. A GPU takes all at once.
 
 Dimensions: N samples, Q queries of each, M = N Q rows of V classes, K classes of a sparse target;
 C channels, P cells, R rows of weights a query, V = R P.
@@ -106,10 +106,11 @@ class _ProductCrossEntropy(torch.autograd.Function):
 
 
 def product_cross_entropy(weights, bias, keys, index, share):
-    """`sparse_cross_entropy` (N,Q) of logits that are a product, which are never stored:
-    weights (N,Q,R,C) or (1,Q,R,C) with keys (N,C,P), plus bias (N,Q,R) or (1,Q,R).
+    """`sparse_cross_entropy` (N,Q) of logits that are a product and are never stored.
 
-    index (N,Q,K) counts in R times P, rows of weights first; share (N,Q,K). Multiplied in the
-    keys' type. Differentiable in weights, bias and keys."""
+    The logits are weights (N,Q,R,C) or (1,Q,R,C) times keys (N,C,P), plus bias (N,Q,R) or (1,Q,R).
+    index (N,Q,K) numbers classes in row-major order of (R,P); share (N,Q,K) sums to one. The
+    product is in the keys' type. Differentiable in weights, bias and keys.
+    """
     with torch.autocast(keys.device.type, enabled=False):
         return _ProductCrossEntropy.apply(weights, bias, keys, index, share.float())

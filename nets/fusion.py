@@ -1,7 +1,8 @@
-"""Frozen convolutional networks made fast while they stay modules: they move with `.to()`, unlike a
-frozen trace.
+"""Make frozen convolutional networks faster while they stay modules, which move with `.to()` as a
+frozen trace does not.
 
-Both functions are checked on an example input: a network that they would change is left as it was.
+Both functions check their result on an example input, and leave a network as it was if its maps
+would change.
 """
 
 import copy

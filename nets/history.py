@@ -17,6 +17,7 @@ class HistoryConfig(VolumeConfig):
     """What policies over windows of frames are configured by."""
 
     has_history = True
+    # in training
     eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise", high=1)
     eef_noise_own: float = flag(
         0.5,
@@ -32,6 +33,7 @@ class HistoryConfig(VolumeConfig):
     finger_heads: bool = flag(
         True, "the heads have weights of their own for open and for closed fingers"
     )
+    # in use
     feedback: str = flag(
         "measured",
         "last known EEF in use: measured, predicted, "

@@ -112,6 +112,7 @@ class VoxelTable:
         """The same tables for a batch whose item i was taken by camera which[i] (B,)."""
         chosen = copy.copy(self)
         places = lambda g: (which == g).nonzero()[:, 0].to(self.z.device)
+        # with one camera a slice: all items, as a view
         chosen.items = (
             [places(g) for g in range(len(self.xy))] if len(self.xy) > 1 else [slice(None)]
         )

@@ -18,6 +18,10 @@ import triton.language as tl
 PIXELS = 32  # of a program; times 16-64 rows of scores, in registers
 
 
+# In: code (M,P+PZ), height_score (M,Z), image_score (M,N), xy (Z,P,N), z_code (Z,PZ).
+# Out, a part for each block of pixels: pooled (blocks,M,P+PZ), top and total (blocks,M), the
+# highest
+# score and the mass; pixels (M,N).
 @triton.jit
 def _forward(
     code,
@@ -93,6 +97,8 @@ def _forward(
     tl.store(total + block * M + rows, mass, mask=row_ok)
 
 
+# In: as above, and d_pooled (M,P+PZ), height_slope (M,Z), d_pixels (M,N).
+# Out: d_code (blocks,M,P+PZ), a part for each block of pixels, and d_score (M,N).
 @triton.jit
 def _backward(
     code,

@@ -107,7 +107,7 @@ class VolumeGeometry(FittedPolicy):
         self.register_buffer("height_range", torch.tensor([0.9, 1.3], dtype=torch.float64))
 
     def fit_statistics(self, statistics):
-        """As of the parent, and the range of heights."""
+        """Set the parent's statistics and the heights' range, HEIGHT_MARGIN wider than the data."""
         super().fit_statistics(statistics)
         low, high = statistics["height_range"]
         self.height_range.copy_(torch.tensor([low - HEIGHT_MARGIN, high + HEIGHT_MARGIN]))

@@ -79,22 +79,20 @@ class Agentview:
 
     def render(self):
         """(S,S,3) uint8 RGB, upright: MuJoCo's rows come bottom first."""
-        return np.ascontiguousarray(
-            self.sim.render(width=self.image_size, height=self.image_size, camera_name="agentview")[
-                ::-1
-            ]
-        )
+        return np.ascontiguousarray(self._draw()[::-1])
+
+    def _draw(self, **how):
+        # robosuite does so when a context is made, and not when it draws: of two scenes in a
+        # process the older one would draw with the newer one's textures and meshes
+        self.sim._render_context_offscreen.gl_ctx.make_current()
+        side = self.image_size
+        return self.sim.render(width=side, height=side, camera_name="agentview", **how)
 
     def visible_body(self, u, v):
         """Name of the body seen at pixel (u, v) of the upright image, by a segmentation render.
         None where the background is seen.
         """
         # (S,S,2): type and number of the object at each pixel, -1 for the background
-        ids = self.sim.render(
-            width=self.image_size,
-            height=self.image_size,
-            camera_name="agentview",
-            segmentation=True,
-        )[::-1]
+        ids = self._draw(segmentation=True)[::-1]
         geom = int(ids[int(v), int(u), 1])
         return self.sim.model.body_id2name(self.sim.model.geom_bodyid[geom]) if geom >= 0 else None

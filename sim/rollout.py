@@ -1,5 +1,8 @@
 """Closed-loop episodes: agents (policy, expert, oracle, blind), the servo that drives to their
-waypoints, and what came of it.
+waypoints, and the row of results.
+
+An agent has `start(scene, path, seed)` for an episode, `act(observation, closed)` for a decision,
+which answers a Waypoint, and `seconds` {activity: s}. `needs_image`: whether observations have one.
 """
 
 import functools
@@ -27,12 +30,12 @@ from waypoint import Waypoint
 SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006
 # the gripper changes only this near to the waypoint that asks for it (metres)
 FLIP_DISTANCE = 0.012
-# metres at which a waypoint of a predicted trajectory lies behind: half of what training keeps
-# between waypoints
+# metres within which a waypoint of a predicted trajectory counts as passed: half of the
+# min_travel that training keeps between waypoints
 REACHED = 0.01
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
-EXPERT_STEPS = 250
-# modules whose code makes an expert's path
+EXPERT_STEPS = 250  # control steps at most
+# modules that decide an expert's path: a change of their text makes cached paths obsolete
 DECIDE_THE_PATH = (
     "sim/expert",
     "sim/variants",
@@ -45,13 +48,14 @@ DECIDE_THE_PATH = (
 
 
 class PolicyError(Exception):
-    """What a policy answered cannot be followed."""
+    """A policy's answer that cannot be followed."""
 
 
 @dataclass
 class ExpertPath:
-    """The expert's own episode from a state: positions (N,3) per control step, gripper closed (N,)
-    in {0, 1}, success, and rotations (N,3,3) of an expert that turns its gripper."""
+    """The expert's episode from a state: at each control step EEF positions (N,3) m, gripper closed
+    (N,) in {0, 1}, and rotations (N,3,3) of an expert that turns its gripper. success: as its task
+    counts it."""
 
     positions: np.ndarray
     closed: np.ndarray
@@ -60,6 +64,7 @@ class ExpertPath:
 
     @property
     def changes(self):
+        # the first steps of each new gripper command: close, open
         return np.flatnonzero(np.diff(self.closed)) + 1
 
     def until_release(self):
@@ -68,7 +73,7 @@ class ExpertPath:
 
 
 def expert_episode(scene, state, grasp="side", variant="task"):
-    """Run the expert from a state -> its ExpertPath. Leaves the scene where it ended."""
+    """Run the expert from a state (S,) -> its ExpertPath. The scene stays where it ended."""
     scene.begin_episode(state)
     expert, positions, closed, rotations = new_expert(grasp, variant).plan(scene), [], [], []
     account = new_account(scene, variant)
@@ -96,8 +101,8 @@ def expert_episode(scene, state, grasp="side", variant="task"):
 
 @functools.cache
 def expert_version():
-    """What an expert's path depends on besides its start: code and simulator, as text. Stored paths
-    of another are none.
+    """What an expert's path depends on besides its start, as text: code and simulator. A stored
+    path of another version is not used.
     """
     sources = [
         (Path(__file__).resolve().parents[1] / f"{name}.py").read_text() for name in DECIDE_THE_PATH
@@ -114,9 +119,10 @@ def expert_version():
 
 
 def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant="task"):
-    """The expert's path from a state, from the cache where it is there. Leaves the scene wherever
-    the expert ended.
+    """The expert's path from a state (S,), from the cache where it is there. The scene stays
+    wherever the expert ended.
     """
+    # the file's name: the start, with the fixtures' poses, which no state contains, and the version
     start = np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]])
     key = hashlib.blake2b(start.tobytes() + expert_version().encode(), digest_size=12)
     kind = "_".join(
@@ -136,7 +142,7 @@ def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant=
 
 
 def stored_path(path):
-    """An ExpertPath of the cache, or None where it is not there or cut short."""
+    """The ExpertPath of a file of the cache, None where there is no whole one."""
     try:
         with np.load(path) as stored:
             return ExpertPath(
@@ -150,8 +156,8 @@ def stored_path(path):
 
 
 def key_poses(pick, place, surface):
-    """The expert's key poses [(position (3,), gripper)] for given positions of object and target:
-    what a replay repeats.
+    """The expert's key poses [(position (3,) m, gripper)] for given positions (3,) of object and
+    target, as a replay repeats them. surface: m of the target's surface above its origin.
     """
     grasp = pick + GRASP
     release = np.array([*(place + GRASP)[:2], place[2] + surface + GRASP[2] + RELEASE])
@@ -187,10 +193,11 @@ class PolicyAgent:
 
 
 class OracleAgent:
-    """The expert's own future position, quantised to image cells and height bins: the ceiling of
-    any policy that decodes so.
+    """Answers the expert's future position, quantised to image cells and height bins. It is the
+    ceiling of any policy that decodes so.
 
-    It has no memory: its place on the path is the nearest point of the current gripper segment.
+    It remembers the gripper's changes only. Its place on the path is the nearest point of the
+    segment between two of them. margin: m beyond the path's heights that the bins cover.
     """
 
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
@@ -206,6 +213,7 @@ class OracleAgent:
 
     def start(self, scene, path, seed=0):
         self.path, self.flips, self.before, self.size = path, 0, 0, scene.image_size
+        # the last frame of each segment, and each frame's next waypoint, which stays in the segment
         self.ends = [*path.changes, len(path.positions) - 1]
         self.waypoints = [
             next_waypoint(
@@ -220,7 +228,7 @@ class OracleAgent:
     def act(self, observation, closed):
         self.flips += closed != self.before
         self.before = closed
-        # after the gripper's hold, in which the path stands still
+        # a segment starts after the gripper's hold, in which the path stands still
         starts = [0, *(self.path.changes + GRIPPER_STEPS)]
         segment = min(self.flips, len(self.ends) - 1)
         low, end = min(starts[segment], self.ends[segment]), self.ends[segment]
@@ -247,11 +255,11 @@ class OracleAgent:
 
 
 class BlindAgent:
-    """Open-loop replay for the mean layout of the benchmark's init states: the floor. It never
-    looks at anything. In a LIBERO-PRO suite it knows the layout of the suite that was trained on,
-    like everybody.
+    """Open-loop replay for the mean layout of the benchmark's init states. It looks at no object
+    and is the floor for a policy that does.
 
-    shift: (dx, dy) metres from there to the mean layout of the training demonstrations.
+    In a LIBERO-PRO suite it replays for the layout of the unperturbed suite, which policies are
+    trained on. shift: (dx, dy) metres from there to the training demonstrations' mean layout.
     """
 
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
@@ -261,6 +269,7 @@ class BlindAgent:
 
     def start(self, scene, path, seed=0):
         states = scene.init_states(unperturbed(scene.task))
+        # fixtures are no part of a state: they are where the scene has them
         mean = lambda name: (
             np.array([*states[:, scene._address(name)][:, :2].mean(0), scene.nominal_z[name]])
             + self.shift
@@ -277,7 +286,7 @@ class BlindAgent:
         reached = np.linalg.norm(position - observation.eef_pos) < FLIP_DISTANCE and (
             gripper > 0
         ) == bool(closed)
-        self.tries += 1
+        self.tries += 1  # after eight decisions it goes on without having arrived
         if (reached or self.tries > 8) and self.index < len(self.poses) - 1:
             self.index, self.tries = self.index + 1, 0
             position, gripper = self.poses[self.index]
@@ -285,11 +294,9 @@ class BlindAgent:
 
 
 class Episode:
-    """Steps a scene and keeps account: path, time by activity, success, release, and frames for
-    video.
+    """Steps a scene and keeps account: path, time by activity, success, release, frames for video.
 
-    Success is what the variant's account says; the episode is over with it once the gripper is open
-    too.
+    The variant's account decides on success. A successful episode is over once the gripper is open.
     """
 
     def __init__(self, scene, max_steps, video_every=0, variant="task"):
@@ -314,7 +321,7 @@ class Episode:
         return observation
 
     def note(self):
-        """Book the state that the last step led to."""
+        """Book the state that the last step led to. Called once at the start, too."""
         now = self.scene.observe(image=False)
         self.eef, self.eef_rot = now.eef_pos, now.eef_rot
         self.path.append(now.eef_pos)
@@ -324,6 +331,7 @@ class Episode:
         if self.account.done():
             self.first_success = self.steps if self.first_success is None else self.first_success
             self.success = True
+            # commanded open and measured open: fingers take some steps
             self.released = self.gripper == OPEN and now.gripper_width > OPEN_WIDTH
             if self.released and self.first_release is None:
                 self.first_release = self.steps
@@ -344,6 +352,7 @@ class Episode:
     def outcome(self):
         if self.variant == "lift_once":
             return self.account.outcome()
+        # the farthest stage that was reached: miss, grasp, place, released
         return OUTCOMES[
             max(
                 i
@@ -354,12 +363,12 @@ class Episode:
 
 
 def ahead(waypoint, eef, gripper, eef_rot=None):
-    """The trajectory's first waypoint that is not reached already: `eef` (3,) is farther than
-    REACHED, or the gripper is to change, or, where rotations are servoed too and `eef_rot` (3,3) is
-    given, the gripper still has to turn.
+    """The trajectory's first waypoint that is not reached yet, with what follows it.
 
-    A policy without memory that hovers over a bowl and answers "hover" would do so for ever,
-    although its own trajectory goes on.
+    It is not reached where `eef` (3,) is farther than REACHED, or the gripper is to change, or,
+    given `eef_rot` (3,3) where rotations are servoed too, the gripper still has to turn. A policy
+    without memory that hovers over a bowl and answers "hover" would otherwise do so for ever,
+    although its trajectory goes on.
     """
     for k, (point, command) in enumerate(zip(waypoint.trajectory, waypoint.grippers)):
         rotation = waypoint.rotation if waypoint.rotations is None else waypoint.rotations[k]
@@ -381,9 +390,7 @@ def ahead(waypoint, eef, gripper, eef_rot=None):
 
 
 def check_waypoint(waypoint):
-    """Raise PolicyError for a waypoint with NaN or Inf: the servo would turn it into no motion, or
-    into any.
-    """
+    """Raise PolicyError for a waypoint with NaN or Inf, which no servo can follow."""
     for name, value in vars(waypoint).items():
         if value is not None and not np.isfinite(np.asarray(value, dtype=float)).all():
             raise PolicyError(
@@ -405,17 +412,18 @@ def run_episode(
     seed=0,
     watch=None,
 ):
-    """One closed-loop episode from `state` -> (row of results, frames [(image, plan or None)],
-    decision images).
+    """Run one closed-loop episode from `state` (S,) -> (row of results, frames [(image, plan or
+    None)], decision images). The gripper changes only near the waypoint, then holds still.
 
-    teleport: servo to each absolute waypoint (at most SERVO_STEPS at gain 2); otherwise
-    `waypoint_stride` ordinary delta actions towards it, arrived or not. The gripper changes only
-    near the waypoint, and then holds for GRIPPER_STEPS. path: the expert's path from this state,
-    for the coverage. seed: of all that the agent draws at random in this episode. An exception of
-    the agent's, or a waypoint that is not finite, ends the episode as a failure, outcome "error": a
-    policy must not gain by failing. watch: a stalled.Watch, which may end the episode; the row then
-    says `stalled` with the step. Of the variant `lift_once` a decision takes at least
-    `waypoint_stride` steps, as in its demonstrations: to stay is one.
+    teleport: servo to each absolute waypoint, for at most SERVO_STEPS at gain 2. Without it take
+    `waypoint_stride` ordinary delta actions towards it, arrived or not.
+    path: the expert's path from this state, for the coverage.
+    seed: of all that the agent draws at random in this episode.
+    watch: a stalled.Watch, which may end the episode; the row then says `stalled` with the step.
+
+    An exception of the agent's, or a waypoint that is not finite, ends the episode as a failure,
+    outcome "error": a policy must not gain by failing. In the variant `lift_once` a decision takes
+    at least `waypoint_stride` steps, as in its demonstrations, where staying is a decision too.
     """
     started = time.perf_counter()
     scene.begin_episode(state)
@@ -423,6 +431,7 @@ def run_episode(
     least = waypoint_stride if variant == "lift_once" else 1
     agent.start(scene, path, seed)
     decisions, thumbs, failure, stalled = 0, [], None, False
+    # one decision: observe, act, servo to the waypoint, hold or change the gripper
     while not episode.over:
         observation = episode.observe(agent.needs_image)
         try:
@@ -442,6 +451,7 @@ def run_episode(
             stalled = True
             break
         rotation, before = None if zero_rotation else waypoint.rotation, episode.steps
+        # drive there: with teleport until it is reached
         for _ in range(SERVO_STEPS if teleport else waypoint_stride):
             if (
                 episode.over
@@ -450,6 +460,7 @@ def run_episode(
             ):
                 break
             episode.step(waypoint.position, rotation)
+        # the EEF stands still while the fingers move
         near = np.linalg.norm(waypoint.position - episode.eef) < FLIP_DISTANCE
         if waypoint.gripper != episode.gripper and near and not episode.over:
             episode.gripper, held = waypoint.gripper, episode.eef
@@ -472,7 +483,7 @@ def run_episode(
 
 
 def failed(row, failure):
-    """The row of an episode that the agent's own exception ended. failure: its traceback."""
+    """The row of an episode that an exception of the agent's ended. failure: its traceback."""
     return {
         **row,
         "outcome": ERROR,
@@ -488,13 +499,14 @@ def failed(row, failure):
 def run_expert(
     scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, grasp="side", variant="task"
 ):
-    """An episode of the scripted expert itself, in the same account as `run_episode`."""
+    """Run an episode of the scripted expert -> what `run_episode` answers, in the same account."""
     started = time.perf_counter()
     scene.begin_episode(state)
     episode, expert = (
         Episode(scene, max_steps, video_every, variant),
         new_expert(grasp, variant).plan(scene),
     )
+    # in `lift_once` the expert goes on staying: the account wants longer than a demonstration lasts
     while not episode.over and not (expert.done and variant == "task"):
         target, episode.gripper = expert.act(scene, episode.eef, episode.eef_rot)
         episode.step(target, expert.rotation)
@@ -505,11 +517,11 @@ def run_expert(
 def result_row(scene, episode, agent, decisions, path, started):
     """The per-episode row that eval.py writes.
 
-    jerk_mm: mean second difference of the EEF's path, mm per control step squared;
-    third_difference_mm: of the third, mm per step cubed. Against the expert's path up to its
-    release: coverage_Npx, the share of the expert's path within N px of the executed one;
-    on_path_Npx, the share of the executed path within N px of the expert's; path_length_ratio, the
-    length of the executed path by that of the expert's.
+    jerk_mm: mean second difference of the EEF's path, mm per control step squared.
+    third_difference_mm: mean third difference, mm per step cubed.
+    Against the expert's path up to its release: coverage_Npx is the share of the expert's path
+    within N px of the executed one, on_path_Npx the share of the executed path within N px of the
+    expert's, path_length_ratio the length of the executed path by that of the expert's.
     """
     row = {
         "outcome": episode.outcome(),
@@ -530,11 +542,12 @@ def result_row(scene, episode, agent, decisions, path, started):
 
 
 def path_numbers(scene, executed, path):
-    """How an executed path (N,3) m lies to an ExpertPath -> {name: number}, None each where the
+    """Compare an executed path (N,3) m with an ExpertPath -> {name: number}, all None where the
     expert failed or is not known.
     """
     known = path is not None and path.success
     K, E = scene.camera()
+    # world points (N,3) -> pixels (N,2) of this scene's view
     to_px = lambda points: np.stack(camera.project(np.asarray(points), K, E)[:2], -1)
     found = {}
     for eps in (4, 8, 16):

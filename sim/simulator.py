@@ -38,6 +38,7 @@ def libero():
             f"if a lib*.so is named, first: {renderer.APT}"
         ) from error
     _silence_egl_at_exit()
+    _free_what_is_its_own()
     kept_model.keep_over_resets(MujocoEnv)
     return benchmark, get_libero_path, OffScreenRenderEnv, ControlEnv
 
@@ -47,6 +48,26 @@ def parsed_bddl(path):
     from libero.libero.envs import bddl_utils
 
     return bddl_utils.robosuite_parse_problem(path)
+
+
+def _free_what_is_its_own():
+    """A rendering context frees its textures and meshes in its own GL context.
+
+    robosuite frees them in whichever is current. They go by number, so that with two scenes in a
+    process those of the other one would go.
+    """
+    from OpenGL.raw.EGL._errors import EGLError
+    from robosuite.utils.binding_utils import MjRenderContext
+
+    free = MjRenderContext.__del__
+
+    @functools.wraps(free)
+    def free_in_own_context(self):
+        with contextlib.suppress(EGLError, RuntimeError, AttributeError):  # EGL has gone at exit
+            self.gl_ctx.make_current()
+        free(self)
+
+    MjRenderContext.__del__ = free_in_own_context
 
 
 def _silence_egl_at_exit():

@@ -15,7 +15,7 @@ import numpy as np
 from runtime import UserError
 from sim.simulator import libero
 
-# LIBERO's own; LIBERO-PRO's are SUITE_KIND
+# LIBERO's suites; a LIBERO-PRO suite is called SUITE_KIND, as libero_spatial_swap
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
 
@@ -42,13 +42,13 @@ def _suite(name):
         raise UserError(
             f"--task_suite {name}: no such LIBERO suite; there are {', '.join(sorted(suites))}"
         )
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):  # LIBERO prints while it makes a suite
         return suites[name]()
 
 
 def find_task(suite, index):
-    """Task `index` of a suite. Raises UserError for an unknown one, and for one that is listed but
-    not installed.
+    """The Task with an index in a suite. Raises UserError for an unknown one, and for one that is
+    listed but not installed.
     """
     tasks = _suite(suite)
     if not 0 <= index < tasks.get_num_tasks():
@@ -64,8 +64,8 @@ def find_task(suite, index):
 
 
 def installed_suites():
-    """({name of a suite: number of its tasks}, [names of suites that LIBERO lists without their
-    files]), LIBERO's own first.
+    """({name of a suite: number of its tasks}, [names of suites that LIBERO lists, but whose files
+    are not all installed]), LIBERO's suites before LIBERO-PRO's.
     """
     benchmark, path_of = libero()[:2]
     whole, hollow = {}, []
@@ -75,6 +75,7 @@ def installed_suites():
             tasks = [_suite(name).get_task(i) for i in range(_suite(name).get_num_tasks())]
         except Exception:  # a suite that is only half registered
             tasks = []
+        # for each task, whether both its BDDL file and its init states are there
         bddl, states = Path(path_of("bddl_files")), Path(path_of("init_states"))
         here = [
             (bddl / t.problem_folder / t.bddl_file).is_file()
@@ -89,8 +90,9 @@ def installed_suites():
 
 
 def task_of_bddl(bddl_file_name):
-    """The Task whose BDDL file has this name (official datasets store the path of their author's
-    machine).
+    """The Task whose BDDL file has this name. Raises UserError for none.
+
+    Official datasets store the path on their author's machine: its last folder is the suite.
     """
     folder, name = Path(bddl_file_name).parent.name, Path(bddl_file_name).stem
     for suite in dict.fromkeys([folder, *SUITES]):
@@ -105,8 +107,8 @@ def task_of_bddl(bddl_file_name):
 
 
 def unperturbed(task):
-    """The task that a LIBERO-PRO suite perturbs, libero_spatial's for libero_spatial_swap's; any
-    that has no such namesake itself.
+    """The Task that a task of a LIBERO-PRO suite perturbs: of libero_spatial for one of
+    libero_spatial_swap. A task without such a namesake is answered itself.
     """
     suite = next((s for s in SUITES if task.suite.startswith(f"{s}_")), task.suite)
     names = _suite(suite).get_task_names()
@@ -114,7 +116,10 @@ def unperturbed(task):
 
 
 def init_states(task):
-    """The benchmark's init states of a task, (N, S) flattened MuJoCo states [time, qpos, qvel]."""
+    """The benchmark's init states of a Task, (N,S) flattened MuJoCo states [time, qpos, qvel].
+
+    Raises UserError where they cannot be read.
+    """
     try:
         states = _suite(task.suite).get_task_init_states(task.index)
     except (
@@ -131,14 +136,16 @@ def init_states(task):
 
 
 def clean_bddl(task):
-    """Write the task's BDDL without distractors and without fixtures that its goal does not name;
-    return the path.
+    """Write a Task's BDDL without distractors, and without fixtures that its goal does not name ->
+    the path of the file, which is removed at exit.
     """
     from bddl.parsing import scan_tokens
 
+    # nested lists: [define, [problem, name], [:objects, a, b, -, category, c, ...], ...]
     tokens = scan_tokens(filename=task.bddl)
     section = {group[0]: group for group in tokens[1:]}
     wanted = set(section[":obj_of_interest"][1:]) | {"main_table"}
+    # {name: (section, category)}: names come before their category, with a dash between
     typed = {}
     for key in (":objects", ":fixtures"):
         names = []
@@ -147,9 +154,11 @@ def clean_bddl(task):
             if len(names) > 1 and names[-2] == "-":
                 typed.update(dict.fromkeys(names[:-2], (key, names[-1])))
                 names = []
+    # what is of interest may be a region of a fixture, as wooden_cabinet_1_top_region
     keep = [n for n in typed if n in wanted or any(w.startswith(n) for w in wanted)]
     for key in (":objects", ":fixtures"):
         section[key][1:] = [t for n in keep if typed[n][0] == key for t in (n, "-", typed[n][1])]
+    # no fact and no region may name what is gone; r[1] is (:target NAME)
     gone = set(typed) - set(keep)
     section[":init"][1:] = [
         fact for fact in section[":init"][1:] if not any(g in fact for g in gone)
@@ -167,7 +176,7 @@ def clean_bddl(task):
 
 
 def env_metadata(task):
-    """LIBERO's own dataset attributes of a task."""
+    """The attributes that LIBERO's datasets have for a Task, {name: text}."""
     return {
         "bddl_file_name": f"bddl_files/{task.suite}/{Path(task.bddl).name}",
         "env_name": "Libero_Tabletop_Manipulation",

@@ -5,10 +5,13 @@ EGL contexts do not survive a fork, so each worker is spawned, makes its own, an
 `recycle` jobs. A worker that dies (segmentation fault, out of memory, kill) or gives no answer in
 time is replaced and its job is tried again. A worker whose parent dies leaves.
 
+A worker is any object with `run(job)` and `close()`. It sends pairs through its pipe: ("ready",
+None) or ("unusable", traceback) once, then ("done", result) or ("error", traceback) for each job.
+
 pebble.ProcessPool (5.2.3, tried) recycles and times out too. It was not taken: the reason for which
 an initializer fails is logged and not handed to the caller, a worker's `close` is not called, a
-lost job is not tried again, and its workers outlive a parent that is killed. What would be left to
-add is most of this file.
+lost job is not tried again, and its workers outlive a parent that is killed. Adding these would
+take most of this file.
 """
 
 import collections
@@ -65,8 +68,8 @@ class Outcome:
 
 
 def leave_with_parent():
-    """End this process when its parent has ended, however that was: nobody would collect what it
-    makes.
+    """End this process when its parent has ended, even if that was killed. Nobody would collect
+    its results.
     """
 
     def watch():
@@ -94,8 +97,8 @@ def _child(connection, factory, arguments):
 
 
 class _Slot:
-    """One worker process and the job it is on. It is to answer within `timeout` seconds, of its
-    start as of each job.
+    """One worker process and the job it is on. It has `timeout` seconds to start, and as many for
+    each job.
     """
 
     def __init__(self, context, factory, arguments, timeout):
@@ -105,7 +108,7 @@ class _Slot:
         )
         with one_thread_each():
             self.process.start()
-        theirs.close()
+        theirs.close()  # or the pipe would stay open when the worker dies
         self.job, self.done, self.ready = None, 0, False
         self.timeout, self.deadline = timeout, time.monotonic() + timeout
 
@@ -116,7 +119,7 @@ class _Slot:
             self.connection.send(job)
 
     def answer(self):
-        """What the worker sent, or how it died."""
+        """The pair that the worker sent, or ("died", how)."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
@@ -129,6 +132,7 @@ class _Slot:
         self.connection.close()
 
     def stop(self):
+        # None instead of a job ends the worker's loop: it closes its simulator and exits
         with contextlib.suppress(OSError):
             self.connection.send(None)
         self.process.join(timeout=20)
@@ -148,11 +152,11 @@ def run_jobs(
     timeout=TIMEOUT,
     before_start=lambda: None,
 ):
-    """Run `factory(*arguments).run(job)` for each job on `n_workers` spawned processes; yield an
-    Outcome per job as it finishes.
+    """Run `factory(*arguments).run(job)` for each job on `n_workers` spawned processes -> iterator
+    over an Outcome per job, in the order in which they finish.
 
     A job whose worker dies, or gives no answer for `timeout` seconds, is tried `tries` times in
-    all; a job that raises is reported at once. before_start: called whenever a worker is about to
+    all. A job that raises is reported at once. before_start: called whenever a worker is about to
     start, to mend what it needs. Raises UserError for numbers that are out of range, and
     RuntimeError with the worker's traceback if a worker cannot be made at all.
     """
@@ -171,7 +175,7 @@ def run_jobs(
 
 
 class _Pool:
-    """Up to `n_workers` slots, and which jobs were tried how often. `start()` makes a _Slot."""
+    """Up to `n_workers` slots, and how often each job was tried. `start()` makes a _Slot."""
 
     def __init__(self, start, n_workers, recycle, tries):
         self.start, self.n_workers, self.recycle, self.tries = start, n_workers, recycle, tries
@@ -180,13 +184,14 @@ class _Pool:
     def outcomes(self, queue):
         """Yield the outcomes of the jobs in a queue."""
         try:
+            # no more workers than jobs
             self.slots = [self.start() for _ in range(min(self.n_workers, len(queue)))]
             while self.slots:
                 self._hand_out(queue)
                 for slot, kind, value in self._answers():
                     if outcome := self._settle(slot, kind, value, queue):
                         yield outcome
-        finally:
+        finally:  # also where the caller stops iterating
             for slot in self.slots:
                 if slot.job is None and slot.ready:
                     slot.stop()
@@ -200,6 +205,7 @@ class _Pool:
                 self.slots.remove(slot)
                 slot.stop()
             elif slot.done >= self.recycle:
+                # the new worker starts while the old one ends
                 self.slots[self.slots.index(slot)] = self.start()
                 slot.stop()
             else:
@@ -223,7 +229,9 @@ class _Pool:
         return found
 
     def _settle(self, slot, kind, value, queue):
-        """Book an answer -> the job's Outcome, None where there is none (yet)."""
+        """Book an answer -> the job's Outcome, or None: the worker started, or the job is tried
+        again.
+        """
         if kind == "ready":
             slot.ready, self.failed_starts = True, 0
             return None
@@ -239,12 +247,13 @@ class _Pool:
         return Outcome(job, None, value, kind == "died")
 
     def _replace(self, slot, job, why, queue):
-        """Put another in the place of a slot that died -> True if its job is tried again."""
+        """Replace a slot whose worker died -> True if its job is tried again."""
         self.slots.remove(slot)
         slot.kill()
         self.failed_starts += not slot.ready
         if self.failed_starts > STARTS:
             raise RuntimeError(f"workers die before their first job: {why}")
+        # by its text, as a job may be of a kind that no Counter takes as a key
         self.attempts[repr(job)] += 1
         again = job is not None and self.attempts[repr(job)] < self.tries
         if again:

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "egl")
+# two test processes share the machine's cores, and Mesa draws with threads too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("LP_NUM_THREADS", "1")
 # what --device auto means: tests/gpu alone are about GPUs
 os.environ.setdefault("PARA_DEVICE", "cpu")
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""The benchmark of whole episodes compares the same episodes, and books what it says it books."""
+"""The rollout benchmark runs the same episodes in every loop, and measures what it says."""
 
 from argparse import Namespace
 
@@ -8,8 +8,11 @@ STEPS = 20
 
 
 def test_the_loops_run_the_same_episode_at_other_costs(trained, capsys):
-    """Else a ratio would be of two different things: equal outcomes, a render a step in the one and
-    a render a decision in the other."""
+    """All loops end alike, and only their costs differ.
+
+    Otherwise a ratio would compare two different things. One loop renders at every step, the other
+    at every decision.
+    """
     args = Namespace(ckpt=trained[0] / "checkpoint.safetensors", layout="position")
     found = loops(args, 1, 1, STEPS)
     table, ours = found["table"], found["outcomes"]["ours"][0]

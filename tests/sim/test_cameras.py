@@ -1,5 +1,5 @@
-"""What agentview renders: exactly LIBERO's picture, or the fast one, which is near it and never
-taken for it.
+"""Renders of agentview: the exact one is LIBERO's picture, the fast one is near it and never mixed
+up with it.
 """
 
 import argparse
@@ -32,8 +32,10 @@ def libero_picture(task, state):
 
 @pytest.mark.parametrize("suite, task", [("libero_goal", 7), ("libero_90", 0), ("libero_10", 0)])
 def test_the_exact_render_is_liberos_byte_by_byte(suite, task):
-    """Committed checkpoints and official data have seen these pixels, on a table, in a kitchen and
-    in a living room."""
+    """The exact render equals LIBERO's pixels on a table, in a kitchen and in a living room.
+
+    Committed checkpoints and official data were made with these pixels.
+    """
     scene = Scene(suite, task, image_size=SIDE)
     state = scene.init_states()[0]
     scene.set_state(state)
@@ -44,8 +46,11 @@ def test_the_exact_render_is_liberos_byte_by_byte(suite, task):
 
 
 def test_the_fast_render_is_near_the_exact_one_and_stays_fast():
-    """Without reflections and smoothed edges: mean difference below 2.5 of 255, fewer than one
-    pixel in twenty by more than 16. A reset that keeps the context keeps its quality."""
+    """The fast render leaves out reflections and smoothed edges.
+
+    It differs by less than 2.5 of 255 on average, and fewer than one pixel in twenty by more than
+    16. A reset that keeps the GL context keeps the fast quality.
+    """
     pictures = {}
     for quality in ("exact", "fast"):
         scene = Scene(image_size=448, render=quality)
@@ -63,9 +68,26 @@ def test_the_fast_render_is_near_the_exact_one_and_stays_fast():
     assert (difference.max(-1) > 16).mean() < 0.05
 
 
+def test_scenes_of_one_process_draw_their_own_pictures():
+    """Else the older of two scenes draws with the newer one's meshes, and loses its own when that
+    one is closed or built anew."""
+    scenes = [Scene(image_size=SIDE, clean=True, render=quality) for quality in ("exact", "fast")]
+    alone = [scene.render() for scene in scenes]  # the newer one's context is the current one
+    lone = Scene(image_size=SIDE, clean=True)
+    np.testing.assert_array_equal(alone[0], lone.render())
+    lone.close()
+    for scene, picture in zip(scenes, alone):
+        np.testing.assert_array_equal(scene.render(), picture)
+    scenes[1].close()
+    np.testing.assert_array_equal(scenes[0].render(), alone[0])
+    scenes[0].close()
+
+
 @pytest.mark.parametrize("trained, asked", [("fast", "exact"), ("exact", "fast")])
 def test_a_checkpoint_sees_the_render_it_was_trained_on(trained, asked):
-    """Otherwise a rate falls without a word. A checkpoint that does not say it has seen exact."""
+    """Another render than that of training is refused: the success rate would fall without a
+    warning. A checkpoint that does not name its render was trained on exact images.
+    """
     args = argparse.Namespace(render=asked, ckpt="run/checkpoint.safetensors")
     info = {"dataset": {"render": trained} if trained == "fast" else {}}
     with pytest.raises(UserError, match=f"was trained on images of --render {trained}"):
@@ -74,7 +96,10 @@ def test_a_checkpoint_sees_the_render_it_was_trained_on(trained, asked):
 
 @pytest.mark.parametrize("trained", ["fast", "exact"])
 def test_what_is_not_asked_for_is_what_the_checkpoint_was_trained_on(trained):
-    """Otherwise a checkpoint of fast pictures is refused until its user has found the flag."""
+    """Without a --render flag the checkpoint's own render is used.
+
+    Otherwise a checkpoint of fast pictures would be refused until its user finds the flag.
+    """
     args = argparse.Namespace(
         **{"render": None, "ckpt": "run/checkpoint.safetensors", "layout": "shifted"},
         **{"task_suite": None, "task_id": None, "grasp": None, "variant": None},

@@ -21,8 +21,10 @@ SHIFT_PX, BLANK_RATIO = 2.0, 3.0  # at most, at least
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
-    """A demonstration of the full scene at the checkpoints' size, of a seed that none of them was
-    trained on."""
+    """A demonstration of the full scene at the checkpoints' image size.
+
+    No checkpoint was trained on its seed.
+    """
 
     def collect(folder):
         run(
@@ -37,8 +39,9 @@ def full_size(tmp_path_factory):
 
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda p: p.stem)
 def test_a_committed_checkpoint_looks(path, full_size, tmp_path):
-    """EEF inputs shifted by 20 px hardly move its waypoint, and blank images at least triple its
-    error."""
+    """A shift of the EEF input by 20 px hardly moves the waypoint, and blank images at least triple
+    its error.
+    """
     torch.set_num_threads(1)
     policy, info, _ = load_policy(path, "cpu", None)
     demos = open_dataset(full_size, policy.config.image_size).demos
@@ -51,9 +54,11 @@ def test_a_committed_checkpoint_looks(path, full_size, tmp_path):
 
 @pytest.mark.parametrize("name", ["para", "voxel_ar"])
 def test_a_committed_checkpoint_solves_shifted_layouts(name):
-    """At least two of the first three `shifted` test episodes: of those the blind replay solves 6%,
-    a head that passes the tests above may solve none. One policy of a single frame, and one with a
-    history."""
+    """Each solves at least two of the first three `shifted` test episodes.
+
+    The blind replay solves 6% of that layout, and a head that passes the tests above may solve
+    none. One single-frame policy and one with a history are tried.
+    """
     torch.set_num_threads(1)
     policy, _, _ = load_policy(
         ROOT / "checkpoints" / f"{name}_libero_spatial_0.safetensors", "cpu", None
@@ -72,5 +77,5 @@ def test_a_committed_checkpoint_solves_shifted_layouts(name):
 
 
 def test_the_checkpoint_tests_have_checkpoints_to_test():
-    """The tests above run at all, and each checkpoint is small enough to be committed."""
+    """There are committed checkpoints, so the tests above run, and each is small enough for git."""
     assert CHECKPOINTS and all(p.stat().st_size < 10e6 for p in CHECKPOINTS)

@@ -1,5 +1,6 @@
-"""The grasp around the rim, in the real simulator without rendering: its yaw follows the objects
-and is really reached."""
+"""The expert's grasp on the rim, in the real simulator without rendering: its yaw follows the
+objects and is really reached.
+"""
 
 import ctypes
 import gc
@@ -27,7 +28,7 @@ def scene():
 
 
 def layout(scene, degrees):
-    """A state whose plate stands in a given direction of the bowl, 16 cm off."""
+    """A state whose plate stands 16 cm from the bowl in a given direction."""
     state = scene.init_states()[0]
     bowl, plate = state[scene._address(scene.pick)][:2], state[scene._address(scene.place)][:2]
     wanted = bowl + 0.16 * np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
@@ -36,9 +37,11 @@ def layout(scene, degrees):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_rebuilt_scene_leaves_no_memory_behind(scene):
-    """Resets and renders do not grow a worker, and nothing lies about that could be given back:
-    MuJoCo's last compiled XML and what glibc keeps of freed memory were 0.5 GB of a full scene.
-    Measured in a process that holds more than this scene."""
+    """Resets and renders do not make a worker grow, and leave nothing behind that could be freed.
+
+    MuJoCo's last compiled XML and the freed memory that glibc keeps once took 0.5 GB of a full
+    scene. The test process holds more than this scene, so it compares growth.
+    """
 
     def megabytes():
         gc.collect()
@@ -72,8 +75,10 @@ def test_the_rim_angle_is_twice_the_plates_up_to_its_limit():
 
 
 def test_servo_action_turns_only_when_asked():
-    """Without a rotation the action is what it was; with one it is the log of the remaining turn in
-    units of half a radian, clipped."""
+    """Without a rotation the action does not turn.
+
+    With one its rotation part is the log of the remaining turn, in units of half a radian, clipped.
+    """
     at, to, now = np.zeros(3), np.array([0.01, 0, 0]), euler_to_matrix(np.array([np.pi, 0, 0.2]))
     np.testing.assert_array_equal(servo_action(at, to, OPEN)[3:6], 0)
     small = servo_action(
@@ -89,8 +94,11 @@ def test_servo_action_turns_only_when_asked():
 
 @pytest.mark.parametrize("degrees", YAWS)
 def test_the_rim_expert_turns_and_succeeds(scene, degrees, tmp_path):
-    """Bowl placed and released, grasped with the yaw that the layout asks for, by the fingers' own
-    measured orientation."""
+    """The bowl is placed and released.
+
+    It was grasped with the yaw that the layout asks for, by the measured orientation of the
+    fingers.
+    """
     state = layout(scene, degrees)
     path = expert_path(scene, state, tmp_path, grasp="rim")
     assert path.success and scene.observe(image=False).gripper_width > OPEN_WIDTH
@@ -105,8 +113,9 @@ def test_the_rim_expert_turns_and_succeeds(scene, degrees, tmp_path):
 
 
 def test_the_oracle_needs_the_rotation(scene, tmp_path):
-    """The yaw matters: an oracle that follows the rim expert with its rotations places the bowl,
-    without them it does not."""
+    """The yaw matters: an oracle that follows the rim expert places the bowl with its rotations,
+    and fails without them.
+    """
     state = layout(scene, 27)
     path = expert_path(scene, state, tmp_path, grasp="rim")
     turned, _, _ = run_episode(
@@ -119,7 +128,7 @@ def test_the_oracle_needs_the_rotation(scene, tmp_path):
 
 
 def test_the_side_expert_never_turns(scene, tmp_path):
-    """The plain grasp is as it was: no rotation is commanded, and none stored."""
+    """The plain grasp commands no rotation, and stores none."""
     path = expert_path(scene, layout(scene, 27), tmp_path)
     assert path.rotations is None and path.success and PickPlaceExpert().rotation is None
     assert (

@@ -1,4 +1,4 @@
-"""The matrix: which commands, what counts as done; and one row and column of it for real."""
+"""run_matrix.py: which commands it plans, when a cell counts as done, and one cell run for real."""
 
 import json
 import shlex
@@ -18,14 +18,20 @@ from study.graph import pending
 
 
 def plan(*flags):
-    """The nodes that flags plan, by name; flags as words, or as one string."""
+    """The nodes that run_matrix.py plans for some flags, by name.
+
+    Flags are words, or one string.
+    """
     words = shlex.split(flags[0]) if len(flags) == 1 else list(flags)
     return run_matrix.Plan(run_matrix.parse_args(words)).nodes
 
 
 def test_the_whole_matrix_is_planned(tmp_path):
-    """Every row in every column; a collection a setting, a cache a kind of samples, in_dist's two
-    layouts from one training."""
+    """Every row is planned in every column.
+
+    There is one collection a setting and one cache a kind of samples; in_dist's two layouts are
+    evaluated from one training.
+    """
     nodes = plan(f"--out {tmp_path} --seeds 0 1")
     kinds = {
         kind: sorted(n for n in nodes if n.startswith(kind))
@@ -55,8 +61,10 @@ def test_the_whole_matrix_is_planned(tmp_path):
 
 
 def test_reflections_are_rows_of_their_own(tmp_path):
-    """An attempt is asked for by name, is trained with --mirror, and fills a cache of its own from
-    the same demonstrations."""
+    """The mirrored attempt runs only when asked for.
+
+    It is trained with --mirror on the same demonstrations, and fills its own cache.
+    """
     nodes = plan(f"--out {tmp_path} --rows b b_mirror --columns position")
     assert "--mirror" in nodes["train-b_mirror-position-s0"].command
     assert "--mirror" not in nodes["train-b-position-s0"].command
@@ -66,8 +74,10 @@ def test_reflections_are_rows_of_their_own(tmp_path):
 
 
 def test_other_starts_are_demonstrations_of_their_own(tmp_path):
-    """The attempt with shifted images is trained on demonstrations that start elsewhere and tested
-    on the same cell as PARA."""
+    """The attempt with shifted images is trained on demonstrations with other starts.
+
+    It is tested on the same cell as PARA.
+    """
     nodes = plan(f"--out {tmp_path} --rows para para_shift_aug --columns position")
     collect, train = (
         nodes["collect-position_starts"].command,
@@ -99,9 +109,10 @@ def test_other_starts_are_demonstrations_of_their_own(tmp_path):
 
 
 def test_pro_suites_and_other_splits_are_columns(tmp_path):
-    """LIBERO-PRO's suites test what in_dist trained, splits have demonstrations and trainings of
-    their own; the plain columns' commands, by which finished cells are known, have neither flag;
-    the table knows every cell."""
+    """LIBERO-PRO suites test what in_dist trained; other splits have their own demonstrations and
+    trainings. Commands of the plain columns have neither flag, as finished cells are known by their
+    commands. The table knows every cell.
+    """
     nodes = plan(
         f"--out {tmp_path} --rows blind para "
         "--columns in_dist pro_swap pro_object position position_near_far viewpoint_hemisphere"
@@ -143,8 +154,9 @@ def test_pro_suites_and_other_splits_are_columns(tmp_path):
 
 
 def test_flags_reach_their_commands(tmp_path):
-    """Overrides go where they belong: a given dataset is not collected, a row's flags reach that
-    row alone."""
+    """Overrides go to the right commands: a given dataset is not collected, and a row's flags reach
+    that row alone.
+    """
     data = tmp_path / "mine.hdf5"
     data.touch()
     nodes = plan(
@@ -175,7 +187,7 @@ def test_flags_reach_their_commands(tmp_path):
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(flags, words):
-    """One sentence with the flag and the remedy."""
+    """The error is one sentence with the flag and the remedy."""
     with pytest.raises(UserError) as error:
         run_matrix.parse_args(flags)
     assert all(w in str(error.value) for w in words)
@@ -183,8 +195,9 @@ def test_bad_flags_are_refused_in_one_sentence(flags, words):
 
 @pytest.fixture
 def finished(tmp_path):
-    """A finished training and evaluation of PARA, as the commands leave them -> (flags, {node: its
-    files' folder})."""
+    """Write a finished training and evaluation of PARA as the commands leave them -> (flags, {node:
+    folder of its files}).
+    """
     flags = ["--out", str(tmp_path), "--rows", "para", "--columns", "position", "--n_episodes", "5"]
     nodes = plan(*flags)
     train, test = nodes["train-para-position-s0"], nodes["eval-para-position-s0"]
@@ -213,15 +226,17 @@ def rewritten(path, **changes):
 
 
 def test_a_done_cell_is_not_done_again(finished):
-    """Same flags, same n: nothing to do, also with other numbers of workers and films, and with the
-    demonstrations gone."""
+    """With the same flags and the same n nothing is left to do, also for other numbers of workers
+    and films, and after the demonstrations were deleted.
+    """
     flags, _, _ = finished
     assert todo(*flags) == [] and todo(*flags, "--workers", "7", "--n_videos", "0") == []
 
 
 def test_what_an_unfinished_cell_needs_is_done(finished):
-    """More episodes, a crashed one, an unfinished training: the cell runs again, its training only
-    where it is unfinished."""
+    """A cell runs again for more episodes, after a crashed episode, or after an unfinished
+    training. Its training runs again only if that is unfinished.
+    """
     flags, run_folder, out = finished
     assert todo(*flags, "--n_episodes", "6") == ["eval-para-position-s0"]
     rewritten(out / "summary.json", n=4, crashes=1)
@@ -240,8 +255,10 @@ def test_what_an_unfinished_cell_needs_is_done(finished):
 
 
 def test_a_run_of_other_flags_is_not_taken_for_this_one(finished):
-    """A folder that other flags made is named with both commands, and neither used nor
-    overwritten."""
+    """A folder that other flags made is refused with both commands.
+
+    It is neither used nor overwritten.
+    """
     flags, _, out = finished
     (out / "summary.json").unlink()
     with pytest.raises(
@@ -252,8 +269,10 @@ def test_a_run_of_other_flags_is_not_taken_for_this_one(finished):
 
 
 def test_an_evaluation_of_another_training_is_not_done(finished):
-    """The same evaluation command on a policy that was trained by other flags is another cell; a
-    resumed training is the same."""
+    """The same evaluation of a policy that other flags trained does not count as done.
+
+    One of a resumed training does.
+    """
     flags, run_folder, out = finished
     summary = json.loads((out / "summary.json").read_text())
     rewritten(
@@ -271,14 +290,16 @@ def test_an_evaluation_of_another_training_is_not_done(finished):
 
 
 def test_matrix_runs_resumes_and_tables(collected, tmp_path):
-    """PARA in distribution through the real commands: trained, evaluated, tabled; a row whose flags
-    are wrong fails alone, with its log's last line and exit code 1; a second call without that row
-    runs nothing and exits with 0."""
+    """The real commands train, evaluate and table PARA in distribution.
+
+    A row with wrong flags fails alone, with the last line of its log and exit code 1. A second call
+    without that row runs nothing and exits with 0.
+    """
     flags = shlex.split(
         f"run_matrix.py --columns in_dist --dataset in_dist={collected[0]} --n_episodes 1 "
         "--n_videos 1 --workers 1 --out out "
         f"--train_flags '--max_steps 2 --image_size {SIZE} --batch_size 2' "
-        "--eval_flags '--max_steps 10'"
+        "--eval_flags '--max_steps 10 --clean_scene'"
     )
     done = run(
         *flags,

@@ -1,5 +1,5 @@
-"""The lean control loop gives robosuite's own numbers, and a reset without compiling gives those of
-one with it; both compared bit by bit.
+"""The lean control loop gives the numbers of robosuite's own loop, and a reset without compiling
+gives those of one with it. Both are compared bit by bit.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ DRAWER, STOVE = ("libero_90", 24), ("libero_goal", 7)
 
 @pytest.fixture
 def open_scene():
-    """Makes scenes without rendering, and closes them."""
+    """Makes scenes without rendering, and closes them at the end."""
     made = []
 
     def make(suite, task):
@@ -37,7 +37,7 @@ def open_scene():
 
 
 def record(scene, act):
-    """What `act()` does in a scene -> (actions, the state after each)."""
+    """Run `act()` in a scene -> (actions, the state after each)."""
     actions, states = [], []
     step = scene.step
 
@@ -53,7 +53,10 @@ def record(scene, act):
 
 
 def assert_robosuite_agrees(scene, start, actions, states):
-    """AssertionError names the first control step after which robosuite's own loop is elsewhere."""
+    """Replay actions in robosuite's own loop.
+
+    Raises AssertionError with the first control step after which the states differ.
+    """
     scene.use_physics("robosuite")
     scene.set_state(start)
     for i, (action, state) in enumerate(zip(actions, states)):
@@ -64,8 +67,10 @@ def assert_robosuite_agrees(scene, start, actions, states):
 
 @pytest.mark.parametrize("suite, task", EXPERT_TASKS)
 def test_an_expert_episode_is_robosuites_bit_by_bit(suite, task, open_scene):
-    """Positions and velocities of everything, after every control step, contacts included: a lean
-    loop that were only close would give other outcomes than LIBERO's."""
+    """Positions and velocities agree after every control step, contacts included.
+
+    A loop that were only close would give other outcomes than LIBERO.
+    """
     scene = open_scene(suite, task)
     start = scene.init_states()[1]
     actions, states = record(scene, lambda: expert_episode(scene, start))
@@ -75,7 +80,7 @@ def test_an_expert_episode_is_robosuites_bit_by_bit(suite, task, open_scene):
 
 @pytest.mark.parametrize("suite, task", [DRAWER, STOVE])
 def test_rough_handling_is_robosuites_bit_by_bit(suite, task, open_scene):
-    """Random actions, saturated, turning and grasping, at drawers and knobs."""
+    """Random saturated actions agree too: they turn, grasp, and hit drawers and knobs."""
     scene, rng = open_scene(suite, task), np.random.default_rng(0)
     start = scene.init_states()[0]
 
@@ -92,13 +97,13 @@ def test_rough_handling_is_robosuites_bit_by_bit(suite, task, open_scene):
 
 
 def burner(scene):
-    """Whether the stove shows its burner."""
+    """Whether the stove's burner is visible."""
     model = scene.sim.model
     return model.site_rgba[model.site_name2id("flat_stove_1_burner")][3] > 0
 
 
 def test_a_stove_that_is_turned_on_shows_its_burner(open_scene):
-    """LIBERO's own work after a step is done, in both loops: its burner is what a camera sees."""
+    """LIBERO does work of its own after a step, and both loops do it: cameras see the burner."""
     scene = open_scene(*STOVE)
     knob = 1 + scene.sim.model.get_joint_qpos_addr("flat_stove_1_button")
     seen = []
@@ -115,7 +120,7 @@ def test_a_stove_that_is_turned_on_shows_its_burner(open_scene):
 
 
 def numbers(scene):
-    """Everything that decides what a scene does and shows: state, solver's start, model."""
+    """All numbers that decide what a scene does and shows: state, solver's warm start, model."""
     model, data = scene.sim.model._model, scene.sim.data
     found = {"state": scene.state(), "start": np.array(data.qacc_warmstart)}
     for name in dir(model):
@@ -126,8 +131,9 @@ def numbers(scene):
 
 
 def test_a_reset_without_compiling_is_one_with_it(open_scene):
-    """Layout, fixtures, camera and simulation are those of a model compiled anew, whatever was
-    edited in between; one drawn number more would give other layouts from the same seed."""
+    """Layout, fixtures, camera and simulation are those of a newly compiled model, whatever was
+    edited in between. One random number more would change the layouts of a seed.
+    """
     scene = open_scene("libero_spatial", 0)
     model, drawn = scene.sim.model, []
     for anew in (False, True):
@@ -146,8 +152,11 @@ def test_a_reset_without_compiling_is_one_with_it(open_scene):
 
 
 def test_the_lean_loop_is_for_liberos_setup_alone(open_scene):
-    """Another controller would be driven by OSC_POSE's formulas without a word. Sensors, which
-    nobody reads, are off; robosuite's own loop has them, and is compared with all of its work."""
+    """Other controllers are refused: OSC_POSE's formulas would drive them without a warning.
+
+    The lean loop switches off sensors, which nobody reads; robosuite's own loop keeps them and is
+    compared with all of its work.
+    """
     scene = open_scene("libero_object", 0)
     assert scene.sim.model.opt.disableflags & NO_SENSORS
     scene.use_physics("robosuite")

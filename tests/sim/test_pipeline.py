@@ -1,5 +1,7 @@
-"""The scripts as users run them: real simulator, real kills, resumes, bad input. Small images and
-few steps, same code."""
+"""The scripts as users run them: real simulator, real kills, resumes, bad input.
+
+Images are small and steps few, the code is the same.
+"""
 
 import json
 import shlex
@@ -28,7 +30,7 @@ from sim.tasks import env_metadata
 
 
 def test_collect_resumes_after_kill(collected):
-    """A SIGKILL loses no finished demonstration, and the file comes out whole and valid."""
+    """A SIGKILL loses no finished demonstration, and the resumed file is whole and valid."""
     path, kept, done = collected
     assert kept and "2 demonstrations" in done.stdout
     recordings = open_dataset(path, int(SIZE))
@@ -39,8 +41,10 @@ def test_collect_resumes_after_kill(collected):
 
 
 def test_demonstrations_are_successful_pick_and_places(collected):
-    """The expert's demos close once and open once, lift the gripper from the grasp, and differ from
-    each other."""
+    """The expert's demonstrations close once, open once and lift the gripper from the grasp.
+
+    They differ from each other.
+    """
     found = open_dataset(collected[0]).demos
     starts = []
     for demo in found:
@@ -53,7 +57,7 @@ def test_demonstrations_are_successful_pick_and_places(collected):
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    """Two demonstrations that start beside the start, seen by turned cameras -> their file."""
+    """Collect two demonstrations with other starts and turned cameras -> their file."""
     folder = tmp_path_factory.mktemp("spread")
     run(
         f"collect_demos.py --start_spread 0.3 --turn_spread 40 --clean_scene --n_demos 2 "
@@ -64,8 +68,9 @@ def spread(tmp_path_factory):
 
 
 def test_demonstrations_can_start_beside_the_start(spread):
-    """--start_spread: the first recorded frame finds the EEF up to that far to the side of where it
-    otherwise starts, near its height, and the demonstration is whole from there on."""
+    """--start_spread: in the first recorded frame the EEF is up to that far to the side of its
+    usual start, at about its height. The demonstration is whole from there on.
+    """
     starts = np.stack([d.ee_pos[0] for d in open_dataset(spread, int(SIZE)).demos])
     moved = starts - [-0.2085, 0.0, 1.1733]  # libero_spatial's own
     assert (np.abs(moved[:, 1]) < 0.35).all()
@@ -75,8 +80,9 @@ def test_demonstrations_can_start_beside_the_start(spread):
 
 
 def test_demonstrations_can_be_seen_from_cameras_turned_about_the_robot(spread):
-    """--turn_spread: cameras of their own, as far from the robot's base as agentview, as high and
-    as steep, whose images show the robot where they say."""
+    """--turn_spread: each demonstration has its own camera, as far from the robot's base as
+    agentview, as high and as steep. The images show the robot where that camera says.
+    """
     base, (_, E) = np.array([-0.66, 0.0]), settings.default_camera()
     cameras = np.stack([d.E for d in open_dataset(spread, int(SIZE)).demos])
     away = cameras[:, :2, 3] - base
@@ -90,8 +96,10 @@ def test_demonstrations_can_be_seen_from_cameras_turned_about_the_robot(spread):
 
 
 def test_only_frames_that_training_reads_are_rendered(collected):
-    """Every second frame by default: a render costs twenty control steps. States stay at each; a
-    frame without an image is refused with the remedy."""
+    """By default every second frame is rendered: a render costs twenty control steps.
+
+    States are kept for every frame. A frame without an image is refused with the remedy.
+    """
     with h5py.File(collected[0]) as file:
         demo = file["data/demo_1"]
         assert demo.attrs["frame_stride"] == 2
@@ -128,8 +136,9 @@ def test_images_show_the_eef_where_the_camera_says(collected):
 
 @pytest.fixture
 def full_scene(tmp_path):
-    """A file of twelve frames of the full scene, fixtures and distractors in it, in which the arm
-    comes down."""
+    """A file of twelve frames of the full scene, with fixtures and distractors, in which the arm
+    comes down.
+    """
     scene = Scene(image_size=int(SIZE))
     scene.begin_episode(scene.init_states()[0])
     recorder = Recorder(scene)
@@ -177,7 +186,7 @@ def test_replay_restores_official_files(full_scene, tmp_path):
 
 
 def test_collect_leaves_an_existing_file_alone(collected):
-    """Nothing already written is lost: without --overwrite an existing file is refused."""
+    """An existing file is refused without --overwrite, so that nothing is lost."""
     before = collected[0].read_bytes()
     done = run(
         "collect_demos.py", "--n_demos", 1, "--out", collected[0], cwd=collected[0].parent, ok=False
@@ -191,8 +200,7 @@ def test_collect_leaves_an_existing_file_alone(collected):
 
 
 def test_a_run_can_be_told_apart_and_looked_at_later(trained):
-    """A run can be told apart and looked at later: config, commit, versions, metrics, curve,
-    overlays, profile."""
+    """A run folder holds config, commit, versions, metrics, curve, overlays and profile."""
     folder, done = trained
     config = json.loads((folder / "config.json").read_text())
     assert config["commit"] and config["versions"]["torch"] and config["args"]["seed"] == 0
@@ -212,8 +220,9 @@ def test_a_run_can_be_told_apart_and_looked_at_later(trained):
 
 
 def test_train_resumes_bit_identically(collected, tmp_path):
-    """A run stopped by SIGTERM, then killed by SIGKILL, then resumed ends with the weights of an
-    uninterrupted one, augmentations drawn at random included."""
+    """A run that SIGTERM and then SIGKILL stopped ends, once resumed, with the weights of an
+    uninterrupted run. Random augmentations are included.
+    """
     further = ("--mirror", "--shift_aug", 32, "--val_every", 9)
     flags = lambda folder: (*train_flags(collected[0], folder, 18), *further)
     run(*flags("whole"), cwd=tmp_path)
@@ -250,7 +259,7 @@ def test_train_resumes_bit_identically(collected, tmp_path):
     ],
 )
 def test_train_refuses_bad_input_in_one_sentence(collected, tmp_path, flags, words):
-    """Bad input: exit code 2, one line that names the thing and the remedy, no traceback."""
+    """Bad input gives exit code 2 and one line with the cause and the remedy, no traceback."""
     done = run(*train_flags(collected[0], "refused", 2), *flags, cwd=tmp_path, ok=False)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr, done.stderr
@@ -258,7 +267,7 @@ def test_train_refuses_bad_input_in_one_sentence(collected, tmp_path, flags, wor
 
 
 def test_validation_conditions_are_not_trained_on(synthetic_demos, tmp_path):
-    """A file of `collect_demos.py --part val` judges policies, and train.py refuses it."""
+    """`collect_demos.py --part val` makes files for judging policies, and train.py refuses them."""
     path = shutil.copy(synthetic_demos, tmp_path / "val.hdf5")
     with h5py.File(path, "r+") as file:
         file["data"].attrs["part"] = "val"
@@ -302,8 +311,10 @@ def test_expert_succeeds_through_eval_and_eval_resumes(tmp_path):
 
 
 def test_checkpoint_runs_in_closed_loop(trained, tmp_path):
-    """A trained checkpoint acts in the simulator, on the shifted layout too, and leaves rows, video
-    and sheet."""
+    """A trained checkpoint acts in the simulator, also on the shifted layout.
+
+    It leaves rows, a video and a sheet.
+    """
     done = run(
         f"eval.py --ckpt {trained[0] / 'checkpoint.safetensors'} --teleport "
         "--zero_rotation --max_steps 12 --layout shifted --n_episodes 2 --n_videos 1 "
@@ -352,7 +363,7 @@ def test_rotation_and_plain_actions_run(trained, tmp_path):
     ],
 )
 def test_eval_refuses_bad_input_in_one_sentence(tmp_path, flags, words):
-    """Bad input: exit code 2, one line that names the thing and the remedy, no traceback."""
+    """Bad input gives exit code 2 and one line with the cause and the remedy, no traceback."""
     done = run("eval.py", *flags, cwd=tmp_path, ok=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr, done.stderr

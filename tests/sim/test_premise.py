@@ -1,5 +1,6 @@
-"""The premise of every evaluation: the benchmark's init states come to rest as their tasks say,
-under the pinned MuJoCo."""
+"""The premise of every evaluation: from the benchmark's init states, under the pinned MuJoCo,
+objects come to rest as their tasks say.
+"""
 
 import copy
 import json
@@ -22,8 +23,10 @@ PINNED = re.search(r"^mujoco==(\S+)", (ROOT / "requirements.txt").read_text(), r
     [("libero_spatial", 5), ("libero_object", 3), ("libero_goal", 8), ("libero_10", 3)],
 )
 def test_init_states_come_to_rest_as_their_task_says(suite, task):
-    """From MuJoCo 3.4.0 on the bowl of libero_spatial's task 5 slides off its ramekin; a published
-    checkpoint falls from 98% to 12%."""
+    """Under the pinned MuJoCo task 5 of libero_spatial keeps its bowl on the ramekin.
+
+    From MuJoCo 3.4.0 on the bowl slides off, and a published checkpoint falls from 98% to 12%.
+    """
     row = premise.measure_task(suite, task, 5)
     (entry,) = premise.verdict([row])
     assert entry["states"] == 5 and entry["failing_states"] == [], {
@@ -34,8 +37,10 @@ def test_init_states_come_to_rest_as_their_task_says(suite, task):
 
 
 def test_settling_without_a_controller_is_settling_with_it():
-    """premise.settle stands for LIBERO's own steps, in a quarter of their time: objects within 0.05
-    mm, the EEF within 0.5."""
+    """premise.settle replaces LIBERO's own steps at a quarter of their time.
+
+    Objects end within 0.05 mm of theirs, the EEF within 0.5 mm.
+    """
     scene = Scene("libero_spatial", 5, image_size=64, rendering=False)
     state = scene.init_states()[7]
     ends = []
@@ -49,8 +54,10 @@ def test_settling_without_a_controller_is_settling_with_it():
 
 
 def test_the_committed_table_covers_every_installed_suite():
-    """Each suite that the package holds was measured, whole, with the pinned MuJoCo; the pin cannot
-    move without the table."""
+    """Every suite that the package holds was measured whole with the pinned MuJoCo.
+
+    A new pin therefore needs a new table.
+    """
     table = (ROOT / "docs" / "premise.md").read_text()
     for suite, n_tasks in installed_suites()[0].items():
         stored = json.loads((ROOT / "results" / "premise" / f"{suite}.json").read_text())
@@ -87,8 +94,9 @@ ROW = {
 
 
 def test_what_rests_alike_in_every_state_is_the_task():
-    """The bowl on the ramekin rests 16 degrees tilted and 15 mm off where it is stored, in every
-    state: so the task is."""
+    """The bowl on the ramekin rests tilted by 16 degrees and 15 mm off its stored place in every
+    state. This is how the task is, so no state fails.
+    """
     assert premise.judge(ROW, {("table", "bowl", "ramekin"): 0.93})["failing_states"] == []
 
 
@@ -105,8 +113,7 @@ def test_what_rests_alike_in_every_state_is_the_task():
     ],
 )
 def test_each_criterion_is_seen(criterion, key, value):
-    """One state in which one number is beyond its limit fails by that criterion, and by no
-    other."""
+    """A state with one number beyond its limit fails by that criterion and by no other."""
     row = copy.deepcopy(ROW)
     row["objects"]["bowl_1"][key][3] = value
     entry = premise.judge(row, {("table", "bowl", "ramekin"): 0.93})
@@ -120,15 +127,18 @@ def test_each_criterion_is_seen(criterion, key, value):
 
 
 def test_what_topples_in_every_state_fails_in_every_state():
-    """The median excuses how an object rests, not that all of them lie on their side."""
+    """The median excuses an unusual resting pose, but not an object that lies on its side in every
+    state.
+    """
     row = copy.deepcopy(ROW)
     row["objects"]["bowl_1"]["tilt_deg"] = [90.0] * 5
     assert premise.judge(row, {("table", "bowl", "ramekin"): 0.93})["failed"]["tilted"] == 5
 
 
 def test_goals_and_facts_count_for_the_task():
-    """A state that is solved before it begins, or whose drawer is not open, fails whatever the
-    objects do."""
+    """A state fails if its goal is reached before it begins, or if a drawer that should be open is
+    not.
+    """
     row = {
         **copy.deepcopy(ROW),
         "goal": [0, 1, 0, 0, 0],
@@ -148,7 +158,7 @@ def test_goals_and_facts_count_for_the_task():
     ],
 )
 def test_wrong_flags_are_refused(flags, words, tmp_path, monkeypatch):
-    """In one sentence, before anything is measured."""
+    """Wrong flags are refused in one sentence, before anything is measured."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         premise.main(flags)

@@ -1,5 +1,4 @@
-"""Every command of the README and of docs/ runs as written, only smaller, so that none goes
-stale."""
+"""Every command of the README and of docs/ runs as written, only smaller, so none goes stale."""
 
 import os
 import re
@@ -40,7 +39,7 @@ MODEL = {
 }
 SMALL = {
     "collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_rate", "0"],
-    "eval.py": shlex.split("--n_episodes 1 --n_videos 0 --workers 1 --max_steps 12"),
+    "eval.py": shlex.split("--n_episodes 1 --n_videos 0 --workers 1 --clean_scene --max_steps 12"),
     "figures.report": [],
     "study.bench": ["--rounds", "1", "--quick"],
     "study.openloop": ["--max_val", "1"],
@@ -51,21 +50,22 @@ SMALL = {
     "study.compare_rotation": [
         *shlex.split("--seeds 1 --max_steps 1 --n_episodes 1"),
         *TRAIN[2:],
-        *shlex.split("--dim 16"),
+        *shlex.split("--dim 16 --image_size 64"),
     ],
 }
 
 
 def test_readme_names_the_users_commands():
-    """The two make targets and the users' bare commands stand in the README."""
+    """The README has the two make targets and the bare commands of users."""
     assert {"make demo", "make test"} <= set(COMMANDS)
     assert "python train.py --model_type para" in COMMANDS
     assert BARE_EVAL in COMMANDS
 
 
 def test_no_command_is_left_untried():
-    """What stands in a block is run below, or is a make target, a torchrun of a command that is, or
-    the activation."""
+    """Every command in a block is run below, or is a make target, a torchrun of a tested command,
+    or the activation of the environment.
+    """
     rest = [c for c in COMMANDS if c not in PYTHON and c != "source .venv/bin/activate"]
     targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text())
     for command in rest:
@@ -77,14 +77,13 @@ def test_no_command_is_left_untried():
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Features and expert's paths, computed by the first command that asks, as in a user's
-    folder."""
+    """A folder of features and expert paths that the commands share, as in a user's checkout."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
 def users_folder(collected, trained, synthetic_episodes, cache):
-    """Fills a folder with what a user has who went through the pages before."""
+    """Fill a folder with the files that a user has who followed the pages from the start."""
 
     def fill(folder):
         (folder / "data").mkdir()
@@ -103,13 +102,16 @@ def users_folder(collected, trained, synthetic_episodes, cache):
 
 @pytest.fixture(scope="module")
 def bare_eval(users_folder, tmp_path_factory):
-    """The evaluation without --ckpt -> its folder, its process."""
+    """Run eval.py without --ckpt -> its folder, its process."""
     folder = users_folder(tmp_path_factory.mktemp("bare"))
     return folder, run(*shlex.split(BARE_EVAL)[1:], *SMALL["eval.py"], cwd=folder)
 
 
 def smaller(words):
-    """Further flags for a command: fewer steps, smaller images. The last of two flags wins."""
+    """Further flags that make a command small: fewer steps, smaller images.
+
+    Of a flag given twice the last counts.
+    """
     script = words[0]
     if script == "train.py":
         return TRAIN + MODEL[words[words.index("--model_type") + 1]]
@@ -122,13 +124,13 @@ def smaller(words):
     if "--policy" in words:
         # the expert takes as long as it takes
         limited = SMALL[script] if "expert" not in words else SMALL[script][:-2]
-        return [*limited, "--clean_scene"]
+        return limited
     return SMALL[script]
 
 
 @pytest.mark.parametrize("line", PYTHON)
-def test_readme_command_runs(line, users_folder, collected, tmp_path, request):
-    """A command of a page as a subprocess: the same flags, and further ones that make it small."""
+def test_readme_command_runs(line, users_folder, collected, synthetic_demos, tmp_path, request):
+    """A command of a page runs with its own flags and with further ones that make it small."""
     if line == BARE_EVAL:
         _, done = request.getfixturevalue("bare_eval")
         assert "Traceback" not in done.stderr
@@ -136,6 +138,10 @@ def test_readme_command_runs(line, users_folder, collected, tmp_path, request):
     folder, words = users_folder(tmp_path), [w for w in shlex.split(line)[1:] if w != "-m"]
     if "--replay" in words:
         first_frames(collected[0], folder / "OFFICIAL.hdf5", 12)
+    if words[0] == "study.compare_rotation":
+        # it compares at every frame, and `collected` has an image of every second one
+        (folder / "data" / "rim.hdf5").unlink()
+        shutil.copy(synthetic_demos, folder / "data" / "rim.hdf5")
     if "dino_volume_kv_full" in words or words[0] == "study.compare_rotation":
         run("precompute_rotation_pca.py --dataset data/rim.hdf5 --allow_low_ev", cwd=folder)
     if words[0] == "figures.report":
@@ -147,15 +153,14 @@ def test_readme_command_runs(line, users_folder, collected, tmp_path, request):
 
 
 def test_bare_eval_says_which_checkpoint(bare_eval):
-    """Without --ckpt the newest run's checkpoint is taken, and named."""
+    """Without --ckpt eval.py takes the newest run's checkpoint, and names it."""
     _, done = bare_eval
     named = r"newest run's checkpoint, runs/(NAME|OTHER)/checkpoint.safetensors"
     assert re.search(named, done.stdout), done.stdout
 
 
 def test_bare_train_collects_the_default_dataset_first(tmp_path):
-    """`python train.py` without data starts the collection, with a bar, where users would look for
-    it."""
+    """`python train.py` without data first collects the default dataset, with a progress bar."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--model_type", "para", "--wandb", "off"],
         cwd=tmp_path,

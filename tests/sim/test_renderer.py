@@ -1,5 +1,7 @@
-"""The renderer's environment: each variable that robosuite cannot use is named in one sentence, or
-made to work."""
+"""The renderer's environment variables: robosuite cannot use some values.
+
+Each is made to work, or named in one sentence.
+"""
 
 import os
 import subprocess
@@ -16,7 +18,7 @@ from sim.simulator import rendered_by
 
 
 def start(*words, **variables):
-    """Run Python in the repository with these environment variables set -> CompletedProcess."""
+    """Run Python in the repository with these environment variables -> CompletedProcess."""
     # an earlier test may have set them
     unset = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "CUDA_VISIBLE_DEVICES")
     environ = {k: v for k, v in os.environ.items() if k not in unset}
@@ -41,16 +43,19 @@ def start(*words, **variables):
     ],
 )
 def test_check_setup_names_the_variable(variable, value):
-    """One line with the variable and its value; without the check forty lines of traceback end
-    elsewhere."""
+    """`check_setup` prints one line with the variable and its value.
+
+    Without the check a traceback of forty lines ends somewhere else.
+    """
     done = start("-m", "sim.check_setup", **{variable: value})
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"{variable}={value}" in done.stderr and "unset" in done.stderr
 
 
 def test_an_evaluation_is_refused_before_its_workers_start():
-    """eval.py and its siblings ask before anything starts, not in the first worker half a minute
-    later."""
+    """eval.py and the other scripts check before anything starts, not in the first worker half a
+    minute later.
+    """
     done = start("eval.py", "--policy", "expert", "--n_episodes", "1", MUJOCO_EGL_DEVICE_ID="99")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
@@ -59,8 +64,10 @@ def test_an_evaluation_is_refused_before_its_workers_start():
 
 @pytest.mark.parametrize("visible", ["", "3", "GPU-8f7e0000-0000", "0,1"])
 def test_robosuite_renders_whatever_cuda_devices_are_visible(visible):
-    """No GPU, one other than the first, a UUID, several: robosuite asserts or fails on int('')
-    unless we choose its device."""
+    """CUDA_VISIBLE_DEVICES may name no GPU, another than the first, a UUID or several.
+
+    robosuite itself asserts or fails on int('') with them, so its device is chosen for it.
+    """
     code = (
         "from sim.simulator import rendered_by; import os; "
         "print(rendered_by(), repr(os.environ['CUDA_VISIBLE_DEVICES']))"
@@ -71,7 +78,7 @@ def test_robosuite_renders_whatever_cuda_devices_are_visible(visible):
 
 
 def test_check_setup_says_what_simulates_and_what_renders():
-    """A user on a GPU machine whose images come from llvmpipe, the CPU, must see that here."""
+    """check_setup names the renderer: a user of a GPU may get images from llvmpipe, on the CPU."""
     done = start("-m", "sim.check_setup")
     name = rendered_by()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -95,7 +102,10 @@ def test_check_setup_says_what_simulates_and_what_renders():
     ],
 )
 def test_the_device_is_the_first_visible_one_that_works(environ, devices, device):
-    """robosuite takes device 0 or fails, although another would do."""
+    """The first EGL device that works is chosen.
+
+    robosuite takes device 0 or fails, even if another would work.
+    """
     assert choose_device(environ, devices) == device
 
 
@@ -112,7 +122,9 @@ def test_the_device_is_the_first_visible_one_that_works(environ, devices, device
     ],
 )
 def test_an_impossible_device_is_refused(value, devices):
-    """Out of range, no number, not to be initialised, or no device at all."""
+    """A device is refused that is out of range, no number, or cannot be initialised; so is a
+    machine without any.
+    """
     with pytest.raises(
         UserError, match="MUJOCO_EGL_DEVICE_ID=" + value if value else "none can be used"
     ):
@@ -120,13 +132,16 @@ def test_an_impossible_device_is_refused(value, devices):
 
 
 def test_an_empty_variable_counts_as_unset():
-    """`MUJOCO_GL= python ...` is how a shell unsets it for one command."""
+    """An empty variable counts as unset: `MUJOCO_GL= python ...` is how a shell unsets it for one
+    command.
+    """
     check_platform({"MUJOCO_GL": "", "PYOPENGL_PLATFORM": " EGL "})
 
 
 def test_the_visible_devices_come_back(monkeypatch):
-    """They are hidden only while robosuite is imported, also where that fails: torch needs them
-    afterwards."""
+    """CUDA devices are hidden only while robosuite is imported, also if the import fails: torch
+    needs them afterwards.
+    """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(RuntimeError), all_devices_visible():
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
@@ -135,8 +150,10 @@ def test_the_visible_devices_come_back(monkeypatch):
 
 
 def test_asking_for_the_renderer_leaves_a_scene_rendering():
-    """Its context must not stay current, nor leave none: the scene's next image would be another's,
-    or a segmentation fault."""
+    """After the check the scene's GL context is current again, and not the check's or none.
+
+    Otherwise the scene's next image would come from another context, or the process would crash.
+    """
     scene = Scene(image_size=32, clean=True)
     before = scene.render()
     rendered_by.__wrapped__()

@@ -1,4 +1,4 @@
-"""The closed loop's rules, most without the simulator; and what becomes of a policy that fails."""
+"""The rules of the closed loop, mostly without a simulator, and what happens if a policy fails."""
 
 import argparse
 
@@ -24,8 +24,10 @@ def waypoint(points, grippers):
 
 
 def test_a_reached_waypoint_is_skipped():
-    """Hovering, a trajectory "hover, descend, close" is followed from its descent: else the robot
-    hovers for ever."""
+    """A robot that hovers follows the trajectory "hover, descend, close" from its descent on.
+
+    Otherwise it would hover for ever.
+    """
     eef = np.array([0.1, 0.2, 1.0])
     found = ahead(
         waypoint([eef + 0.002, eef - [0, 0, 0.05], eef - [0, 0, 0.1]], [-1, -1, 1]), eef, -1.0
@@ -35,16 +37,19 @@ def test_a_reached_waypoint_is_skipped():
 
 
 def test_a_gripper_change_is_never_skipped():
-    """At the grasp itself the waypoint is where the EEF is, and closes: that is the decision to
-    take."""
+    """At the grasp the waypoint is where the EEF already is, and closes the gripper: this decision
+    has to be carried out.
+    """
     eef = np.zeros(3)
     found = ahead(waypoint([eef, eef + 0.1], [1, 1]), eef, -1.0)
     assert found.gripper == 1 and not found.position.any()
 
 
 def test_a_rotation_still_to_come_is_not_skipped():
-    """Where rotations are servoed, a waypoint is reached only once the gripper has turned; what is
-    skipped takes its rotation along."""
+    """Where rotations are servoed, a waypoint is reached only once the gripper has turned too.
+
+    A waypoint that is skipped takes its rotation along.
+    """
     eef, turn = np.zeros(3), euler_to_matrix(np.array([0, 0, 0.5]))
     plan = waypoint([eef, eef + 0.1], [-1, -1])
     plan.rotations, plan.rotation = np.stack([turn, np.eye(3)]), turn
@@ -63,8 +68,9 @@ def test_a_trajectory_that_stands_still_is_left_alone():
 
 
 def test_waypoints_lie_ahead_where_the_path_slows_down():
-    """A waypoint is `stride` frames later, or as many more as it takes to be min_travel away, but
-    never beyond its end."""
+    """A waypoint lies `stride` frames later, or more until it is min_travel away, but never beyond
+    the end of its segment.
+    """
     x = np.concatenate(
         [np.arange(10) * 0.02, 0.18 + np.arange(1, 11) * 0.001, 0.19 + np.arange(1, 6) * 0.02]
     )
@@ -82,7 +88,7 @@ def test_waypoints_lie_ahead_where_the_path_slows_down():
 
 
 class Hovers:
-    """Stays where it is for three decisions, then answers with, or raises, what it was given."""
+    """Stays where it is for three decisions, then answers or raises what it was given."""
 
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
 
@@ -114,8 +120,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_policy_that_fails_has_failed_the_episode(what, scene):
-    """An exception in policy code, or a waypoint with NaN or Inf, is a failed episode with its
-    reason: not a crash that leaves the denominator, and no motion to nowhere."""
+    """An exception of the policy, or a waypoint with NaN or Inf, fails the episode and gives its
+    reason. The episode stays in the denominator, and the robot does not move.
+    """
     row, _, _ = run_episode(scene, Hovers(BROKEN[what]), scene.init_states()[0], max_steps=40)
     assert (row["outcome"], row["success"], row["released"], row["decisions"]) == (
         ERROR,
@@ -130,8 +137,11 @@ def test_a_policy_that_fails_has_failed_the_episode(what, scene):
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_a_stalled_episode_ends_only_if_asked(stop, scene, tmp_path):
-    """A policy that hovers for ever costs 600 steps of rendering. The row says where it ended, and
-    that it failed; unasked, the episode runs to its end and the trace alone is kept."""
+    """With --stop_stalled an episode that hovers ends early: it would cost 600 steps of rendering.
+
+    Its row says where it ended, and that it failed. Without the flag it runs to its end, and only
+    the trace is kept.
+    """
     watch = Watch(stop)
     row, _, _ = run_episode(scene, Hovers({}), scene.init_states()[0], max_steps=60, watch=watch)
     assert DECISIONS - 1 <= row["steps"] < 60 if stop else row["steps"] == 60
@@ -143,7 +153,7 @@ def test_a_stalled_episode_ends_only_if_asked(stop, scene, tmp_path):
 
 
 def test_a_waypoint_that_is_finite_is_taken():
-    """Ordinary answers pass, those without rotations too."""
+    """Ordinary answers pass, also those without rotations."""
     check_waypoint(waypoint([[0.1, 0.2, 1.0]], [1]))
     with pytest.raises(PolicyError, match="gripper"):
         check_waypoint(waypoint([[0.1, 0.2, 1.0]], [np.nan]))
@@ -158,7 +168,7 @@ def test_a_waypoint_that_is_finite_is_taken():
     ],
 )
 def test_the_servo_refuses_what_is_not_finite(broken):
-    """A NaN would reach the motors: clipping keeps it."""
+    """A NaN would reach the motors, because clipping keeps it."""
     fine = {
         "eef_pos": np.zeros(3),
         "target": np.ones(3),
@@ -186,8 +196,10 @@ def row_of(success, **more):
 
 
 def test_an_error_of_the_policy_never_improves_the_rate():
-    """A success, a miss and an error are one of three, as a success and two misses are; a crash of
-    the simulator is not counted."""
+    """One success, one miss and one error give one of three, like one success and two misses.
+
+    A crash of the simulator is not counted.
+    """
     args = evaluation.build_parser().parse_args(["--policy", "blind"])
     args.variant = "task"
     rows = [
@@ -207,7 +219,7 @@ def test_an_error_of_the_policy_never_improves_the_rate():
 
 
 class Fails(evaluation.EvalWorker):
-    """A worker whose episodes raise what it is given."""
+    """A worker whose episodes raise the exception that it is given."""
 
     def __init__(self, error):
         self.args, self.error = argparse.Namespace(), error
@@ -217,16 +229,20 @@ class Fails(evaluation.EvalWorker):
 
 
 def test_only_the_simulators_death_is_a_crash():
-    """MuJoCo's own errors go to the pool as crashes; an error of this program stops the evaluation
-    instead of an episode's being left out."""
+    """MuJoCo's own errors go to the pool as crashes.
+
+    An error of this program stops the evaluation; the episode is not left out.
+    """
     with pytest.raises(mujoco.FatalError):
         Fails(mujoco.FatalError("the simulation is unstable")).run(3)
     assert "KeyError: 'mine'" in Fails(KeyError("mine")).run(3)["stopped"]
 
 
 def test_a_stored_path_of_another_expert_is_not_used(scene, tmp_path, monkeypatch):
-    """The cache of expert paths knows by which code and which MuJoCo they were made: coverage is
-    never against a path that the expert of today would not take."""
+    """The cache of expert paths knows the code and the MuJoCo that made them.
+
+    Coverage is never measured against a path that today's expert would not take.
+    """
     state = scene.init_states()[0]
     first = expert_path(scene, state, tmp_path)
     expert_path(scene, state, tmp_path)
@@ -246,8 +262,9 @@ def test_a_stored_path_of_another_expert_is_not_used(scene, tmp_path, monkeypatc
 
 
 def test_rows_tell_wandering_and_when_it_was_released(scene, tmp_path):
-    """The expert's own episode keeps to its path, as long as that, and says at which step it let
-    go."""
+    """The expert's own episode stays on its path, is as long as it, and its row says at which step
+    the gripper opened.
+    """
     state = scene.init_states()[0]
     row, _, _ = rollout.run_expert(scene, state, path=expert_path(scene, state, tmp_path))
     assert row["on_path_8px"] > 0.95

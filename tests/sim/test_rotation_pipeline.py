@@ -14,7 +14,7 @@ from formats.dataset import open_dataset
 from rot_utils import BASIS_FILE, load_basis, load_stats
 
 COLLECT = shlex.split(
-    "collect_demos.py --grasp rim --layout_spread 0.05 --push_rate 0 --clean_scene "
+    "collect_demos.py --grasp rim --layout_spread 0.05 --push_rate 0 --clean_scene --render fast "
     f"--image_size {SIZE} --n_demos 2 --workers 1"
 )
 
@@ -30,8 +30,9 @@ def train_flags(dataset, out, *flags):
 
 @pytest.fixture(scope="session")
 def rim(tmp_path_factory):
-    """A smith300 folder of two grasps around the rim, collected through a SIGKILL, with its basis
-    -> (path, part kept)."""
+    """A smith300 folder of two rim grasps with its basis, whose collection was killed in the middle
+    -> (path, the part that was kept).
+    """
     folder = tmp_path_factory.mktemp("rim")
     arguments = (*COLLECT, "--format", "smith300", "--out", "izzy")
     parts = folder / "izzy.parts"
@@ -81,8 +82,9 @@ def test_collected_episodes_are_valid_and_turn(rim):
 
 
 def test_v7_trains_from_scratch(v7):
-    """The clean path: checkpoint and statistics, parts of the top-1 and rotation errors among the
-    metrics."""
+    """Training leaves a checkpoint and statistics, and its metrics hold the parts of the top-1 and
+    rotation errors.
+    """
     rows = [json.loads(line) for line in (v7 / "metrics.jsonl").read_text().splitlines()]
     last = [r for r in rows if "val/volume_ce" in r][-1]
     assert {
@@ -96,8 +98,11 @@ def test_v7_trains_from_scratch(v7):
 
 
 def test_finetune_freezes_then_thaws_and_deploys(v7, rim, tmp_path):
-    """--init_from: what was dropped is printed, the volume stays through the freeze and moves after
-    it, its loss is watched, the explained variance is logged, the checkpoint deploys."""
+    """--init_from prints what it drops.
+
+    The volume is fixed during the freeze and moves after it, and its loss is watched. The explained
+    variance is logged, and the checkpoint deploys.
+    """
     further = f"--init_from {v7 / 'checkpoint.safetensors'} --freeze_steps 3 --warmup 1"
     further += " --max_steps 4 --tf_layers 3"
     done = run(*train_flags(rim[0], "new", *shlex.split(further)), cwd=tmp_path)
@@ -144,8 +149,9 @@ def test_finetune_freezes_then_thaws_and_deploys(v7, rim, tmp_path):
 
 
 def test_it_acts_in_the_simulator_with_its_rotation(v7, tmp_path):
-    """A policy trained on smith300 episodes is evaluated in LIBERO, without --zero_rotation,
-    against the rim expert's path, after a training frame was rendered again from its state."""
+    """A policy trained on smith300 episodes is evaluated in LIBERO with its rotations, against the
+    rim expert's path. Before that a training frame is rendered again from its state.
+    """
     run(
         f"eval.py --ckpt {v7 / 'checkpoint.safetensors'} --teleport --max_steps 15 --n_episodes 1 "
         "--n_videos 0 --workers 1 --layout shifted --clean_scene --out cell",
@@ -161,8 +167,9 @@ def test_it_acts_in_the_simulator_with_its_rotation(v7, tmp_path):
 
 
 def test_training_without_a_basis_stops(collected, tmp_path):
-    """No basis beside the file: exit code 2 and the command that makes it, before any feature is
-    computed."""
+    """Without a basis beside the file training ends with exit code 2 and the command that makes
+    one, before any feature is computed.
+    """
     done = run(*train_flags(collected[0], "stopped", "--max_steps", 2), cwd=tmp_path, ok=False)
     assert done.returncode == 2
     assert "precompute_rotation_pca.py" in done.stderr

@@ -1,5 +1,6 @@
 """The settings: splits are disjoint, excluded views are those that cannot be decoded, and the
-simulator really follows."""
+simulator follows them.
+"""
 
 import json
 import shlex
@@ -35,8 +36,7 @@ def direction(condition):
 
 
 def apart(a, b):
-    """How far two conditions differ: degrees between their views, or steps of the grid of
-    positions."""
+    """Distance of two conditions: degrees between views, or steps on the grid of positions."""
     turned = np.degrees(np.arccos(np.clip(direction(a) @ direction(b), -1, 1)))
     steps = max(abs(a.dx - b.dx) / np.ptp(settings.DX), abs(a.dy - b.dy) / np.ptp(settings.DY)) * 15
     return max(turned, steps)
@@ -44,8 +44,10 @@ def apart(a, b):
 
 @pytest.mark.parametrize("setting, split", VARIED)
 def test_splits_are_disjoint(setting, split):
-    """Nothing that trains or tunes is tested: conditions differ by at least 2 degrees or a grid
-    step, validation from tests by two."""
+    """No condition of training or tuning is tested.
+
+    Conditions differ by at least 2 degrees or one grid step; validation differs from tests by two.
+    """
     parts = {part: settings.conditions(setting, part, split) for part in settings.PARTS}
     for a, b, least in (("train", "test", 1), ("train", "val", 1), ("val", "test", 2)):
         found = min(apart(x, y) for x in parts[a] for y in parts[b])
@@ -54,8 +56,9 @@ def test_splits_are_disjoint(setting, split):
 
 
 def test_splits_are_those_of_the_settings():
-    """Inner trains, outer is tested; left trains, right is tested; and the others say what they
-    do."""
+    """Inner conditions train and outer ones test; left ones train and right ones test; the other
+    splits do what they say.
+    """
     get = settings.conditions
     assert (
         max(c.theta for c in get("viewpoint", "train"))
@@ -102,8 +105,11 @@ def test_the_first_demonstrations_cover_the_conditions(setting, split):
 
 
 def test_an_orbit_keeps_the_distance_and_the_gaze():
-    """Theta 0 is the default camera; every other view is theta away, as far off, looks at the same
-    point, and stands upright."""
+    """Theta 0 is the default camera.
+
+    Every other view is theta away from it, at the same distance, looks at the same point, and is
+    upright.
+    """
     np.testing.assert_allclose(settings.orbit(DEFAULT, 0, 90), DEFAULT, atol=1e-12)
     pivot = (
         DEFAULT[:3, 3] + DEFAULT[:3, 2] * (settings.PIVOT_HEIGHT - DEFAULT[2, 3]) / DEFAULT[2, 2]
@@ -121,8 +127,10 @@ def test_an_orbit_keeps_the_distance_and_the_gaze():
 
 
 def test_excluded_views_are_those_that_cannot_be_decoded():
-    """Level with the path a cell and a height bin are metres off; what remains decodes within 3 cm
-    and sees bowl, plate and path."""
+    """In a view level with the path, a cell and a height bin are metres off.
+
+    The remaining views decode within 3 cm and see bowl, plate and path.
+    """
     assert settings.decode_error(settings.orbit(DEFAULT, 25, 0)) > 1
     assert settings.decode_error(DEFAULT) < 0.025
     for split in settings.SPLITS["viewpoint"]:
@@ -137,23 +145,23 @@ def test_excluded_views_are_those_that_cannot_be_decoded():
 
 
 def test_every_position_is_in_the_image():
-    """All 256 positions can be seen whole, the expert's path too."""
+    """The bowl is wholly visible at all 256 positions, and so is the expert's path."""
     assert all(settings.in_image(DEFAULT, (dx, dy)) for dx in settings.DX for dy in settings.DY)
     assert not settings.in_image(DEFAULT, (0.0, 0.5))
 
 
 def test_views_are_judged_by_the_experts_own_poses():
-    """The points by which views are judged are the expert's key poses, not somebody's."""
+    """Views are judged at the key poses that the expert really has."""
     poses = key_poses(settings.BOWL, settings.PLATE, PLATE_RISE)
     np.testing.assert_allclose(settings.KEY_POINTS, [position for position, _ in poses], atol=1e-4)
 
 
 class Asked(Exception):
-    """A scene was asked for a random layout."""
+    """Raised where a scene is asked for a random layout."""
 
 
 class AsksForALayout:
-    """Stands where a scene is asked for a layout: keeps the seed, and gives none."""
+    """Stands in for a scene that is asked for a layout: it keeps the seed and gives no layout."""
 
     def random_layout(self, seed, *_, **__):
         self.seed = seed
@@ -161,7 +169,7 @@ class AsksForALayout:
 
 
 def asked_seed(ask):
-    """The seed by which a random layout is asked for when `ask(scene)` is called."""
+    """The seed with which `ask(scene)` asks for a random layout."""
     scene = AsksForALayout()
     with pytest.raises(Asked):
         ask(scene)
@@ -192,8 +200,10 @@ def evaluated_seed(layout, index):
 
 
 def test_no_seed_of_a_collection_meets_a_tested_layout():
-    """Whatever --seed is, training, tuning and testing have no random layout in common: with
-    `--seed 50` the demonstrations of old were those of the position test."""
+    """For any --seed, training, tuning and testing share no random layout.
+
+    In an earlier version `--seed 50` collected the layouts of the position test.
+    """
     collected = {
         collected_seed(part, seed, index)
         for part in ("train", "val")
@@ -214,8 +224,10 @@ def test_no_seed_of_a_collection_meets_a_tested_layout():
 
 
 def test_every_purpose_draws_numbers_of_its_own():
-    """Purpose, seed, index and attempt, each makes another seed; so do those of which sums and
-    multiples are alike."""
+    """Each change of purpose, seed, index or attempt gives another random seed.
+
+    This also holds for those whose sums or products are equal.
+    """
     found = {
         tuple(settings.random_seed(purpose, seed, index, attempt))
         for purpose in settings.PURPOSES
@@ -230,8 +242,10 @@ def test_every_purpose_draws_numbers_of_its_own():
 
 
 def test_the_shifted_test_layouts_stay_what_they_were(scene):
-    """The layouts that every published figure on `shifted` is about: bowl and plate where commit
-    17f3cfb had them."""
+    """Bowl and plate of the `shifted` test layouts stand where commit 17f3cfb had them.
+
+    All published figures are about these layouts.
+    """
     state, _ = layouts.episode_state(scene, "shifted", 7)
     before = scene.init_states()[7]
     moved = [
@@ -242,8 +256,10 @@ def test_the_shifted_test_layouts_stay_what_they_were(scene):
 
 
 def test_viewpoint_episodes_are_seen_from_elsewhere(scene):
-    """The rendering camera really moves, objects are seen where the moved camera says, the layout
-    stays the benchmark's; and it moves back."""
+    """The camera that renders really moves, and shows objects where the moved camera says.
+
+    The layout stays the benchmark's, and the camera moves back afterwards.
+    """
     state, condition = layouts.episode_state(scene, "viewpoint", 3)
     assert condition == settings.conditions("viewpoint", "test")[3] and condition.theta > 12.5
     np.testing.assert_array_equal(state, scene.init_states()[3])
@@ -262,8 +278,10 @@ def test_viewpoint_episodes_are_seen_from_elsewhere(scene):
 
 
 def test_position_episodes_stand_elsewhere(scene):
-    """Bowl and plate really are where the position says, together; five episodes at a position
-    differ in jitter alone."""
+    """Bowl and plate both stand where the position says.
+
+    Five episodes at one position differ only in jitter.
+    """
     positions = settings.conditions("position", "test")
     found = []
     for index in (1, 21):
@@ -281,8 +299,9 @@ def test_position_episodes_stand_elsewhere(scene):
 
 
 def test_a_perturbation_that_does_nothing_is_an_error(scene, monkeypatch):
-    """A camera or an object that does not follow stops the evaluation: its figures would be those
-    of another setting."""
+    """A camera or object that does not follow stops the evaluation: its figures would be those of
+    another setting.
+    """
     state = scene.init_states()[0]
     monkeypatch.setattr(scene, "_settle", lambda shifted, watch: np.array(state))
     with pytest.raises(RuntimeError, match="was not shifted"):
@@ -294,9 +313,10 @@ def test_a_perturbation_that_does_nothing_is_an_error(scene, monkeypatch):
 
 
 def test_libero_pro_suites_differ_as_they_say(scene):
-    """In libero_spatial_swap the plate stands elsewhere and the bowl where it did, in _object both
-    are others; blind replay keeps the layout of libero_spatial; a frame of libero_spatial's state
-    looks the same, which is why its checkpoints are taken."""
+    """In libero_spatial_swap the plate stands elsewhere and the bowl where it was; in _object both
+    look different. Blind replay keeps the layout of libero_spatial. A frame of libero_spatial's
+    state looks the same, so its checkpoints are accepted.
+    """
     layouts.episode_state(scene, "benchmark", 0)  # the camera back to where it belongs
     swap = Scene("libero_spatial_swap", image_size=112, clean=True)
     try:
@@ -326,12 +346,13 @@ def test_libero_pro_suites_differ_as_they_say(scene):
 
 
 def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
-    """From `collect_demos.py --setting viewpoint` to `eval.py --layout viewpoint`: each demo its
-    own recorded view and camera, the clean scene and the orbited camera of the training frame are
-    followed without a flag; and a replay keeps views."""
+    """From `collect_demos.py --setting viewpoint` to `eval.py --layout viewpoint`: each
+    demonstration has its own recorded view and camera. Evaluation takes the clean scene and the
+    orbited camera from the training frame, without a flag. A replay keeps the views.
+    """
     run(
         f"collect_demos.py --setting viewpoint --n_demos 2 --image_size {SIZE} --push_rate 0 "
-        "--workers 1 --out views.hdf5",
+        "--render fast --workers 1 --out views.hdf5",
         cwd=tmp_path,
     )
     recordings = open_dataset(tmp_path / "views.hdf5")
@@ -372,7 +393,8 @@ def test_viewpoint_demonstrations_train_and_are_evaluated_alike(tmp_path):
         del file["data/demo_0"]
         file["data"].attrs["part"] = "val"
     run(
-        "collect_demos.py --replay cut.hdf5 --image_size 64 --workers 1 --out small.hdf5",
+        "collect_demos.py --replay cut.hdf5 --image_size 64 --render fast --workers 1 "
+        "--out small.hdf5",
         cwd=tmp_path,
     )
     recordings = open_dataset(tmp_path / "small.hdf5", 64)

@@ -1,5 +1,6 @@
-"""`lift_once`, the task that asks for memory: its account, its labels, and in the real simulator
-its expert."""
+"""`lift_once`, the task that needs memory: how it is scored and labelled, and its expert in the
+real simulator.
+"""
 
 import h5py
 import numpy as np
@@ -36,14 +37,17 @@ REACH, LIFTING, BACK, OUTSIDE = (0.1, 0.0), (0.1, 0.1), (0.0, 0.0), (0.1, 0.0)
     ],
 )
 def test_rises_count_with_hysteresis(trace, expected):
-    """A lift is a rise over 5 cm from below 2 cm: shaking in between is none, nor is hanging from
-    the first step on."""
+    """A lift is a rise above 5 cm from below 2 cm.
+
+    Shaking in between does not count, and neither does hanging from the first step on.
+    """
     assert rises(trace, 0.02, 0.05) == expected
 
 
 def account(*phases, aside=0.0):
-    """A LiftOnce that has seen phases of ((EEF above the grasp's height, bowl above rest) m,
-    gripper command, steps). aside: metres by which a lifted bowl is put down beside its place."""
+    """A LiftOnce that has seen phases of ((EEF above the grasp's height, bowl above rest) in m,
+    gripper command, steps). aside: metres between a lifted bowl's new place and its old one.
+    """
     once = LiftOnce(REST)
     for (arm, bowl), gripper, steps in phases:
         for _ in range(steps):
@@ -83,21 +87,24 @@ LIFT = [(REACH, OPEN, 5), (BACK, OPEN, 3), (LIFTING, CLOSE, 9), (BACK, CLOSE, 3)
     ],
 )
 def test_only_one_lift_put_back_and_left_counts(phases, lifts, outcome):
-    """Only exactly one lift, put back, and then the arm out for OUT_STEPS without reaching down
-    again is a success."""
+    """A success is exactly one lift that is put back, followed by OUT_STEPS during which the arm is
+    away and does not reach down again.
+    """
     once = account(*phases)
     assert (once.lifts, once.outcome(), once.done()) == (lifts, outcome, outcome == "once")
 
 
 def test_a_bowl_put_down_elsewhere_is_not_back():
-    """Within 3 cm of its old place it is back, 4 cm beside it is not."""
+    """Within 3 cm of its old place the bowl counts as back, at 4 cm it does not."""
     assert account(*LIFT, (OUTSIDE, OPEN, OUT_STEPS), aside=0.02).done()
     assert account(*LIFT, (OUTSIDE, OPEN, OUT_STEPS), aside=0.04).outcome() == "kept"
 
 
 def test_windows_in_the_stay_hold_staying_frames_alone():
-    """A window of 8 that ends late in the stay sees nothing else, one that ends early still sees
-    the release."""
+    """A window of 8 frames that ends late in the stay holds only staying frames.
+
+    One that ends early still holds the release.
+    """
     demo = track([-1] * 5 + [1] * 20 + [-1] * 80)
     demo.ee_pos[40:] = demo.ee_pos[40]
     target, _, _, usable = waypoint_labels(demo, 5, 1, min_travel=0.02, stay=True)
@@ -111,8 +118,9 @@ def test_windows_in_the_stay_hold_staying_frames_alone():
 
 def test_windows_reach_back_over_the_pause():
     """A window that ends late in the pause before the grasp, or after it, still holds the way
-    there: without it a first frame in mid-air, which looks like the stay, would be labelled "go
-    down"."""
+    there. Otherwise its first frame would hang in mid-air and look like the stay, with the label
+    "go down".
+    """
     demo = track([-1] * 50)
     demo.ee_pos[20:36] = demo.ee_pos[20]  # it pauses, then goes on
     demo.ee_pos[36:] -= 15 * 0.02 * np.eye(3)[0]
@@ -127,8 +135,10 @@ def test_windows_reach_back_over_the_pause():
 
 
 def test_what_has_no_meaning_is_refused():
-    """The rim grasp, the blind replay and the oracle have no lift_once: said in one sentence before
-    anything starts."""
+    """lift_once does not exist for the rim grasp, the blind replay and the oracle.
+
+    One sentence says so before anything starts.
+    """
     with pytest.raises(UserError, match="--grasp rim"):
         new_expert("rim", "lift_once")
     for policy in ("blind", "oracle"):
@@ -144,8 +154,9 @@ def test_what_has_no_meaning_is_refused():
 
 
 def test_the_variant_travels_from_data_to_evaluation(tmp_path):
-    """A checkpoint trained on lift_once knows it: staying is an answer for it, and eval.py takes
-    the variant without a flag."""
+    """A checkpoint trained on lift_once knows its variant: staying is a valid answer, and eval.py
+    takes the variant without a flag.
+    """
     path = write_synthetic_demos(tmp_path / "demos.hdf5", size=112)
     with h5py.File(path, "a") as file:
         file["data"].attrs["variant"] = "lift_once"
@@ -164,9 +175,11 @@ def test_the_variant_travels_from_data_to_evaluation(tmp_path):
 
 
 def test_one_image_does_not_tell_before_from_after_the_lift(scene):
-    """The expert hovers at one pose twice, before its grasp and after its release, and the images
-    are alike, far more than the first is like what the next waypoint shows: a policy of one frame
-    cannot tell whether to go down or to stay."""
+    """The expert hovers at one pose twice, before its grasp and after its release.
+
+    The two images are far more alike than the first one and that of its next waypoint. A policy of
+    one frame therefore cannot tell whether to go down or to stay.
+    """
     scene.begin_episode(scene.init_states()[0])
     expert, seen, above = LiftOnceExpert().plan(scene), {}, {}
     while not expert.done:
@@ -188,8 +201,11 @@ def test_one_image_does_not_tell_before_from_after_the_lift(scene):
 
 
 def test_expert_lifts_exactly_once_and_a_policy_without_memory_does_not(scene, tmp_path):
-    """The expert meets the variant's own criterion; its own path, followed by the oracle that knows
-    its place on it from the EEF's alone, does not: the bowl is put back where it was taken."""
+    """The expert succeeds by the variant's own criterion.
+
+    The oracle follows the same path but knows its place on it only from the EEF's position, and
+    fails, because the bowl is put back where it was taken.
+    """
     state = scene.init_states()[1]
     path = expert_path(scene, state, tmp_path, variant="lift_once")
     row, _, _ = run_expert(scene, state, variant="lift_once")

@@ -1,7 +1,8 @@
-"""Damages for the fuzz test: a file is truncated, flipped, retyped, reshaped, emptied, swapped.
+"""Damages for the fuzz test: a file is truncated, flipped, retyped, reshaped, emptied or swapped.
 
-Each function damages what it is given by one draw of a generator and says what it did, so that a
-seed tells a damage."""
+Each function draws one damage from a generator, applies it and says what it did. A seed therefore
+names a damage.
+"""
 
 import copy
 import json

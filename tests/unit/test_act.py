@@ -1,5 +1,4 @@
-"""ACT, beyond the contract of all policies: what it regresses in, what it is told, and what noise
-there is."""
+"""ACT beyond the contract of all policies: the scale of its answers, its inputs, and its noise."""
 
 import numpy as np
 import pytest
@@ -55,8 +54,10 @@ def batch(n=2):
 
 @torch.no_grad()
 def test_positions_are_scaled_by_the_data():
-    """An output of zero is the data's mean, of one a deviation more, in metres; there the loss of
-    such targets is 1 and 0."""
+    """An output of zero is the data's mean, an output of one a standard deviation more, in metres.
+
+    For targets one deviation above the mean their losses are 1 and 0.
+    """
     made, data = policy(), batch()
     made.position.weight.zero_()
     for value, error in ((0.0, 1.0), (1.0, 0.0)):
@@ -71,7 +72,10 @@ def test_positions_are_scaled_by_the_data():
 
 @torch.no_grad()
 def test_the_camera_is_an_input_that_can_be_left_out():
-    """With its token another camera gives another answer; without it, as published, the same."""
+    """With a camera token another camera changes the answer.
+
+    Without it, as ACT was published, it does not.
+    """
     data, moved = batch(), batch()
     moved["E"][:, :3] = torch.from_numpy(look_at([0.6, 0.5, 1.5], [0.0, 0.0, 1.0]))[:3]
     for token in (True, False):
@@ -81,8 +85,10 @@ def test_the_camera_is_an_input_that_can_be_left_out():
 
 
 def test_noise_is_of_training_alone():
-    """In use the same observation has one answer; in training the EEF is noised, with --eef_noise_m
-    0 it is not."""
+    """Training adds noise to the EEF unless --eef_noise_m is 0.
+
+    In use the same observation has one answer.
+    """
     data, noisy, plain = batch(), policy(dropout=0.0), policy(dropout=0.0, eef_noise_m=0.0)
     value = lambda made: made.loss(data)["loss"].item()
     assert value(noisy) == value(noisy)
@@ -91,8 +97,9 @@ def test_noise_is_of_training_alone():
 
 @torch.no_grad()
 def test_a_patch_tells_where_inside_it_something_is():
-    """Pooling keeps two cells a patch and side: a blob that moves inside a patch moves the
-    answer."""
+    """Pooling keeps two cells along each side of a patch, so a blob that moves inside a patch moves
+    the answer.
+    """
     made, here, there = policy(), batch(1), batch(1)
     for data, column in ((here, 0), (there, 2)):  # one patch spans four cells of this map
         data["features"][0].zero_()
@@ -108,8 +115,10 @@ def test_heads_have_to_divide_the_width():
 
 @pytest.mark.parametrize("other", [False, True])
 def test_attention_is_that_of_torch(other):
-    """The layers are torch's with another way through their attention: checkpoints of either act
-    alike."""
+    """The layers are torch's, with another way to compute attention.
+
+    Checkpoints of either give the same answers.
+    """
     torch.manual_seed(0)
     attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
     x = torch.randn(2, 5, 16)
@@ -119,8 +128,10 @@ def test_attention_is_that_of_torch(other):
 
 
 def test_products_answer_what_the_fused_kernel_does():
-    """In bf16 a CPU trains by plain products and acts by torch's kernel: the same up to roundings,
-    gradients too."""
+    """On a CPU in bf16, training uses plain products and acting uses torch's kernel.
+
+    Both agree up to rounding, gradients too.
+    """
     torch.manual_seed(0)
     heads = [torch.randn(2, 3, n, 16, requires_grad=True) for n in (5, 9, 9)]
     rounded = [x.detach().bfloat16().requires_grad_() for x in heads]

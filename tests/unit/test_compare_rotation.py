@@ -1,4 +1,4 @@
-"""The comparison of rotation heads: its measures, and what it trains and what it leaves alone."""
+"""The comparison of rotation heads: its measures, what it trains, and what it leaves alone."""
 
 import json
 from types import SimpleNamespace
@@ -91,8 +91,10 @@ def test_nats_do_not_depend_on_the_number_of_bins_or_angles(setting):
 
 
 def test_what_a_robot_executes_is_what_it_decides(setting):
-    """A flicker between two decisions is never executed, one at a decision is; held commands cover
-    every frame up to the end."""
+    """A flicker between two decisions is never executed, one at a decision is.
+
+    Held commands cover every frame up to the end.
+    """
     demo, config = setting.demos[1], setting.policy().config
     frames, _ = decision_frames(demo, config)
     commands = (demo.actions[:, 6] > 0).astype(int)
@@ -112,7 +114,7 @@ def test_what_a_robot_executes_is_what_it_decides(setting):
 
 @pytest.fixture
 def done(tmp_path, synthetic_episodes):
-    """(flags of the comparison, its folder of trainings), every one of them finished."""
+    """(flags of the comparison, folder of its trainings), all finished."""
     args = build_parser().parse_args(
         ["--dataset", str(synthetic_episodes), "--seeds", "2", "--runs", str(tmp_path / "runs")]
     )
@@ -128,7 +130,7 @@ def done(tmp_path, synthetic_episodes):
 
 
 def test_finished_trainings_are_left_alone(done, monkeypatch):
-    """The same command again trains nothing; one that was stopped is resumed, and no other."""
+    """The same command again trains nothing. Only a training that was stopped is resumed."""
     args, folder = done
     calls = []
     monkeypatch.setattr(compare_rotation, "script", lambda *call: calls.append(call))

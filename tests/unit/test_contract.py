@@ -40,7 +40,7 @@ TARGETS = ("target_pos", "target_rot", "target_gripper", "mask")
 
 
 def small_config(entry, **changes):
-    """The policy's config with the small values that it has fields for."""
+    """The policy's config, with small values in those fields that it has."""
     names = {f.name for f in dataclasses.fields(entry.config)}
     return entry.config(**{k: v for k, v in {**SMALL, **changes}.items() if k in names})
 
@@ -95,7 +95,7 @@ def para(synthetic_demos, backbone, tmp_path_factory):
 
 
 def answers(policy, observations):
-    """What a policy answers in one episode: its Waypoints."""
+    """A policy's Waypoints in one episode."""
     policy.eval().reset()
     torch.manual_seed(0)  # a policy that samples draws the same
     return [policy.act(o) for o in observations]
@@ -134,8 +134,10 @@ def test_loss_is_finite_and_differentiable(case):
 
 
 def test_every_parameter_learns(case):
-    """Each trainable parameter gets a finite gradient that is not zero: one without breaks DDP, or
-    never learns."""
+    """Each trainable parameter gets a finite gradient that is not zero.
+
+    A parameter without one breaks DDP, or never learns.
+    """
     policy = case.policy()
     with torch.no_grad():
         for p in policy.parameters():
@@ -156,8 +158,11 @@ def test_every_parameter_is_optimised(case):
 
 
 def test_only_the_weights_of_layers_decay(case):
-    """Tokens, embeddings, positions, priors, norms and biases stay out of weight decay, which would
-    pull them to zero; matrices of linear layers, convolutions and attention are in it."""
+    """Weight decay applies to the matrices of linear layers, convolutions and attention.
+
+    It would pull tokens, embeddings, positions, priors, norms and biases to zero, so it leaves them
+    alone.
+    """
     policy = case.policy()
     names = {id(p): name for name, p in policy.named_parameters()}
     decaying, plain = (
@@ -183,9 +188,11 @@ def test_only_the_weights_of_layers_decay(case):
 
 
 def test_rotation_labels_are_soft(case):
-    """A rotation in the next bin costs less than one far away, at every policy: one-hot labels of a
-    few dozen episodes' rotations leave the bins between without any. Labels sum to one, and the
-    loss is zero at them."""
+    """A rotation in the next bin costs less than one far away, in every policy.
+
+    With one-hot labels of a few dozen episodes the bins between would get none. Labels sum to one,
+    and the loss is zero at them.
+    """
     policy, config = case.policy(), case.config
     rotation = case.batch()["target_rot"].flatten(0, -3)[:1]
     bins = policy.rotation_bins(rotation)
@@ -201,8 +208,9 @@ def test_rotation_labels_are_soft(case):
 
 
 def test_rotation_bins_are_those_of_numpy(case):
-    """Bins are computed on the device, and are the ones that NumPy's geometry, which decodes them
-    on a robot, gives."""
+    """The bins that a policy computes on its device equal those of NumPy, with which a robot
+    decodes them.
+    """
     policy, rotation = case.policy(), case.batch(20)["target_rot"].flatten(0, -3)
     if hasattr(policy, "rotation_basis"):
         expected = policy.basis.encode(rotation.numpy(), case.config.n_rot_bins)[..., None]
@@ -218,8 +226,9 @@ def test_rotation_bins_are_those_of_numpy(case):
 
 
 def test_what_a_caller_must_know_is_what_batches_and_answers_show(case):
-    """Callers ask the policy whether it has a history, how many waypoints it answers and whether it
-    turns: one that says otherwise than it does is fed, validated and followed wrongly."""
+    """The policy's properties (history, number of waypoints, rotations) agree with its batches and
+    answers. Callers rely on them when they feed, validate and follow it.
+    """
     policy, batch = case.policy(), case.batch()
     windows = batch["eef_pos"].shape[1:-1]  # (T,) of windows, () of single frames
     assert policy.has_history == bool(windows) == ("valid" in batch) == case.config.has_history
@@ -237,8 +246,9 @@ def test_what_a_caller_must_know_is_what_batches_and_answers_show(case):
 
 
 def test_the_batch_is_left_alone(case):
-    """Neither loss nor predict changes the batch, which the data loader or the next call may
-    hold."""
+    """Neither loss nor predict changes the batch: the data loader or the next call may still hold
+    it.
+    """
     policy, batch = case.policy(), case.batch()
     before = copy.deepcopy(batch)
     loss(policy, batch)["loss"].backward()
@@ -247,7 +257,9 @@ def test_the_batch_is_left_alone(case):
 
 
 def test_predictions_have_the_documented_shapes_and_units(case):
-    """Positions in metres, commands in {0, 1}, proper rotations; without targets in the batch."""
+    """Predictions are positions in metres, commands in {0, 1} and proper rotations, from a batch
+    without targets.
+    """
     batch = {k: v for k, v in case.batch().items() if k not in TARGETS}
     out = predict(case.policy(), batch)
     B, T = case.batch()["mask"].shape
@@ -263,8 +275,9 @@ def test_predictions_have_the_documented_shapes_and_units(case):
 
 
 def test_targets_do_not_leak_into_predictions(case):
-    """A prediction never looks at the answer: with other targets, masks and commands it stays the
-    same to the bit."""
+    """A prediction never reads the answer: other targets, masks and commands leave it equal to the
+    bit.
+    """
     policy, batch = case.policy(), case.batch()
     other = dict(batch)
     other["target_pos"] = batch["target_pos"].flip(0) + 0.05
@@ -351,9 +364,10 @@ def test_act_answers_in_the_world(case):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_an_episode_s_answers_do_not_depend_on_the_others(case, batch):
-    """Two episodes whose observations come in turn, alone or in one batch, are answered bit by bit
-    as each by itself: --workers changes no outcome. In batches of 4 the company, and the place in
-    it, changes."""
+    """Two episodes whose observations alternate, alone or in one batch, are answered bit by bit as
+    if each ran alone. So --workers changes no outcome. In batches of 4 the company changes, and so
+    does the place in the batch.
+    """
     sessions = PolicySessions(case.policy().eval(), batch)
     frames = (0, 5, 10), (30, 20, 25)
     episodes = [list(case.observations(chosen)) for chosen in frames]
@@ -381,8 +395,10 @@ def test_an_episode_s_answers_do_not_depend_on_the_others(case, batch):
 
 
 def test_every_batch_has_the_same_shape(para, monkeypatch):
-    """A GPU takes other kernels for other shapes, which round differently: an answer would hang on
-    how many simulators happened to wait."""
+    """A GPU chooses kernels by shape, and these round differently.
+
+    Answers would depend on how many simulators happen to wait.
+    """
     sessions, shapes = PolicySessions(para.policy().eval(), batch=4), []
     features = type(sessions.policy).features
     seen = lambda self, images: shapes.append(images.shape) or features(self, images)
@@ -402,8 +418,10 @@ def test_reset_starts_afresh(case):
 
 
 def test_a_policy_that_ignores_the_features_is_noticed(case):
-    """With another sample's features the loss differs: a policy that only knows the EEF would pass
-    the other tests."""
+    """The features of another sample change the loss.
+
+    A policy that only knows the EEF would pass all other tests.
+    """
     policy, batch = case.policy(), case.batch()
     swapped = {**batch, "features": [m.flip(0) for m in batch["features"]]}
     assert abs(loss(policy, batch)["loss"].item() - loss(policy, swapped)["loss"].item()) > 1e-5
@@ -492,8 +510,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_bad_checkpoint_is_named(damage, saved, para):
-    """One sentence names the file and what is wrong with it: a robot must not move on half a
-    policy."""
+    """One sentence names the file and the fault: a robot must not move with half a policy."""
     change, word = DAMAGE[damage]
     change(saved)
     with pytest.raises(UserError) as error:
@@ -528,8 +545,10 @@ def test_a_failed_write_keeps_the_old_checkpoint(saved, para, monkeypatch):
 
 
 def test_bare_eval_takes_the_newest_checkpoint(tmp_path):
-    """Without --ckpt the newest run's file is taken, then a committed one, and none is said with
-    the remedy."""
+    """Without --ckpt the newest run's file is used, or else a committed one.
+
+    If there is none, the error names the remedy.
+    """
     runs, committed = tmp_path / "runs", tmp_path / "checkpoints"
     with pytest.raises(UserError, match="train.py"):
         records.newest_checkpoint(runs, committed)

@@ -1,4 +1,6 @@
-"""The loss over a volume's classes that is never stored, and the layout that its gradient has."""
+"""The loss over a volume's classes without the volume in memory, and the memory layout of its
+gradient.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ def product_case(shared, dtype=torch.float32):
 
 
 def gradients(loss, inputs):
-    """Of a sum in which every row has a weight of its own."""
+    """Gradients of a sum in which every row has its own weight."""
     weighed = (loss.flatten() * torch.arange(1.0, 1 + loss.numel())).sum()
     return torch.autograd.grad(weighed, inputs)
 
@@ -28,8 +30,11 @@ def gradients(loss, inputs):
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_loss_of_a_product_is_the_loss_of_its_logits(shared, rows, monkeypatch):
-    """PARA's volume is never stored: loss and gradients are those of the volume written out, row by
-    row as on a CPU and all at once as on a GPU."""
+    """PARA's volume is never stored.
+
+    Loss and gradients equal those of a stored volume, computed row by row as on a CPU and all at
+    once as on a GPU.
+    """
     monkeypatch.setattr(cross_entropy, "rows_at_once", lambda _: rows)
     weights, bias, keys, index, share = product_case(shared)
     logits = weights @ keys[:, None] + bias[..., None]  # (N,Q,R,P)
@@ -44,7 +49,7 @@ def test_the_loss_of_a_product_is_the_loss_of_its_logits(shared, rows, monkeypat
 
 
 def test_the_loss_of_a_bf16_product_differs_by_roundings_alone():
-    """Keys in bf16, as autocast makes them: fp32's loss within bf16's precision."""
+    """With keys in bf16, as autocast makes them, the loss is fp32's within bf16's precision."""
     exact = product_cross_entropy(*product_case(True))
     rounded = product_cross_entropy(*product_case(True, torch.bfloat16))
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
@@ -59,7 +64,7 @@ def test_a_certain_class_has_a_finite_loss():
 
 
 def test_a_product_over_cells_has_the_gradient_of_a_matrix_product():
-    """B's image features are read by it."""
+    """The product with which B reads image features has the gradient of a matrix product."""
     torch.manual_seed(0)
     weights = torch.randn(2, 3, 4, requires_grad=True)
     cells = torch.randn(2, 4, 6, requires_grad=True)
@@ -70,7 +75,10 @@ def test_a_product_over_cells_has_the_gradient_of_a_matrix_product():
 
 
 def test_a_marked_cell_is_the_only_one_that_changes():
-    """The EEF's mark lies in its cell; one outside of the image at the border."""
+    """The EEF's mark changes its own cell alone.
+
+    A position outside the image marks a cell at the border.
+    """
     x = torch.zeros(2, 3, 4, 5)
     marked = mark_cell(x, torch.tensor([[1.2, 2.6], [-7, 9]]), torch.ones(2, 3))
     assert marked.sum((1, 2, 3)).tolist() == [3, 3]
@@ -78,8 +86,11 @@ def test_a_marked_cell_is_the_only_one_that_changes():
 
 
 def test_channels_lie_last_from_the_backbone_to_the_loss_and_back():
-    """A gradient that lies across the maps makes an activation's backward pass five times slower,
-    which no number shows."""
+    """Activations and gradients keep channels last in memory.
+
+    A gradient in another layout makes an activation's backward pass five times slower, and no
+    result shows it.
+    """
     torch.manual_seed(0)
     projections = nn.ModuleList([nn.Conv2d(5, 8, 1), nn.Conv2d(7, 8, 1)])
     trunk = dilated_convolutions(8, (1, 2))

@@ -1,5 +1,6 @@
-"""Labels and samples: where the EEF will be, clipped at gripper changes, without pushed or held
-frames."""
+"""Labels and samples: where the EEF will be, clipped at gripper changes, without frames that
+are pushed or held.
+"""
 
 import shutil
 from copy import copy
@@ -88,8 +89,10 @@ def test_targets_are_clipped_at_the_gripper_change_and_at_the_end(stride, frame,
 
 
 def test_gripper_label_is_the_command_at_the_waypoint():
-    """Until the change the gripper stays open; the waypoint at the change, and the change frame
-    itself, say close."""
+    """Before the change waypoints say open.
+
+    The waypoint at the change, and the change frame itself, say close.
+    """
     _, gripper, _, _ = waypoint_labels(track(OPEN_CLOSE), 2, 3)
     assert gripper[0].tolist() == [0, 0, 1]  # waypoints 2, 4, 6
     assert gripper[3].tolist() == [0, 1, 1]  # waypoints 5, 6, 6
@@ -98,16 +101,20 @@ def test_gripper_label_is_the_command_at_the_waypoint():
 
 
 def test_held_frames_are_left_out():
-    """While the gripper moves the image is the same and the command is done: only the change frame
-    of a hold trains."""
+    """While the gripper moves the image stays the same, and the command is already given.
+
+    Of a hold only the change frame trains.
+    """
     *_, usable = waypoint_labels(track(OPEN_CLOSE), 5, 3)
     held = range(7, 6 + GRIPPER_STEPS)
     assert np.flatnonzero(~usable).tolist() == [*held, 19]
 
 
 def test_frames_that_stand_still_are_left_out():
-    """A label "stay" with no gripper change to come teaches a fixed point; before a change it is
-    the grasp itself."""
+    """A label "stay" without a gripper change ahead teaches a fixed point.
+
+    With a change ahead it is the grasp itself.
+    """
     demo = track([-1] * 8 + [1] * 22)
     demo.ee_pos[4:9] = demo.ee_pos[8]  # waits for the grasp
     demo.ee_pos[20:] = demo.ee_pos[20]  # waits for nothing
@@ -116,8 +123,9 @@ def test_frames_that_stand_still_are_left_out():
 
 
 def test_the_retreat_is_left_out_unless_asked_for():
-    """After the last release a memoryless policy would learn the approach backwards; a demo that
-    ends closed has no retreat."""
+    """From frames after the last release a policy without memory would learn the approach
+    backwards. A demonstration that ends closed has no retreat.
+    """
     commands = [-1] * 5 + [1] * 20 + [-1] * 25
     *_, usable = waypoint_labels(track(commands), 5, 3)
     *_, whole = waypoint_labels(track(commands), 5, 3, retreat=True)
@@ -127,9 +135,11 @@ def test_the_retreat_is_left_out_unless_asked_for():
 
 
 def test_staying_at_the_end_is_trained_where_it_is_an_answer():
-    """With `stay` the frames after the release are trained on, and those from which the path leads
-    nowhere any more are labelled `stride` steps later, where the EEF stays; all before them, and
-    everything without the flag, is as it was."""
+    """With `stay` the frames after the release are trained on.
+
+    Where the path leads nowhere any more, the label lies `stride` steps later, and the EEF stays.
+    All earlier frames, and all frames without the flag, keep their labels.
+    """
     demo = track([-1] * 5 + [1] * 20 + [-1] * 35)
     demo.ee_pos[40:] = demo.ee_pos[40]  # 15 steps of retreat, then it stays
     target, gripper, _, usable = waypoint_labels(demo, 5, 3, min_travel=0.05, stay=True)
@@ -144,8 +154,10 @@ def test_staying_at_the_end_is_trained_where_it_is_an_answer():
 
 
 def test_pushed_ways_are_masked():
-    """A waypoint reached over a pushed frame is no answer to the image; the ones before the push
-    still are."""
+    """A waypoint reached over a pushed frame does not answer the image.
+
+    Waypoints before the push still do.
+    """
     demo = track([-1] * 12, pushed=[4, 5])
     target, _, mask, usable = waypoint_labels(demo, 2, 3)
     assert target[0].tolist() == [2, 4, 6] and mask[0].tolist() == [True, True, False]
@@ -157,8 +169,9 @@ def test_pushed_ways_are_masked():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_labels_equal_those_of_a_plain_loop(seed):
-    """Any pattern of changes and pushes: the vectorised labels equal a frame-by-frame reading of
-    their definition."""
+    """For any pattern of changes and pushes the vectorised labels equal those of a
+    frame-by-frame loop over their definition.
+    """
     rng = np.random.default_rng(seed)
     length, stride, n_window = 60, int(rng.integers(1, 7)), 4
     demo = track(np.repeat(rng.choice([-1, 1], 6), 10), pushed=rng.integers(0, length, 8))
@@ -178,7 +191,7 @@ def test_labels_equal_those_of_a_plain_loop(seed):
 
 
 def test_a_single_stretch_has_no_label_beyond_the_end():
-    """With no gripper change the last frame is the end."""
+    """Without a gripper change the last frame is the end."""
     target, _, mask, usable = waypoint_labels(track([-1] * 5), 2, 6)
     assert target.max() == 4 and mask.all() and usable[:4].all() and not usable[4]
 
@@ -197,8 +210,9 @@ def test_dataset_holds_the_usable_frames(dataset):
 
 
 def test_batch_has_the_documented_shapes_and_types(dataset):
-    """The batch is what policy.py's docstring says: metres in float64, masks in {0, 1}, features in
-    float16."""
+    """The batch is as policy.py's docstring says: metres in float64, masks in {0, 1}, features
+    in float16.
+    """
     batch = dataset.batch([0, 5, len(dataset) - 1, 2])
     B, T = 4, CONFIG.n_window
     expected = {
@@ -226,8 +240,10 @@ def test_batch_has_the_documented_shapes_and_types(dataset):
 
 
 def test_samples_carry_their_own_frame(dataset):
-    """Position, targets, rotation and features of a sample belong to its demo and frame, none
-    shifted by one."""
+    """Position, targets, rotation and features of a sample belong to its demonstration and frame.
+
+    None is shifted by one.
+    """
     everything = dataset.batch(np.arange(len(dataset)))
     for index, (d, frame) in enumerate(zip(dataset.demo, dataset.frame)):
         demo = dataset.demos[d]
@@ -258,9 +274,10 @@ def windows(dataset, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["dataset", "windows"])
 def test_images_moved_sideways_are_the_same_geometry(kind, request):
-    """Feature columns and projected pixels move by the same number of cells, so that what a cell, a
-    height and a ray mean stays true; nothing to be localised leaves the image, the limit holds,
-    shifts differ, and the given batch is left alone."""
+    """Feature columns and projected pixels move by the same number of cells, so cells, heights
+    and rays keep their meaning. No label leaves the image, the limit holds, shifts differ, and
+    the given batch does not change.
+    """
     dataset, limit = request.getfixturevalue(kind), 40
     before = dataset.batch(np.arange(0, len(dataset), 2))
     draws = np.random.default_rng(0).random(len(before["K"]))
@@ -295,8 +312,11 @@ def test_images_moved_sideways_are_the_same_geometry(kind, request):
 
 
 def test_demonstrations_of_one_name_keep_their_own_features(backbone, tmp_path):
-    """Two files both have a demo_0: with features kept by name the last one's would be everybody's,
-    and with one path for all of them its images would be."""
+    """Two files both have a demo_0.
+
+    Features stored by name would be those of the last file, and with one path for all
+    demonstrations its images would be used for both.
+    """
     files = [write_synthetic_demos(tmp_path / f"{seed}.hdf5", 1, seed=seed) for seed in (1, 2)]
     first, second = (open_dataset(path).demos[0] for path in files)
     assert first.name == second.name and first.key != second.key
@@ -311,8 +331,9 @@ def test_demonstrations_of_one_name_keep_their_own_features(backbone, tmp_path):
 
 @pytest.mark.parametrize("kind", ["dataset", "windows"])
 def test_features_kept_on_a_device_are_the_same(kind, request):
-    """Batches of features kept in memory, as on a GPU, are those read from files one by one,
-    padding included."""
+    """Features kept in memory, as on a GPU, give the batches of features read from files one by
+    one, padding included.
+    """
     dataset = request.getfixturevalue(kind)
     kept, indices = copy(dataset), np.arange(0, len(dataset), 3)
     kept.keep_on("cpu")
@@ -344,8 +365,10 @@ def test_window_and_stride_come_from_the_config(dataset, tmp_path):
 
 
 def test_statistics_span_the_data(dataset):
-    """Ranges hold every height and every unwrapped Euler angle: roll crosses +-pi and must not span
-    a whole turn."""
+    """The ranges hold every height and every unwrapped Euler angle.
+
+    Roll crosses +-pi and must not span a whole turn.
+    """
     statistics = dataset.statistics()
     heights = np.concatenate([d.ee_pos[:, 2] for d in dataset.demos])
     assert tuple(statistics["height_range"]) == (heights.min(), heights.max())
@@ -359,7 +382,7 @@ def test_statistics_span_the_data(dataset):
 
 
 def test_a_wholly_pushed_demo_is_survived(tmp_path, backbone):
-    """A demo without one usable frame gives no sample, and does not stop the others."""
+    """A demonstration without a usable frame gives no sample and does not stop the others."""
     path = write_synthetic_demos(tmp_path / "pushed.hdf5", n_demos=2)
     read = open_dataset(path).demos
     read[0].perturbed[:] = True
@@ -370,7 +393,9 @@ def test_a_wholly_pushed_demo_is_survived(tmp_path, backbone):
 
 
 def test_no_usable_frame_at_all_is_a_user_error(tmp_path, backbone):
-    """Data that leaves nothing to train on is said in one sentence, not by an unpacking error."""
+    """Data that leaves nothing to train on is refused in one sentence, without an unpacking
+    error.
+    """
     path = write_synthetic_demos(tmp_path / "pushed.hdf5", n_demos=1)
     read = open_dataset(path).demos
     read[0].perturbed[:], read[0].actions[:, 6] = True, -1
@@ -379,7 +404,7 @@ def test_no_usable_frame_at_all_is_a_user_error(tmp_path, backbone):
 
 
 class NpzFile(Demonstrations):
-    """A format of its own: one .npz with the numbers of one demonstration and its images."""
+    """A format made for the test: one .npz with the numbers of one demonstration and its images."""
 
     format = "npz"
 
@@ -399,8 +424,10 @@ class NpzFile(Demonstrations):
 
 
 def test_a_new_format_is_a_class_and_a_line(synthetic_demos, backbone, tmp_path, monkeypatch):
-    """Whatever reads demonstrations asks the interface: a format that has it is trained on beside
-    another one, frame by frame, mirrored too, without a change elsewhere."""
+    """A new format needs the interface and no other change.
+
+    It is trained on beside another format, frame by frame and mirrored.
+    """
     known = open_dataset(synthetic_demos).demos[0]
     names = ["actions", "ee_pos", "ee_ori", "gripper_states", "states", "perturbed", "K", "E"]
     path = tmp_path / "recorded.npz"
@@ -422,8 +449,11 @@ def test_a_new_format_is_a_class_and_a_line(synthetic_demos, backbone, tmp_path,
 
 
 def test_a_dataset_is_known_by_what_it_holds(synthetic_demos, tmp_path):
-    """A copy has its fingerprint; other numbers, or the same ones before another scene, have not:
-    their features would be taken for one another's."""
+    """A copy has the same fingerprint.
+
+    Other numbers, or the same numbers before another scene, have another: otherwise their features
+    would be mixed up.
+    """
     print_of = lambda path: open_dataset(path).fingerprint
     copied, other, repainted = (tmp_path / f"{name}.hdf5" for name in ("copy", "other", "paint"))
     shutil.copy(synthetic_demos, copied)

@@ -1,5 +1,7 @@
-"""One process decides for all simulators: whoever dies, hangs or raises, no episode is lost or gets
-another's answer. Processes are spawned for real, the policies are made of arithmetic.
+"""One process decides for all simulators.
+
+If it dies, hangs or raises, no episode is lost or gets another's answer. Processes are really
+spawned; the policies are plain arithmetic.
 """
 
 import os
@@ -17,7 +19,9 @@ SECONDS = {"features": 0.5, "policy": 0.25}
 
 
 class Counts:
-    """Sessions that answer (seed, how many observations since), and the observation."""
+    """Sessions whose answer holds the seed, the number of observations so far, and the
+    observation.
+    """
 
     batch, threads, about = 3, 2, "what there is to know"
 
@@ -46,7 +50,7 @@ class Raises(Counts):
 
 
 class DiesOnce(Counts):
-    """Dies without a word when it first sees observation 3."""
+    """Ends its process the first time it sees observation 3."""
 
     def act(self, session, observation):
         if observation == 3 and not (self.folder / "died").exists():
@@ -56,7 +60,7 @@ class DiesOnce(Counts):
 
 
 class HangsOnce(Counts):
-    """Never answers observation 3 the first time."""
+    """Does not answer observation 3 the first time."""
 
     def act(self, session, observation):
         if observation == 3 and not (self.folder / "hung").exists():
@@ -74,7 +78,7 @@ def broken():
 
 
 class Worker:
-    """A job is an episode of five observations; the network must not be imported for it."""
+    """A job is an episode of five observations. The worker must not import the network for it."""
 
     def __init__(self, address):
         self.agent = RemoteAgent(address)
@@ -89,7 +93,7 @@ class Worker:
 
 
 def episode(job):
-    """What Worker's job gives, whoever else runs."""
+    """What a job of Worker returns, whatever else runs."""
     return [(job, number + 1, number) for number in range(5)], SECONDS
 
 
@@ -109,7 +113,7 @@ def test_each_episode_gets_its_own_answers(n_workers):
 
 @pytest.mark.parametrize("policy", [DiesOnce, HangsOnce])
 def test_a_network_that_dies_or_hangs_costs_no_episode(policy, tmp_path):
-    """Its process is brought up again, and the episodes in which it was lost are tried again."""
+    """The network's process is started again, and the episodes that lost it are tried again."""
     with Decider(policy, (str(tmp_path),), timeout=3) as decider:
         before = decider.process.pid
         assert outcomes(decider, 2) == {job: (episode(job), None) for job in range(6)}
@@ -117,7 +121,7 @@ def test_a_network_that_dies_or_hangs_costs_no_episode(policy, tmp_path):
 
 
 def test_an_error_of_the_policy_says_what_it_was():
-    """The episode's row ends in the policy's own last line, not in one about a socket."""
+    """The episode's row ends with the policy's own last line, not with one about a socket."""
     with Decider(Raises) as decider:
         agent = RemoteAgent(decider.address)
         agent.start(None, None)
@@ -127,7 +131,7 @@ def test_an_error_of_the_policy_says_what_it_was():
 
 
 def test_a_network_that_cannot_be_made_says_why():
-    """Bad input is its one sentence; anything else comes with its traceback."""
+    """Bad input gives its one sentence, and any other error its traceback."""
     with pytest.raises(UserError, match=r"^absent.safetensors: no such checkpoint$"):
         Decider(refused)
     with pytest.raises(RuntimeError, match="ValueError: no network here"):

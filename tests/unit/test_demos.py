@@ -1,5 +1,6 @@
-"""The demonstration format: bad files are named with key and remedy, official ones are turned
-upright, splits hold."""
+"""The demonstration format: errors name key and remedy, official files are turned upright,
+splits are disjoint.
+"""
 
 import re
 
@@ -20,7 +21,7 @@ NAME = "bad.hdf5"
 
 
 def write_bad(folder, mutate, **options):
-    """A small file, valid but for what `mutate(file)` does to it."""
+    """A small file that is valid but for what `mutate(file)` changes."""
     path = write_synthetic_demos(folder / NAME, n_demos=2, steps=STEPS, size=16, **options)
     with h5py.File(path, "r+") as file:
         mutate(file)
@@ -172,8 +173,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_file_is_named_with_key_and_remedy(case, tmp_path):
-    """One sentence says which file and which key are wrong and what to do, instead of a traceback
-    hours into a run."""
+    """One sentence names the file, the key and the remedy, instead of a traceback hours into a
+    run.
+    """
     mutate, key, remedy = CASES[case]
     with pytest.raises(UserError) as error:
         open_dataset(write_bad(tmp_path, mutate))
@@ -194,7 +196,9 @@ def test_image_size_is_compared_with_the_one_asked_for(tmp_path):
 
 
 def thinned(path, stride=3):
-    """Keep the images of every `stride`-th frame of a file's first demonstration, and say so."""
+    """Keep only the images of every `stride`-th frame of a file's first demonstration, and
+    record this in the file.
+    """
     with h5py.File(path, "a") as file:
         group = file["data/demo_0"]
         images = group[libero_hdf5.IMAGE][::stride]
@@ -204,7 +208,9 @@ def thinned(path, stride=3):
 
 
 def test_images_of_every_third_frame_are_found_by_their_frame(tmp_path):
-    """A file that stores only what training reads gives the same pictures for the same frames."""
+    """A file that stores only the images that training reads gives the same picture for the
+    same frame.
+    """
     path = write_synthetic_demos(tmp_path / NAME, n_demos=2, size=16)
     whole = open_dataset(path)["demo_0"].images([0, 9, 6])
     demo = open_dataset(thinned(path))["demo_0"]
@@ -215,7 +221,9 @@ def test_images_of_every_third_frame_are_found_by_their_frame(tmp_path):
 
 @pytest.mark.parametrize("stride", [2, 0, "three"])
 def test_a_frame_stride_that_the_images_do_not_have_is_named(stride, tmp_path):
-    """Images would be taken for those of other frames."""
+    """A stored frame_stride that does not fit the stored images is refused: images would go to
+    wrong frames.
+    """
     path = thinned(write_synthetic_demos(tmp_path / NAME, n_demos=2, size=16))
     with h5py.File(path, "a") as file:
         file["data/demo_0"].attrs["frame_stride"] = stride
@@ -247,7 +255,9 @@ def test_a_missing_file_and_one_that_is_no_hdf5_are_named(tmp_path):
 
 
 def test_a_damaged_image_chunk_is_named(tmp_path):
-    """A flipped bit inside an image is found when the image is read, not fed to the policy."""
+    """A flipped bit inside an image is found when the image is read, and does not reach the
+    policy.
+    """
     path = write_synthetic_demos(tmp_path / NAME, n_demos=2, size=16)
     with h5py.File(path) as file:
         chunk = file["data/demo_0"][libero_hdf5.IMAGE].id.get_chunk_info(7)
@@ -268,7 +278,7 @@ UNCHECKED = (b"TREE", b"SNOD", b"HEAP", b"GCOL")
 
 
 def collected(folder, names=("demo_0", "demo_1")):
-    """A file made as collect_demos.py makes it: a part for each demonstration, then joined."""
+    """A file as collect_demos.py makes it: one part per demonstration, then joined."""
     source = write_synthetic_demos(folder / "source.hdf5", n_demos=len(names), size=16)
     paths = [folder / f"{name}.hdf5" for name in names]
     with h5py.File(source) as file:
@@ -282,8 +292,10 @@ def collected(folder, names=("demo_0", "demo_1")):
 
 
 def test_a_flipped_byte_of_a_header_is_refused(tmp_path):
-    """In the layout that h5py takes by itself it may read as zeros, in silence: no header, index or
-    text of a collected file is without a checksum."""
+    """In a collected file every header, index and text has a checksum.
+
+    In h5py's default layout damaged ones may read as zeros, without an error.
+    """
     path = collected(tmp_path)
     content = path.read_bytes()
     assert content.count(b"OHDR") > 20 and not [s for s in UNCHECKED if s in content]
@@ -300,8 +312,10 @@ def test_a_flipped_byte_of_a_header_is_refused(tmp_path):
 
 
 def test_a_damaged_index_of_an_array_is_named(tmp_path):
-    """Files of others, and older ones, have indices without a checksum: where one is damaged, rows
-    read as zeros."""
+    """Other and older files have indices without a checksum.
+
+    Where one is damaged, rows would read as zeros.
+    """
     sound, path = write_synthetic_demos(tmp_path / "new.hdf5", n_demos=1, size=16), tmp_path / NAME
     with h5py.File(sound) as source, h5py.File(path, "w") as file:
         data = file.create_group("data")
@@ -330,8 +344,9 @@ def test_a_damaged_index_of_an_array_is_named(tmp_path):
 
 
 def test_a_valid_file_is_read_back(synthetic_demos):
-    """What was written is what is read: names in numerical order, lengths, pushes, attributes and
-    camera."""
+    """What was written is read: names in numerical order, lengths, pushes, attributes and
+    camera.
+    """
     recordings = open_dataset(synthetic_demos, image_size=SIZE)
     read, attributes = recordings.demos, recordings.attributes
     assert [d.name for d in read] == [f"demo_{i}" for i in range(4)]
@@ -354,7 +369,7 @@ def test_demos_come_in_numerical_order(tmp_path):
 
 
 def test_file_without_pushes_is_undisturbed(tmp_path):
-    """Official files know no pushes: all their frames count as undisturbed."""
+    """Official files record no pushes, so all their frames count as undisturbed."""
 
     def official(file):
         del file["data"].attrs["format"], file["data"].attrs["image_orientation"]
@@ -367,8 +382,10 @@ def test_file_without_pushes_is_undisturbed(tmp_path):
 
 @pytest.mark.parametrize("orientation", ["upright", "flipped", None])
 def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthetic_demos):
-    """Official files hold rows bottom first and do not say so; what is read is upright: the blob is
-    at the EEF."""
+    """Official files store rows bottom first and do not say so.
+
+    Images are upright once read: the blob is at the EEF.
+    """
     path = write_synthetic_demos(tmp_path / "official.hdf5", orientation=orientation or "flipped")
     with h5py.File(path, "r+") as file:
         if orientation is None:  # nor do they have this repository's format
@@ -386,8 +403,10 @@ def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthe
 @pytest.mark.parametrize("n", [2, 3, 7, 20, 48])
 @pytest.mark.parametrize("fraction", [0.05, 0.15, 0.5])
 def test_no_demo_is_in_both_parts_of_a_split(n, fraction):
-    """No demo trains and validates, none is lost, both parts have one, and the split is the same
-    every time."""
+    """No demonstration is in both parts and none is lost.
+
+    Both parts have at least one, and the split is always the same.
+    """
     train, val = demos.split_demos(list(range(n)), fraction)
     assert not set(train) & set(val) and sorted(train + val) == list(range(n))
     assert train and val
@@ -396,15 +415,17 @@ def test_no_demo_is_in_both_parts_of_a_split(n, fraction):
 
 
 def test_a_split_of_one_demo_is_refused():
-    """One demonstration cannot be split, and the message says how many it takes."""
+    """One demonstration cannot be split, and the message says how many are needed."""
     with pytest.raises(UserError, match="at least 2"):
         demos.split_demos([0])
 
 
 def test_a_mirrored_demonstration_is_the_same_geometry_left_to_right(tmp_path):
-    """Every position is seen at the pixel opposite to where it was, the camera and the rotations
-    stay right-handed, the closing direction is reflected with them, the images are those pixels,
-    and two mirrors cancel."""
+    """Every position is seen at the mirrored pixel.
+
+    Camera and rotations stay right-handed, the closing direction is reflected with them, and the
+    images are those pixels. Two mirrors cancel.
+    """
     path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
     demo = open_dataset(path).demos[0]
     demo.E[:3, 3] += [0.0, 0.07, 0.0]  # off the plane
@@ -428,8 +449,11 @@ def test_a_mirrored_demonstration_is_the_same_geometry_left_to_right(tmp_path):
 
 
 def test_a_demonstration_turned_back_shows_the_same_through_another_camera(tmp_path):
-    """Every position keeps its pixel, depth and height, rotations and commands stay what they are
-    to the camera, and a camera that is higher or steeper is refused."""
+    """Every position keeps its pixel, depth and height.
+
+    Rotations and commands stay the same relative to the camera. A camera that is higher or steeper
+    is refused.
+    """
     path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
     demo = open_dataset(path).demos[0]
     target = settings.turned(demo.E, 25, [-0.66, 0.1])

@@ -1,4 +1,4 @@
-"""--device: what it means, and one sentence at once where it cannot be had."""
+"""--device: what its values mean, and one sentence at once for a device that is not there."""
 
 import subprocess
 import sys
@@ -26,8 +26,10 @@ def gpus(monkeypatch):
 
 
 def test_a_gpu_without_a_number_is_this_process_s(gpus, monkeypatch):
-    """--device cuda has no index, which torch.cuda.set_device refuses: it is the local rank's, as
-    of auto."""
+    """--device cuda means the GPU of the local rank, as auto does.
+
+    torch.cuda.set_device refuses a device without a number.
+    """
     gpus()
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert choose_device("cuda") == "cuda:0"
@@ -38,8 +40,10 @@ def test_a_gpu_without_a_number_is_this_process_s(gpus, monkeypatch):
 
 
 def test_a_gpu_is_taken_where_there_is_one(gpus, monkeypatch):
-    """A GPU where there is one, the CPU elsewhere and wherever PARA_DEVICE says so, as in these
-    tests."""
+    """auto takes a GPU where there is one, else the CPU.
+
+    PARA_DEVICE overrides it, as in these tests.
+    """
     gpus()
     assert choose_device() == "cpu"
     monkeypatch.delenv("PARA_DEVICE")
@@ -53,14 +57,14 @@ def test_a_gpu_is_taken_where_there_is_one(gpus, monkeypatch):
     [("foo", "unknown"), ("meta", "unknown"), ("cuda", "sees no GPU"), ("cuda:7", "sees no GPU")],
 )
 def test_a_device_that_is_not_there_is_one_sentence(device, word, gpus):
-    """It names the flag and the way out."""
+    """The sentence names the flag and what to use instead."""
     gpus(0)
     with pytest.raises(UserError, match=f"--device {device}: .*{word}.*use"):
         choose_device(device)
 
 
 def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
-    """The third process of a job on two GPUs says which one is not there."""
+    """The third process of a job on two GPUs says which GPU is missing."""
     gpus()
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="--device cuda: GPU 2 is not there, torch sees 2"):
@@ -69,7 +73,7 @@ def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
 
 @pytest.mark.parametrize("device", ["foo", "cuda"])
 def test_scripts_refuse_a_device_at_once(device, gpus, tmp_path):
-    """Before data is read, a checkpoint is loaded or a worker starts."""
+    """Scripts refuse a device before they read data, load a checkpoint or start a worker."""
     gpus(0)
     absent = tmp_path / "absent.safetensors"
     calls = [
@@ -91,13 +95,12 @@ def test_scripts_refuse_a_device_at_once(device, gpus, tmp_path):
 
 
 def test_evaluation_takes_the_gpu_by_default():
-    """As training does."""
+    """Evaluation takes a GPU by default, as training does."""
     assert evaluation.build_parser().parse_args([]).device == "auto"
 
 
 def test_the_gpu_tests_own_code_runs(tmp_path):
-    """`make gpu` is for machines that are rarely at hand: what it runs is tried on the CPU, at
-    small sizes."""
+    """Machines for `make gpu` are rare, so its code is run here on the CPU, at small sizes."""
     chosen = "not training and not two_ranks"
     run(
         f"pytest tests/gpu -q -p no:cacheprovider -k '{chosen}'",
@@ -110,7 +113,10 @@ def test_the_gpu_tests_own_code_runs(tmp_path):
 
 
 def test_make_gpu_without_a_gpu_says_so():
-    """One sentence and a failure, not a page of skipped tests that looks like success."""
+    """Without a GPU `make gpu` fails with one sentence.
+
+    A page of skipped tests would look like success.
+    """
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = subprocess.run(

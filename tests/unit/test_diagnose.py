@@ -1,4 +1,4 @@
-"""One-step errors apart by phase and by part of the answer."""
+"""study.diagnose: one-step errors by phase and by part of the answer."""
 
 import json
 import shlex
@@ -38,9 +38,10 @@ def policy(synthetic_demos, backbone, tmp_path):
 
 
 def test_a_known_error_is_found_in_its_own_part(synthetic_demos, policy, monkeypatch):
-    """An answer 6 px to the right at the true height has that bias, no error of height and one on
-    the table; 1 cm too high at the true pixel has none on the table. Before the gripper closes is
-    reach, after it carry."""
+    """An answer 6 px to the right at the true height shows that bias, no height error and an
+    error on the table. One 1 cm too high at the true pixel shows no error on the table.
+    Decisions before the gripper closes are reach, later ones carry.
+    """
     from camera import project, unproject
 
     demo = open_dataset(synthetic_demos).demos[1]
@@ -82,8 +83,10 @@ def test_a_known_error_is_found_in_its_own_part(synthetic_demos, policy, monkeyp
 
 
 def test_the_command_writes_table_and_picture(synthetic_demos, policy, tmp_path, capsys):
-    """Both phases of each checkpoint are in errors.json and errors.md, the picture is there; two
-    runs of one name are refused."""
+    """errors.json and errors.md hold both phases of each checkpoint, and the picture is there.
+
+    Two runs of one name are refused.
+    """
     path = tmp_path / "mine" / "checkpoint.safetensors"
     checkpoint.save_policy(
         path, policy, "para", {"args": {}, "backbone_asked": policy.config.backbone}

@@ -1,5 +1,6 @@
-"""DinoVolumeKV and DinoVolumeKVFull beyond the contract: the factored volume, both configurations,
-finetuning, deployment."""
+"""DinoVolumeKV and DinoVolumeKVFull beyond the contract: the factored volume, both
+configurations, finetuning and deployment.
+"""
 
 import dataclasses
 import io
@@ -97,8 +98,10 @@ def train_steps(policy, batch, steps, lr=3e-3, hold=0):
 
 
 def test_every_logit_is_query_times_key(setting):
-    """logits[t,z,y,x] = query(t,z) . key(y,x) / sqrt(dim): the fast convolution says what the
-    formula says, axes in order."""
+    """logits[t,z,y,x] = query(t,z) .
+
+    key(y,x) / sqrt(dim). The fast convolution computes this formula, with the axes in this order.
+    """
     policy = setting.policy(parent=True)
     features = torch.randn(2, SMALL["width"], 16, 16)
     with torch.no_grad():
@@ -114,8 +117,11 @@ def test_every_logit_is_query_times_key(setting):
 
 
 def test_the_default_volume_is_as_specified():
-    """Eight waypoints of 32 x 56 x 56 bins; v7 and the new head by flags, five layers and one
-    linear layer over 48 bins by default."""
+    """The volume is eight waypoints of 32 x 56 x 56 bins.
+
+    Flags choose between v7 and the new head; the default is five layers and one linear layer over
+    48 bins.
+    """
     config = DinoVolumeKVFullConfig()
     policy = DinoVolumeKVFull(config, [4])
     assert (config.n_window, *policy.volume_shape) == (8, 32, 56, 56)
@@ -134,7 +140,7 @@ def test_the_default_volume_is_as_specified():
 
 
 def test_sinusoids_tell_indices_apart():
-    """Every height bin and waypoint has a code of its own, and nearer ones are more alike."""
+    """Every height bin and waypoint has its own code, and near ones are more alike."""
     codes = sinusoid(torch.arange(56), 32)
     distance = torch.cdist(codes, codes)
     assert codes.shape == (56, 32) and (distance + 9 * torch.eye(56)).min() > 0.05
@@ -144,8 +150,7 @@ def test_sinusoids_tell_indices_apart():
 
 @pytest.mark.parametrize("kind", ["sin", "learned"])
 def test_the_flag_chooses_the_query_encoding(setting, kind):
-    """height_enc and time_enc choose their encoding each, and heights and times are not
-    interchangeable in the queries."""
+    """height_enc and time_enc each choose an encoding, and queries tell heights from times."""
     policy = setting.policy(parent=True, height_enc=kind, time_enc="sin")
     assert hasattr(policy.height_code, "table") == (kind == "learned")
     assert not hasattr(policy.time_code, "table")
@@ -160,8 +165,10 @@ def test_the_flag_chooses_the_query_encoding(setting, kind):
     "flags", [V7, NEW, {**NEW, "yx_embedding": True}], ids=["v7", "new", "new with yx"]
 )
 def test_both_volume_heads_learn_with_every_parameter(setting, flags):
-    """v7, the new head and its ablation each fit one batch, every parameter gets a gradient, and
-    rotation is decoded from it."""
+    """v7, the new head and its ablation each fit one batch.
+
+    Every parameter gets a gradient, and rotations decode.
+    """
     policy = setting.policy(**flags)
     batch = setting.batch(policy)
     policy.train()(batch)["loss"].backward()
@@ -181,8 +188,10 @@ def test_both_volume_heads_learn_with_every_parameter(setting, flags):
 
 @pytest.mark.parametrize("flags", [V7, NEW], ids=["v7", "new"])
 def test_rotation_targets_peak_at_the_bin(setting, flags):
-    """Soft rotation labels peak at the true bin and give its neighbours a share, 0 is one-hot; the
-    loss is zero for the label itself and its gradient that of the cross-entropy."""
+    """Soft rotation labels peak at the true bin and give its neighbours a share; sigma 0 is
+    one-hot. The loss is zero for the label itself, and its gradient is that of the
+    cross-entropy.
+    """
     policy, hard = (setting.policy(**flags, rotation_sigma=sigma) for sigma in (1.5, 0.0))
     rotation = setting.batch(policy)["target_rot"].flatten(0, 1)
     soft, bins = policy.rotation_targets(rotation), policy.rotation_bins(rotation)
@@ -205,8 +214,9 @@ def test_rotation_targets_peak_at_the_bin(setting, flags):
 
 
 def test_tokens_read_the_keypoint_they_are_told(setting):
-    """Teacher forcing: the rotation logits of a waypoint change with its keypoint's cell and its
-    height, in use as in training."""
+    """Teacher forcing: a waypoint's rotation logits change with the cell and the height of its
+    keypoint, in use as in training.
+    """
     policy = setting.policy(**NEW).eval()
     features, kp = (
         torch.randn(1, 16, 16, 16),
@@ -220,8 +230,10 @@ def test_tokens_read_the_keypoint_they_are_told(setting):
 
 
 def test_cells_matter_only_with_the_flag(setting):
-    """Without y and x embeddings the same feature at another cell gives the same answer; with them
-    it does not."""
+    """Without y and x embeddings the same feature at another cell gives the same answer.
+
+    With them it does not.
+    """
     for flag in (False, True):
         policy = setting.policy(**NEW, yx_embedding=flag).eval()
         features, kp = torch.ones(1, 16, 16, 16), torch.tensor([[[1, 2, 3]] * 4])
@@ -233,8 +245,9 @@ def test_cells_matter_only_with_the_flag(setting):
 
 
 def test_masked_tokens_are_seen_by_nobody(setting):
-    """A waypoint beyond a push does not reach the others' gripper and rotation through the
-    attention."""
+    """A masked waypoint, beyond a push, does not reach the gripper and rotation of others
+    through the attention.
+    """
     policy = setting.policy(**NEW).eval()
     features, kp = torch.randn(1, 16, 16, 16), torch.randint(0, 8, (1, 4, 3))
     other = kp.clone()
@@ -248,7 +261,7 @@ def test_masked_tokens_are_seen_by_nobody(setting):
 
 
 def test_the_basis_travels_as_a_buffer(setting):
-    """Either space's basis survives packing, and bins made by the policy are those of rot_utils."""
+    """A basis of either space survives packing, and the policy's bins are those of rot_utils."""
     policy = setting.policy(**NEW)
     basis = setting.dataset(policy.config).basis
     for key in ("mean", "axis", "ev_ratio"):
@@ -266,8 +279,10 @@ def test_the_basis_travels_as_a_buffer(setting):
 
 
 def test_a_policy_for_one_axis_needs_a_basis(setting, synthetic_episodes, tmp_path):
-    """Without the basis the one-axis configuration stops at once and says how to compute it; v7
-    does not ask."""
+    """Without a basis the one-axis configuration stops at once and says how to compute it.
+
+    v7 needs none.
+    """
     config = DinoVolumeKVFullConfig(**{**SMALL, **NEW, "basis": str(tmp_path / "absent.npz")})
     with pytest.raises(UserError, match="precompute_rotation_pca.py"):
         setting.dataset(config)
@@ -286,9 +301,10 @@ def v7_file(setting, tmp_path):
 
 
 def test_the_volume_head_loads_unchanged(setting, v7_file, capsys):
-    """v7 into the new head: every volume tensor and the height range are the checkpoint's to the
-    bit, so are the volume logits; what does not fit is named; what describes rotations stays the
-    new data's."""
+    """v7 into the new head: every volume tensor, the height range and the volume logits equal
+    the checkpoint's to the bit. What does not fit is named. What describes rotations comes from
+    the new data.
+    """
     path, old = v7_file
     policy = setting.policy(1, **NEW)
     own_basis = policy.rotation_basis.clone()
@@ -317,8 +333,9 @@ def test_the_volume_head_loads_unchanged(setting, v7_file, capsys):
 
 
 def test_the_freeze_really_freezes(setting, v7_file):
-    """While held, the volume stays to the bit, weight decay included, and the heads learn;
-    afterwards it moves again."""
+    """During the freeze the volume stays equal to the bit, weight decay included, and the heads
+    learn. Afterwards the volume moves again.
+    """
     policy = setting.policy(1, **NEW)
     finetune.init_from(policy, v7_file[0])
     batch = setting.batch(policy)
@@ -339,8 +356,10 @@ def test_the_freeze_really_freezes(setting, v7_file):
     "changes, word", [({"grid": 8}, "--grid 16"), ({"n_height_bins": 4}, "--n_height_bins 8")]
 )
 def test_another_volume_is_refused(setting, v7_file, changes, word):
-    """Sinusoidal queries fit by shape for any grid: a volume that would mean something else is
-    refused all the same."""
+    """Sinusoidal queries have shapes that fit any grid.
+
+    A volume of another grid is refused all the same.
+    """
     with pytest.raises(UserError, match=word):
         finetune.init_from(setting.policy(**{**NEW, **changes}), v7_file[0])
 
@@ -367,8 +386,10 @@ def test_unrelated_and_damaged_checkpoints_are_refused(setting, v7_file, tmp_pat
 
 
 def test_a_creeping_volume_loss_is_reported():
-    """Held-out loss after the freeze against the loss at its end: a rise is called a creep, a fall
-    is not, too early says nothing."""
+    """The held-out volume loss after the freeze is compared with that at its end.
+
+    A rise is reported as a creep, a fall is not, and too early there is no report.
+    """
     row = lambda step, value: {"step": step, "val/volume_ce": value}
     assert finetune.volume_creep([row(100, 5.0), {"step": 500, "train/loss": 1.0}], 500) is None
     sentence, creeps = finetune.volume_creep([row(500, 5.0), row(600, 4.5), row(700, 5.3)], 500)
@@ -392,8 +413,10 @@ def deploy(*flags):
 
 
 def test_stats_are_read_with_numpy_alone(deployed):
-    """<ckpt>_stats.json holds bins, ranges and basis; rot_utils decodes the policy's rotation bins
-    from it as the policy does."""
+    """<ckpt>_stats.json holds bins, ranges and basis.
+
+    From it rot_utils decodes rotation bins as the policy does.
+    """
     path, policy = deployed
     stats = load_stats(checkpoint.stats_path(path))
     assert stats["n_window"] == 4
@@ -410,8 +433,11 @@ def test_stats_are_read_with_numpy_alone(deployed):
 
 @pytest.mark.parametrize("true", [0.0, 0.4, 3.3, 20.0, 46.7, 47.0])
 def test_rotations_are_decoded_between_bins(true):
-    """A Gaussian's own centre comes back, in the middle closer than the bin's centre, which may be
-    half a bin off; near an end never farther."""
+    """The centre of a Gaussian comes back.
+
+    In the middle it is closer than the bin's centre, which may be half a bin off; near an end it is
+    never farther.
+    """
     logits = -0.5 * ((torch.arange(48) - true) / 2.0) ** 2
     assert abs(symmetric_soft_argmax(logits, 4).item() - true) < 0.45
     assert abs(symmetric_soft_argmax(logits, 0).item() - true) <= 0.5
@@ -430,7 +456,7 @@ def test_rotations_are_decoded_between_bins(true):
     ],
 )
 def test_damaged_stats_are_refused(content, tmp_path):
-    """Half a file, another file, no file: one sentence each."""
+    """Half a file, another file and a missing file each give one sentence."""
     path = tmp_path / "checkpoint_stats.json"
     if content is not None:
         path.write_text(content)
@@ -439,8 +465,9 @@ def test_damaged_stats_are_refused(content, tmp_path):
 
 
 def test_an_episode_becomes_json_lines(deployed, synthetic_episodes, capsys):
-    """Folder in, one line a frame out: the policy's own trajectory, rotation as Euler angles,
-    commands; latency on standard error."""
+    """From a folder comes one line a frame: the policy's trajectory, rotations as Euler angles,
+    commands. Latency goes to standard error.
+    """
     path, policy = deployed
     deploy("--ckpt", path, "--source", synthetic_episodes / "episode_00001", "--limit", 3)
     captured = capsys.readouterr()
@@ -474,8 +501,10 @@ def test_an_episode_becomes_json_lines(deployed, synthetic_episodes, capsys):
 
 
 def test_standard_input_gives_the_same_answers(deployed, synthetic_episodes, capsys, monkeypatch):
-    """The live path answers like the recorded one; the camera is given once, images by path or by
-    their bytes."""
+    """Live input gives the answers of recorded input.
+
+    The camera is given once, images by path or by their bytes.
+    """
     import base64
 
     path, _ = deployed
@@ -512,7 +541,9 @@ def test_standard_input_gives_the_same_answers(deployed, synthetic_episodes, cap
 def test_a_bad_line_stops_with_its_number(
     deployed, synthetic_episodes, line, word, capsys, monkeypatch
 ):
-    """A robot must not move on a half-read line: it is named, and nothing is answered for it."""
+    """A bad line is named with its number and gets no answer: a robot must not move on a
+    half-read line.
+    """
     folder = synthetic_episodes / "episode_00000"
     image = next((folder / "frames").iterdir())
     monkeypatch.setattr("sys.stdin", io.StringIO(line.replace("IMAGE", str(image)) + "\n"))

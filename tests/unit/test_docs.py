@@ -29,7 +29,7 @@ def tracked(pattern):
 
 
 def test_the_readme_fits_on_three_screens():
-    """What is longer belongs into docs/."""
+    """At most 230 lines and 14 kB: longer explanations belong in docs/."""
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 230 and len(text.encode()) <= 14_000
 
@@ -53,7 +53,7 @@ EXAMPLES = {"model_mine.py", "model_linear.py"}  # a reader's own files
 
 @pytest.mark.parametrize("page", NOW, ids=lambda p: p.name)
 def test_pages_name_files_and_modules_that_are_there(page):
-    """A moved script is asked for in prose and code blocks too, not by links alone."""
+    """Files and modules named in prose and code blocks exist, not only those that are linked."""
     text = page.read_text()
     files = set(re.findall(r"(?<![\w/.-])(\w[\w/.-]*\.(?:py|sh))\b", text)) - EXAMPLES
     modules = re.findall(r"(?:python -m |`)((?:study|figures|sim|harness|nets|formats)\.\w+)", text)
@@ -64,7 +64,7 @@ def test_pages_name_files_and_modules_that_are_there(page):
 
 @pytest.mark.parametrize("page", NOW, ids=lambda p: p.name)
 def test_pages_name_flags_that_are_taken(page):
-    """A renamed flag is typed as the page has it, and refused."""
+    """Flags on the pages exist: a user types them as the page has them."""
     parsers = test_flags.parsers().values()
     taken = {option for parser in parsers for option in parser._option_string_actions}
     taken |= {"--nproc_per_node"}  # torchrun's
@@ -73,15 +73,16 @@ def test_pages_name_flags_that_are_taken(page):
 
 
 def test_every_page_is_in_the_sites_menu():
-    """A page that nobody links to is not found."""
+    """Every page of docs/ is in the site's menu, where readers find it."""
     menu = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name in menu, page
 
 
 def test_readmes_success_rates_are_those_of_the_table():
-    """The README's small table says what results/matrix/table.json says, rounded to whole
-    percents."""
+    """The README's small table has the numbers of results/matrix/table.json, rounded to whole
+    percents.
+    """
     names = {
         "PARA": "para",
         "ACT": "act",
@@ -109,7 +110,7 @@ def test_readmes_success_rates_are_those_of_the_table():
 
 
 def test_policies_table_names_every_policy_and_its_file():
-    """Each --model_type stands in the README with a file that exists."""
+    """The README names each --model_type with a file that exists."""
     from registry import REGISTRY
 
     rows = dict(re.findall(r"(?m)^\| `(\w+)` \| \[(\w+\.py)\]", (ROOT / "README.md").read_text()))
@@ -119,7 +120,9 @@ def test_policies_table_names_every_policy_and_its_file():
 
 
 def test_a_clone_stays_light():
-    """Pictures are small, and checkpoints lie in checkpoints/ alone: a clone is for reading too."""
+    """Pictures are small, and checkpoints lie in checkpoints/ alone, as people also clone to
+    read.
+    """
     for path in tracked("results/*"):
         if path.suffix in (".png", ".jpg", ".webp"):
             assert path.stat().st_size <= (
@@ -129,7 +132,9 @@ def test_a_clone_stays_light():
 
 
 def test_contact_sheet_of_noise_stays_small(tmp_path):
-    """Fourteen episodes of frames that hardly compress give a sheet that can be committed."""
+    """A sheet of fourteen episodes of noise, which hardly compresses, is still small enough for
+    git.
+    """
     from figures import plots
 
     rng = np.random.default_rng(0)
@@ -147,7 +152,7 @@ def test_contact_sheet_of_noise_stays_small(tmp_path):
 
 
 def test_every_root_file_is_in_the_readmes_map():
-    """A module that the map leaves out is not found by a newcomer."""
+    """The README's map names every file of the root, so that newcomers find it."""
     text = (ROOT / "README.md").read_text()
     patterns = re.findall(r"`([\w*]+\.py)`", text)
     for path in ROOT.glob("*.py"):

@@ -1,4 +1,6 @@
-"""docs/extending.md, followed: its policy is put into a copy of the repository and trained."""
+"""docs/extending.md works as written: its policy is put into a copy of the repository and
+trained.
+"""
 
 import re
 import shlex
@@ -65,7 +67,10 @@ def checkout(tmp_path):
 
 
 def test_a_policy_written_by_the_page_passes_the_contract_and_trains(checkout, synthetic_demos):
-    """A page that no longer says what a policy has to have sends everybody astray."""
+    """The page's policy passes the contract and trains.
+
+    A page that leaves out what a policy needs would mislead everybody.
+    """
     commands = [shlex.split(line)[1:] for line in block("bash", "your policy").splitlines()]
     assert [words[-1] for words in commands] == ["linear", "linear"]
     for words in commands:

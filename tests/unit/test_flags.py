@@ -1,5 +1,6 @@
-"""Command lines: absurd values are refused in one sentence when they are typed, by every script and
-every policy's config."""
+"""Command lines: every script and every policy's config refuses absurd values in one sentence
+as soon as they are typed.
+"""
 
 import argparse
 import dataclasses
@@ -85,8 +86,11 @@ def parsers():
 
 @pytest.mark.parametrize("model_type, flag, value", TRAINING)
 def test_training_refuses_an_absurd_value(model_type, flag, value):
-    """Minutes of collecting and caching would pass before a traceback, or a run without a gradient
-    to its end."""
+    """The value is refused at once.
+
+    Otherwise minutes of collecting and caching would pass before a traceback, or a run would go on
+    to its end without a gradient.
+    """
     with pytest.raises(UserError) as error:
         train.parse_args(["--model_type", model_type, flag, value])
     message = str(error.value)
@@ -124,7 +128,9 @@ def test_training_refuses_an_absurd_value(model_type, flag, value):
     ],
 )
 def test_a_script_refuses_an_absurd_value(script, words):
-    """`--recycle 0` made workers for ever, `--workers 0` wrote a summary with n = 0."""
+    """Otherwise `--recycle 0` would start workers for ever, and `--workers 0` would write a
+    summary with n = 0.
+    """
     flag, value = words.split()
     with pytest.raises(UserError) as error:
         parser_of(script).parse_args([flag, value])
@@ -132,7 +138,7 @@ def test_a_script_refuses_an_absurd_value(script, words):
 
 
 def test_every_number_of_every_parser_has_a_range():
-    """A flag that is added with a bare int or float takes NaN and minus one again."""
+    """No flag has a bare int or float as its type: these would take NaN and minus one."""
     for name, parser in parsers().items():
         for action in parser._actions:
             assert action.type not in (int, float), (
@@ -151,7 +157,7 @@ def test_every_number_of_every_parser_has_a_range():
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_help_is_read_in_a_minute(name, monkeypatch):
-    """Two hundred lines hide the ten flags that a user needs first."""
+    """--help shows the flags that users need first. Two hundred lines would hide them."""
     monkeypatch.setenv("COLUMNS", "80")
     parser = train.build_parser(look_up(name).config)
     lines = parser.format_help().splitlines()
@@ -160,7 +166,7 @@ def test_help_is_read_in_a_minute(name, monkeypatch):
 
 
 def test_help_all_shows_every_flag(monkeypatch, capsys):
-    """A flag that neither text names is found by reading the code alone."""
+    """--help_all names every flag. Otherwise only readers of the code would find some."""
     with pytest.raises(SystemExit) as left:
         train.parse_args(["--model_type", "act", "--help_all"])
     text = capsys.readouterr().out
@@ -172,7 +178,10 @@ def test_help_all_shows_every_flag(monkeypatch, capsys):
 
 
 def test_presets_lie_in_their_ranges():
-    """What --preset sets is not parsed, so nothing else would refuse it."""
+    """Values of presets lie in their flags' ranges.
+
+    They are not parsed, so nothing else would refuse them.
+    """
     for name in REGISTRY:
         parser = train.build_parser(look_up(name).config)
         kinds = {action.dest: action.type for action in parser._actions}
@@ -195,14 +204,14 @@ def test_presets_lie_in_their_ranges():
     ],
 )
 def test_a_config_is_held_to_its_declaration(change):
-    """A config does not come from flags alone: a checkpoint's header is one too."""
+    """Configs are checked too, as they also come from a checkpoint's header."""
     config = dataclasses.replace(look_up("para").config(), **change)
     with pytest.raises(UserError, match=f"--{next(iter(change))}"):
         flags.check_fields(config)
 
 
 def test_a_range_says_itself():
-    """The sentence names what is allowed, bounds included."""
+    """The sentence names the allowed range with its bounds."""
     assert str(flags.count) == "a whole number of at least 1"
     assert str(flags.fraction) == "a finite number above 0 and below 1"
     assert str(flags.pixels) == "a whole number of at least 16 and of at most 4096"
@@ -213,8 +222,9 @@ def test_a_range_says_itself():
     [("train", "--out"), ("train", "--cache"), ("eval", "--out"), ("run_matrix", "--out")],
 )
 def test_a_file_is_no_folder_to_write(script, flag, tmp_path):
-    """`--out FILE` was found out after training, or after the workers had started; so was `--out
-    .`."""
+    """`--out FILE` and `--out .` are refused at once, not after training or after the workers
+    have started.
+    """
     (tmp_path / "file").touch()
     for value in (str(tmp_path / "file"), str(tmp_path / "file" / "below"), "."):
         with pytest.raises(UserError, match=flag):
@@ -223,7 +233,7 @@ def test_a_file_is_no_folder_to_write(script, flag, tmp_path):
 
 @pytest.mark.parametrize("script", ["figures.report", "precompute_rotation_pca"])
 def test_a_folder_is_no_file_to_write(script, tmp_path):
-    """`--out .` was a traceback of pathlib."""
+    """`--out .` for a file is refused in one sentence."""
     given = {"figures.report": ["--evals", "x"], "precompute_rotation_pca": ["--dataset", "x"]}[
         script
     ]

@@ -1,7 +1,6 @@
 """Every reader with damaged inputs: each ends in success or in one UserError, and success never
-gives other numbers in silence.
-
-Seeded; FUZZ=3000 FUZZ_SEED=7 in the environment asks for more and other inputs.
+gives other numbers silently. Damages are seeded; FUZZ=3000 FUZZ_SEED=7 in the environment asks
+for more and other ones.
 """
 
 import io
@@ -33,7 +32,9 @@ SIZE = 16
 
 
 class FrozenFeatures(torch.nn.Module):
-    """What a policy asks of a backbone, without a network: four pixels' mean as the one map."""
+    """A backbone without a network, with as much as a policy asks for: its one map is the mean
+    of four pixels.
+    """
 
     channels, grids, identity, name, device = (
         [3],
@@ -280,7 +281,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """Every kind of input as it should be, and what a reader makes of it."""
+    """Every kind of input undamaged, and what a reader makes of it."""
     torch.set_num_threads(1)
     folder, found = tmp_path_factory.mktemp("sound"), {}
     for kind, (write, read, _, _) in KINDS.items():
@@ -338,8 +339,10 @@ def attempt(kind, number, sound, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_input_ends_in_success_or_one_sentence(kind, sound, tmp_path, capsys):
-    """Another exception is a traceback for the user; other numbers in silence train a policy on
-    what nobody recorded."""
+    """Any other exception would be a traceback for the user.
+
+    Other numbers without an error would train a policy on what nobody recorded.
+    """
     place = list(KINDS).index(kind)
     numbers = range(place, N, len(KINDS))
     wrong = [

@@ -1,4 +1,4 @@
-"""Cameras, grids, rotations and the reported numbers: the arithmetic that every result rests on."""
+"""Cameras, grids, rotations and the reported numbers: the arithmetic under every result."""
 
 import numpy as np
 import pytest
@@ -33,8 +33,10 @@ UNIT, QUAT = unit(3), unit(4)
 
 @given(POINT, EYE, st.floats(30, 75))
 def test_unprojecting_a_pixel_gives_the_point_back(point, eye, fovy):
-    """A point comes back from its pixel and height: labels are made one way and decoded the
-    other."""
+    """A point comes back from its pixel and height.
+
+    Labels are made in one direction and decoded in the other.
+    """
     K, E = camera.intrinsics(fovy, SIZE), look_at(eye, [0, 0, 1.0])
     u, v, depth = camera.project(point, K, E)
     assert depth > 0
@@ -43,8 +45,7 @@ def test_unprojecting_a_pixel_gives_the_point_back(point, eye, fovy):
 
 @given(st.floats(0, SIZE), st.floats(0, SIZE), st.floats(LOW, HIGH), EYE)
 def test_projecting_a_point_gives_the_pixel_back(u, v, height, eye):
-    """A pixel comes back from its point, and the point has the height asked for, wherever the ray
-    goes down."""
+    """A pixel comes back from its point, which has the given height, wherever the ray descends."""
     K, E = camera.intrinsics(45, SIZE), look_at(eye, [0, 0, 1.0])
     ray = E[:3, :3] @ [(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], 1.0]
     point = camera.unproject(u, v, np.float64(height), K, E)
@@ -55,8 +56,10 @@ def test_projecting_a_point_gives_the_pixel_back(u, v, height, eye):
 
 
 def test_points_project_where_a_hand_computation_says():
-    """The optical axis hits the image's centre; right is +u, down is +v; the field of view ends at
-    the border."""
+    """The optical axis hits the image's centre.
+
+    Right is +u, down is +v, and the field of view ends at the border.
+    """
     K, E = camera.intrinsics(90, 100), np.eye(4)
     np.testing.assert_allclose(camera.project(np.array([0, 0, 2.0]), K, E), (50, 50, 2))
     np.testing.assert_allclose(camera.project(np.array([2.0, 0, 2.0]), K, E), (100, 50, 2))
@@ -65,7 +68,10 @@ def test_points_project_where_a_hand_computation_says():
 
 
 def test_mujocos_camera_axes_become_opencvs():
-    """MuJoCo's camera looks along its -z with y up, ours along +z with y down."""
+    """MuJoCo's camera looks along its -z with y up.
+
+    OpenCV's, which is used here, looks along +z with y down.
+    """
     E = camera.extrinsics_from_mujoco([1.0, 2, 3], np.eye(3))
     np.testing.assert_array_equal(E, [[1, 0, 0, 1], [0, -1, 0, 2], [0, 0, -1, 3], [0, 0, 0, 1]])
     ahead_and_up = np.array([1.0, 2.5, 2.0])  # one metre ahead of it, half a metre above its axis
@@ -96,7 +102,7 @@ def test_heights_and_bins_are_inverse(height, n_bins, low, span):
 
 @given(st.lists(POINT, min_size=1, max_size=5), EYE)
 def test_numpy_and_torch_agree(points, eye):
-    """The labels (NumPy) and the policy (torch) use one geometry."""
+    """Labels (NumPy) and policies (torch) use the same geometry."""
     points = np.stack(points)
     K, E = camera.intrinsics(45, SIZE), look_at(eye, [0, 0, 1.0])
     tensors = torch.from_numpy(points), torch.from_numpy(K), torch.from_numpy(E)
@@ -114,8 +120,7 @@ def test_numpy_and_torch_agree(points, eye):
 
 @given(POINT)
 def test_quantise_error_is_bounded(point):
-    """The oracle that a perfect classifier reaches is off by at most half a cell and half a bin,
-    not more."""
+    """The answer of a perfect classifier is off by at most half a cell and half a bin."""
     K, E = agentview(SIZE)
     snapped = camera.quantise(point, K, E, GRID, SIZE, LOW, HIGH, BINS)
     assert abs(snapped[2] - point[2]) <= (HIGH - LOW) / BINS / 2 + 1e-9
@@ -129,8 +134,10 @@ def test_quantise_error_is_bounded(point):
 
 @given(st.floats(0, SIZE), st.floats(200, SIZE), st.floats(LOW, HIGH), st.floats(LOW, HIGH))
 def test_ray_is_affine_in_height(u, v, low, high):
-    """Along one pixel's ray the point is affine in its height: the mean height is the mean
-    point."""
+    """Along the ray of one pixel the point is affine in its height.
+
+    So the mean height gives the mean point.
+    """
     K, E = agentview(SIZE)
     at = lambda h: camera.unproject(u, v, np.float64(h), K, E)
     np.testing.assert_allclose(at((low + high) / 2), (at(low) + at(high)) / 2, atol=1e-9)
@@ -144,7 +151,7 @@ def test_ray_is_affine_in_height(u, v, low, high):
 
 @given(QUAT)
 def test_quaternions_give_the_rotation_back(quat):
-    """Quaternion -> matrix -> quaternion, up to the sign that both stand for."""
+    """Quaternion -> matrix -> quaternion comes back up to its sign: both signs are one rotation."""
     matrix = rot_utils.quat_to_matrix(quat)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(matrix) == pytest.approx(1)
@@ -158,8 +165,9 @@ AWKWARD = st.sampled_from([0.0, 1e-12, 1e-8, 1e-4, np.pi - 1e-4, np.pi - 1e-8, n
 
 @given(UNIT, st.one_of(st.floats(0, np.pi), AWKWARD))
 def test_rotation_vectors_give_the_rotation_back(axis, angle):
-    """Axis-angle survives the trip at every angle, also near 0 and near pi (a gripper that points
-    down)."""
+    """Axis and angle come back at every angle, also near 0 and near pi (a gripper that points
+    down).
+    """
     matrix = rot_utils.rotvec_to_matrix(axis * angle)
     back = rot_utils.matrix_to_rotvec(matrix)
     np.testing.assert_allclose(rot_utils.rotvec_to_matrix(back), matrix, atol=1e-9)
@@ -169,7 +177,7 @@ def test_rotation_vectors_give_the_rotation_back(axis, angle):
 
 
 def test_rotations_follow_the_documented_conventions():
-    """A quarter turn about z takes x to y in each notation: none of them is transposed."""
+    """A quarter turn about z takes x to y in every notation, so none is transposed."""
     quarter = np.array([[0, -1.0, 0], [1, 0, 0], [0, 0, 1]])
     half = np.sqrt(0.5)
     np.testing.assert_allclose(rot_utils.rotvec_to_matrix([0, 0, np.pi / 2]), quarter, atol=1e-12)
@@ -181,8 +189,9 @@ def test_rotations_follow_the_documented_conventions():
 
 @given(st.floats(-np.pi, np.pi), st.floats(-1.5, 1.5), st.floats(-np.pi, np.pi))
 def test_euler_angles_give_the_rotation_back(roll, pitch, yaw):
-    """Euler -> matrix -> Euler up to whole turns, away from pitch +-90 degrees where it has no
-    answer."""
+    """Euler -> matrix -> Euler comes back up to whole turns, away from pitch +-90 degrees,
+    where it is not unique.
+    """
     euler = np.array([roll, pitch, yaw])
     back = rot_utils.matrix_to_euler(rot_utils.euler_to_matrix(euler))
     assert np.abs(rot_utils.wrap_angle(back - euler)).max() < 1e-8
@@ -194,7 +203,7 @@ def test_euler_angles_give_the_rotation_back(roll, pitch, yaw):
     )
 )
 def test_batched_rotations_equal_single_ones(quats):
-    """The batch forms give each row's own result."""
+    """The batch functions give each row the result that it has alone."""
     quats = quats / np.linalg.norm(quats, axis=1, keepdims=True)
     matrices = rot_utils.quat_to_matrix(quats)
     euler = rot_utils.matrix_to_euler(matrices)
@@ -211,7 +220,7 @@ def test_batched_rotations_equal_single_ones(quats):
 
 @given(ANGLE, st.floats(-np.pi, np.pi))
 def test_angles_wrap_into_half_a_turn_about_the_centre(angle, centre):
-    """A wrapped angle is the same direction, within half a turn of the centre."""
+    """A wrapped angle is the same direction and lies within half a turn of the centre."""
     wrapped = rot_utils.wrap_angle(angle, centre)
     assert centre - np.pi - 1e-9 <= wrapped <= centre + np.pi + 1e-9
     assert np.abs(np.exp(1j * wrapped) - np.exp(1j * angle)) < 1e-9
@@ -247,14 +256,16 @@ def test_the_angle_between_rotations_is_how_far_one_was_turned(quat, axis, angle
     ],
 )
 def test_wilson_intervals_are_those_of_the_literature(wins, n, low, high):
-    """The interval beside every success rate has the published values, also at 0% and 100%."""
+    """The interval of success rates has the published values, also at 0% and 100%."""
     np.testing.assert_allclose(metrics.wilson(wins, n), (low, high), atol=5e-5)
 
 
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_a_wilson_interval_holds_its_rate(case):
-    """The interval lies in [0, 1], holds the observed rate and mirrors when wins and losses
-    swap."""
+    """The interval lies in [0, 1] and holds the observed rate.
+
+    It mirrors when wins and losses swap.
+    """
     wins, n = case
     low, high = metrics.wilson(wins, n)
     assert 0 <= low <= wins / n + 1e-12 and wins / n - 1e-12 <= high <= 1
@@ -263,8 +274,9 @@ def test_a_wilson_interval_holds_its_rate(case):
 
 
 def test_jerk_is_the_mean_second_difference():
-    """A straight line at constant speed has none, t^2 has its second difference 2, a short path has
-    none."""
+    """It is 0 on a straight line at constant speed, 2 on t^2, and 0 for a path that is too
+    short.
+    """
     t = np.arange(10.0)
     assert metrics.jerk(np.outer(t, [1.0, -2.0, 0.5])) == pytest.approx(0, abs=1e-12)
     assert metrics.jerk(np.stack([t**2, 0 * t, 3 * t], -1)) == pytest.approx(2)
@@ -273,8 +285,10 @@ def test_jerk_is_the_mean_second_difference():
 
 
 def test_the_third_difference_is_told_apart():
-    """t^2 has a second difference and no third one, t^3 has its third difference 6: "jerk" of old
-    is an acceleration."""
+    """t^2 has a second difference and no third one; t^3 has a third difference of 6.
+
+    What is called jerk in the tables is the second, an acceleration.
+    """
     t = np.arange(10.0)
     assert metrics.jerk(np.stack([t**2, 0 * t], -1), 3) == pytest.approx(0, abs=1e-9)
     assert metrics.jerk(np.stack([t**3, 0 * t], -1), 3) == pytest.approx(6)
@@ -282,8 +296,10 @@ def test_the_third_difference_is_told_apart():
 
 
 def test_a_path_that_wanders_off_is_told_from_one_that_does_not():
-    """A path that follows the truth and then wanders off covers it whole; how much of it is near
-    the truth, and how long it is, tell."""
+    """A path that follows the truth and then wanders off covers it whole.
+
+    The share of it near the truth and its length tell the difference.
+    """
     truth = np.stack([np.arange(11.0), np.zeros(11)], -1)
     wandering = np.concatenate([truth, np.stack([np.full(40, 10.0), np.arange(1.0, 41)], -1)])
     assert metrics.coverage(truth, wandering, 1.0) == 1.0
@@ -292,15 +308,18 @@ def test_a_path_that_wanders_off_is_told_from_one_that_does_not():
 
 
 def test_holm_adjusts_as_the_literature_says():
-    """The values of R's p.adjust: each p times what is left to test, never less than a smaller
-    one's, at most 1."""
+    """The values are those of R's p.adjust: each p times the number of tests left, at least the
+    adjusted smaller p, at most 1.
+    """
     np.testing.assert_allclose(metrics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     assert metrics.holm([0.6, 0.9]) == [1.0, 1.0] and metrics.holm([]) == []
 
 
 def test_an_interval_over_seeds_knows_that_seeds_differ():
-    """Two trainings at 20% and 80% are no 50 +- 7%: the interval reaches both. Alike ones are as
-    good as their episodes; one is Wilson's."""
+    """Two trainings at 20% and 80% are not 50 +- 7%: the interval reaches both.
+
+    Equal trainings have the interval of their episodes, and one training has Wilson's.
+    """
     outcome = lambda wins, n=100: {i: i < wins for i in range(n)}
     low, high = metrics.seeds_interval([outcome(20), outcome(80)])
     assert low < 0.25 and high > 0.75
@@ -311,8 +330,10 @@ def test_an_interval_over_seeds_knows_that_seeds_differ():
 
 
 def test_success_within_280_steps_is_told_from_success_at_the_end():
-    """Success by 280 steps is read off the step of the first success, a release off the end of its
-    episode in old rows."""
+    """Success by step 280 follows from the step of the first success.
+
+    In old rows a release is dated to the end of its episode.
+    """
     late = {"success": True, "first_success": 281, "released": True, "steps": 290}
     assert metrics.within(late, "success")
     assert not metrics.within(late, "success", 280)
@@ -323,8 +344,10 @@ def test_success_within_280_steps_is_told_from_success_at_the_end():
 
 
 def test_coverage_is_whole_on_the_path_and_less_where_a_corner_is_cut():
-    """A copied trajectory covers all; one that cuts the corner of an L loses the points about the
-    corner."""
+    """A copy of the path covers all of it.
+
+    One that cuts the corner of an L misses the points about the corner.
+    """
     corner = np.array([(x, 0.0) for x in range(11)] + [(10.0, y) for y in range(1, 11)])
     assert metrics.coverage(corner, corner, 0.0) == 1
     # the chord from (0,0) to (10,10) is k/sqrt(2) from the point (k,0): within 2 px for k = 0, 1, 2
@@ -335,8 +358,9 @@ def test_coverage_is_whole_on_the_path_and_less_where_a_corner_is_cut():
 
 
 def test_coverage_counts_the_segments_between_points():
-    """The prediction is a line, not its vertices: two ends of a straight stretch cover what lies
-    between."""
+    """The prediction is a line, not only its vertices: two ends of a straight stretch cover
+    what lies between.
+    """
     line = np.stack([np.linspace(0, 100, 50), np.full(50, 7.0)], -1)
     assert metrics.coverage(line, line[[0, -1]], 1e-6) == 1
     distances = metrics.distance_to_polyline([[50, 10.0], [-4, 4.0], [103, 11]], line[[0, -1]])

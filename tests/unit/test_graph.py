@@ -1,5 +1,6 @@
-"""The graph of commands, with real ones: order, resumption, failures, kills; on this machine and on
-a Ray cluster."""
+"""The graph of commands, run with real ones: order, resumption, failures and kills, on this
+machine and on a Ray cluster.
+"""
 
 import os
 import signal
@@ -22,8 +23,10 @@ def shell(line):
 
 
 def makes(folder, name, *deps, line="", **rest):
-    """A node that writes its name into the file `name`, after `line`; done once the file is
-    there."""
+    """A node that runs `line` and then writes its name into the file `name`.
+
+    It is done once the file is there.
+    """
     path = folder / name
     needed = "".join(f"test -f {d} || exit 9; " for d in deps)
     return Node(
@@ -45,7 +48,7 @@ def go(nodes, folder, jobs=1):
 
 
 def test_each_node_runs_once_after_what_it_needs(tmp_path):
-    """A diamond runs in order, once each; the same call again runs nothing."""
+    """A diamond of nodes runs in order, each once. The same call again runs nothing."""
     nodes = [
         makes(tmp_path, "d", "b", "c"),
         makes(tmp_path, "b", "a"),
@@ -63,8 +66,9 @@ def test_each_node_runs_once_after_what_it_needs(tmp_path):
 
 
 def test_nothing_starts_beside_what_it_needs(tmp_path):
-    """With places to spare a chain, in whatever order it is given, still runs one after the
-    other."""
+    """With free slots a chain still runs one node after the other, in whatever order it is
+    given.
+    """
     for name, turn in (("forwards", 1), ("backwards", -1)):
         folder = tmp_path / name
         folder.mkdir()
@@ -77,7 +81,10 @@ def test_nothing_starts_beside_what_it_needs(tmp_path):
 
 
 def test_what_is_done_is_asked_of_the_results(tmp_path):
-    """What the final results no longer need is not made again; what they need and lack is."""
+    """A node that the final results no longer need does not run.
+
+    One whose result is needed and missing does.
+    """
     nodes = [makes(tmp_path, "a"), makes(tmp_path, "b", "a"), makes(tmp_path, "c", "b")]
     go(nodes, tmp_path)
     (tmp_path / "a").unlink()
@@ -89,8 +96,10 @@ def test_what_is_done_is_asked_of_the_results(tmp_path):
 
 
 def test_a_node_without_results_runs_with_those_that_need_it(tmp_path):
-    """A step that only fills a cache runs before what is still to do, and not at all when nothing
-    is."""
+    """A step that only fills a cache runs before the nodes that need it.
+
+    If none of them has to run, it does not run either.
+    """
     made = tmp_path / "a"
     nodes = [
         Node("warm", shell("echo warm >> order")),
@@ -107,8 +116,10 @@ def test_a_node_without_results_runs_with_those_that_need_it(tmp_path):
 
 
 def test_a_failure_is_reported_and_the_rest_goes_on(tmp_path):
-    """The failed node is named with its log's last line, what needs it with its cause, and
-    everything else is done."""
+    """The failed node is reported with its log's last line, nodes that need it with that cause.
+
+    Everything else is done.
+    """
     nodes = [
         makes(tmp_path, "good"),
         makes(tmp_path, "bad", line="echo all went well; echo no space on the moon; exit 3"),
@@ -126,7 +137,7 @@ def test_a_failure_is_reported_and_the_rest_goes_on(tmp_path):
 
 
 def test_success_without_results_is_a_failure(tmp_path):
-    """Exit code 0 does not make a node done: its results are looked at."""
+    """Exit code 0 does not make a node done: its results are checked."""
     node = Node("empty", shell("echo done"), (), lambda: "49 of 50 episodes")
     assert "49 of 50 episodes: done" in go([node], tmp_path)["empty"]
 
@@ -140,8 +151,9 @@ def test_a_command_that_does_not_exist_fails_alone(tmp_path):
 
 
 def test_a_killed_command_is_tried_again_and_goes_on(tmp_path):
-    """A command ended by a signal, as by the out-of-memory killer, starts again, with the command
-    that resumes."""
+    """A command that a signal ended, as the out-of-memory killer does, starts again with the
+    command that resumes it.
+    """
     node = makes(
         tmp_path,
         "a",
@@ -155,7 +167,7 @@ def test_a_killed_command_is_tried_again_and_goes_on(tmp_path):
 
 
 def test_jobs_run_side_by_side(tmp_path):
-    """Two jobs at a time: each waits for a file that only the other one writes."""
+    """Two jobs run at a time: each waits for a file that only the other one writes."""
     wait = "for i in $(seq 200); do test -f {} && break; sleep 0.05; done; test -f {}"
     nodes = [
         makes(tmp_path, a, line=f"touch {a}.up; {wait.format(f'{b}.up', f'{b}.up')} || exit 5")
@@ -165,7 +177,7 @@ def test_jobs_run_side_by_side(tmp_path):
 
 
 def test_impossible_graphs_are_refused():
-    """A cycle, a name twice, or a need for what there is not is said before anything runs."""
+    """A cycle, a name used twice, or an unknown dependency is refused before anything runs."""
     with pytest.raises(CycleError):
         pending([Node("a", [], ("b",)), Node("b", [], ("a",))])
     with pytest.raises(ValueError, match="one name"):
@@ -175,7 +187,7 @@ def test_impossible_graphs_are_refused():
 
 
 def test_the_last_line_of_a_progress_bar(tmp_path):
-    """A bar is one line with carriage returns: what it shows last counts."""
+    """A bar is one line with carriage returns, of which the last text counts."""
     log = tmp_path / "log"
     log.write_bytes(b"start\n 10%|#   |\r 50%|##  |\r 90%|### |\n\n")
     assert last_line(log) == "90%|### |" and last_line(tmp_path / "absent") == ""
@@ -193,8 +205,9 @@ def gone(pid, seconds=10):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
 def test_commands_die_with_the_run(tmp_path):
-    """After a SIGKILL of the run its command is not left at work: the next run would meet it in the
-    same files."""
+    """After a SIGKILL of the run its command does not go on: the next run would meet it in the
+    same files.
+    """
     code = (
         "import sys; from study.graph import *; "
         "run_graph([Node('long', ['sh', '-c', 'echo $$ > pid; exec sleep 60'])], Local(), 'out')"
@@ -211,7 +224,7 @@ def test_commands_die_with_the_run(tmp_path):
 
 
 def test_a_run_that_is_ended_records_what_it_cut_off(tmp_path):
-    """SIGTERM lets a command save, and the time that it took has its row."""
+    """SIGTERM lets a command save, and nodes.jsonl gets a row with the time it took."""
     shell = 'trap "echo > saved; exit 0" TERM; echo > up; sleep 60 & wait'
     code = (
         "from study.graph import *; "
@@ -232,7 +245,7 @@ def test_a_run_that_is_ended_records_what_it_cut_off(tmp_path):
 
 
 def test_ray_missing_is_said(monkeypatch):
-    """--ray without the package names what installs it."""
+    """--ray without the package names the command that installs it."""
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="make setup"):
         Ray("auto")
@@ -240,7 +253,10 @@ def test_ray_missing_is_said(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A real Ray cluster of two machines (two raylets here) with one CPU each -> its address."""
+    """A real Ray cluster of two machines with one CPU each -> its address.
+
+    The machines are two raylets on this one.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
@@ -252,8 +268,10 @@ def cluster():
 
 
 def test_ray_runs_the_graph_and_survives_a_killed_worker(cluster, tmp_path):
-    """Two tasks run at once on two machines, order is kept, and a task whose worker is killed
-    starts again, its first command gone."""
+    """Two tasks run at once on two machines, and the order is kept.
+
+    A task whose worker is killed starts again, after its first command has ended.
+    """
     wait = "for i in $(seq 600); do test -f {0} && break; sleep 0.05; done; test -f {0} || exit 5"
     pair = [
         makes(tmp_path, a, line=f"touch {a}.up; " + wait.format(f"{b}.up")) for a, b in ("xy", "yx")
@@ -283,12 +301,12 @@ def test_ray_runs_the_graph_and_survives_a_killed_worker(cluster, tmp_path):
 
 
 def test_ray_refuses_what_no_machine_can_run(cluster, tmp_path):
-    """A step that asks for more than any machine has would wait for ever."""
+    """A step that asks for more than any machine has is refused: it would wait for ever."""
     with pytest.raises(UserError, match="64 CPUs"):
         run_graph([makes(tmp_path, "a", cpus=64)], Ray(cluster), "out", tmp_path)
 
 
 def test_ray_without_a_cluster_is_said():
-    """An address at which nothing answers is one sentence, at once."""
+    """An address at which nothing answers gives one sentence at once."""
     with pytest.raises(UserError, match="ray start"):
         Ray("127.0.0.1:1")

@@ -112,7 +112,7 @@ def family(name):
 
 
 def layer(name):
-    """The layer of a file; None for one that the table does not know."""
+    """The layer of a file; None for a file that the table does not list."""
     part = family(name) or name.partition(".")[0]
     return next((i for i, names in enumerate(LAYERS) if part in names), None)
 
@@ -137,7 +137,7 @@ SCRIPTS = {name for name, path in FILES.items() if '__name__ == "__main__"' in p
 
 
 def reachable(name):
-    """All files of the repository that importing `name` brings in."""
+    """All files of the repository that an import of `name` brings in."""
     seen, todo = set(), [name]
     while todo:
         new = LOCAL[todo.pop()] - seen
@@ -148,7 +148,7 @@ def reachable(name):
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_imports_point_downwards(name):
-    """A file imports from lower layers only, or from the file beside it that the table names."""
+    """A file imports only from lower layers, or from a file beside it that the table names."""
     assert layer(name) is not None, f"{name} is in no layer: add it to LAYERS"
     for other in LOCAL[name]:
         beside = (
@@ -162,13 +162,13 @@ def test_imports_point_downwards(name):
 
 
 def test_imports_have_no_cycle():
-    """No file imports itself through others."""
+    """No file imports itself, directly or through others."""
     # raises CycleError where there is one
     assert set(TopologicalSorter(LOCAL).static_order()) == NAMES
 
 
 def test_models_never_import_data():
-    """A model runs on a robot without demonstrations: nothing that it imports reads them."""
+    """A model runs on a robot without demonstrations, so nothing that it imports reads them."""
     for name in filter(lambda n: family(n) == "model", NAMES):
         assert not {n for n in reachable(name) if family(n) == "data" or n.startswith("formats")}, (
             name
@@ -176,13 +176,13 @@ def test_models_never_import_data():
 
 
 def test_nothing_imports_a_script():
-    """Scripts are entered, not imported."""
+    """Scripts are run and never imported."""
     assert LAYERS[-1] <= SCRIPTS
     assert not {(name, other) for name, found in LOCAL.items() for other in found & SCRIPTS}
 
 
 def test_two_files_know_the_simulator():
-    """Only these two files import robosuite or LIBERO, so that they alone have to follow them."""
+    """Only these files import robosuite or LIBERO, so only they have to follow changes there."""
     assert {
         name for name, found in IMPORTS.items() if {n.partition(".")[0] for n in found} & SIMULATOR
     } == {"sim.physics", "sim.simulator"}
@@ -199,8 +199,10 @@ def test_two_files_know_the_simulator():
     ],
 )
 def test_light_imports_stay_light(names, absent):
-    """A fresh interpreter that imports these has not loaded those: a laptop or a spawned worker
-    starts in no time."""
+    """A fresh interpreter that imports these modules has not loaded those heavy ones.
+
+    So a laptop or a spawned worker starts quickly.
+    """
     code = (
         f"import sys\nimport {', '.join(names)}\nprint(*[m for m in {absent} if m in sys.modules])"
     )
@@ -212,37 +214,44 @@ def test_light_imports_stay_light(names, absent):
 
 @pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
 def test_a_file_is_read_in_one_go(path):
-    """A file can be read in one go: 600 lines at most."""
+    """A file has at most 600 lines, so that it can be read in one go."""
     assert len(path.read_text().splitlines()) <= 600
 
 
 def test_no_file_is_a_drawer_of_helpers():
-    """Every helper lives where it belongs by name."""
+    """No file is called utils, helpers, common or misc: every helper has a place by its subject."""
     assert not {"utils", "helpers", "common", "misc"} & {
         part for name in NAMES for part in name.split(".")
     }
 
 
 def test_the_root_is_read_in_a_minute():
-    """What users type, the policies and what all stand on; the rest lies in packages."""
+    """The root holds what users type, the policies, and what everything is built on.
+
+    The rest lies in packages.
+    """
     assert len(list(ROOT.glob("*.py"))) <= 24
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_says_what_it_holds(package):
-    """One sentence and no code: importing one file of a package imports that file alone."""
+    """A package's __init__ is one sentence and no code, so importing one of its files imports
+    only that file.
+    """
     body = ast.parse((ROOT / package / "__init__.py").read_text()).body
     assert len(body) == 1 and ast.get_docstring(ast.Module(body, [])).endswith(".")
 
 
 def lint(folder):
-    """import-linter over the packages in a folder."""
+    """Run import-linter over the packages in a folder."""
     program = Path(sys.executable).with_name("lint-imports")
     return subprocess.run([program, "--no-cache"], cwd=folder, capture_output=True, text=True)
 
 
 def test_the_import_contract_holds():
-    """`lint-imports` says the same, over chains of imports, with what pyproject.toml declares."""
+    """`lint-imports` agrees, also over chains of imports, with the layers that pyproject.toml
+    declares.
+    """
     done = lint(ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -257,7 +266,10 @@ def test_the_import_contract_holds():
     ],
 )
 def test_the_import_contract_sees_an_upward_import(file, line, tmp_path):
-    """A contract that names a package that is gone would hold for ever."""
+    """The contract fails for an upward import.
+
+    One that names only packages that are gone would never fail.
+    """
     for package in PACKAGES:
         shutil.copytree(
             ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")

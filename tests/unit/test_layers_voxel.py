@@ -1,4 +1,4 @@
-"""Attention to voxel tokens that are never built, against a twin that builds them all."""
+"""Attention to voxel tokens that are never built, compared with a twin that builds them all."""
 
 import math
 import os
@@ -32,7 +32,7 @@ def cameras(n, same):
 
 
 def geometry(K, E, dtype=torch.float64, heights=HEIGHTS, side=SIDE):
-    """(VoxelTable from the rays, xyz (B,Z,N,3) by unprojecting every voxel on its own)."""
+    """(VoxelTable from the rays, xyz (B,Z,N,3) with every voxel unprojected by itself)."""
     centre = camera.cell_to_pixel(torch.arange(side, dtype=torch.float64), side, 64)
     v, u = (x.flatten() for x in torch.meshgrid(centre, centre, indexing="ij"))
     z = camera.bin_to_height(torch.arange(heights, dtype=torch.float64), 0.9, 1.3, heights)
@@ -65,8 +65,10 @@ def weights(dtype=torch.float64, seed=0, batch=3, queries=2, projected=True, pix
 
 
 def naive_attention(query, xyz, image, positional, key, value, projection=None, anchor=None):
-    """The twin: each query's V tokens are built, then projected to keys and values. Same outputs as
-    voxel_attention."""
+    """The twin: each query's V tokens are built, then projected to keys and values.
+
+    It has the outputs of voxel_attention.
+    """
     B, Q, h, width = query.shape
     xyz = xyz[:, None].expand(-1, Q, -1, -1, -1)  # (B,Q,Z,N,3)
     if anchor is not None:
@@ -81,7 +83,7 @@ def naive_attention(query, xyz, image, positional, key, value, projection=None, 
 
 
 def gradients(outputs, inputs, seed=1):
-    """Gradients of a loss that every output enters with weights of its own, lse and pixels too."""
+    """Gradients of a loss that weighs every output differently, lse and pixels among them."""
     generator = torch.Generator().manual_seed(seed)
     loss = sum(
         (o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum()
@@ -100,8 +102,10 @@ def compare(found, expected, tolerance):
 @pytest.mark.parametrize("projected", [True, False], ids=["projected image", "image as it is"])
 @pytest.mark.parametrize("anchored", [True, False], ids=["an anchor per query", "no anchor"])
 def test_absorbed_attention_is_exact(same, projected, anchored):
-    """Outputs, log-sum-exp, pixel map, loss and all gradients equal the twin's to 1e-10: absorbing
-    is no approximation."""
+    """Outputs, log-sum-exp, pixel map, loss and all gradients equal the twin's to 1e-10.
+
+    Absorbing the projections is no approximation.
+    """
     table, xyz = geometry(*cameras(3, same))
     inputs = weights(projected=projected)
     anchor = (
@@ -120,8 +124,9 @@ def test_absorbed_attention_is_exact(same, projected, anchored):
 
 
 def test_gradients_are_the_slopes_of_the_outputs():
-    """The hand-written backward pass agrees with finite differences, so that twin and function
-    cannot share an error."""
+    """The hand-written backward pass agrees with finite differences: the twin could share an
+    error.
+    """
     table, _ = geometry(*cameras(2, False))
     inputs = weights(batch=2, queries=1)
     assert torch.autograd.gradcheck(
@@ -133,8 +138,9 @@ def test_gradients_are_the_slopes_of_the_outputs():
 
 @pytest.mark.parametrize("chunk", [1, 13, 60, 10**6])
 def test_the_chunk_size_changes_no_answer(chunk):
-    """Any number of scores at a time gives the same numbers: the online softmax forgets nothing at
-    a seam."""
+    """The number of scores at a time changes no answer: the online softmax loses nothing
+    between chunks.
+    """
     table, _ = geometry(*cameras(3, False))
     inputs = weights()
     one, other = (lv.voxel_attention(table=table, chunk=c, **inputs) for c in (None, chunk))
@@ -144,8 +150,9 @@ def test_the_chunk_size_changes_no_answer(chunk):
 
 @pytest.mark.parametrize("chunk", [None, 13])
 def test_probabilities_computed_again_are_those_that_were_kept(chunk, monkeypatch):
-    """A layer whose probabilities have no room computes them again in its backward pass: its
-    gradients are the same."""
+    """A layer without memory for its probabilities computes them again in the backward pass,
+    and its gradients are the same.
+    """
     table, _ = geometry(*cameras(3, False))
     inputs = weights()
     kept = lv.voxel_attention(table=table, chunk=chunk, **inputs)
@@ -156,8 +163,9 @@ def test_probabilities_computed_again_are_those_that_were_kept(chunk, monkeypatc
 
 @pytest.mark.parametrize("anchored", [True, False], ids=["an anchor per query", "no anchor"])
 def test_whole_volumes_equal_the_chunks(anchored):
-    """What a GPU computes with all scores in memory at once is what a CPU computes chunk by chunk:
-    outputs and gradients."""
+    """All scores at once, as on a GPU, give the outputs and gradients of chunk by chunk, as on
+    a CPU.
+    """
     table, _ = geometry(*cameras(3, False))
     inputs = weights()
     anchor = (
@@ -176,8 +184,9 @@ def test_whole_volumes_equal_the_chunks(anchored):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scale", [60, 1000])
 def test_rising_scores_renew_the_shift(scale, dtype):
-    """Later pixels that score hundreds more than the first neither overflow nor lose what came
-    before."""
+    """Later pixels may score hundreds more than the first ones: nothing overflows, and nothing
+    earlier is lost.
+    """
     table, xyz = geometry(*cameras(3, True), dtype=dtype)
     inputs = weights(dtype)
     ramp = torch.linspace(0, scale, SIDE**2, dtype=dtype)
@@ -193,8 +202,9 @@ def test_rising_scores_renew_the_shift(scale, dtype):
 
 
 def test_factorised_attention_holds_in_float32():
-    """In fp32 outputs agree with the float64 twin to 1e-4, gradients to 1e-3 of their largest
-    entry."""
+    """In fp32 outputs agree with the float64 twin to 1e-4, and gradients to 1e-3 of their
+    largest entry.
+    """
     table, xyz = geometry(*cameras(3, False), dtype=torch.float32)
     inputs, exact = weights(torch.float32), weights()
     found, expected = lv.voxel_attention(table=table, **inputs), naive_attention(xyz=xyz, **exact)
@@ -204,9 +214,11 @@ def test_factorised_attention_holds_in_float32():
 
 
 def test_factorised_attention_holds_under_bf16_autocast():
-    """Under bf16 autocast outputs stay within 3% of the largest, gradients within 10%, and
-    positions are still seen in fp32: two voxels 1 mm apart, whose encodings bf16 could not tell
-    apart, keep their different scores."""
+    """Under bf16 autocast outputs stay within 3% of the largest entry, gradients within 10%.
+
+    Positions are still encoded in fp32: two voxels 1 mm apart keep different scores, which bf16
+    encodings would not.
+    """
     table, xyz = geometry(*cameras(3, False), dtype=torch.float32)
     inputs, exact = weights(torch.float32), weights()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -226,8 +238,10 @@ def test_factorised_attention_holds_under_bf16_autocast():
 
 
 def test_relative_positions_are_a_rotation():
-    """R(a) PE(x) = PE(x - a), R(-a) is its transpose, and one anchor for all queries equals moving
-    the camera by it."""
+    """R(a) PE(x) = PE(x - a), and R(-a) is its transpose.
+
+    One anchor for all queries is the same as moving the camera by it.
+    """
     x, a = torch.rand(2, 6, 3, dtype=torch.float64)
     code = lv.encode_position(x, WAVES)
     compare([lv.shift_encoding(code, a, WAVES)], [lv.encode_position(x - a, WAVES)], EXACT)
@@ -248,8 +262,10 @@ def test_relative_positions_are_a_rotation():
 
 
 def test_rays_are_affine_in_height():
-    """Two heights of a pixel's ray give its x and y at all others, through a tilted camera too: the
-    table may rely on it."""
+    """Two heights on a pixel's ray give its x and y at all others, also for a tilted camera.
+
+    The table relies on this.
+    """
     table, xyz = geometry(*cameras(1, True))
     expected = lv.encode_position(xyz[0, ..., :2], WAVES)  # (Z,N,4F)
     compare([table.xy[0].transpose(1, 2)], [expected], EXACT)
@@ -257,7 +273,7 @@ def test_rays_are_affine_in_height():
 
 
 def test_cameras_share_tables_by_value():
-    """Frames of one camera share one table, and each frame of several cameras gets its own."""
+    """Frames of one camera share one table. With several cameras each frame gets its own."""
     assert len(geometry(*cameras(4, True))[0].xy) == 1
     table, _ = geometry(*cameras(4, False))
     assert len(table.xy) == 3
@@ -265,7 +281,7 @@ def test_cameras_share_tables_by_value():
 
 
 def test_a_ray_level_with_the_camera_is_finite():
-    """A pixel on the horizon reaches no height: it must not turn a whole frame into NaN."""
+    """A pixel on the horizon reaches no height. It must not turn a whole frame into NaN."""
     K, E = cameras(1, True)
     # SIDE is odd: the middle row is level
     E[0] = torch.from_numpy(look_at([0.75, 0.0, 1.0], [0.0, 0.0, 1.0]))
@@ -275,9 +291,9 @@ def test_a_ray_level_with_the_camera_is_finite():
 
 
 def test_merged_attention_is_one_joint_softmax():
-    """Voxels and a few dense tokens read together equal one softmax over both, gradients through
-    both log-sum-exps; and a query that may read no dense token is left with its voxels, without
-    NaN."""
+    """Voxels and a few dense tokens read together equal one softmax over both, with gradients
+    through both log-sum-exps. A query without dense tokens reads its voxels alone, without NaN.
+    """
     table, xyz = geometry(*cameras(3, False))
     inputs = weights()
     generator = torch.Generator().manual_seed(3)
@@ -328,8 +344,10 @@ def test_merged_attention_is_one_joint_softmax():
 @pytest.mark.parametrize("same", [True, False], ids=["one camera", "three cameras"])
 @pytest.mark.parametrize("anchored", [True, False], ids=["an anchor per query", "no anchor"])
 def test_logits_equal_the_product_with_every_token(same, anchored):
-    """The factorised readout equals query . token with all tokens written out, plus the height's
-    own view of the image."""
+    """The factorised readout equals query .
+
+    token with all tokens written out, plus each height's own view of the image.
+    """
     table, xyz = geometry(*cameras(3, same))
     generator = torch.Generator().manual_seed(2)
     make = lambda *shape: torch.randn(
@@ -358,8 +376,10 @@ def test_logits_equal_the_product_with_every_token(same, anchored):
 
 
 def test_heights_at_a_pixel_change_with_its_image():
-    """p(height | pixel) changes with the image at that pixel: the additive score alone could not
-    say that."""
+    """p(height | pixel) changes with the image at that pixel.
+
+    The additive score alone could not do that.
+    """
     table, _ = geometry(*cameras(1, True))
     generator = torch.Generator().manual_seed(2)
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -374,8 +394,10 @@ def test_heights_at_a_pixel_change_with_its_image():
 
 
 def test_nothing_of_a_token_volume_is_stored():
-    """Memory between forward and backward stays below a hundredth of the tokens': the reason for
-    the whole file."""
+    """Memory between forward and backward is below a hundredth of the tokens'.
+
+    This is why the file exists.
+    """
     K, E = cameras(1, True)
     table, _ = geometry(K, E, torch.float32, heights=16, side=40)
     inputs = weights(torch.float32, batch=1, queries=1, pixels=1600)
@@ -411,9 +433,9 @@ print("agree")
 
 
 def test_fused_kernels_equal_the_chunks():
-    """The Triton kernels give what the chunked torch code gives, with rows, pixels and encodings
-    that fill no block; in Triton's interpreter, so that the kernels' arithmetic is checked
-    everywhere."""
+    """The Triton kernels agree with the chunked torch code, for rows, pixels and encodings that
+    fill no block. Triton's interpreter runs them, so their arithmetic is tested without a GPU.
+    """
     pytest.importorskip("triton")
     interpreted = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What `make lint` checks is checked at every commit too, and stops what is wrong."""
+"""`make lint` and the commit hooks run the same checks, and each stops what is wrong."""
 
 import os
 import re
@@ -13,7 +13,7 @@ PROGRAMS = ("ruff check", "ruff format", "lint-imports")
 
 
 def test_make_lint_and_the_commit_hooks_run_the_same_programs():
-    """A fault that one of the two lets through is found by the other, after the push."""
+    """Otherwise one would let a fault through that the other finds after the push."""
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     target = re.search(r"(?m)^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text())[1]
     for program in PROGRAMS:
@@ -22,7 +22,7 @@ def test_make_lint_and_the_commit_hooks_run_the_same_programs():
 
 
 def test_make_test_fails_on_what_lint_finds():
-    """CI runs `make test` alone."""
+    """`make test` includes lint, as CI runs nothing else."""
     done = subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True)
     for program in PROGRAMS:
         assert f"bin/{program}" in done.stdout, done.stdout + done.stderr
@@ -30,7 +30,7 @@ def test_make_test_fails_on_what_lint_finds():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A repository with the hooks, the contract's packages and the environment."""
+    """A repository with the hooks, the packages of the import contract, and the environment."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for name in (".pre-commit-config.yaml", "pyproject.toml"):
@@ -47,7 +47,7 @@ def checkout(tmp_path):
 
 
 def hooks(folder, file):
-    """pre-commit on one file of a checkout -> CompletedProcess."""
+    """Run pre-commit on one file of a checkout -> CompletedProcess."""
     subprocess.run(["git", "add", "--intent-to-add", file], cwd=folder, check=True)
     return subprocess.run(
         [folder / ".venv" / "bin" / "pre-commit", "run", "--files", file, "--color", "never"],

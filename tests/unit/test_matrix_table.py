@@ -1,4 +1,4 @@
-"""The matrix's table: rates and pairs of evaluations, as Markdown, picture and page."""
+"""The matrix's table: rates and paired tests from evaluations, as Markdown, picture and page."""
 
 import json
 import shutil
@@ -17,7 +17,9 @@ from study import matrix_table
 
 @pytest.fixture
 def results(tmp_path):
-    """PARA with two seeds, B with one, blind: on one layout; B on another one too, without PARA."""
+    """Evaluations: on one layout PARA with two seeds, B with one, and blind; on another layout
+    B without PARA.
+    """
     write_evaluation(tmp_path, "para-shifted-s0", outcomes(12), released=outcomes(10))
     write_evaluation(tmp_path, "para-shifted-s1", outcomes(14))
     write_evaluation(tmp_path, "b-shifted-s0", np.roll(outcomes(18), 2), crashes=1)
@@ -45,7 +47,7 @@ def table_of(folder):
 
 @pytest.mark.parametrize("better, worse", [(1, 9), (0, 5), (7, 7), (0, 0), (30, 12), (121, 59)])
 def test_mcnemar_is_the_exact_binomial_test(better, worse):
-    """p is that of the two-sided binomial test of the discordant pairs."""
+    """p equals that of the two-sided binomial test over the discordant pairs."""
     expected = binomtest(better, better + worse).pvalue if better + worse else 1.0
     assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9)
     assert mcnemar(better, worse) == mcnemar(worse, better)
@@ -53,8 +55,10 @@ def test_mcnemar_is_the_exact_binomial_test(better, worse):
 
 
 def test_cells_pool_seeds_and_keep_them_apart(results):
-    """n counts the episodes of all seeds; crashed ones are no failures; every number comes from the
-    rows."""
+    """n counts the episodes of all seeds.
+
+    Crashed episodes are no failures, and every number comes from the rows.
+    """
     found, cells = table_of(results)
     para, b = cells["para", "shifted"], cells["b", "shifted"]
     assert (para["n"], para["success"]["rate"], para["released"]["rate"]) == (
@@ -86,8 +90,11 @@ def test_cells_pool_seeds_and_keep_them_apart(results):
 
 
 def test_pairs_are_the_same_episodes_of_the_same_seed(results):
-    """B (one seed) is compared with PARA's same seed; an untrained policy with all of PARA's, its
-    20 episodes once each and not once a seed; nothing with itself."""
+    """B with one seed is compared with PARA's same seed.
+
+    An untrained policy is compared with all of PARA's seeds, but its 20 episodes count once.
+    Nothing is compared with itself.
+    """
     _, cells = table_of(results)
     # wins 2..19, PARA's seed 0 wins 0..11
     b = cells["b", "shifted"]["success"]["against_reference"]
@@ -108,8 +115,10 @@ def test_pairs_are_the_same_episodes_of_the_same_seed(results):
 
 
 def test_rates_within_280_steps_stand_beside_those_at_the_end(results):
-    """Published rates stop at 280 control steps: the table says both, from the step of the first
-    success, old rows too."""
+    """Published rates stop at 280 control steps.
+
+    The table has both, from the step of the first success, also for old rows.
+    """
     rows = results / "evals" / "b-position-s0" / "episodes.jsonl"
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     late = [
@@ -123,9 +132,10 @@ def test_rates_within_280_steps_stand_beside_those_at_the_end(results):
 
 
 def test_what_other_commands_made_is_marked_and_not_pooled(results):
-    """An evaluation with another flag, or copied in under another name, is a row of its own with a
-    star and its reason; what is pooled and compared is what run_matrix.py makes. A dirty checkout
-    has a plus."""
+    """An evaluation with another flag, or copied under another name, is a row of its own with a
+    star and the reason. Only what run_matrix.py makes is pooled and compared. A checkout with
+    changes gets a plus.
+    """
     shutil.rmtree(results / "evals" / "para-shifted-s1")
     write_evaluation(results, "para-shifted-s1", outcomes(20), extra=" --feedback predicted")
     write_evaluation(
@@ -145,8 +155,10 @@ def test_what_other_commands_made_is_marked_and_not_pooled(results):
 
 
 def test_budgets_and_places_are_no_other_command():
-    """Where results lie and how long a training took are columns or names, not another recipe; all
-    that decides the policy is."""
+    """Where results lie and how long a training took do not make another recipe.
+
+    Everything that decides the policy does.
+    """
     asked = (
         "python train.py --model_type para --dataset a/demos/position.hdf5 --max_steps 2500 "
         "--seed 0 --out a/runs/x"
@@ -166,7 +178,10 @@ def test_budgets_and_places_are_no_other_command():
 
 
 def test_a_quoted_command_asks_for_the_same_as_an_unquoted_one():
-    """Commands are stored in quotes where a path has a blank; older ones were stored without."""
+    """Commands are stored quoted where a path has a space.
+
+    Older ones were stored without quotes.
+    """
     quoted = "python eval.py --ckpt 'my runs/para s0/checkpoint.safetensors' --out 'my runs/x'"
     assert matrix_table.flags_of(quoted)["--out"] == "my runs/x"
     assert matrix_table.differing(quoted, quoted.replace("'", ""), set()) == ""
@@ -175,8 +190,10 @@ def test_a_quoted_command_asks_for_the_same_as_an_unquoted_one():
 
 
 def test_the_committed_table_is_that_of_its_rows(tmp_path):
-    """results/matrix/table.json follows from the committed episodes: eight evaluations that were
-    copied in are marked."""
+    """results/matrix/table.json follows from the committed episodes.
+
+    Eight evaluations that were copied in are marked.
+    """
     shutil.copytree(ROOT / "results" / "matrix" / "evals", tmp_path / "evals")
     found, _ = table_of(tmp_path)
     committed = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())
@@ -185,14 +202,14 @@ def test_the_committed_table_is_that_of_its_rows(tmp_path):
 
 
 def test_one_backbone_for_the_whole_table(results):
-    """Rows that saw different features are no comparison: refused, with both named."""
+    """Rows on different features are not comparable: they are refused, and both are named."""
     write_evaluation(results, "c-shifted-s0", outcomes(3), features="dinov2-448px-9999")
     with pytest.raises(UserError, match="one backbone.*0123.*9999|one backbone.*9999.*0123"):
         table_of(results)
 
 
 def test_a_foreign_folder_is_named(results):
-    """An evaluation under a name that is no cell is not silently left out."""
+    """A folder whose name is no cell is refused, not silently left out."""
     write_evaluation(results, "parrot-shifted-s0", outcomes(3))
     with pytest.raises(UserError, match="parrot-shifted-s0"):
         table_of(results)
@@ -202,7 +219,10 @@ def test_a_foreign_folder_is_named(results):
 
 
 def test_the_table_replaces_the_one_between_the_marks(results, tmp_path):
-    """The text between the marks is replaced, the rest stays to the byte, twice gives the same."""
+    """The text between the marks is replaced, and the rest stays equal to the byte.
+
+    Twice gives the same.
+    """
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n\n<!-- matrix -->\nold\n<!-- /matrix -->\n\nThe end.\n")
     for _ in range(2):
@@ -217,7 +237,7 @@ def test_the_table_replaces_the_one_between_the_marks(results, tmp_path):
 
 
 def test_readme_without_marks_is_left_alone(results, tmp_path):
-    """A file without the marks is refused in one sentence, and not written."""
+    """A file without the marks is refused in one sentence and not written."""
     readme = tmp_path / "README.md"
     readme.write_text("nothing here <!-- matrix --> and no end")
     with pytest.raises(UserError, match="/matrix"):
@@ -226,7 +246,7 @@ def test_readme_without_marks_is_left_alone(results, tmp_path):
 
 
 def test_no_rate_of_the_page_is_coloured_as_good(results):
-    """A policy that never succeeded had its 0% in green."""
+    """Rates of the page have no colour: a rate of 0% in green would mislead."""
     table_of(results)
     page = (results / "report.html").read_text()
     style, tables = page.split("</style>", 1)
@@ -235,8 +255,9 @@ def test_no_rate_of_the_page_is_coloured_as_good(results):
 
 
 def test_the_page_shows_a_failure_of_each_cell(results):
-    """The page holds the tables, the picture and one film a cell: a failure where one was
-    filmed."""
+    """The page holds the tables, the picture and one film per cell, of a failure where one was
+    filmed.
+    """
     videos = results / "evals" / "b-shifted-s0" / "videos"
     videos.mkdir()
     (videos / "000_miss.mp4").write_bytes(b"lost")
@@ -252,7 +273,9 @@ def test_the_page_shows_a_failure_of_each_cell(results):
 
 
 def test_export_takes_small_files_only(results, tmp_path):
-    """What is committed: table and rows, no films; and the table can be made again from it."""
+    """The export for git holds table and rows, no films, and the table can be made again from
+    it.
+    """
     videos = results / "evals" / "b-shifted-s0" / "videos"
     videos.mkdir()
     (videos / "000_miss.mp4").write_bytes(b"x")
@@ -266,6 +289,6 @@ def test_export_takes_small_files_only(results, tmp_path):
 
 
 def test_no_evaluation_is_said(tmp_path):
-    """--table without anything to table names the folder."""
+    """--table with nothing to table names the folder."""
     with pytest.raises(UserError, match="evals"):
         run_matrix.main(["--table", "--out", str(tmp_path)])

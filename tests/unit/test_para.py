@@ -1,4 +1,4 @@
-"""PARA's own: what its cells are told about the camera."""
+"""What is special to PARA: its cells' knowledge of the camera."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from sim.settings import orbit
 
 @pytest.fixture(scope="module")
 def fitted(synthetic_demos, backbone, tmp_path_factory):
-    """PARA with --rays, not trained, and a batch; two of its cameras are moved."""
+    """An untrained PARA with --rays, and a batch in which two cameras are moved."""
     torch.manual_seed(0)
     config = ParaConfig(
         backbone="efficientnet_lite0",
@@ -43,7 +43,9 @@ def fitted(synthetic_demos, backbone, tmp_path_factory):
 
 
 def test_a_cell_knows_where_its_ray_passes_and_rises(fitted):
-    """Against points that the same cells decode to: at the EEF's height, and a height bin above."""
+    """The ray features equal points that the same cells decode to, at the EEF's height and one
+    height bin above.
+    """
     policy, batch = fitted
     rays, grid = policy.cell_rays(batch), policy.config.grid
     assert rays.shape == (4, 4, grid, grid) and rays.dtype == torch.float32
@@ -67,8 +69,7 @@ def test_a_cell_knows_where_its_ray_passes_and_rises(fitted):
 
 
 def test_rays_are_finite_above_the_horizon(fitted):
-    """A camera level with the table looks at rays that never descend: their numbers stay
-    bounded."""
+    """A camera level with the table has rays that never descend. Their numbers stay bounded."""
     policy, batch = fitted
     level = {**batch, "E": batch["E"].clone()}
     # looks along -x, image rows downwards
@@ -77,8 +78,10 @@ def test_rays_are_finite_above_the_horizon(fitted):
 
 
 def test_with_rays_a_moved_camera_changes_the_answer(fitted):
-    """Image, EEF cell and height being the same, PARA answers alike whatever the camera is; with
-    --rays it does not, and it learns them."""
+    """With image, EEF cell and height fixed, PARA gives the same answer for every camera.
+
+    With --rays it does not, and the rays' layers learn.
+    """
     policy, batch = fitted
     K, E = batch["K"], batch["E"].clone()
     u, v, _ = camera.project(batch["eef_pos"], K, E)

@@ -1,5 +1,7 @@
-"""Tensors lie where `.to()` puts them, and new ones are made where their inputs lie: checked
-without a GPU."""
+"""`.to()` moves all tensors, and new ones are made on the device of their inputs.
+
+Both are checked without a GPU.
+"""
 
 import copy
 
@@ -16,8 +18,9 @@ def case(request, synthetic_demos, backbone, tmp_path_factory):
 
 
 def tensors(value, path, seen):
-    """(path, tensor) of all tensors that an object holds: parameters, buffers, attributes, those
-    inside lists, dicts and objects."""
+    """(path, tensor) of every tensor in an object: parameters, buffers, attributes, and those
+    inside lists, dicts and objects.
+    """
     if id(value) in seen or isinstance(value, (str, bytes, int, float, bool, type(None), type)):
         return
     seen.add(id(value))
@@ -34,8 +37,9 @@ def tensors(value, path, seen):
 
 
 def used(case):
-    """A policy with a backbone of its own that has trained a step and acted, so that whatever it
-    keeps is there."""
+    """A policy with its own backbone that has trained a step and acted, so that everything that
+    it keeps is there.
+    """
     policy = case.policy()
     policy.attach(copy.deepcopy(case.backbone))
     policy.train()(case.batch(2))["loss"].backward()
@@ -46,8 +50,9 @@ def used(case):
 
 
 def test_every_tensor_moves(case):
-    """After `.to()` no tensor of a policy is left behind: the backbone's, a table, a constant, the
-    episode's history."""
+    """After `.to()` no tensor of a policy stays behind: neither of the backbone, a table, a
+    constant nor the episode's history.
+    """
     policy = used(case).to("meta")
     found = list(tensors(policy, case.name, set()))
     assert len(found) > len(list(policy.parameters())) + len(list(policy.backbone.parameters()))
@@ -55,8 +60,7 @@ def test_every_tensor_moves(case):
 
 
 def test_the_backbone_stays_out_of_the_checkpoint(case):
-    """The frozen features move with the policy and are no part of its state dict or of what is
-    trained."""
+    """The frozen features move with the policy. They are neither in its state dict nor trained."""
     policy = case.policy()
     assert not [k for k in policy.state_dict() if "backbone" in k]
     own = {id(p) for p in policy.parameters()}
@@ -64,9 +68,11 @@ def test_the_backbone_stays_out_of_the_checkpoint(case):
 
 
 def test_nothing_is_made_on_the_default_device(case):
-    """Loss, prediction and act make their tensors where their inputs lie: with another default
-    device one made without a device lands there, meets the others and raises, as it would on a
-    GPU."""
+    """Loss, prediction and act make tensors on the device of their inputs.
+
+    The test sets another default device: a tensor made without a device lands there and raises when
+    it meets the others, as on a GPU.
+    """
     policy, batch, observations = case.policy(), case.batch(2), list(case.observations())
     with torch.device("meta"):
         loss = policy.train()(batch)["loss"]

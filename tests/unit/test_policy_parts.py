@@ -1,5 +1,4 @@
-"""Targets, loss and decoding of the volume: what turns a coordinate into a distribution and
-back."""
+"""Targets, loss and decoding of the volume: from a coordinate to a distribution and back."""
 
 import argparse
 from dataclasses import dataclass
@@ -30,8 +29,10 @@ def unflatten(index):
 
 
 def test_a_flat_index_addresses_what_torch_flattened():
-    """Flat indices address logits flattened by torch: one wrong order here and every target is
-    elsewhere."""
+    """Flat indices address logits that torch flattened.
+
+    With one axis out of order every target would be elsewhere.
+    """
     volume = torch.arange(8 * 12 * 16).view(SHAPE)
     bins = torch.tensor([[0, 0, 0], [1, 2, 3], [7, 11, 15]])
     assert flat_index(bins, SHAPE).tolist() == [volume[tuple(b)].item() for b in bins]
@@ -39,8 +40,7 @@ def test_a_flat_index_addresses_what_torch_flattened():
 
 @given(ANYWHERE, st.sampled_from([0.0, 0.3, 0.7, 1.5]))
 def test_soft_targets_are_a_distribution(point, sigma):
-    """Weights are nonnegative and sum to one, and indices stay inside, wherever the coordinate
-    lies."""
+    """Weights are nonnegative and sum to one, and indices stay inside, for any coordinate."""
     index, weight = soft_targets(point, SHAPE, sigma)
     assert (weight >= 0).all() and weight.sum().item() == pytest.approx(1, abs=1e-9)
     assert (index >= 0).all() and (index < 8 * 12 * 16).all()
@@ -56,8 +56,7 @@ def test_hard_target_is_the_nearest_bin(point):
 
 @given(INTERIOR)
 def test_soft_target_expectation_is_the_coordinate(point):
-    """A soft target says where between the bins the coordinate lies: that is what decoding
-    recovers."""
+    """A soft target tells where between the bins the coordinate lies. Decoding recovers this."""
     index, weight = soft_targets(point, SHAPE, 0.7)
     mean = (unflatten(index) * weight[..., None]).sum(1)
     assert (mean - point).abs().max() < 0.05
@@ -65,8 +64,7 @@ def test_soft_target_expectation_is_the_coordinate(point):
 
 @pytest.mark.parametrize("sigma", [0.0, 0.7])
 def test_targets_outside_are_clamped_to_the_border(sigma):
-    """A point outside the volume trains the border bin next to it, and never one at the other
-    side."""
+    """A point outside the volume trains the border bin next to it, never one on the other side."""
     index, weight = soft_targets(torch.tensor([[-5.0, 20.0, 3.0]]), SHAPE, sigma)
     assert unflatten(index[0, weight[0].argmax()]).tolist() == [0, 11, 3]
     far = unflatten(index)[weight > 0]
@@ -75,8 +73,9 @@ def test_targets_outside_are_clamped_to_the_border(sigma):
 
 @given(st.lists(ANYWHERE, min_size=1, max_size=3), st.sampled_from([0.0, 0.7]), st.integers(0, 99))
 def test_sparse_cross_entropy_equals_dense(points, sigma, seed):
-    """The loss is the ordinary cross-entropy against the same target written out over the whole
-    volume."""
+    """The loss is the ordinary cross-entropy against the same target stored over the whole
+    volume.
+    """
     index, weight = soft_targets(torch.cat(points), SHAPE, sigma)
     logits = 3 * torch.randn(
         len(points), 8 * 12 * 16, generator=torch.Generator().manual_seed(seed)
@@ -90,8 +89,10 @@ def test_sparse_cross_entropy_equals_dense(points, sigma, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_rows_at_once_cost_what_single_ones_do(dtype, monkeypatch):
-    """A GPU takes all rows of logits in one operation and a CPU one after the other: loss and
-    gradient are the same."""
+    """A GPU takes all rows of logits at once, a CPU one after the other.
+
+    Loss and gradient are the same.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 700, generator=generator).to(dtype).requires_grad_()
     index, weight = (
@@ -109,7 +110,7 @@ def test_all_rows_at_once_cost_what_single_ones_do(dtype, monkeypatch):
 
 @given(INTERIOR, st.sampled_from([0.5, 0.7]))
 def test_local_soft_argmax_recovers_a_subcell_centre(point, sigma):
-    """A Gaussian's centre is found to 0.05 cells: the resolution is not the grid's."""
+    """A Gaussian's centre is found to 0.05 cells, so the grid does not limit the resolution."""
     grid = torch.stack(
         torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in SHAPE), indexing="ij"), -1
     )
@@ -119,8 +120,7 @@ def test_local_soft_argmax_recovers_a_subcell_centre(point, sigma):
 
 @given(INTERIOR)
 def test_decoding_a_perfect_prediction_gives_the_label(point):
-    """Targets and decoding fit each other: the logits of the target itself decode to the
-    coordinate."""
+    """Targets and decoding agree: the logits of a target decode to its coordinate."""
     index, weight = soft_targets(point, SHAPE, 0.7)
     logits = torch.full((1, 8 * 12 * 16), -40.0, dtype=torch.float64).scatter(
         1, index, weight.log()
@@ -135,8 +135,10 @@ def test_radius_zero_is_the_argmax():
 
 
 def test_a_second_mode_does_not_pull_the_answer():
-    """Two modes: the answer is the higher one, not the empty place between them as a global
-    soft-argmax would say."""
+    """With two modes the answer is the higher one.
+
+    A global soft-argmax would give the empty place between them.
+    """
     logits = torch.full(SHAPE, -20.0)
     logits[1, 2, 3], logits[6, 9, 12] = 5.0, 4.9
     assert (
@@ -145,7 +147,7 @@ def test_a_second_mode_does_not_pull_the_answer():
 
 
 def test_decoding_stays_inside_at_a_corner():
-    """At a corner the window is cut, and what lies outside has no weight."""
+    """At a corner the window is cut, and nothing outside has weight."""
     logits = torch.full(SHAPE, -30.0)
     logits[0, 11, 0] = 5.0
     assert (
@@ -154,8 +156,7 @@ def test_decoding_stays_inside_at_a_corner():
 
 
 def test_a_config_field_becomes_a_flag():
-    """Each config field is a flag of its own type and default: a field that no flag reaches cannot
-    be ablated."""
+    """Each config field is a flag of its own type and default, so that it can be ablated."""
 
     @dataclass
     class Config(PolicyConfig):
@@ -175,8 +176,10 @@ def test_a_config_field_becomes_a_flag():
 
 
 def test_finger_heads_share_no_weight():
-    """What a head learns with open fingers leaves its answer with closed ones as it was, and one
-    state is a plain linear layer."""
+    """What a head learns with open fingers does not change its answer with closed ones.
+
+    With one state it is a plain linear layer.
+    """
     torch.manual_seed(0)
     layer, x = FingerLinear(5, 3, n_states=2), torch.randn(4, 5)
     before = layer(x, torch.ones(4, dtype=torch.long)).detach()

@@ -1,5 +1,6 @@
-"""The gate before the 1D rotation target: it stops data with several axes, says what to do, and
-writes a basis that loads."""
+"""The gate before the 1D rotation target: it stops data that turns about several axes, names
+the remedy, and writes a basis that loads.
+"""
 
 import shutil
 
@@ -34,14 +35,18 @@ def left(folder):
 
 
 def script(*flags):
-    """The script's exit code, in this process: a subprocess each would cost the test its time."""
+    """Run the script in this process -> its exit code.
+
+    A subprocess for each call would make the test slow.
+    """
     return precompute(**vars(build_parser().parse_args([str(f) for f in flags])))
 
 
 @pytest.mark.parametrize("space", ["so3", "euler"])
 def test_a_libero_file_gets_its_basis(space, tmp_path, capsys):
-    """Yaw alone varies: both spaces are tabled, the chosen one is written beside the file, with
-    picture and provenance."""
+    """Only yaw varies: both spaces are tabled, and the chosen one is written beside the file
+    with picture and provenance.
+    """
     path = write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=3)
     assert script("--dataset", path, "--space", space) == 0
     out, err = capsys.readouterr()
@@ -56,8 +61,10 @@ def test_a_libero_file_gets_its_basis(space, tmp_path, capsys):
 
 
 def test_validation_demonstrations_stay_unseen(tmp_path, capsys):
-    """The axis and its range are those of the demonstrations that train.py trains on, whatever the
-    held-out one does; what training holds out otherwise is refused with the flag."""
+    """Axis and range are those of the demonstrations that train.py trains on, whatever the
+    held-out one does. A training with another split is refused, and the sentence names the
+    flag.
+    """
     path = write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=4)
     assert script("--dataset", path, "--val_fraction", 0.25) == 0
     before = load_basis(tmp_path / BASIS_FILE)
@@ -85,8 +92,10 @@ def test_validation_demonstrations_stay_unseen(tmp_path, capsys):
 
 
 def test_the_gate_stops(tmp_path, capsys):
-    """Motion about several axes: non-zero exit, nothing written, and what to do; the override
-    writes it and says so in the file."""
+    """Motion about several axes gives a non-zero exit code, a remedy and no file.
+
+    With the override the basis is written and says so.
+    """
     path = several_axes(write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=3))
     assert script("--dataset", path) == 3 and left(tmp_path) == []
     err = capsys.readouterr().err
@@ -99,9 +108,11 @@ def test_the_gate_stops(tmp_path, capsys):
 
 
 def test_a_dataset_that_fails_in_euler_passes_in_so3(tmp_path, capsys):
-    """A gripper that points ahead (pitch -90 deg) and turns about the vertical, as on a mobile
-    base: raw Euler angles fail the gate with a warning about the singularity and the advice to use
-    so3, which passes with nearly all of the variance."""
+    """A gripper points ahead (pitch -90 deg) and turns about the vertical, as on a mobile base.
+
+    Raw Euler angles fail the gate, with a warning about the singularity and the advice to use so3.
+    so3 passes with nearly all of the variance.
+    """
     path = write_synthetic_episodes(tmp_path / "izzy", n_episodes=6, size=16, pitch=-np.pi / 2)
     assert script("--dataset", path, "--space", "euler") == 3 and left(path) == []
     err = capsys.readouterr().err
@@ -112,7 +123,7 @@ def test_a_dataset_that_fails_in_euler_passes_in_so3(tmp_path, capsys):
 
 
 def test_an_old_basis_survives_a_stopped_run(tmp_path):
-    """A run that the gate stops does not touch the basis that is there."""
+    """A run that the gate stops leaves an existing basis as it is."""
     path = write_synthetic_demos(tmp_path / "demos.hdf5", n_demos=2)
     assert script("--dataset", path) == 0
     before = (tmp_path / BASIS_FILE).read_bytes()
@@ -121,7 +132,7 @@ def test_an_old_basis_survives_a_stopped_run(tmp_path):
 
 
 def test_bad_data_is_refused_in_one_sentence(synthetic_episodes, tmp_path):
-    """Both readers' errors come through as one line and exit code 2."""
+    """Errors of both readers come through as one line and exit code 2."""
     path = shutil.copytree(synthetic_episodes, tmp_path / "izzy")
     (path / "episode_00002" / "episode.npz").unlink()
     done = run("precompute_rotation_pca.py", "--dataset", path, cwd=tmp_path, ok=False)

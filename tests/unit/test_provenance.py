@@ -1,5 +1,6 @@
-"""Which simulator a dataset, a checkpoint and a result come from, and that a change of MuJoCo
-between them is said."""
+"""Datasets, checkpoints and results say which simulator they come from, and a change of MuJoCo
+between them is reported.
+"""
 
 import json
 
@@ -26,12 +27,15 @@ OURS = versions()["mujoco"]
     ],
 )
 def test_a_dataset_says_what_its_physics_was_simulated_with(attributes, found):
-    """Of both formats; a replay's physics is its source's, whatever rendered it anew."""
+    """Datasets of both formats say it.
+
+    A replay keeps its source's version, whatever rendered it anew.
+    """
     assert demos.simulated_with(attributes).get("mujoco") == found
 
 
 def test_a_folder_of_episodes_carries_versions(tmp_path):
-    """dataset.json of the real-robot format keeps them as they are written."""
+    """dataset.json of the smith300 format holds the versions as they are written."""
     smith300.write_dataset_stamp(tmp_path, {"versions": {"mujoco": "3.3.2"}})
     assert demos.simulated_with(smith300.read_stamp(tmp_path / "dataset.json")) == {
         "mujoco": "3.3.2"
@@ -52,7 +56,9 @@ def test_a_folder_of_episodes_carries_versions(tmp_path):
     ],
 )
 def test_a_checkpoint_says_what_its_demonstrations_were_simulated_with(info, found):
-    """The dataset's version, not the one that was installed while training."""
+    """The checkpoint names the dataset's version, not the one that was installed during
+    training.
+    """
     assert demos_mujoco(info) == found
 
 
@@ -61,7 +67,10 @@ def test_a_checkpoint_says_what_its_demonstrations_were_simulated_with(info, fou
     [("3.17.0", True), (None, True), (OURS, False), (OURS.rsplit(".", 1)[0] + ".99", False)],
 )
 def test_evaluating_under_another_mujoco_is_said(theirs, warned, capsys):
-    """Another major.minor may let objects slide that stood still; a patch release does not."""
+    """Another major.minor is reported: objects that stood still may slide.
+
+    A patch release is not.
+    """
     where = where_run({"dataset": {"versions": {"mujoco": theirs}}})
     assert where["demos_mujoco"] == theirs and f"mujoco {OURS}, robosuite " in where["simulator"]
     printed = capsys.readouterr().out
@@ -70,5 +79,5 @@ def test_evaluating_under_another_mujoco_is_said(theirs, warned, capsys):
 
 
 def test_the_expert_has_no_demonstrations(capsys):
-    """A row without a checkpoint names the simulator alone, and nothing is warned of."""
+    """A row without a checkpoint names the simulator alone, without a warning."""
     assert set(where_run({})) == {"simulator"} and not capsys.readouterr().out

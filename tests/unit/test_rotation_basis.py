@@ -1,5 +1,6 @@
-"""The 1D rotation basis: encode and decode are inverse to half a bin, wrap, clamp; foreign and
-damaged files are refused."""
+"""The 1D rotation basis: decoding inverts encoding to half a bin, values wrap and clamp,
+foreign and damaged files are refused.
+"""
 
 import subprocess
 import sys
@@ -49,8 +50,9 @@ def so3_basis(mean, axis, low, width):
 
 
 def euler_basis(yaw, low, width):
-    """Turns about the vertical, of a gripper that points down: roll sits at the cut between +pi and
-    -pi."""
+    """Turns about the vertical of a gripper that points down: roll lies at the cut between +pi
+    and -pi.
+    """
     return RotationBasis(
         "euler",
         DOWN + np.array([0, 0, yaw]),
@@ -83,9 +85,10 @@ BASES = st.one_of(
 
 @given(BASES, SHARE, BINS)
 def test_rotations_come_back_from_their_bins_to_half_a_bin(basis, share, n_bins):
-    """Over the whole range a rotation comes back within half a bin's angle: a bin encoded by one
-    rule and decoded by another (N - 1 against N, as first sketched) is off by up to a whole bin at
-    one end."""
+    """Over the whole range a rotation comes back within half a bin.
+
+    If encoding used N - 1 and decoding N, it would be off by up to a whole bin at one end.
+    """
     value = basis.low + share * (basis.high - basis.low)
     half = (basis.high - basis.low) / n_bins / 2
     back = basis.decode(basis.encode(basis.rotation(value), n_bins), n_bins)
@@ -98,8 +101,7 @@ def test_rotations_come_back_from_their_bins_to_half_a_bin(basis, share, n_bins)
 
 @given(BASES, BINS)
 def test_bins_are_fixed_points(basis, n_bins):
-    """What decodes from a bin encodes to that bin, for every bin, the first and the last among
-    them."""
+    """What a bin decodes to encodes to that bin again, also for the first and the last."""
     bins = np.arange(n_bins)
     np.testing.assert_array_equal(basis.encode(basis.decode(bins, n_bins), n_bins), bins)
 
@@ -117,15 +119,18 @@ def test_bins_are_fixed_points(basis, n_bins):
     ],
 )
 def test_bins_are_of_equal_width_with_the_top_in_the_last(share, n_bins, expected):
-    """min(floor(norm N), N - 1): bins of equal width, the top of the range in the last."""
+    """The bin is min(floor(norm N), N - 1): all have one width, and the top of the range is in
+    the last.
+    """
     basis = so3_basis(np.zeros(3), np.array([0, 0, 1.0]), -1.0, 2.0)
     assert basis.to_bin(-1 + 2 * share, n_bins) == expected
 
 
 @given(BASES, st.floats(0.01, 0.5), st.integers(2, 64))
 def test_values_outside_are_clamped_to_the_nearer_end(basis, beyond, n_bins):
-    """A rotation a little outside the range trains and decodes as the end that it lies beyond,
-    never as the other end."""
+    """A rotation a little outside the range trains and decodes as the nearer end, never as the
+    other.
+    """
     if basis.high - basis.low > 4:  # nearly a whole turn: beyond one end lies the other
         return
     ends = basis.encode(basis.rotation(np.array([basis.low - beyond, basis.high + beyond])), n_bins)
@@ -134,8 +139,9 @@ def test_values_outside_are_clamped_to_the_nearer_end(basis, beyond, n_bins):
 
 @given(ROTVEC, unit(), st.floats(-3, 3), st.integers(-2, 2))
 def test_so3_values_wrap(mean, axis, value, turns):
-    """A value and the same plus whole turns are one rotation: they encode alike, also where the log
-    map would jump at pi."""
+    """A value plus whole turns is the same rotation and encodes alike, also where the log map
+    jumps at pi.
+    """
     basis = so3_basis(mean, axis, -3.1, 6.2)
     shifted = RotationBasis("so3", basis.mean, axis, 1.0, 5.0, basis.ev_ratio)  # a range across pi
     assert wrap_angle(
@@ -146,8 +152,10 @@ def test_so3_values_wrap(mean, axis, value, turns):
 
 
 def test_euler_is_unwrapped_about_the_mean():
-    """A gripper that points down has roll +pi in one frame and -pi in the next: that is no
-    motion."""
+    """A gripper that points down has roll +pi in one frame and -pi in the next.
+
+    That is no motion.
+    """
     rng = np.random.default_rng(0)
     euler = DOWN + np.stack(
         [rng.normal(0, 0.02, 300), rng.normal(0, 0.02, 300), rng.uniform(-1, 1, 300)], -1
@@ -161,8 +169,9 @@ def test_euler_is_unwrapped_about_the_mean():
 
 @given(ROTVEC, unit(), ROTVEC)
 def test_the_value_is_the_nearest_on_the_axis(mean, axis, other):
-    """A rotation off the axis is encoded as the nearest one on it: no neighbouring value is
-    closer."""
+    """A rotation off the axis is encoded as the nearest rotation on it: no neighbouring value
+    is closer.
+    """
     basis = so3_basis(mean, axis, -np.pi, 2 * np.pi)
     R = rotvec_to_matrix(other)
     best = rotation_angle(basis.rotation(basis.value(R)), R)
@@ -172,8 +181,7 @@ def test_the_value_is_the_nearest_on_the_axis(mean, axis, other):
 
 @given(ROTVEC, st.integers(0, 99))
 def test_frechet_mean_is_the_centre(centre, seed):
-    """The logs at the mean add up to nothing, wherever the rotations lie, and its frame turns along
-    with them."""
+    """The logs at the mean sum to zero wherever the rotations lie, and the mean turns with them."""
     spread = rotvec_to_matrix(np.random.default_rng(seed).normal(scale=0.5, size=(40, 3)))
     mean = frechet_mean(rotvec_to_matrix(centre) @ spread)
     assert (
@@ -192,8 +200,9 @@ def test_log_map_works_on_stacks(rotvecs):
 
 @pytest.mark.parametrize("space", rot_utils.SPACES)
 def test_fit_finds_the_axis(space):
-    """A gripper turned about the vertical: the axis is the vertical, the range is the turn's,
-    little is lost."""
+    """For a gripper turned about the vertical the axis is the vertical and the range that of
+    the turn. Little is lost.
+    """
     R = turning(np.random.default_rng(1)) @ euler_to_matrix(DOWN)
     basis = fit_basis(R, space)
     vertical = basis.axis if space == "euler" else basis.mean @ basis.axis
@@ -205,9 +214,11 @@ def test_fit_finds_the_axis(space):
 
 
 def test_near_the_singularity_euler_fails_and_so3_does_not():
-    """A gripper that points ahead (pitch -90 deg) and turns about the vertical: roll and yaw trade
-    places with each tremor, Euler explains less than the gate asks for and errs by tens of degrees,
-    the log map sees the one axis that there is."""
+    """A gripper points ahead (pitch -90 deg) and turns about the vertical.
+
+    Roll and yaw trade places with each tremor, so Euler explains less than the gate asks for and
+    errs by tens of degrees. The log map finds the one axis.
+    """
     R = turning(np.random.default_rng(2), pitch=np.radians(-88))
     euler, so3 = fit_basis(R, "euler"), fit_basis(R, "so3")
     assert euler.ev_ratio[0] < rot_utils.EV_GATE < 0.99 < so3.ev_ratio[0]
@@ -217,7 +228,7 @@ def test_near_the_singularity_euler_fails_and_so3_does_not():
 
 @given(st.integers(0, 99), unit())
 def test_ratios_do_not_depend_on_the_world_frame(seed, axis):
-    """so3: the same motion seen from a turned world has the same ratios and range."""
+    """In so3 the same motion in a turned world frame has the same ratios and range."""
     R = turning(np.random.default_rng(seed), 60)
     a, b = fit_basis(R), fit_basis(rotvec_to_matrix(axis) @ R)
     np.testing.assert_allclose(a.ev_ratio, b.ev_ratio, atol=1e-8)
@@ -225,7 +236,7 @@ def test_ratios_do_not_depend_on_the_world_frame(seed, axis):
 
 
 def test_rotations_that_stand_still_are_refused():
-    """No motion, no axis: said in one sentence, not as NaN."""
+    """Without motion there is no axis. This is one sentence and not a NaN."""
     with pytest.raises(UserError, match="do not vary"):
         fit_basis(np.stack([euler_to_matrix(DOWN)] * 5))
 
@@ -243,7 +254,7 @@ def saved(tmp_path):
 
 
 def test_a_saved_basis_comes_back(saved):
-    """File and dictionary carry every number, and nothing is left beside the file."""
+    """File and dictionary hold every number, and nothing else is left beside the file."""
     path, basis = saved
     for back in (load_basis(path, ["a"]), RotationBasis.from_dict(basis.to_dict())):
         for key in basis.__dataclass_fields__:
@@ -274,8 +285,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_impossible_basis_is_named(change, saved):
-    """One sentence names file, key and remedy: a robot must not turn by a basis that means
-    something else."""
+    """One sentence names file, key and remedy: a robot must not turn by a wrong basis."""
     path, _ = saved
     with np.load(path) as f:
         arrays_ = dict(f)
@@ -291,7 +301,7 @@ def test_an_impossible_basis_is_named(change, saved):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"hello\n" * 50, None])
 def test_a_damaged_or_missing_basis_is_named(content, saved):
-    """A half-copied, a foreign and an absent file each give one sentence."""
+    """A half-copied, a foreign and a missing file each give one sentence."""
     path, _ = saved
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match="rotation_pca_basis.npz"):
@@ -299,8 +309,9 @@ def test_a_damaged_or_missing_basis_is_named(content, saved):
 
 
 def test_a_foreign_basis_is_refused(saved):
-    """A basis of other demonstrations has another mean and range: labels would be clamped without a
-    word."""
+    """A basis of other demonstrations has another mean and range: labels would be clamped
+    without a warning.
+    """
     with pytest.raises(UserError, match="foreign basis, computed from mine"):
         load_basis(saved[0], ["a", "c"])
     ori = np.random.default_rng(0).normal(size=(9, 3))

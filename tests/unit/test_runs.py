@@ -1,5 +1,7 @@
-"""runs/*.sh hold the commands behind the tables: each names a script that exists and flags that it
-takes."""
+"""runs/*.sh hold the commands behind the tables.
+
+Each names a script that exists, and flags that it takes.
+"""
 
 import importlib
 import re
@@ -18,7 +20,7 @@ VALUES = {"layout": "shifted", "head": "new", "name": "a"}
 
 
 def commands(path):
-    """Python commands of a shell script, as words, its variables filled in."""
+    """The Python commands of a shell script as words, with its variables filled in."""
     text = path.read_text().replace("\\\n", " ")
     flags = re.search(r'(?m)^flags="(.*)"$', text)
     text = text.replace("$flags", flags[1] if flags else "$flags")
@@ -31,7 +33,7 @@ def commands(path):
 
 
 def test_every_table_can_be_made_again():
-    """A page whose figures nobody can make again."""
+    """Every page with figures has a script of runs/ that makes them."""
     assert {path.stem for path in SCRIPTS} >= {
         "matrix",
         "baselines",
@@ -45,7 +47,7 @@ def test_every_table_can_be_made_again():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_the_tables_commands_are_taken_by_their_scripts(path):
-    """A renamed flag or a moved script is found here, not after an hour of training."""
+    """A renamed flag or a moved script fails here, not after an hour of training."""
     assert subprocess.run(["bash", "-n", path]).returncode == 0 and path.stat().st_mode & 0o100
     assert commands(path)
     for words in commands(path):

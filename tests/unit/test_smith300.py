@@ -1,5 +1,6 @@
-"""Real-robot recordings: what is written is read, and whatever is wrong with an episode is named
-with its remedy."""
+"""Recordings of a real robot: what was written is read back, and each fault of an episode is
+named with its remedy.
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -31,14 +32,14 @@ CONFIG = Config(backbone="efficientnet_lite0", image_size=SIZE, n_window=8, wayp
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A small valid dataset of two episodes, to be spoilt."""
+    """A small valid dataset of two episodes for the tests to damage."""
     path = write_synthetic_episodes(tmp_path / "recordings", n_episodes=2, steps=30, size=32)
     add_states(path)
     return path
 
 
 def add_states(path, steps=30):
-    """Simulator states (T,5) for the second episode, which the first one has none of."""
+    """Give the second episode simulator states (T,5), which the first one does not have."""
     file = path / "episode_00001" / "episode.npz"
     with np.load(file) as f:
         arrays = dict(f)
@@ -46,8 +47,9 @@ def add_states(path, steps=30):
 
 
 def change(key, function):
-    """A mutation of the second episode's episode.npz: key becomes function(value), or goes where
-    that is None."""
+    """A mutation of the second episode's episode.npz: key becomes function(value), or is
+    removed where that is None.
+    """
 
     def mutate(path):
         file = path / "episode_00001" / "episode.npz"
@@ -174,8 +176,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_episode_is_named_with_key_and_remedy(case, dataset):
-    """One sentence says which episode and which key are wrong and what to do, before anything is
-    trained."""
+    """One sentence names the episode, the key and the remedy, before anything is trained."""
     mutate, *words = CASES[case]
     mutate(dataset)
     with pytest.raises(UserError) as error:
@@ -185,22 +186,25 @@ def test_a_bad_episode_is_named_with_key_and_remedy(case, dataset):
 
 
 def test_small_frames_are_refused(dataset):
-    """Frames are scaled down, never up: a policy for 448 px would see blur."""
+    """Frames are scaled down and never up: a policy for 448 px would see blur."""
     with pytest.raises(UserError, match="--image_size 32"):
         open_dataset(dataset, 448)
 
 
 def test_a_frame_damaged_inside_is_named(dataset):
-    """A half-copied frame has a good header; it is found when it is decoded, not fed to the policy
-    grey."""
+    """A half-copied frame has a good header.
+
+    It is found when it is decoded, and does not reach the policy as grey.
+    """
     cut("frames/000007.png", 0.5)(dataset)
     with pytest.raises(UserError, match="000007.png: truncated"):
         read_frames(dataset / EPISODE, [6, 7], 32)
 
 
 def test_a_written_episode_is_read_back(synthetic_episodes):
-    """Positions, rotations, commands and camera come back as they were written; labels see the
-    gripper's two changes."""
+    """Positions, rotations, commands and camera are read as they were written, and labels see
+    both gripper changes.
+    """
     recordings = open_dataset(synthetic_episodes, SIZE)
     demos, attributes = recordings.demos, recordings.attributes
     assert [d.name for d in demos] == [f"episode_{i:05d}" for i in range(4)]
@@ -223,8 +227,9 @@ def test_a_written_episode_is_read_back(synthetic_episodes):
 
 @pytest.mark.parametrize("video, wide", [(False, 0), (False, 20), (True, 0), (True, 20)])
 def test_the_eef_is_seen_where_the_camera_says(video, wide, tmp_path):
-    """Frame t belongs to row t, and cutting out the square moves K along: the blob is at the EEF's
-    pixel, in PNG and in video."""
+    """Frame t belongs to row t, and cropping to a square moves K along: the blob is at the
+    EEF's pixel, in PNGs and in video.
+    """
     path = write_synthetic_episodes(tmp_path / "recordings", n_episodes=1, video=video, wide=wide)
     demos = open_dataset(path, SIZE // 2).demos
     frames = [25, 3, 14]
@@ -237,8 +242,7 @@ def test_the_eef_is_seen_where_the_camera_says(video, wide, tmp_path):
 
 
 def test_a_damaged_video_is_named(tmp_path):
-    """A video without its index, as a crash of the recorder leaves it, is refused in one
-    sentence."""
+    """A video without its index, as after a crash of the recorder, is refused in one sentence."""
     path = write_synthetic_episodes(tmp_path / "recordings", n_episodes=1, video=True)
     file = path / "episode_00000" / "video.mp4"
     file.write_bytes(file.read_bytes()[:2000])
@@ -247,8 +251,10 @@ def test_a_damaged_video_is_named(tmp_path):
 
 
 def test_an_episode_is_replaced_whole(tmp_path):
-    """Written twice, as by a worker that outlived its parent, an episode is the second one, with no
-    frame of the first."""
+    """An episode may be written twice, as by a worker that outlived its parent.
+
+    Then the second one is there, with no frame of the first.
+    """
     arrays = {"eef_pos_t": np.zeros((3, 3))}
     for n in (5, 3):
         smith300.write_episode(
@@ -260,7 +266,7 @@ def test_an_episode_is_replaced_whole(tmp_path):
 
 
 def test_a_failed_write_leaves_no_episode(tmp_path):
-    """A kill in the middle of writing leaves no folder that looks like an episode."""
+    """A kill during writing leaves no folder that looks like an episode."""
     with pytest.raises((TypeError, ValueError, AttributeError)):
         smith300.write_episode(
             tmp_path / "episode_00000", {"eef_pos_t": np.zeros((2, 3))}, ["no image"]
@@ -293,7 +299,7 @@ def test_the_dataset_has_the_interface_of_the_others(synthetic_episodes, backbon
 
 
 def test_a_missing_basis_stops_before_the_features(dataset, backbone, tmp_path):
-    """No basis: the sentence says how to compute it, and no time goes into features first."""
+    """Without a basis the sentence says how to compute it, before time goes into features."""
     demos = open_dataset(dataset).demos
     with pytest.raises(UserError, match="precompute_rotation_pca.py"):
         VolumeDataset(demos, CONFIG, backbone, cache=tmp_path / "cache")
@@ -301,7 +307,7 @@ def test_a_missing_basis_stops_before_the_features(dataset, backbone, tmp_path):
 
 
 def test_a_foreign_basis_stops(dataset, backbone, tmp_path):
-    """A basis of other recordings, copied along, is refused; the Euler head asks for none."""
+    """A basis that was copied from other recordings is refused. The Euler head needs none."""
     other = with_basis(write_synthetic_episodes(tmp_path / "other", 2, 30, 32, seed=9))
     shutil.copy(other / BASIS_FILE, dataset / BASIS_FILE)
     demos = open_dataset(dataset).demos
@@ -310,22 +316,24 @@ def test_a_foreign_basis_stops(dataset, backbone, tmp_path):
 
 
 def test_libero_files_are_read_too(synthetic_demos):
-    """One call opens both formats, by what the path is."""
+    """One call opens both formats: the path tells which it is."""
     recordings = open_dataset(synthetic_demos, SIZE)
     assert recordings.format == "libero" and len(recordings) == 4
     assert recordings.attributes["format"].startswith("para-libero")
 
 
 def test_a_simulators_states_come_along(dataset):
-    """A recording made in the simulator keeps its states, which eval.py's protocol check renders; a
-    robot's has none."""
+    """A recording from the simulator keeps its states, which eval.py renders to check its protocol.
+
+    A robot's has none.
+    """
     demos = open_dataset(dataset).demos
     assert demos[0].states.size == 0 and len(demos[0].states) == 30
     np.testing.assert_array_equal(demos[1].states[2], [10, 11, 12, 13, 14])
 
 
 def test_images_come_from_either_format(dataset, synthetic_demos):
-    """One call reads a demonstration's frames, whichever format the dataset has."""
+    """One call reads a demonstration's frames in either format."""
     np.testing.assert_array_equal(
         open_dataset(dataset)[EPISODE].images([3]), read_frames(dataset / EPISODE, [3], 32)
     )

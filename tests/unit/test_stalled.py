@@ -1,4 +1,4 @@
-"""When an episode counts as stalled: in what repeats, and in nothing that still moves."""
+"""When an episode counts as stalled: where states repeat, and nowhere else."""
 
 import json
 
@@ -13,12 +13,12 @@ K = 10
 
 
 def hover(n, jitter=0.0):
-    """States (n,4) that stand still, but for jitter up and down."""
+    """States (n,4) that stand still apart from jitter."""
     return np.ones((n, 4)) + jitter * np.resize([0, 1], n)[:, None]
 
 
 def test_what_stands_still_is_stalled_after_k_decisions():
-    """Not before: a policy may hesitate for a while."""
+    """Not before K decisions: a policy may hesitate for a while."""
     moving = np.arange(5)[:, None] * np.ones(4)
     assert first_stall(np.concatenate([moving, 9 * hover(K - 1)]), K) is None
     assert first_stall(np.concatenate([moving, 9 * hover(K + 5)]), K) == 5 + K - 1
@@ -26,16 +26,19 @@ def test_what_stands_still_is_stalled_after_k_decisions():
 
 @pytest.mark.parametrize("period, stalled", [(1, True), (3, True), (4, True), (5, False)])
 def test_states_that_take_turns_are_stalled(period, stalled):
-    """A policy that goes back and forth between waypoints goes on so. Longer rounds may run on:
-    of those too few are seen."""
+    """A policy that goes back and forth between waypoints will go on so.
+
+    Longer rounds do not count: too few of them are seen.
+    """
     rounds = np.resize(np.arange(period), 3 * K)[:, None] * np.ones(4)
     assert (first_stall(rounds, K) is not None) == stalled
 
 
 @pytest.mark.parametrize("column", range(4))
 def test_anything_that_changes_is_progress(column):
-    """An object that slides, a command that flips, an arm that creeps: by more than the tolerance
-    over the decisions looked at."""
+    """An object that slides, a command that flips or an arm that creeps counts as progress, if
+    it moves by more than the tolerance over the decisions looked at.
+    """
     states = hover(3 * K)
     states[:, column] += np.linspace(0, 5 * TOLERANCE, 3 * K)
     assert first_stall(states, K) is None
@@ -44,14 +47,14 @@ def test_anything_that_changes_is_progress(column):
 
 
 def test_one_step_aside_starts_the_count_anew():
-    """Only decisions in a row count."""
+    """Only consecutive decisions count."""
     states = hover(2 * K)
     states[K - 2] += 0.1
     assert first_stall(states, K) == 2 * K - 2
 
 
 def test_jitter_below_the_tolerance_is_rest():
-    """The servo leaves fractions of a millimetre."""
+    """Motion below the tolerance counts as rest: the servo leaves fractions of a millimetre."""
     assert repeats(hover(DECISIONS, 0.5 * TOLERANCE), period=1)
     assert not repeats(hover(DECISIONS, 2 * TOLERANCE), period=1)
 
@@ -60,8 +63,9 @@ def test_jitter_below_the_tolerance_is_rest():
 
 
 def evaluation(folder, first_success):
-    """One episode of 40 decisions, a step each, that stands still from decision 5 to 30 and then
-    moves; it succeeds at `first_success`, or not at all.
+    """An evaluation of one episode with 40 decisions, one step each.
+
+    It stands still from decision 5 to 30 and then moves. It succeeds at `first_success`, or never.
     """
     states = np.concatenate([np.arange(5), np.full(26, 9), 20 + np.arange(9)])[:, None] * np.ones(4)
     (folder / "traces").mkdir()
@@ -79,7 +83,9 @@ def evaluation(folder, first_success):
 def test_a_success_after_the_rule_would_have_fired_is_counted_as_wrong(
     first_success, wrong, tmp_path
 ):
-    """The rule's error is what --stop_stalled would change, not how still an episode was."""
+    """The rule is wrong where --stop_stalled would change the outcome, however still the
+    episode was.
+    """
     folder = evaluation(tmp_path, first_success)
     out = tmp_path / "judged.json"
     main([str(folder), "--decisions", "10", "28", "--out", str(out)])
@@ -90,7 +96,7 @@ def test_a_success_after_the_rule_would_have_fired_is_counted_as_wrong(
 
 
 def test_an_episode_that_was_ended_cannot_judge_the_rule(tmp_path):
-    """What it would have come to is not known."""
+    """Such an episode is refused: its outcome without the rule is unknown."""
     folder = evaluation(tmp_path, None)
     rows = (folder / "episodes.jsonl").read_text()
     (folder / "episodes.jsonl").write_text(
@@ -101,7 +107,7 @@ def test_an_episode_that_was_ended_cannot_judge_the_rule(tmp_path):
 
 
 def test_an_evaluation_without_traces_is_named(tmp_path):
-    """With what to run instead."""
+    """The sentence says what to run instead."""
     folder = evaluation(tmp_path, None)
     (folder / "traces" / "000.npz").write_bytes(b"half")
     with pytest.raises(UserError, match=r"000.npz: no trace"):

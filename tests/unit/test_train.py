@@ -1,4 +1,4 @@
-"""Training itself, without a simulator: budgets, the loop, its state."""
+"""Training without a simulator: its budget, its loop, its saved state."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from runtime import Distributed, UserError, choose_precision, write_json
 
 
 def flags(dataset, folder, steps, *further):
-    """argv of a training of seconds on the synthetic demonstrations."""
+    """argv of a training on the synthetic demonstrations that takes seconds."""
     command = (
         f"train.py --dataset {dataset} --out {folder} --max_steps {steps} --image_size {SIZE} "
         "--grid 14 --backbone efficientnet_lite0 --batch_size 4 --wandb off --precision fp32"
@@ -37,8 +37,10 @@ def flags(dataset, folder, steps, *further):
 @pytest.mark.parametrize("preset", ["small", "full"])
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_preset_names_its_own_steps_and_rate(name, preset):
-    """A preset that leaves them to the parser trains 500 steps at 1e-3, whatever its size: on a GPU
-    fewer than the small one."""
+    """Every preset names its steps and learning rate.
+
+    Otherwise it would train 500 steps at 1e-3 whatever its size, fewer on a GPU than the small one.
+    """
     args, config = train.parse_args(["--model_type", name, "--preset", preset])
     assert {"max_steps", "lr"} <= config.presets[preset].keys()
     small, full = (config.presets[p]["max_steps"] for p in ("small", "full"))
@@ -46,8 +48,10 @@ def test_every_preset_names_its_own_steps_and_rate(name, preset):
 
 
 def test_a_budget_in_minutes_is_refused(tmp_path):
-    """With the wall clock in it a slower machine ends with another policy: one sentence says what
-    to give instead."""
+    """With a time budget a slower machine would end with another policy.
+
+    One sentence says what to give instead.
+    """
     with pytest.raises(UserError, match="--max_minutes 5: budgets are steps.*--max_steps"):
         train.parse_args(["--model_type", "para", "--max_minutes", "5"])
     write_json(
@@ -66,7 +70,7 @@ def test_a_budget_in_minutes_is_refused(tmp_path):
 
 
 def test_the_learning_rate_ends_at_zero_with_the_last_step():
-    """It depends on the step alone."""
+    """The learning rate depends on the step alone, and reaches zero at the last."""
     args, _ = train.parse_args(
         ["--model_type", "para", "--max_steps", "1000", "--lr", "1e-3", "--warmup", "10"]
     )
@@ -76,8 +80,10 @@ def test_the_learning_rate_ends_at_zero_with_the_last_step():
 
 
 def test_training_says_how_long_it_will_take(synthetic_demos, tmp_path):
-    """Before the first step there is an estimate from measured steps of the run's own batch size;
-    afterwards the minutes of training and of validation are told apart."""
+    """Before the first step an estimate is printed, measured with the run's own batch size.
+
+    Afterwards the minutes of training and validation are told apart.
+    """
     done = run(*flags(synthetic_demos, "run", 3, "--batch_size", 6, "--val_every", 2), cwd=tmp_path)
     assert "3 steps of batch 6: about 0.0 minutes of training on this machine" in done.stdout
     rows = json.loads((tmp_path / "run" / "profile.jsonl").read_text().splitlines()[0])["rows"]
@@ -89,7 +95,7 @@ def test_training_says_how_long_it_will_take(synthetic_demos, tmp_path):
 
 
 def test_what_auto_came_to_is_printed_and_stored(state):
-    """A run that says `--precision auto` cannot be repeated on another machine."""
+    """A run that only recorded `--precision auto` could not be repeated on another machine."""
     folder, printed = state
     stored = json.loads((folder / "config.json").read_text())
     resolved = stored["resolved"]
@@ -107,7 +113,7 @@ def test_what_auto_came_to_is_printed_and_stored(state):
     [("cuda:1", "auto", "bf16"), ("cuda:1", "fp32", "fp32"), ("cpu", "bf16", "bf16")],
 )
 def test_a_precision_is_one_of_two(device, asked, found):
-    """`auto` in a record says nothing."""
+    """A record holds fp32 or bf16: `auto` would say nothing."""
     assert choose_precision(device, asked) == found
     assert choose_precision("cpu") in ("fp32", "bf16")
 
@@ -119,8 +125,11 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages here"
 )
 def test_huge_pages_are_asked_for_in_time():
-    """torch looks at the variable once: a tensor made while a module is imported would cost a third
-    of a CPU's speed, and nobody would know."""
+    """torch reads the variable once.
+
+    A tensor made during an import would come too early and cost a third of a CPU's speed, without a
+    sign.
+    """
     code = (
         "import train, runtime, torch\n"
         "runtime.use_huge_pages()\n"
@@ -160,9 +169,11 @@ A = shlex.split(
 
 
 def test_two_processes_end_with_the_weights_of_one(synthetic_demos, tmp_path):
-    """Two gloo processes share each batch (of five, so that one has more), with noise, masks that
-    differ and images moved sideways: their weights are those of one process up to the order of
-    float sums, which are not those at the start."""
+    """Two gloo processes share each batch of five samples, so one has more.
+
+    Noise, masks and sideways shifts differ between samples. The weights end as those of one
+    process, up to the order of float sums, and differ from the initial ones.
+    """
     common = lambda folder: flags(
         synthetic_demos, folder, 4, *A, "--batch_size", 5, "--shift_aug", 16, "--warmup", 1
     )
@@ -194,8 +205,10 @@ def test_two_processes_end_with_the_weights_of_one(synthetic_demos, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_every_process(synthetic_demos, tmp_path):
-    """One process alone that leaves would hang the others in a collective: each says so, and the
-    last saved state stays."""
+    """If only one process left, the others would hang in a collective.
+
+    All stop and say why, and the last saved state stays.
+    """
     done = torchrun(
         *flags(
             synthetic_demos,
@@ -224,8 +237,10 @@ def test_a_loss_that_is_not_finite_ends_every_process(synthetic_demos, tmp_path)
 
 
 def test_a_process_that_comes_second_waits_at_a_file(tmp_path):
-    """Features are computed before the processes join, by one of them, however long it takes: no
-    barrier with a time-out."""
+    """One process computes the features before the processes join, however long it takes.
+
+    A barrier would time out.
+    """
     lock, seen = tmp_path / "cache" / "x.lock", []
     pair = Distributed(1, 2)
     slow = lambda progress: (time.sleep(0.3), seen.append(("first", progress)))
@@ -243,15 +258,17 @@ def test_a_process_that_comes_second_waits_at_a_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def state(synthetic_demos, tmp_path_factory):
-    """The run folder of two steps, and what was printed."""
+    """The run folder after two steps, and what was printed."""
     folder = tmp_path_factory.mktemp("state")
     done = run(*flags(synthetic_demos, "run", 2), cwd=folder)
     return folder / "run", done.stdout
 
 
 def test_a_state_holds_no_generator(state):
-    """Noise follows from (seed, step), on every device and in every process: there is nothing to
-    save, and nothing to miss."""
+    """Noise follows from (seed, step) on every device and in every process.
+
+    There is no generator to save or to forget.
+    """
     tensors = load_file(state[0] / "state.safetensors")
     assert "rng" not in tensors and "optimizer.volume.weight.exp_avg" in tensors
 
@@ -271,8 +288,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_state_that_does_not_fit_is_refused_in_one_sentence(damage, state, tmp_path):
-    """Of another model, of an earlier version or damaged: file, tensor and remedy, and no traceback
-    of torch."""
+    """A state of another model, of an earlier version or with damage: the sentence names file,
+    tensor and remedy, without a traceback of torch.
+    """
     state, _ = state
     tensors, info = checkpoint.load_tensors(state / "state.safetensors")
     DAMAGE[damage](tensors)
@@ -286,8 +304,10 @@ def test_a_state_that_does_not_fit_is_refused_in_one_sentence(damage, state, tmp
 
 
 def test_batches_made_ahead_come_in_order_and_no_further_than_asked():
-    """A thread prepares the samples of the steps to come: each step still gets its own, and memory
-    holds but a few."""
+    """A thread prepares the samples of later steps.
+
+    Each step still gets its own, and memory holds only a few.
+    """
     made = []
 
     def make(step):
@@ -303,7 +323,9 @@ def test_batches_made_ahead_come_in_order_and_no_further_than_asked():
 
 
 def test_a_batch_that_cannot_be_made_ends_the_training_with_its_error():
-    """A file that goes away while a thread reads ahead is not waited for."""
+    """If a file disappears while the thread reads ahead, training ends with that error and does
+    not wait.
+    """
 
     def make(step):
         raise UserError("features.npy: no such file")

@@ -1,5 +1,7 @@
-"""Checks on held-out demonstrations: whether a policy looks, free-running rollouts, on policies
-whose answer is known."""
+"""Checks on held-out demonstrations: whether a policy looks, and open-loop rollouts.
+
+The policies have known answers.
+"""
 
 from types import SimpleNamespace
 
@@ -51,8 +53,9 @@ def dataset(request, synthetic_demos, backbone, tmp_path_factory):
 
 
 class Known(Policy):
-    """Answers where the EEF is said to be plus an offset (it never looks), or the mean colour's
-    place (it only looks)."""
+    """Answers the EEF's position plus an offset (never looks), or the place of the mean colour
+    (only looks).
+    """
 
     def __init__(self, dataset, blind):
         super().__init__(dataset.config)
@@ -75,8 +78,10 @@ class Known(Policy):
 
 
 def test_looks_tells_a_guesser_from_a_looker(dataset):
-    """A policy that answers from its state moves with it by the whole shift and does not mind blank
-    images; one that looks does not move at all."""
+    """A policy that answers from its state moves by the whole shift and ignores blank images.
+
+    One that looks does not move at all.
+    """
     guess, look = (looks(Known(dataset, blind), dataset, "cpu") for blind in (True, False))
     assert guess["shift_px"] == pytest.approx(SHIFT_PX, rel=1e-6)
     assert guess["blank_ratio"] == pytest.approx(1)
@@ -84,7 +89,7 @@ def test_looks_tells_a_guesser_from_a_looker(dataset):
 
 
 class Unturning(Known):
-    """Answers no rotation."""
+    """Answers no rotations."""
 
     turns = False
 
@@ -96,8 +101,10 @@ class Unturning(Known):
 
 
 def test_a_policy_that_does_not_turn_is_validated_and_acts(dataset, backbone):
-    """Without rotations there are no errors of them, everything else is as it was; in use the
-    gripper keeps its own."""
+    """Without rotations their errors are absent and everything else stays.
+
+    In use the gripper keeps its rotation.
+    """
     policy = Unturning(dataset, True).attach(backbone)
     row = validate(policy, dataset, "cpu", limit=6)
     assert row["val/cm_median"] > 0 and not [k for k in row if "rotation" in k]
@@ -111,7 +118,7 @@ def test_a_policy_that_does_not_turn_is_validated_and_acts(dataset, backbone):
 
 
 class Remembers(Known):
-    """Answers where the EEF was in the oldest frame of its window that it still has."""
+    """Answers where the EEF was in the oldest frame of the window that it gets."""
 
     def predict(self, batch):
         out = super().predict(batch)
@@ -119,9 +126,11 @@ class Remembers(Known):
 
 
 def test_looks_tells_whether_the_past_matters(dataset):
-    """Without its past a policy that answers from the oldest frame moves by how far the EEF came;
-    one of the newest frame alone does not move, and a policy without a history has no such
-    figure."""
+    """Without its past, a policy that answers from the oldest frame moves as far as the EEF came.
+
+    One that uses only the newest frame does not move. A policy without a history has no such
+    figure.
+    """
     known, remembers = (looks(kind(dataset, True), dataset, "cpu") for kind in (Known, Remembers))
     if isinstance(dataset, WindowDataset):
         assert known["no_past_mm"] == 0 and remembers["no_past_mm"] > 20
@@ -130,8 +139,7 @@ def test_looks_tells_whether_the_past_matters(dataset):
 
 
 def test_newest_is_the_last_valid_frame(dataset):
-    """Windows are scored on their newest frame, on the same labels that a single-frame dataset
-    has."""
+    """Windows are scored on their newest frame, with the labels of a single-frame dataset."""
     batch = dataset.batch(np.arange(len(dataset)))
     single, out = newest(batch, {"position": batch["target_pos"]})
     assert single["target_pos"].shape[0] == len(dataset)
@@ -143,8 +151,9 @@ def test_newest_is_the_last_valid_frame(dataset):
 
 
 def test_decision_frames_jump_over_gripper_holds(dataset):
-    """Decisions of a free-running rollout start at the first frame, never fall into a hold, and end
-    at the release."""
+    """Decisions of an open-loop rollout start at the first frame, never fall into a gripper's
+    hold, and end at the release.
+    """
     demo = dataset.demos[1]
     frames, targets = decision_frames(demo, dataset.config)
     assert frames[0] == 0 and targets[-1] == OPENS and CLOSES in targets
@@ -152,8 +161,10 @@ def test_decision_frames_jump_over_gripper_holds(dataset):
 
 
 def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos, backbone):
-    """Fed its own answer, a policy that answers where it is never leaves the start; jerk and
-    coverage say so."""
+    """A policy that answers its own position never leaves the start once that is fed back.
+
+    Jerk and coverage show it.
+    """
     demo = dataset.demos[1]
     rollout = free_run(Known(dataset, True).attach(backbone), demo, dataset.config)
     np.testing.assert_allclose(
@@ -169,8 +180,9 @@ def test_free_run_of_a_policy_that_stays_covers_nothing(dataset, synthetic_demos
 
 
 class Chunks(Known):
-    """Answers four waypoints, each a centimetre above the one before, and counts how often it is
-    asked."""
+    """Answers four waypoints, each a centimetre above the last, and counts how often it is
+    asked.
+    """
 
     asked = 0
 
@@ -187,8 +199,10 @@ class Chunks(Known):
 
 
 def test_a_chunk_is_used_up_before_the_policy_looks_again(dataset, synthetic_demos, backbone):
-    """Its waypoints come one after another, the next chunk starts from the last; a change of the
-    gripper ends a chunk."""
+    """The waypoints of a chunk come one after another, and the next chunk starts from the last one.
+
+    A gripper change ends a chunk.
+    """
     demo, policy = dataset.demos[1], Chunks(dataset, True).attach(backbone)
     rollout = free_run(policy, demo, dataset.config, fed="chunk")
     n = len(rollout["predicted"])
@@ -205,7 +219,7 @@ def test_a_chunk_is_used_up_before_the_policy_looks_again(dataset, synthetic_dem
 
 
 def test_free_run_reads_recordings_of_a_robot(dataset, synthetic_episodes, backbone):
-    """The same rollout on a smith300 folder, frames from its image files."""
+    """The same rollout works on a smith300 folder, with frames from its image files."""
     demo = open_dataset(synthetic_episodes).demos[1]
     rollout = free_run(
         Known(dataset, True).attach(backbone),
@@ -218,8 +232,10 @@ def test_free_run_reads_recordings_of_a_robot(dataset, synthetic_episodes, backb
 
 
 def test_points_outside_the_image_are_counted_apart(dataset, synthetic_demos, backbone):
-    """A path that leaves the image cannot be followed by cells of the image: the summary says what
-    is covered of the rest."""
+    """Cells of the image cannot follow a path that leaves it.
+
+    The summary also gives the coverage of the rest.
+    """
     demo = dataset.demos[1]
     rollout = free_run(Known(dataset, True).attach(backbone), demo, dataset.config)
     assert rollout["in_view"].all()
@@ -234,8 +250,9 @@ def test_points_outside_the_image_are_counted_apart(dataset, synthetic_demos, ba
 @pytest.mark.parametrize("dataset", ["windows"], indirect=True)
 @pytest.mark.parametrize("kind", ["A", "B"])
 def test_the_newest_frames_alone_are_the_same(kind, dataset, backbone):
-    """Deciding only about the frames that are scored gives what deciding about all of a window's
-    does; so does the loss."""
+    """Deciding about the scored frames alone gives the decisions and the loss that all frames
+    of a window give.
+    """
     torch.manual_seed(0)
     size = dict(
         COMMON, context=3, grid=8, n_height_bins=4, dim=16, n_layers=2, n_heads=2, key_width=8

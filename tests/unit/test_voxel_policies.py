@@ -1,5 +1,6 @@
-"""The voxel-token policies B and C: what a step may know, whose camera places its voxels, where
-positions are measured from."""
+"""The voxel-token policies B and C: what a step may know, whose camera places its voxels, and
+from where positions are measured.
+"""
 
 import copy
 
@@ -40,7 +41,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def make(kind, **changes):
-    """A policy that has left its initialisation, in eval mode."""
+    """A policy in eval mode whose weights are no longer the initial ones."""
     torch.manual_seed(0)
     policy, config, own = KINDS[kind]
     policy = policy(config(**{**SMALL, **own, **changes}), CHANNELS)
@@ -51,7 +52,7 @@ def make(kind, **changes):
 
 
 def windows(steps=T, seed=0):
-    """A batch of windows with random images along random paths, every frame with its own camera."""
+    """A batch of windows with random images along random paths. Every frame has its own camera."""
     g = torch.Generator().manual_seed(seed)
     K, E = (torch.from_numpy(x).expand(B, steps, *x.shape).clone() for x in agentview(64))
     E[..., :3, 3] += 0.05 * torch.randn(B, steps, 3, generator=g, dtype=torch.float64)
@@ -77,13 +78,13 @@ def windows(steps=T, seed=0):
 
 @torch.no_grad()
 def logits(policy, batch):
-    """(B,T,G,Z,H,W), the distribution that everything is decoded from."""
+    """(B,T,G,Z,H,W), the distribution from which everything is decoded."""
     rows = torch.arange(batch["mask"].numel())
     return policy.run(batch, batch["eef_pos"], rows)[0].unflatten(0, batch["mask"].shape)
 
 
 def frames(batch, t):
-    """Frame t as `decide` gets it, first item of the batch."""
+    """Frame t as `decide` gets it, of the batch's first item."""
     return {
         k: [m[:1, t] for m in batch[k]] if k == "features" else batch[k][:1, t]
         for k in ("features", "eef_pos", "gripper_width", "K", "E")
@@ -92,8 +93,9 @@ def frames(batch, t):
 
 @every_kind
 def test_a_step_knows_nothing_of_later_ones(kind):
-    """Another image, camera, finger width or EEF at t + 1 leaves the answers up to t alone, and
-    changes the one at t + 1."""
+    """Another image, camera, finger width or EEF at t + 1 leaves all answers up to t unchanged,
+    and changes that at t + 1.
+    """
     policy, batch = make(kind), windows()
     before = logits(policy, batch)
     for key in ("features", "E", "gripper_width", "eef_pos"):
@@ -107,8 +109,10 @@ def test_a_step_knows_nothing_of_later_ones(kind):
 
 @every_kind
 def test_a_step_reads_its_past_and_its_own_image(kind):
-    """The EEF before moves the answer (history is used); an earlier image or camera does not (keys
-    are the current voxels)."""
+    """The earlier EEF changes the answer, as history is used.
+
+    An earlier image or camera does not, as keys are the current voxels.
+    """
     policy, batch = make(kind), windows()
     before = logits(policy, batch)
     for key, matters in (("eef_pos", True), ("features", False), ("E", False)):
@@ -121,8 +125,9 @@ def test_a_step_reads_its_past_and_its_own_image(kind):
 @every_kind
 @pytest.mark.parametrize("context", [3, 2])
 def test_acting_equals_training(kind, context):
-    """Decisions one by one, with nothing kept but EEF tokens, equal the last frame of the same
-    window, and go on past the context: what was trained is what acts."""
+    """Decisions one by one, which keep only EEF tokens, equal the last frame of the same
+    window, also beyond the context. So what was trained is what acts.
+    """
     policy, batch = make(kind, context=context), windows(5)
     policy.reset()
     for t in range(5):
@@ -150,9 +155,11 @@ def test_acting_equals_training(kind, context):
     "kind, axes", [("B", ""), ("C window", "xy"), ("C last", "xy"), ("C xyz", "xyz")]
 )
 def test_who_survives_a_moved_world(kind, axes):
-    """Robot, camera and heights moved together: C's distribution stays the same to rounding along
-    the axes that it measures from the EEF, and no other; B's along none. That is their whole
-    difference, and it is exact."""
+    """Robot, camera and heights move together.
+
+    C's distribution stays the same up to rounding along the axes that it measures from the EEF, and
+    along no other. B's changes along all. This is their whole difference.
+    """
     policy, batch = make(kind), windows()
     before, low_high = logits(policy, batch), policy.height_range.clone()
     for i, axis in enumerate("xyz"):
@@ -167,9 +174,10 @@ def test_who_survives_a_moved_world(kind, axes):
 
 
 def test_an_anchor_that_never_changes_is_no_anchor():
-    """C with the episode's first EEF, all episodes starting at one pose as LIBERO's do, is B with
-    turned weights: the same distributions, so that this anchor says nothing about relative
-    coordinates."""
+    """C with the episode's first EEF as its anchor, where all episodes start at one pose as in
+    LIBERO, is B with turned weights. Both have the same distributions, so this anchor says
+    nothing about relative coordinates.
+    """
     relative, absolute, batch = make("C episode"), make("B"), windows()
     batch["first_eef"] = torch.tensor([[-0.2, 0.05, 1.17]], dtype=torch.float64).expand(B, 3)
     weights = copy.deepcopy(relative.state_dict())
@@ -185,8 +193,9 @@ def test_an_anchor_that_never_changes_is_no_anchor():
 
 
 def test_each_anchor_is_another_model():
-    """--anchor window, last and episode are three different models once the path leaves its
-    start."""
+    """--anchor window, last and episode give three different models once the path has left its
+    start.
+    """
     batch = windows()
     batch["first_eef"] = batch["first_eef"] + 0.1
     found = [logits(make(kind), batch)[:, 1:] for kind in ("C window", "C last", "C episode")]
@@ -195,8 +204,10 @@ def test_each_anchor_is_another_model():
 
 @every_kind
 def test_training_noises_the_known_eef_alone(kind):
-    """In training the EEF is noised wherever it enters, in use never; the targets are not
-    touched."""
+    """Training adds noise to the EEF wherever it enters, and never to the targets.
+
+    In use there is none.
+    """
     policy, batch = make(kind), windows()
     assert torch.equal(policy.noised(batch["eef_pos"]), batch["eef_pos"])
     policy.train()
@@ -212,8 +223,9 @@ def test_training_noises_the_known_eef_alone(kind):
 
 
 def test_feedback_chooses_the_eef_that_a_step_knows():
-    """measured takes the given EEF; predicted its own waypoints after the first; hybrid:2 changes
-    over after two decisions."""
+    """measured takes the given EEF; predicted its own waypoints after the first; hybrid:2
+    changes from the one to the other after two decisions.
+    """
     batch, used = windows(4), {}
     for feedback in ("measured", "predicted", "hybrid:2"):
         policy = make("B", feedback=feedback)
@@ -235,8 +247,7 @@ def test_feedback_chooses_the_eef_that_a_step_knows():
 
 @every_kind
 def test_the_fixed_camera_is_remembered_by_value(kind):
-    """The table of a camera that stands still is kept, and a camera or height range that changes
-    makes a new one."""
+    """The table of a fixed camera is kept. Another camera or height range makes a new one."""
     policy, batch = make(kind), windows()
     still = {**batch, "E": batch["E"][:1, :1].expand(B, T, 4, 4)}
     one = logits(policy, still)
@@ -251,8 +262,10 @@ def test_the_fixed_camera_is_remembered_by_value(kind):
 
 
 def test_each_camera_s_table_is_made_once(monkeypatch):
-    """Batches that hold other cameras of a dataset every time make no camera's table anew; beyond
-    the limit the oldest goes."""
+    """Even if every batch holds other cameras of the dataset, each camera's table is made once.
+
+    Beyond the limit the oldest one goes.
+    """
     policy, batch, made = make("B"), windows(), []
     new_table = policy.new_table
     monkeypatch.setattr(policy, "new_table", lambda K, E: made.append(1) or new_table(K, E))
@@ -281,7 +294,7 @@ def test_each_camera_s_table_is_made_once(monkeypatch):
     ids=str,
 )
 def test_every_variant_learns_and_predicts(changes):
-    """Every flag's other value trains all its parameters and predicts finite waypoints."""
+    """With every flag's other value all parameters train and predictions are finite."""
     policy, batch = make("C window", **changes).train(), windows()
     policy(batch)["loss"].backward()
     assert all(
@@ -292,8 +305,9 @@ def test_every_variant_learns_and_predicts(changes):
 
 
 def test_acting_never_answers_here():
-    """In use no waypoint lies where the EEF already is with the command already given: such an
-    answer would stay for ever."""
+    """In use no waypoint is the EEF's own position with the command already given: the robot
+    would stay for ever.
+    """
     policy, batch = make("B"), windows()
     with torch.no_grad():
         policy.prior.mul_(0)
@@ -311,8 +325,9 @@ def test_acting_never_answers_here():
 
 @every_kind
 def test_pictures_show_distributions(kind, tmp_path):
-    """What train.py draws are distributions: over voxels and over the pixels that the query reads,
-    and drawing them works."""
+    """train.py draws distributions, over voxels and over the pixels that the query reads, and
+    drawing them works.
+    """
     policy, batch = make(kind), windows()
     with torch.no_grad():
         volume, heat = policy.distribution(batch), policy.attention(batch)
@@ -327,8 +342,10 @@ def test_pictures_show_distributions(kind, tmp_path):
 
 
 def test_trained_frames_are_drawn_anew():
-    """With --trained_frames a step is about so many frames of each window, masked ones left out,
-    others each time; validation is about all of them."""
+    """With --trained_frames each step trains that many unmasked frames of each window, drawn anew.
+
+    Validation covers all frames.
+    """
     policy, mask = make("C window", trained_frames=2), torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0]])
     assert policy.trained_rows(mask).tolist() == [0, 1, 2, 3, 4]
     policy.train()

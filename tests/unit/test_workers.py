@@ -1,5 +1,7 @@
-"""The worker pool: no job is lost when a worker dies, raises or is recycled. Workers are spawned
-for real."""
+"""The worker pool: no job is lost if a worker dies, raises or is replaced.
+
+Workers are really spawned.
+"""
 
 import os
 import signal
@@ -26,7 +28,7 @@ class Square:
 
 
 class Crash(Square):
-    """Dies without a word on the first try of job 2; on every try of job 'always'."""
+    """Ends its process on the first try of job 2, and on every try of job 'always'."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -58,14 +60,14 @@ class Unmakeable:
 
 
 class DiesAtStart:
-    """A worker whose process dies while it is made."""
+    """A worker whose process ends while it is made."""
 
     def __init__(self):
         os._exit(5)
 
 
 class DiesIdle(Square):
-    """Finishes its first job and dies before the next one is given."""
+    """Finishes its first job and ends its process before the next one is given."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -78,7 +80,7 @@ class DiesIdle(Square):
 
 
 class Hang(Square):
-    """Never answers on the first try of job 2; on no try of job 'always'."""
+    """Does not answer on the first try of job 2, and on no try of job 'always'."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -92,7 +94,7 @@ class Hang(Square):
 
 
 class HangsAtStart:
-    """A worker whose simulator never comes up."""
+    """A worker whose simulator never gets ready."""
 
     def __init__(self):
         time.sleep(600)
@@ -135,7 +137,7 @@ def test_a_crashed_worker_is_replaced_and_its_job_repeated(tmp_path):
 
 
 def test_a_job_that_always_crashes_is_given_up(tmp_path):
-    """After its tries a job is reported with how its worker died, and the others are done."""
+    """After its tries a job is reported with how its worker died. The others are done."""
     outcomes = {
         o.job: o for o in run_jobs(["always", 1, 3], Crash, (str(tmp_path),), n_workers=1, tries=2)
     }
@@ -144,8 +146,10 @@ def test_a_job_that_always_crashes_is_given_up(tmp_path):
 
 
 def test_a_job_that_hangs_times_out_and_is_tried_again(tmp_path):
-    """A stuck EGL call would stop a run for ever. The hung worker is killed, its job is done by
-    another."""
+    """A stuck EGL call would stop a run for ever.
+
+    The worker that hangs is killed, and another does its job.
+    """
     outcomes = list(run_jobs([1, 2, 3], Hang, (str(tmp_path),), n_workers=2, timeout=4))
     assert sorted((o.job, o.result[0], o.died) for o in outcomes) == [
         (1, 1, False),
@@ -156,8 +160,10 @@ def test_a_job_that_hangs_times_out_and_is_tried_again(tmp_path):
 
 
 def test_a_job_that_always_hangs_is_given_up(tmp_path):
-    """After its tries it is reported as a worker's death, no exception of its own, and the others
-    are done."""
+    """After its tries it is reported like the death of a worker, not as an exception of the job.
+
+    The others are done.
+    """
     outcomes = {
         o.job: o
         for o in run_jobs(["always", 1], Hang, (str(tmp_path),), n_workers=1, tries=1, timeout=4)
@@ -167,8 +173,10 @@ def test_a_job_that_always_hangs_is_given_up(tmp_path):
 
 
 def test_a_result_that_waits_for_the_caller_is_no_hang(tmp_path):
-    """A caller that writes a video for longer than a job may take finds the next result, not a
-    killed worker."""
+    """A caller may write a video for longer than a job may take.
+
+    It then gets the next result, and no worker was killed.
+    """
     outcomes = []
     for outcome in run_jobs([1, 3, 4], Hang, (str(tmp_path),), n_workers=2, tries=1, timeout=4):
         outcomes.append(outcome)
@@ -188,14 +196,16 @@ def test_a_result_that_waits_for_the_caller_is_no_hang(tmp_path):
     ],
 )
 def test_numbers_out_of_range_are_refused(name, value):
-    """No worker does no job, and a worker that is replaced after zero jobs is replaced for ever."""
+    """Zero workers would do no job, and workers replaced after zero jobs would be replaced for
+    ever.
+    """
     with pytest.raises(UserError, match=f"--{name.removeprefix('n_')} "):
         run_jobs(range(3), Square, **{name: value})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_leave_when_their_parent_is_killed(tmp_path):
-    """SIGKILL of a collection leaves no simulator behind, working for nobody."""
+    """After a SIGKILL of a collection no simulator goes on working."""
     code = (
         "from sim.workers import run_jobs; from test_workers import Sleep; "
         f"list(run_jobs([1, 2], Sleep, ({str(tmp_path)!r},)))"
@@ -224,8 +234,10 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
 
 
 def test_a_worker_that_dies_between_jobs_is_replaced(tmp_path):
-    """A worker may also die while the caller is busy with its result; the next job then goes to a
-    new one."""
+    """A worker may also die while the caller handles its result.
+
+    The next job then goes to a new one.
+    """
     outcomes = []
     for outcome in run_jobs([1, 2, 3], DiesIdle, (str(tmp_path),), n_workers=1):
         outcomes.append(outcome)
@@ -234,7 +246,7 @@ def test_a_worker_that_dies_between_jobs_is_replaced(tmp_path):
 
 
 def test_a_job_that_raises_is_reported():
-    """An exception comes back as its traceback, on the first try, and the other jobs go on."""
+    """An exception is reported with its traceback on the first try, and the other jobs go on."""
     outcomes = {o.job: o for o in run_jobs(range(3), Raise, n_workers=1)}
     assert "ValueError: job one is no good" in outcomes[1].error
     assert "Traceback" in outcomes[1].error
@@ -242,7 +254,7 @@ def test_a_job_that_raises_is_reported():
 
 
 def test_recycling_changes_the_process():
-    """Workers are renewed after `recycle` jobs, whatever a driver may leak."""
+    """Workers are replaced after `recycle` jobs, so that a leak of a driver stays small."""
     pids = [o.result[1] for o in run_jobs(range(5), Square, n_workers=1, recycle=2)]
     assert pids[0] == pids[1] and pids[2] == pids[3] and len(set(pids)) == 3
 
@@ -256,15 +268,18 @@ def test_recycling_changes_the_process():
     ],
 )
 def test_a_worker_that_cannot_start_ends_the_run(factory, reason):
-    """A simulator that never starts is said with its own reason, instead of being tried, or waited
-    for, for ever."""
+    """If a simulator never starts, the run ends with its own reason and does not try or wait
+    for ever.
+    """
     with pytest.raises(RuntimeError, match=reason):
         list(run_jobs(range(3), factory, n_workers=1, timeout=1 if factory is HangsAtStart else 60))
 
 
 def test_workers_have_one_thread_each_and_the_parent_is_left_alone(monkeypatch):
-    """Two workers of two threads each are ten times slower on two cores; the caller's own settings
-    come back."""
+    """Two workers of two threads each are ten times slower on two cores.
+
+    The caller's own settings come back.
+    """
     monkeypatch.setenv("MKL_NUM_THREADS", "7")
     before = {name: os.environ.get(name) for name in THREADS}
     assert [o.result for o in run_jobs([0], Threads)] == [THREADS]

@@ -1,5 +1,6 @@
-"""What is written: whole or not at all, over nothing that is somebody else's, and with one sentence
-where it cannot be."""
+"""What is written is whole or not there at all, replaces nothing that belongs to others, and ends
+in one sentence where it cannot be written.
+"""
 
 import os
 import resource
@@ -29,7 +30,7 @@ CASES = ROOT / "tests" / "cases"
 
 
 def refused(call, *words):
-    """The one sentence of a UserError, which says all the words."""
+    """Call, expect a UserError of one line that holds all the words -> its text."""
     with pytest.raises(UserError) as error:
         call()
     message = str(error.value)
@@ -55,7 +56,10 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_is_one_sentence_and_loses_nothing(name, tmp_path):
-    """A traceback after hours before. The disk is 'full' above 4 kB a file."""
+    """A full disk ends in one sentence, and the old file stays.
+
+    In the test the disk is 'full' above 4 kB a file.
+    """
     path = tmp_path / "out.png"
     path.mkdir() if name == "episode" else path.write_bytes(b"kept\n")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -74,13 +78,13 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(name, tmp_path):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_path_below_a_file_is_one_sentence(name, tmp_path):
-    """NotADirectoryError before, as of a read-only folder."""
+    """A path whose parent is a file gives one sentence, as a read-only folder does."""
     (tmp_path / "file").touch()
     refused(lambda: WRITERS[name](tmp_path / "file" / "out.png"), "out.png", "cannot be written")
 
 
 def test_a_checkpoint_has_the_mode_of_the_umask(tmp_path):
-    """Mode 600 whatever the umask: colleagues on a cluster could not read a run."""
+    """Checkpoints follow the umask. With mode 600 colleagues on a cluster could not read a run."""
     before = os.umask(0o022)
     try:
         checkpoint.save_tensors(tmp_path / "c.safetensors", {"w": torch.zeros(2)}, {})
@@ -90,7 +94,10 @@ def test_a_checkpoint_has_the_mode_of_the_umask(tmp_path):
 
 
 def test_a_stored_command_can_be_typed_again(monkeypatch):
-    """With a space in a path it could not; commands stored before are still known for the same."""
+    """A stored command is quoted, so it can be typed again with a space in a path.
+
+    Commands that were stored unquoted still compare as equal.
+    """
     monkeypatch.setattr(sys, "argv", ["/x/train.py", "--out", "my runs/a"])
     assert runtime.command_line() == "python train.py --out 'my runs/a'"
     monkeypatch.setattr(sys, "argv", [str(ROOT / "study" / "bench.py"), "voxel"])
@@ -105,7 +112,7 @@ def test_a_stored_command_can_be_typed_again(monkeypatch):
 
 
 def test_only_a_dataset_of_this_program_is_overwritten(tmp_path):
-    """`--overwrite --format smith300 --out FOLDER` removed any folder, whatever was in it."""
+    """`--overwrite --format smith300 --out FOLDER` removes only folders that this program wrote."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years")
@@ -128,7 +135,7 @@ def test_only_a_dataset_of_this_program_is_overwritten(tmp_path):
 
 
 def test_only_a_basis_is_replaced_by_a_basis(synthetic_demos, tmp_path):
-    """`precompute_rotation_pca.py --out FILE` replaced any file, a dataset too."""
+    """`precompute_rotation_pca.py --out FILE` replaces only a basis, never another file."""
     target = tmp_path / "basis.npz"
     np.savez(target, eef_pos_t=np.zeros(3))
     before = target.read_bytes()
@@ -147,20 +154,20 @@ def test_only_a_basis_is_replaced_by_a_basis(synthetic_demos, tmp_path):
 
 
 def test_an_unknown_suite_is_said_at_once(monkeypatch):
-    """`--survey nope` started simulators and ran for a minute before it said so."""
+    """`--survey nope` is refused before any simulator starts."""
     monkeypatch.setattr(survey, "run_jobs", lambda *a, **k: pytest.fail("a worker was started"))
     refused(lambda: survey.survey("nope", 2, 1, 1, 60), "nope")
     refused(lambda: survey.survey("libero_spatial", 11, 1, 1, 60), "10")
 
 
 def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path, monkeypatch):
-    """From another working directory there was no checkpoint."""
+    """The committed checkpoints are found from every working directory."""
     monkeypatch.chdir(tmp_path)
     assert records.newest_checkpoint()[0].is_file()
 
 
 def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):
-    """`deploy ... | head -1` was a BrokenPipeError."""
+    """`deploy ... | head -1` ends without a BrokenPipeError."""
     code = (
         "import runtime\n"
         "def main():\n    for i in range(10**6): print(i, flush=True)\n"
@@ -175,7 +182,7 @@ def test_a_reader_that_leaves_ends_a_script_quietly(tmp_path):
 
 
 def test_wandb_without_a_login_is_one_sentence(tmp_path, monkeypatch):
-    """A traceback after the features were computed."""
+    """A missing login is one sentence before the features are computed."""
     for name, value in (
         ("WANDB_API_KEY", ""),
         ("HOME", str(tmp_path)),
