@@ -20,8 +20,9 @@ $(STAMP): requirements.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 		{ echo "error: no venv module; install it: sudo apt-get install -y python3.11-venv" >&2; exit 2; }
 	@echo "installing the pinned requirements (about 3 minutes, 8 GB)"
+# bytecode on all cores, where pip takes one; some packages hold files that are no Python 3.11
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement requirements.txt
-	@$(PY) -m compileall -q -j 0 $(VENV)/lib/python3.11/site-packages >/dev/null || true  # on all cores, where pip takes one
+	@$(PY) -m compileall -q -j 0 $(VENV)/lib/python3.11/site-packages >/dev/null || true
 	@touch $(STAMP)
 
 demo: setup
