@@ -32,10 +32,12 @@ from rot_utils import (
     fingerprint,
     fit_basis,
     matrix_to_euler,
+    matrix_to_quat,
     matrix_to_rotvec,
     rotvec_to_matrix,
     save_basis,
 )
+from sim.libero_env import Observation
 
 # The longest files start first, so that two processes share the suite evenly. The second begins
 # with one that does not wait for the demonstrations that the first collects.
@@ -232,6 +234,22 @@ def synthetic_demos(tmp_path_factory):
     """A valid small demonstration file, its rotation basis beside it. Shared: do not write to
     it."""
     return with_basis(write_synthetic_demos(tmp_path_factory.mktemp("demos") / "synthetic.hdf5"))
+
+
+def observations_of(demo, frames):
+    """What a scene would have shown at frames of a demonstration: an Observation each."""
+    for image, i in zip(demo.images(frames), frames):
+        rotation = rotvec_to_matrix(demo.ee_ori[i])
+        yield Observation(
+            image,
+            demo.ee_pos[i],
+            rotation,
+            matrix_to_quat(rotation),
+            demo.gripper_states[i],
+            np.zeros(7),
+            demo.K,
+            demo.E,
+        )
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZE
+from conftest import SIZE, observations_of
 
 from data import held_frames, waypoint_labels
 from data_ar import NEAR, WindowDataset, following_frames, window_frames
@@ -17,9 +17,7 @@ from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from nets import layers
 from nets.history import padded_rows
 from nets.layers import FrameBlock, Resolutions, dense_mask, flex_frame_attention, frame_attention
-from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError
-from sim.libero_env import Observation
 from sim.rollout import PolicyAgent
 
 SMALL = {
@@ -276,22 +274,6 @@ def test_padding_is_out_of_sight(windows):
     assert policy.loss(other)["loss"].item() == policy.loss(batch)["loss"].item()
 
 
-def observations(windows, frames, path):
-    demo = windows.demos[0]
-    for image, i in zip(demo.images(frames), frames):
-        rotation = rotvec_to_matrix(demo.ee_ori[i])
-        yield Observation(
-            image,
-            demo.ee_pos[i],
-            rotation,
-            matrix_to_quat(rotation),
-            demo.gripper_states[i],
-            np.zeros(7),
-            demo.K,
-            demo.E,
-        )
-
-
 @pytest.mark.parametrize(
     "changes",
     [{}, {"recent_hires": 2}, {"head": "mlp"}, {"rays": True}, {"anchor": "current"}],
@@ -312,9 +294,7 @@ def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
     )
     frames = windows.row_frame[windows.windows[index]]
     batch = windows.batch([index])
-    acted = np.stack(
-        [policy.act(o).position for o in observations(windows, frames, synthetic_demos)]
-    )
+    acted = np.stack([policy.act(o).position for o in observations_of(windows.demos[0], frames)])
     # every frame is seen from the newest: only the last one's answer is the window's
     if changes.get("anchor") == "current":
         expected = policy.predict(batch)["position"][0, -1:]
@@ -363,7 +343,7 @@ def test_the_known_eef_is_the_one_that_feedback_names(windows, synthetic_demos):
         policy.reset()
         seen.clear()
         answers = np.stack(
-            [policy.act(o).position for o in observations(windows, frames, synthetic_demos)]
+            [policy.act(o).position for o in observations_of(windows.demos[0], frames)]
         )
         np.testing.assert_allclose(seen[:n], recorded[:n])
         np.testing.assert_allclose(
@@ -397,7 +377,7 @@ def test_a_sampled_episode_does_not_depend_on_those_before(windows, synthetic_de
     def episode(seed, number):
         agent.start(None, None, draw_seed(seed, number))
         return np.stack(
-            [agent.act(o, 0).position for o in observations(windows, [0, 4, 8], synthetic_demos)]
+            [agent.act(o, 0).position for o in observations_of(windows.demos[0], [0, 4, 8])]
         )
 
     torch.manual_seed(0)

@@ -8,16 +8,15 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE
+from conftest import SIZE, observations_of
 from safetensors.torch import load_file, save_file
 
 from formats.dataset import open_dataset
 from harness import checkpoint, records
 from harness.sessions import PolicySessions
 from registry import REGISTRY, look_up
-from rot_utils import matrix_to_euler, matrix_to_quat, rotvec_to_matrix, wrap_angle
+from rot_utils import matrix_to_euler, wrap_angle
 from runtime import UserError
-from sim.libero_env import Observation
 
 SMALL = {
     "backbone": "efficientnet_lite0",
@@ -69,19 +68,7 @@ class Case:
         return self.dataset.batch(np.linspace(0, len(self.dataset) - 1, n).astype(int))
 
     def observations(self, frames=(0, 5, 10)):
-        demo = self.demos[0]
-        for image, i in zip(demo.images(frames), frames):
-            rotation = rotvec_to_matrix(demo.ee_ori[i])
-            yield Observation(
-                image,
-                demo.ee_pos[i],
-                rotation,
-                matrix_to_quat(rotation),
-                demo.gripper_states[i],
-                np.zeros(7),
-                demo.K,
-                demo.E,
-            )
+        return observations_of(self.demos[0], frames)
 
 
 @pytest.fixture(scope="module", params=list(REGISTRY))
