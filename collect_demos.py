@@ -30,30 +30,19 @@ from tqdm import tqdm
 import flags
 from figures import plots_settings
 from formats import libero_hdf5
-from formats.demos import simulated_with
 from formats.parts import check_replaceable, gather, merge, part_path, readable
-from runtime import UserError, command_line, fits, read_json, run_script, write_json
+from runtime import UserError, command_line, read_json, run_script, write_json
 from sim import settings
 from sim.cameras import RENDERS
 from sim.expert import EXPERTS
 from sim.libero_env import Scene
 from sim.placement import JOINT_JITTER
-from sim.recording import REPLAYED, ExpertWorker, ReplayWorker
+from sim.recording import ExpertWorker
+from sim.replay import ReplayWorker, take_from_replayed
 from sim.simulator import simulator_versions
-from sim.tasks import env_metadata, find_task, task_of_bddl
+from sim.tasks import env_metadata, find_task
 from sim.variants import VARIANTS, new_expert
 from sim.workers import TIMEOUT, run_jobs
-
-# attributes that a replayed file may have, see runtime.fits
-REPLAY_FORM = {
-    "variant?": str,
-    "setting?": str,
-    "split?": str,
-    "part?": str,
-    "bddl_file_name?": str,
-    "clean_scene?": (bool, int),
-}
-
 
 # flags that do not decide what a demonstration holds: a run may be finished with others
 FREE = ("workers", "timeout", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")
@@ -92,35 +81,6 @@ def show(args):
     for part, c, why in settings.excluded(args.split) if args.setting == "viewpoint" else ():
         print(f"excluded from {part}: theta {c.theta:.1f}, phi {c.phi:.1f} deg, {why}")
     print(args.show)
-
-
-def take_from_replayed(args):
-    """Take what was not given from the file that is replayed -> {package: version} of the simulator
-    that its states come from. Raises UserError for a file that cannot be replayed.
-    """
-    path = args.replay
-    with libero_hdf5.open_demos(path) as file:
-        n_demos = len(libero_hdf5.demo_names(file))
-        attributes = libero_hdf5.file_attributes_of(path, file)
-    if fault := fits(attributes, REPLAY_FORM):
-        raise UserError(f"{path}: data, attributes: {fault}; {REPLAYED}")
-    if not n_demos:
-        raise UserError(f"{path}: data holds no demo_0, demo_1, ...: zero demonstrations")
-    if args.task_suite is None:
-        if "bddl_file_name" not in attributes:
-            raise UserError(
-                f"{path}: attribute 'bddl_file_name' is missing; give --task_suite and --task_id"
-            )
-        task = task_of_bddl(attributes["bddl_file_name"])
-        args.task_suite, args.task_id = task.suite, task.index
-    args.n_demos = min(n_demos, args.n_demos or n_demos)
-    args.variant = attributes.get("variant", args.variant)
-    args.setting = attributes.get("setting", "in_dist")
-    args.split = attributes.get("split") or None
-    args.part = attributes.get("part", "train")  # validation conditions stay what they are
-    if args.clean_scene is None:
-        args.clean_scene = bool(attributes.get("clean_scene", False))
-    return simulated_with(attributes)
 
 
 def default_number(args):

@@ -1,5 +1,5 @@
-"""Workers that record demonstrations: of the scripted expert, or replayed from stored states. Each
-demonstration is a job of sim/workers.py.
+"""The worker that records demonstrations of the scripted expert, and the recorder of one
+demonstration. Each demonstration is a job of sim/workers.py.
 """
 
 import json
@@ -12,7 +12,7 @@ from camera import project
 from formats import hdf5, libero_hdf5, smith300
 from formats.parts import part_path
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
-from runtime import UserError, atomic_path
+from runtime import atomic_path
 from sim import settings
 from sim.expert import servo_action
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
@@ -23,7 +23,6 @@ MAX_STEPS = 250
 DISPLACE_STEPS = 60
 # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
 IN_VIEW = 0.1
-REPLAYED = "drop this demo, or take another file"
 PUSHABLE = ("rise", "hover", "descend", "lift", "carry", "lower", "retract")  # not in gripper holds
 
 
@@ -224,81 +223,6 @@ class ExpertWorker:
         # a demonstration counts only if the task is done and the gripper has let go
         held_open = scene.observe(image=False).gripper_width > OPEN_WIDTH
         return recorder if expert.done and account.done(STAY_STEPS) and held_open else None
-
-    def close(self):
-        self.scene.close()
-
-
-class ReplayWorker:
-    """Re-renders one demonstration of an existing file from its stored states. The camera is the
-    stored one, or the task's where the file has none.
-    """
-
-    def __init__(self, args, folder):
-        self.args, self.folder = args, Path(folder)
-        self.scene = Scene(
-            args.task_suite, args.task_id, args.image_size, args.clean_scene, render=args.render
-        )
-
-    def run(self, index):
-        """Replay the demonstration of an index of the file -> Counter of what is amiss.
-
-        Raises UserError for a damaged file, or one of another task.
-        """
-        # read and check what the file holds; the two optional arrays are this repository's
-        path = self.args.replay
-        with libero_hdf5.open_demos(path) as file:
-            name = libero_hdf5.demo_names(file)[index]
-            group = hdf5.group(path, file["data"], name, REPLAYED)
-            states = hdf5.array(path, group, "states", REPLAYED, (None,), "f")
-            rows = {"actions": hdf5.array(path, group, "actions", REPLAYED, (7,), "f")}
-            for key, tail in (("executed_actions", (7,)), ("perturbed", ())):
-                if hdf5.holds(path, group, key, REPLAYED):
-                    rows[key] = hdf5.array(path, group, key, REPLAYED, tail)
-            fixtures, E = libero_hdf5.stored_fixtures(path, group), None
-            if hdf5.holds(path, group, libero_hdf5.CAMERA_E, REPLAYED):
-                E = hdf5.array(path, group, libero_hdf5.CAMERA_E, REPLAYED)
-                libero_hdf5.check_camera(np.eye(3), E, f"{path}: data/{name}")
-            attributes = hdf5.attributes(path, group, REPLAYED)
-            kept = {
-                k: attributes[k]
-                for k in ("setting", *vars(settings.Condition()))
-                if k in attributes
-            }
-        # every array has a row for each state
-        for key, value in rows.items():
-            if len(value) != len(states):
-                raise UserError(
-                    f"{path}: data/{name}/{key}: has {len(value)} rows, "
-                    f"states has {len(states)}; {REPLAYED}"
-                )
-        actions = rows["actions"]
-        executed, perturbed = (
-            rows.get("executed_actions", actions),
-            rows.get("perturbed", np.zeros(len(actions))) != 0,
-        )
-        if states.shape[1] != len(self.scene.state()):
-            raise UserError(
-                f"{path}: data/{name}/states: has {states.shape[1]} numbers a row, the task's "
-                f"simulator has {len(self.scene.state())}; is it another task's? "
-                "Give --task_suite and --task_id"
-            )
-        # render each state; fixtures and camera belong to the model, and stay for all of them
-        self.scene.set_fixtures(fixtures)
-        self.scene.set_camera(E)
-        recorder = Recorder(self.scene, self.args.frame_stride)
-        for state, action, done, pushed in zip(states, actions, executed, perturbed):
-            self.scene.set_state(state)
-            recorder.add(action, done, bool(pushed))
-        recorder.write(
-            part_path(self.folder, index),
-            source=f"replay of {Path(self.args.replay).name} {name}",
-            pick=self.scene.pick or "",
-            place=self.scene.place or "",
-            success=self.scene.success(),
-            **kept,
-        )
-        return Counter(not_successful_at_the_end=int(not self.scene.success()))
 
     def close(self):
         self.scene.close()

@@ -62,6 +62,7 @@ BESIDE = {
     "sim.layouts": {"sim.settings"},
     "sim.decisions": {"sim.workers"},
     "sim.recording": {"sim.expert", "sim.libero_env", "sim.settings", "sim.variants"},
+    "sim.replay": {"sim.libero_env", "sim.recording", "sim.settings", "sim.tasks"},
     "sim.rollout": {"sim.expert", "sim.libero_env", "sim.tasks", "sim.variants"},
     "sim.simulator": {"sim.kept_model", "sim.renderer"},
     "sim.tasks": {"sim.simulator"},
