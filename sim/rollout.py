@@ -1,5 +1,4 @@
-"""Closed-loop episodes: agents (policy, expert, oracle, blind), the servo that drives to their
-waypoints, and the row of results.
+"""Closed-loop episodes: agents (policy, expert, oracle, blind) and the row of results.
 
 An agent has `start(scene, path, seed)` for an episode, `act(observation, closed)` for a decision,
 which answers a Waypoint, and `seconds` {activity: s}. `needs_image`: whether observations have one.
@@ -18,21 +17,14 @@ import numpy as np
 import camera
 from formats.demos import GRIPPER_STEPS, next_waypoint
 from harness.metrics import ERROR, OUTCOMES, coverage, jerk, path_length
-from rot_utils import rotation_angle
 from runtime import atomic_path, versions
-from sim.expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, TURNED, servo_action
+from sim.expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, servo_action
 from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
+from sim.servo import FLIP_DISTANCE, Servo
 from sim.tasks import unperturbed
 from sim.variants import STAY_STEPS, new_account, new_expert
 from waypoint import Waypoint
 
-# control steps at most towards one waypoint; metres at which it is reached
-SERVO_STEPS, SERVO_TOLERANCE = 10, 0.006
-# the gripper changes only this near to the waypoint that asks for it (metres)
-FLIP_DISTANCE = 0.012
-# metres within which a waypoint of a predicted trajectory counts as passed: half of the
-# min_travel that training keeps between waypoints
-REACHED = 0.01
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
 EXPERT_STEPS = 250  # control steps at most
 # modules that decide an expert's path: a change of their text makes cached paths obsolete
@@ -340,9 +332,12 @@ class Episode:
 
     def step(self, target, rotation=None):
         """One control step towards a target position, and rotation if given."""
-        action = servo_action(
-            self.eef, target, self.gripper, rotation=rotation, eef_rot=self.eef_rot
+        self.take(
+            servo_action(self.eef, target, self.gripper, rotation=rotation, eef_rot=self.eef_rot)
         )
+
+    def take(self, action):
+        """One control step with an OSC action (7,)."""
         start = time.perf_counter()
         self.scene.step(action)
         self.seconds["physics"] += time.perf_counter() - start
@@ -360,33 +355,6 @@ class Episode:
                 if reached
             )
         ]
-
-
-def ahead(waypoint, eef, gripper, eef_rot=None):
-    """The trajectory's first waypoint that is not reached yet, with what follows it.
-
-    It is not reached where `eef` (3,) is farther than REACHED, or the gripper is to change, or,
-    given `eef_rot` (3,3) where rotations are servoed too, the gripper still has to turn. A policy
-    without memory that hovers over a bowl and answers "hover" would otherwise do so for ever,
-    although its trajectory goes on.
-    """
-    for k, (point, command) in enumerate(zip(waypoint.trajectory, waypoint.grippers)):
-        rotation = waypoint.rotation if waypoint.rotations is None else waypoint.rotations[k]
-        turned = (
-            eef_rot is not None
-            and rotation is not None
-            and rotation_angle(rotation, eef_rot) > TURNED
-        )
-        if command != gripper or turned or np.linalg.norm(point - eef) > REACHED:
-            return Waypoint(
-                point,
-                rotation,
-                float(command),
-                waypoint.trajectory[k:],
-                waypoint.grippers[k:],
-                None if waypoint.rotations is None else waypoint.rotations[k:],
-            )
-    return waypoint
 
 
 def check_waypoint(waypoint):
@@ -429,53 +397,31 @@ def run_episode(
     scene.begin_episode(state)
     episode = Episode(scene, max_steps, video_every, variant)
     least = waypoint_stride if variant == "lift_once" else 1
+    servo = Servo(teleport, zero_rotation, waypoint_stride, least)
     agent.start(scene, path, seed)
     decisions, thumbs, failure, stalled = 0, [], None, False
-    # one decision: observe, act, servo to the waypoint, hold or change the gripper
     while not episode.over:
+        # one control step on the way that was decided on
+        if not servo.due(episode.eef):
+            target, rotation = servo.step()
+            episode.gripper = servo.gripper
+            episode.step(target, rotation)
+            continue
+        # a decision: observe, act
         observation = episode.observe(agent.needs_image)
         try:
-            answer = agent.act(observation, int(episode.gripper == CLOSE))
+            answer = agent.act(observation, int(servo.gripper == CLOSE))
             check_waypoint(answer)
         except Exception:
             failure = traceback.format_exc()
             break
-        waypoint = ahead(
-            answer, episode.eef, episode.gripper, None if zero_rotation else episode.eef_rot
-        )
+        waypoint = episode.plan = servo.follow(answer, episode.eef, episode.eef_rot)
         decisions += 1
-        episode.plan = waypoint
         if observation.image is not None:
             thumbs.append(observation.image[::4, ::4])
-        if watch and watch.note(scene, waypoint, episode.gripper, episode.steps):
+        if watch and watch.note(scene, waypoint, servo.gripper, episode.steps):
             stalled = True
             break
-        rotation, before = None if zero_rotation else waypoint.rotation, episode.steps
-        # drive there: with teleport until it is reached
-        for _ in range(SERVO_STEPS if teleport else waypoint_stride):
-            if (
-                episode.over
-                or teleport
-                and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE
-            ):
-                break
-            episode.step(waypoint.position, rotation)
-        # the EEF stands still while the fingers move
-        near = np.linalg.norm(waypoint.position - episode.eef) < FLIP_DISTANCE
-        if waypoint.gripper != episode.gripper and near and not episode.over:
-            episode.gripper, held = waypoint.gripper, episode.eef
-            for _ in range(GRIPPER_STEPS):
-                if not episode.over:
-                    episode.step(held)
-        elif (
-            teleport
-            and np.linalg.norm(waypoint.position - episode.eef) < SERVO_TOLERANCE
-            and not episode.over
-        ):
-            # already there and nothing to do: time passes all the same
-            for _ in range(max(1, least - episode.steps + before)):
-                if not episode.over:
-                    episode.step(waypoint.position, rotation)
     row = result_row(scene, episode, agent, decisions, path, started)
     if stalled:
         row["stalled"] = episode.steps

@@ -14,7 +14,8 @@ from policy import Waypoint
 from rot_utils import euler_to_matrix
 from sim import rollout
 from sim.expert import servo_action
-from sim.rollout import PolicyError, ahead, check_waypoint, expert_path, expert_version, run_episode
+from sim.rollout import PolicyError, check_waypoint, expert_path, expert_version, run_episode
+from sim.servo import ahead
 from sim.stalled import DECISIONS, Watch, first_stall
 
 
