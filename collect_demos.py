@@ -6,6 +6,8 @@
     # training views of sim/settings.py (position: training positions); only a picture of them
     python collect_demos.py --setting viewpoint
     python collect_demos.py --setting viewpoint --show views.png
+    # one dataset for every column: bowl, plate, camera and start each drawn by itself
+    python collect_demos.py --setting recipe --n_demos 192 --render fast
     # grasps around the rim: yaw varies with the objects; the same as real-robot episodes
     python collect_demos.py --grasp rim --layout_spread 0.05
     python collect_demos.py --grasp rim --format smith300
@@ -32,7 +34,7 @@ from figures import plots_settings
 from formats import libero_hdf5
 from formats.parts import check_replaceable, gather, merge, part_path, readable
 from runtime import UserError, command_line, read_json, run_script, write_json
-from sim import settings
+from sim import recipe, settings
 from sim.cameras import RENDERS
 from sim.expert import EXPERTS
 from sim.libero_env import Scene
@@ -87,8 +89,11 @@ def default_number(args):
     """How many demonstrations are collected where --n_demos is not given.
 
     The smallest multiple of the number of training conditions that is at least 48, so that each is
-    covered equally often. Validation conditions are covered once each.
+    covered equally often. Validation conditions are covered once each. The recipe has numbers of
+    its own, as nothing of it is covered twice.
     """
+    if args.setting == "recipe":
+        return recipe.N_DEMOS[args.part]
     n_conditions = len(settings.conditions(args.setting, args.part, args.split))
     rounds = 1 if args.part == "val" else -(-48 // n_conditions)  # rounded up
     return n_conditions * rounds
@@ -158,9 +163,11 @@ def file_attributes(args, task, made_with, simulated):
         "setting": args.setting,
         "part": args.part,
         "split": args.split or "",
-        "clean_scene": args.clean_scene,
         "render": args.render,
     }
+    # of the recipe each demonstration says it
+    if args.clean_scene is not None:
+        of_this_program["clean_scene"] = args.clean_scene
     attributes = libero_hdf5.file_attributes(
         task, {**env_metadata(task), **of_this_program}, args.seed, command_line(), made_with
     )
@@ -178,6 +185,8 @@ def collect(args):
     args.n_demos = args.n_demos or default_number(args)
     args.task_suite = args.task_suite or "libero_spatial"
     task = find_task(args.task_suite, args.task_id)
+    if args.setting == "recipe" and not args.replay:
+        recipe.check_task(task)
     # every demonstration is recorded into its own file, all are joined at the end
     folder = out.with_name(out.name + ".parts")
     check_replaceable(out, args.overwrite, args.format)
@@ -270,14 +279,13 @@ def build_parser():
     parser.add_argument(
         "--start_spread",
         type=flags.not_negative,
-        default=0.0,
-        help="start with the EEF moved by up to +- m along y, a third of it along x",
+        help="start with the EEF moved by up to +- m along y, a third of it along x "
+        "(0; recipe: 0.3)",
     )
     parser.add_argument(
         "--turn_spread",
         type=flags.not_negative,
-        default=0.0,
-        help="turn the camera about the robot's base, by up to +- degrees",
+        help="turn the camera about the robot's base, by up to +- degrees (0; recipe: 40)",
     )
     parser.add_argument(
         "--push_rate",
@@ -345,10 +353,27 @@ def main(argv=None):
         args.split = settings.resolve_split(args.setting, args.split)
         if args.clean_scene is None:
             args.clean_scene = settings.clean_by_default(args.setting)
+    fill_spreads(args)
     if args.show:
         return show(args)
     args.out = args.out or f"data/{file_name(args)}"
     collect(args)
+
+
+def fill_spreads(args):
+    """Set --start_spread and --turn_spread where they were not given: nothing is varied, but by
+    the recipe. Raises UserError for a --layout_spread beside its places.
+    """
+    of_recipe = args.setting == "recipe" and not args.replay
+    if of_recipe and args.layout_spread:
+        raise UserError(
+            f"--layout_spread {args.layout_spread}: --setting recipe draws each object's place "
+            "from a whole half of the table; leave it out"
+        )
+    if args.start_spread is None:
+        args.start_spread = recipe.START_SPREAD[args.part] if of_recipe else 0.0
+    if args.turn_spread is None:
+        args.turn_spread = recipe.TURN_SPREAD[args.part] if of_recipe else 0.0
 
 
 def chosen_stride(args):

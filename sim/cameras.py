@@ -88,6 +88,19 @@ class Agentview:
         side = self.image_size
         return self.sim.render(width=side, height=side, camera_name="agentview", **how)
 
+    def hidden(self, point, body):
+        """True if something other than a body (its name) and what hangs on it stands between the
+        camera and a point (3,) m in the world.
+        """
+        import mujoco
+
+        model, data = self.sim.model._model, self.sim.data._data
+        start, geom = self.camera()[1][:3, 3], np.zeros(1, np.int32)
+        # a geom of any group may hide it, of fixed bodies too; -1: no body is left out
+        share = mujoco.mj_ray(model, data, start, point - start, None, 1, -1, geom)
+        root = model.body_rootid[model.geom_bodyid[geom[0]]]
+        return 0 <= share < 1 and root != model.body_rootid[model.body(body).id]
+
     def visible_body(self, u, v):
         """Name of the body seen at pixel (u, v) of the upright image, by a segmentation render.
         None where the background is seen.

@@ -69,12 +69,42 @@ class Placement:
             state = self.shift_objects(state, offsets)
             if state is None:
                 return None
-        # the arm starts near its usual pose; state[0] is the time
+        return self._with_start(state, rng, jitter)
+
+    def _with_start(self, state, rng, jitter):
+        """Let the arm of a state (S,) start near its usual pose, and set the state -> the state.
+        jitter: rad, see `random_layout`.
+        """
         robot = self.env.robots[0].init_qpos
-        state[1:8] = robot + rng.normal(0, jitter, 7)
+        state[1:8] = robot + rng.normal(0, jitter, 7)  # state[0] is the time
         state[8:10] = 0.0208, -0.0208  # half open, as in the benchmark's init states
         self.set_state(state)
         return state
+
+    def placed_layout(self, seed, jitter, places):
+        """A settled layout (S,) with objects at places {name: (x, y)} m, set in the simulation, or
+        None for a bad one. seed, jitter: see `random_layout`; fixtures are placed by the seed.
+        """
+        rng = np.random.default_rng([*seed, 20])
+        self.reset(seed)
+        state = self.place_objects(self.state(), places)
+        return None if state is None else self._with_start(state, rng, jitter)
+
+    def place_objects(self, state, places):
+        """Put objects of a state (S,) at places {name: (x, y)} m, at rest -> the state (S,), or
+        None for a bad layout: one that `_settle` refuses, in which a placed object touches anything
+        but the table, or in which the task would be done already.
+        """
+        state = np.array(state)
+        for name, place in places.items():
+            a = self._address(name)
+            state[a][:3] = *place, self.nominal_z[name]
+        state[1 + self.sim.model.nq :] = 0
+        state = self._settle(state, places)
+        if state is None:
+            return None
+        self.set_state(state)
+        return None if self.success() or self._touching(places, fixtures=True) else state
 
     def common_shift(self, condition):
         """A settings.Condition's shift as offsets {name: (dx, dy)} of the task's two objects, or
@@ -115,10 +145,16 @@ class Placement:
                 )
         return None if self.success() or self._touching(offsets) else state
 
-    def _touching(self, names):
-        """True if one of the named objects touches another movable object."""
+    def _touching(self, names, fixtures=False):
+        """True if one of the named objects touches another movable object, or, with `fixtures`, a
+        fixture too.
+        """
         owner = {}  # {a geom's number: the object that it is of}; table and robot have none
-        for name, obj in self.env.env.objects_dict.items():
+        things = dict(self.env.env.objects_dict)
+        if fixtures:
+            things.update(self.env.env.fixtures_dict)
+            things.pop("main_table", None)
+        for name, obj in things.items():
             for geom in obj.contact_geoms:
                 owner[self.sim.model.geom_name2id(geom)] = name
         for i in range(self.sim.data.ncon):

@@ -4,6 +4,7 @@ demonstration. Each demonstration is a job of sim/workers.py.
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from formats import hdf5, libero_hdf5, smith300
 from formats.parts import part_path
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import atomic_path
-from sim import settings
+from sim import recipe, settings
 from sim.expert import servo_action
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
 from sim.variants import STAY_STEPS, new_account, new_expert
@@ -23,6 +24,9 @@ MAX_STEPS = 250
 DISPLACE_STEPS = 60
 # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
 IN_VIEW = 0.1
+OUTLINE = 0.7  # share of an object's radius at which it may not be hidden
+VIEWS = 50  # that are drawn for a demonstration
+ATTEMPTS = 30  # at a good demonstration
 PUSHABLE = ("rise", "hover", "descend", "lift", "carry", "lower", "retract")  # not in gripper holds
 
 
@@ -32,6 +36,7 @@ class Recorder:
     def __init__(self, scene, frame_stride=1):
         self.scene, self.frame_stride = scene, frame_stride
         self.rows, self.images = [], []
+        self.condition = None  # the settings.Condition that it was recorded in
 
     def add(self, action, executed, perturbed):
         """Record the scene's current state with the action (7,) meant for it. executed (7,): what
@@ -98,54 +103,91 @@ class Recorder:
         )
 
 
+class Scenes:
+    """A worker's scenes, the clean one and the full one, each made when it is first asked for."""
+
+    def __init__(self, args):
+        self.args, self.made = args, {}
+
+    def __getitem__(self, clean):
+        if clean not in self.made:
+            a = self.args
+            self.made[clean] = Scene(a.task_suite, a.task_id, a.image_size, clean, render=a.render)
+        return self.made[clean]
+
+    def close(self):
+        for scene in self.made.values():
+            scene.close()
+
+
 class ExpertWorker:
     """Records one scripted demonstration per job (an index) into its own file."""
 
     def __init__(self, args, folder):
-        self.args, self.folder = args, Path(folder)
-        self.scene = Scene(
-            args.task_suite, args.task_id, args.image_size, args.clean_scene, render=args.render
-        )
+        self.args, self.folder, self.scenes = args, Path(folder), Scenes(args)
         self.conditions = settings.conditions(args.setting, args.part, args.split)
 
     def run(self, index):
         """Try seeds of this index until one gives a good demonstration -> Counter of what was
-        filtered out. Raises RuntimeError after 30 seeds without one.
+        filtered out. Raises RuntimeError after ATTEMPTS seeds without one.
         """
-        counts, condition = Counter(), self.conditions[index % len(self.conditions)]
-        offsets = self.scene.common_shift(condition)
-        for attempt in range(30):
-            seed = settings.random_seed(self.args.part, self.args.seed, index, attempt)
-            state = self.scene.random_layout(
-                seed, self.args.start_jitter, self.args.layout_spread, offsets
-            )
-            if state is None:
+        args, counts = self.args, Counter()
+        clean = args.clean_scene
+        if clean is None:  # half of the recipe's demonstrations each
+            clean = recipe.is_clean(args.part, args.seed, index)
+        self.scene = self.scenes[clean]
+        for attempt in range(ATTEMPTS):
+            seed, condition = self.lay_out(index, attempt)
+            if condition is None:
                 counts["bad_resets"] += 1
                 continue
-            # after the layout, whose reset puts the camera back
-            self.scene.set_view(condition)
-            recorder = self.record(np.random.default_rng([*seed, 7]))
-            if recorder is None:
-                counts["failed_demos"] += 1
+            recorder = self.record(np.random.default_rng([*seed, 7]), condition)
+            if isinstance(recorder, str):
+                counts[recorder] += 1
                 continue
-            if self.args.format == "smith300":
-                recorder.write_episode(part_path(self.folder, index, "smith300"), self.args.video)
+            if args.format == "smith300":
+                recorder.write_episode(part_path(self.folder, index, "smith300"), args.video)
             else:
                 recorder.write(
                     part_path(self.folder, index),
                     seed=seed,
                     source="scripted expert",
-                    grasp=self.args.grasp,
-                    variant=self.args.variant,
+                    grasp=args.grasp,
+                    variant=args.variant,
                     pick=self.scene.pick,
                     place=self.scene.place,
-                    setting=self.args.setting,
-                    **condition.described(self.args.setting),
+                    setting=args.setting,
+                    **self.described(recorder.condition),
                 )
             return counts
         raise RuntimeError(
-            f"30 seeds in a row gave no good demonstration for index {index}: {dict(counts)}"
+            f"{ATTEMPTS} seeds in a row gave no good demonstration for index {index}: "
+            f"{dict(counts)}"
         )
+
+    def lay_out(self, index, attempt):
+        """Put a demonstration's objects into the scene -> (seed, settings.Condition, or None for a
+        bad layout).
+        """
+        args, scene = self.args, self.scene
+        if args.setting == "recipe":
+            seed = settings.random_seed(recipe.PURPOSE[args.part], args.seed, index, attempt)
+            condition = recipe.drawn(args.part, args.seed, index, attempt, scene.clean)
+            state = scene.placed_layout(seed, args.start_jitter, condition.place_of)
+        else:
+            seed = settings.random_seed(args.part, args.seed, index, attempt)
+            condition = self.conditions[index % len(self.conditions)]
+            offsets = scene.common_shift(condition)
+            state = scene.random_layout(seed, args.start_jitter, args.layout_spread, offsets)
+        return seed, None if state is None else condition
+
+    def described(self, condition):
+        """A demonstration's condition as attributes of its group."""
+        found = condition.described(self.args.setting)
+        if self.args.setting == "recipe":
+            found["clean_scene"] = self.scene.clean
+            found["places"] = json.dumps(found["places"])  # attributes hold no tables
+        return found
 
     def displace(self, rng):
         """Drive the EEF, unrecorded, to a place beside its start: +- start_spread metres along y, a
@@ -163,39 +205,77 @@ class ExpertWorker:
                 break
             scene.step(servo_action(eef, target, OPEN))
 
-    def turn(self, rng):
-        """Turn the camera about the robot's base by up to +- turn_spread degrees.
+    def aim(self, rng, condition):
+        """Put the camera where a demonstration has it -> the settings.Condition with its view, or
+        None where no view of the recipe shows EEF, object and goal.
 
-        Angles are drawn until one keeps EEF, object and goal in the image. After 50 the camera
-        stays. Where every object stands to one side of the robot, an arm's looks alone would tell
-        which way to go.
+        Turned about the robot's base by up to +- turn_spread degrees: where every object stands to
+        one side of the robot, an arm's looks alone would tell which way to go. Views are drawn
+        until one is good. After VIEWS, a camera that is only turned stays where it is.
         """
-        scene, spread = self.scene, self.args.turn_spread
-        # EEF, object and goal, (N,3) m in the world
+        scene, spread, base = self.scene, self.args.turn_spread, self.scene.position_of_base()[:2]
+        of_recipe = self.args.setting == "recipe"
+        if of_recipe:
+            found = recipe.views(rng, self.args.part, spread, VIEWS)
+        else:
+            turns = rng.uniform(-spread, spread, VIEWS) if spread else [0.0]
+            found = [(condition.theta, condition.phi, turn) for turn in turns]
+        for theta, phi, turn in found:
+            # from the task's own view: orbited, then turned
+            view = replace(condition, theta=theta, phi=phi, turn=float(turn))
+            scene.set_view(view)
+            if turn:
+                scene.set_camera(settings.turned(scene.camera()[1], turn, base))
+            if of_recipe:
+                good = self.in_view() and self.unhidden()
+            else:
+                good = not spread or self.in_view()
+            if good:
+                return view
+        scene.set_view(condition)
+        return None if of_recipe else condition
+
+    def in_view(self):
+        """True if the camera shows EEF, object and goal, and not at the image's edge."""
+        scene = self.scene
+        # (N,3) m in the world
         points = np.stack(
             [
                 scene.observe(image=False).eef_pos,
                 *(scene.position(n) for n in (scene.pick, scene.place) if n),
             ]
         )
-        (K, E), base = scene.camera(), scene.position_of_base()
-        for degrees in rng.uniform(-spread, spread, 50):
-            turned = settings.turned(E, degrees, base[:2])
-            u, v, _ = project(points, K, turned)
-            if (
-                min(u.min(), v.min()) > IN_VIEW * scene.image_size
-                and max(u.max(), v.max()) < (1 - IN_VIEW) * scene.image_size
-            ):
-                return scene.set_camera(turned)
+        u, v, _ = project(points, *scene.camera())
+        return (
+            min(u.min(), v.min()) > IN_VIEW * scene.image_size
+            and max(u.max(), v.max()) < (1 - IN_VIEW) * scene.image_size
+        )
 
-    def record(self, rng):
-        """Run the expert from the current state -> Recorder, or None if it failed."""
+    def unhidden(self):
+        """True if nothing, such as the cabinet, stands before the object or the goal."""
+        scene = self.scene
+        for name in (scene.pick, scene.place):
+            # the middle, a little above the table, and four points around it
+            around = (
+                OUTLINE * recipe.RADIUS[name] * np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+            )
+            points = scene.position(name) + np.insert(around, 2, 0.01, axis=1)
+            if any(scene.hidden(point, f"{name}_main") for point in points):
+                return False
+        return True
+
+    def record(self, rng, condition):
+        """Run the expert from the current state -> Recorder, or why there is none: "views_refused",
+        "failed_demos".
+        """
         scene, recorder = self.scene, Recorder(self.scene, self.args.frame_stride)
         scene.begin_episode(scene.state())
         if self.args.start_spread:
             self.displace(rng)
-        if self.args.turn_spread:
-            self.turn(rng)
+        # after the layout, whose reset puts the camera back
+        recorder.condition = self.aim(rng, condition)
+        if recorder.condition is None:
+            return "views_refused"
         expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
         account = new_account(scene, self.args.variant)
         # one control step: ask the expert, perhaps push, record, carry out
@@ -222,7 +302,8 @@ class ExpertWorker:
             pushing = max(0, pushing - 1)
         # a demonstration counts only if the task is done and the gripper has let go
         held_open = scene.observe(image=False).gripper_width > OPEN_WIDTH
-        return recorder if expert.done and account.done(STAY_STEPS) and held_open else None
+        good = expert.done and account.done(STAY_STEPS) and held_open
+        return recorder if good else "failed_demos"
 
     def close(self):
         self.scene.close()

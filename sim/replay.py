@@ -12,8 +12,7 @@ from formats.demos import simulated_with
 from formats.parts import part_path
 from runtime import UserError, fits
 from sim import settings
-from sim.libero_env import Scene
-from sim.recording import Recorder
+from sim.recording import Recorder, Scenes
 from sim.tasks import task_of_bddl
 
 REPLAYED = "drop this demo, or take another file"
@@ -52,7 +51,8 @@ def take_from_replayed(args):
     args.setting = attributes.get("setting", "in_dist")
     args.split = attributes.get("split") or None
     args.part = attributes.get("part", "train")  # validation conditions stay what they are
-    if args.clean_scene is None:
+    # of the recipe each demonstration says it
+    if args.clean_scene is None and args.setting != "recipe":
         args.clean_scene = bool(attributes.get("clean_scene", False))
     return simulated_with(attributes)
 
@@ -63,10 +63,7 @@ class ReplayWorker:
     """
 
     def __init__(self, args, folder):
-        self.args, self.folder = args, Path(folder)
-        self.scene = Scene(
-            args.task_suite, args.task_id, args.image_size, args.clean_scene, render=args.render
-        )
+        self.args, self.folder, self.scenes = args, Path(folder), Scenes(args)
 
     def run(self, index):
         """Replay the demonstration of an index of the file -> Counter of what is amiss.
@@ -90,9 +87,11 @@ class ReplayWorker:
             attributes = hdf5.attributes(path, group, REPLAYED)
             kept = {
                 k: attributes[k]
-                for k in ("setting", *vars(settings.Condition()))
+                for k in ("setting", "clean_scene", *vars(settings.Condition()))
                 if k in attributes
             }
+        # a dataset of the recipe has demonstrations of both scenes
+        self.scene = self.scenes[bool(kept.get("clean_scene", self.args.clean_scene))]
         # every array has a row for each state
         for key, value in rows.items():
             if len(value) != len(states):
@@ -129,4 +128,4 @@ class ReplayWorker:
         return Counter(not_successful_at_the_end=int(not self.scene.success()))
 
     def close(self):
-        self.scene.close()
+        self.scenes.close()

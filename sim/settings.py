@@ -8,6 +8,7 @@ only.
     position   bowl and plate shifted together on a 16 x 16 grid. Split `left_right`: trained on the
                image's left half, 128 positions, tested on 20 of the right half. `near_far`: on the
                half near the robot, tested on the far half
+    recipe     bowl, plate and camera of each demonstration drawn by themselves, see sim/recipe.py
 
 A condition's place in its list is fixed: demonstration or episode i has condition i mod n.
 Validation conditions lie on the test side, so that they can tune what is to extrapolate, and apart
@@ -34,10 +35,27 @@ SPLITS = {
     "in_dist": (None,),
     "viewpoint": ("outer", "hemisphere"),
     "position": ("left_right", "near_far"),
+    "recipe": (None,),
 }
 PARTS = ("train", "val", "test")
 # what random numbers are for; a purpose's place is part of its seeds: append, never reorder
-PURPOSES = ("train", "val", "test_position", "val_position", "val_layout", "sample")
+PURPOSES = (
+    "train",
+    "val",
+    "test_position",
+    "val_position",
+    "val_layout",
+    "sample",
+    "recipe",
+    "val_recipe",
+    "recipe_scene",
+)
+# numbers of a Condition that a setting varies
+VARIED = {
+    "viewpoint": ("theta", "phi"),
+    "position": ("dx", "dy"),
+    "recipe": ("theta", "phi", "turn"),
+}
 
 # LIBERO's tabletop scenes: agentview, and the expert's path on libero_spatial task 0 (metres)
 FOVY, CAMERA_POSITION = 45.0, np.array([0.6586131746834771, 0.0, 1.6103500240372423])
@@ -72,22 +90,30 @@ DECODE_LIMIT = 0.03  # metres
 @dataclass(frozen=True)
 class Condition:
     """What differs from the task as LIBERO has it: the camera's orbit in degrees, the objects'
-    common shift in metres.
+    common shift in metres; the camera's turn about the robot's base in degrees, the places of
+    objects by themselves, ((name, x, y), ...) in metres.
     """
 
     theta: float = 0.0
     phi: float = 0.0
     dx: float = 0.0
     dy: float = 0.0
+    turn: float = 0.0
+    places: tuple = ()
 
     def described(self, setting):
         """The numbers that a setting varies, {name: value}, as demonstrations and episodes record
         them.
         """
-        return {
-            k: getattr(self, k)
-            for k in {"viewpoint": ("theta", "phi"), "position": ("dx", "dy")}.get(setting, ())
-        }
+        found = {k: getattr(self, k) for k in VARIED.get(setting, ())}
+        if self.places:
+            found["places"] = {n: [round(x, 4), round(y, 4)] for n, x, y in self.places}
+        return found
+
+    @property
+    def place_of(self):
+        """{name: (x, y)} m of the objects that are placed by themselves."""
+        return {n: (x, y) for n, x, y in self.places}
 
 
 def random_seed(purpose, seed, index, attempt=0):
@@ -255,10 +281,10 @@ def resolve_split(setting, split=None):
 
 def conditions(setting, part, split=None):
     """The conditions of one of PARTS, in their fixed order -> list of Condition. Raises UserError
-    for an unknown split.
+    for an unknown split. Those of the recipe are drawn by index, see sim/recipe.py.
     """
     split = resolve_split(setting, split)
-    if setting == "in_dist":
+    if setting in ("in_dist", "recipe"):
         return [Condition()]
     if setting == "position":
         return _spread(_positions(part, split))
@@ -275,6 +301,6 @@ def excluded(split=None):
 
 def clean_by_default(setting):
     """True for settings in which distractors and fixtures would stand in the way: of the shifted
-    objects, or of the moved camera's view.
+    objects, or of the moved camera's view. None for the recipe, which has both scenes.
     """
-    return setting != "in_dist"
+    return None if setting == "recipe" else setting != "in_dist"

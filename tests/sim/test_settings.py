@@ -182,7 +182,7 @@ def collected_seed(part, seed, index):
     def ask(scene):
         worker = recording.ExpertWorker.__new__(recording.ExpertWorker)
         worker.args = collect_demos.build_parser().parse_args(["--part", part, "--seed", str(seed)])
-        worker.scene, worker.conditions = scene, [settings.Condition()]
+        worker.scenes, worker.conditions = {True: scene, False: scene}, [settings.Condition()]
         scene.common_shift = lambda condition: None
         worker.run(index)
 

@@ -1,0 +1,148 @@
+"""The recipe: one set of demonstrations for every column of the verdict. NumPy only.
+
+Bowl and plate stand anywhere in the training half of the table, each drawn by itself, so that
+neither tells where the other is. Half of the demonstrations are in the clean scene, half in the
+full one: there the cookies are drawn like the plate, ramekin and second bowl stay near their usual
+places, which tells the two bowls apart. Each demonstration has a camera of its own, orbited by up
+to THETA["train"] degrees in any direction, then turned about the robot's base.
+
+    y, m      -0.22 .. -0.07 | -0.05 .. 0.00 | 0.00 .. 0.26
+    is for    the test       | validation    | training
+
+Nothing of the test side is trained on. Joint layouts of a test, as `near_a_test` says, are drawn
+again. What is drawn depends on part, --seed, index and attempt alone.
+"""
+
+import numpy as np
+
+from runtime import UserError
+from sim import settings
+
+# the task that the recipe is made for, and its objects
+TASK = ("libero_spatial", 0)
+BOWL, PLATE, COOKIES, RAMEKIN, OTHER_BOWL = (
+    "akita_black_bowl_1",
+    "plate_1",
+    "cookies_1",
+    "glazed_rim_porcelain_ramekin_1",
+    "akita_black_bowl_2",
+)
+# metres; all objects of a layout have their y in the same range
+Y = {"train": (0.0, 0.26), "val": (-0.05, 0.0), "test": (-0.22, -0.07)}
+X = {BOWL: (-0.30, -0.03), PLATE: (-0.18, 0.09), COOKIES: (-0.30, 0.09)}
+# mean places (2,) m over the init states of libero_spatial; LIBERO-PRO swaps plate and cookies
+USUAL = {
+    BOWL: (-0.052, 0.200),
+    PLATE: (0.064, 0.199),
+    COOKIES: (0.071, 0.028),
+    RAMEKIN: (-0.199, 0.200),
+    OTHER_BOWL: (-0.180, 0.321),
+}
+SWAPPED = {**USUAL, PLATE: USUAL[COOKIES], COOKIES: USUAL[PLATE]}
+JITTER = 0.025  # metres in x and in y, of objects that stay near their usual places
+# degrees between a camera and agentview, seen from the workspace; directions are free
+THETA = {"train": (0.0, 9.0), "val": (10.5, 12.5)}
+# metres on the table: radius of each object, and room that is kept between two
+RADIUS = {BOWL: 0.06, PLATE: 0.09, COOKIES: 0.052, RAMEKIN: 0.045, OTHER_BOWL: 0.06}
+ROOM = 0.012
+# where the outer finger comes down beside the bowl's rim, from the bowl's centre, and its radius
+FINGER, FINGER_RADIUS = np.array([0.0, -0.09]), 0.018
+# low and high corners of the stove's plate in the full scene, with its own jitter
+STOVE = np.array([[-0.375, -0.255], [-0.16, -0.04]])
+# metres around both places of a pair of bowl and plate that a test has: `shifted` moves each by
+# 5 cm from where the init states have it, give or take 1.5 cm
+NEAR_USUAL, NEAR_SWAPPED = 0.08, 0.05
+# defaults of the flags by which collect_demos.py varies start and camera further, by part
+START_SPREAD = {"train": 0.3, "val": 0.0}
+TURN_SPREAD = {"train": 40.0, "val": 0.0}
+N_DEMOS = {"train": 96, "val": 24}
+PURPOSE = {"train": "recipe", "val": "val_recipe"}
+
+
+def check_task(task):
+    """Raise UserError for a sim.tasks.Task that the recipe is not made for."""
+    if (task.suite, task.index) != TASK:
+        raise UserError(
+            f"--setting recipe: it is made for the table of {TASK[0]} task {TASK[1]}, not for "
+            f"{task.key}; leave out --task_suite and --task_id, or choose another --setting"
+        )
+
+
+def is_clean(part, seed, index):
+    """True if a demonstration is in the clean scene: one of every two, in an order that is drawn.
+
+    Where every second demonstration had it, the held-out ones could all be of one scene.
+    Validation demonstrations all are: in the full scene the strip has the stove in it.
+    """
+    if part == "val":
+        return True
+    first = np.random.default_rng(settings.random_seed("recipe_scene", seed, index // 2))
+    return bool(index % 2 == first.integers(2))
+
+
+def drawn(part, seed, index, attempt, clean):
+    """The places of a demonstration -> settings.Condition. Its camera is drawn by `views`, once
+    it is known where the arm starts.
+
+    clean: whether the scene holds bowl and plate alone.
+    """
+    rng = np.random.default_rng([*settings.random_seed(PURPOSE[part], seed, index, attempt), 31])
+    while True:
+        places = _places(rng, part, clean)
+        if not near_a_test(places) and apart(places, clean):
+            return settings.Condition(places=tuple((n, *p) for n, p in places.items()))
+
+
+def _places(rng, part, clean):
+    """Places {name: (2,) m} of the objects, each drawn by itself."""
+    names = (BOWL, PLATE) if clean else (BOWL, PLATE, COOKIES)
+    found = {n: rng.uniform(*np.transpose([X[n], Y[part]])).tolist() for n in names}
+    if not clean:
+        for name in (RAMEKIN, OTHER_BOWL):
+            found[name] = (USUAL[name] + rng.uniform(-JITTER, JITTER, 2)).tolist()
+    return found
+
+
+def near_a_test(places):
+    """True for places {name: (2,) m} in which bowl and plate both stand near where the init states
+    of a test have them: those of libero_spatial, or with plate and cookies swapped.
+    """
+    far = lambda name, usual: np.linalg.norm(np.subtract(places[name], usual[name]))
+    pairs = ((USUAL, NEAR_USUAL), (SWAPPED, NEAR_SWAPPED))
+    return any(max(far(BOWL, at), far(PLATE, at)) < limit for at, limit in pairs)
+
+
+def apart(places, clean):
+    """True if no two objects of places {name: (2,) m} meet, and nothing stands where the gripper
+    comes down to the bowl's rim.
+    """
+    names = list(places)
+    far = lambda a, b: np.linalg.norm(np.subtract(a, b))
+    for i, a in enumerate(names):
+        if any(far(places[a], places[b]) < RADIUS[a] + RADIUS[b] + ROOM for b in names[:i]):
+            return False
+    finger = np.add(places[BOWL], FINGER)
+    if any(far(finger, places[n]) < RADIUS[n] + FINGER_RADIUS for n in names if n != BOWL):
+        return False
+    if clean:
+        return True
+    # the nearest point of the stove's plate to a point
+    to_stove = lambda point: far(point, np.clip(point, *STOVE))
+    return to_stove(finger) > FINGER_RADIUS and all(
+        to_stove(places[n]) > RADIUS[n] + ROOM for n in names
+    )
+
+
+def views(rng, part, turn_spread, n):
+    """n candidates for a demonstration's camera, drawn in this order -> [(theta, phi, turn)].
+
+    theta, phi: degrees, of settings.orbit; turn: degrees about the robot's base, up to
+    +- turn_spread. Validation views that decode badly are left out, see settings.decode_error.
+    """
+    found = []
+    while len(found) < n:
+        theta, phi = rng.uniform(*THETA[part]), rng.uniform(0, 360)
+        turn = rng.uniform(-turn_spread, turn_spread)
+        if part == "train" or not settings.why_excluded(settings.Condition(theta, phi)):
+            found.append((theta, phi, turn))
+    return found
