@@ -242,7 +242,7 @@ class Prepared(NamedTuple):
     train_demos: int
     val_demos: int
     attributes: dict  # of the dataset
-    reference: dict  # tensors of `protocol_reference`
+    reference: dict  # tensors of `protocol_references`
 
 
 def prepare(args, config_class, device, progress):
@@ -255,7 +255,7 @@ def prepare(args, config_class, device, progress):
     recordings = open_dataset(args.dataset, config.image_size, args.n_demos)
     config = config_for(args, config, recordings.attributes)
     train_demos, val_demos = demo_files.split_demos(recordings.demos, args.val_fraction)
-    n_train, n_val, recorded = len(train_demos), len(val_demos), train_demos[0]
+    n_train, n_val, recorded = len(train_demos), len(val_demos), list(train_demos)
     # before any feature is computed, which takes minutes
     dataset_class = look_up(args.model_type).dataset
     dataset_class.check_split(train_demos, config)
@@ -287,7 +287,7 @@ def prepare(args, config_class, device, progress):
         n_train,
         n_val,
         recordings.attributes,
-        protocol_reference(recorded),
+        protocol_references(recorded),
     )
 
 
@@ -324,14 +324,29 @@ def ensure_dataset(path):
         subprocess.run([sys.executable, collect, "--out", path], check=True)
 
 
-def protocol_reference(demo, side=56):
-    """A recorded frame's state, camera and small image, as tensors by name.
+def protocol_references(demos):
+    """A recorded frame of each scene among the demonstrations, as tensors by name: eval.py renders
+    its state and compares, so that a flip cannot go unnoticed.
 
-    eval.py renders the state and compares, so that a flip cannot go unnoticed. {} for recordings of
-    a real robot, which have no states to render. side: of the small image, pixels.
+    The first one's names are those of `protocol_reference`; of a second scene, as the recipe has
+    it, they end in "_2". {} for recordings of a real robot, which have no states to render.
     """
-    if not demo.states.size:
-        return {}
+    # of the clean scene and of the full one the states have other lengths
+    first = {}
+    for demo in demos:
+        if demo.states.size:
+            first.setdefault(demo.states.shape[1], demo)
+    found = {}
+    for i, demo in enumerate(first.values(), 1):
+        ending = f"_{i}" if i > 1 else ""
+        found.update({k + ending: v for k, v in protocol_reference(demo).items()})
+    return found
+
+
+def protocol_reference(demo, side=56):
+    """A recorded frame's state, camera and small image, as tensors by name. side: of the small
+    image, pixels.
+    """
     image = demo.images([0])[0]
     # means of blocks of n x n pixels, (side,side,3)
     n = len(image) // side

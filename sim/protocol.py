@@ -18,8 +18,8 @@ def check_protocol(scene, reference, condition):
       a LIBERO-PRO suite too, as the state puts its objects back.
     - The fingers open and close as commanded.
 
-    reference: arrays that a checkpoint carries, "protocol_state" (S,), "protocol_extrinsics" (4,4)
-    and "protocol_image" (s,s,3); {} for none. condition: the first episode's settings.Condition.
+    reference: arrays that a checkpoint carries, see `training_frame_difference`. condition: of the
+    first episode, a settings.Condition.
     """
     found = {}
     # equal init states would count one episode several times
@@ -55,32 +55,9 @@ def check_protocol(scene, reference, condition):
         raise RuntimeError(
             f"protocol: image orientation, at the objects' projected pixels stand {seen}"
         )
-    # the training frame, where its state fits this scene
-    if "protocol_state" in reference and len(reference["protocol_state"]) == len(scene.state()):
-        scene.set_state(reference["protocol_state"])
-        scene.set_camera(reference.get("protocol_extrinsics"))
-        stored = reference["protocol_image"].astype(float)
-        side, image = len(stored), scene.render().astype(float)
-        k = len(image) // side
-        # averaged over k x k pixels to the stored image's size (s,s,3)
-        small = image[: side * k, : side * k].reshape(side, k, side, k, 3).mean((1, 3))
-        # mean difference in grey levels (0-255), also of the ways in which an image may be wrong
-        errors = {
-            name: float(np.abs(view - stored).mean())
-            for name, view in (
-                ("as it is", small),
-                ("upside down", small[::-1]),
-                ("mirrored", small[:, ::-1]),
-                ("turned by 180 deg", small[::-1, ::-1]),
-            )
-        }
-        best = min(errors, key=errors.get)
-        found["training_frame_difference"] = errors["as it is"]
-        if best != "as it is" or errors[best] > 12:
-            raise RuntimeError(
-                f"protocol: a training frame renders differently here, it fits best {best}: "
-                f"{errors}"
-            )
+    difference = training_frame_difference(scene, reference)
+    if difference is not None:
+        found["training_frame_difference"] = difference
     # the gripper's sign, by the width between the fingers in m after each command
     scene.begin_episode(states[0])
     widths = []
@@ -94,3 +71,43 @@ def check_protocol(scene, reference, condition):
             f"protocol: the gripper's sign is wrong, widths after open, close, open are {widths} m"
         )
     return found
+
+
+def training_frame_difference(scene, reference):
+    """Render a training frame's state again -> the mean difference to the stored image in grey
+    levels (0-255), or None where no stored frame is of this scene.
+
+    reference: arrays that a checkpoint carries, "protocol_state" (S,), "protocol_extrinsics" (4,4)
+    and "protocol_image" (s,s,3), and with the ending "_2" those of a second scene; {} for none.
+    Raises RuntimeError where the image differs, or fits better turned or mirrored.
+    """
+    width = len(scene.state())
+    endings = [e for e in ("", "_2") if len(reference.get(f"protocol_state{e}", ())) == width]
+    if not endings:
+        return None
+    state, E, stored = (
+        reference.get(f"protocol_{name}{endings[0]}") for name in ("state", "extrinsics", "image")
+    )
+    scene.set_state(state)
+    scene.set_camera(E)
+    stored, image = stored.astype(float), scene.render().astype(float)
+    side = len(stored)
+    k = len(image) // side
+    # averaged over k x k pixels to the stored image's size (s,s,3)
+    small = image[: side * k, : side * k].reshape(side, k, side, k, 3).mean((1, 3))
+    # also of the ways in which an image may be wrong
+    errors = {
+        name: float(np.abs(view - stored).mean())
+        for name, view in (
+            ("as it is", small),
+            ("upside down", small[::-1]),
+            ("mirrored", small[:, ::-1]),
+            ("turned by 180 deg", small[::-1, ::-1]),
+        )
+    }
+    best = min(errors, key=errors.get)
+    if best != "as it is" or errors[best] > 12:
+        raise RuntimeError(
+            f"protocol: a training frame renders differently here, it fits best {best}: {errors}"
+        )
+    return errors["as it is"]

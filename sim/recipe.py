@@ -9,8 +9,8 @@ to THETA["train"] degrees in any direction, then turned about the robot's base.
     y, m      -0.22 .. -0.07 | -0.05 .. 0.00 | 0.00 .. 0.26
     is for    the test       | validation    | training
 
-Nothing of the test side is trained on. Joint layouts of a test, as `near_a_test` says, are drawn
-again. What is drawn depends on part, --seed, index and attempt alone.
+Nothing of the test side is trained on. Joint layouts of a test are drawn again, see `held_out`.
+What is drawn depends on part, --seed, index and attempt alone.
 """
 
 import numpy as np
@@ -39,6 +39,8 @@ USUAL = {
     OTHER_BOWL: (-0.180, 0.321),
 }
 SWAPPED = {**USUAL, PLATE: USUAL[COOKIES], COOKIES: USUAL[PLATE]}
+# to validate on: plate and cookies at places of each other's kind, the bowl elsewhere
+VAL_SWAP = {**USUAL, BOWL: (-0.15, 0.08), PLATE: (0.02, 0.17), COOKIES: (-0.02, 0.015)}
 JITTER = 0.025  # metres in x and in y, of objects that stay near their usual places
 # degrees between a camera and agentview, seen from the workspace; directions are free
 THETA = {"train": (0.0, 9.0), "val": (10.5, 12.5)}
@@ -49,9 +51,9 @@ ROOM = 0.012
 FINGER, FINGER_RADIUS = np.array([0.0, -0.09]), 0.018
 # low and high corners of the stove's plate in the full scene, with its own jitter
 STOVE = np.array([[-0.375, -0.255], [-0.16, -0.04]])
-# metres around both places of a pair of bowl and plate that a test has: `shifted` moves each by
+# metres around both places of a pair of bowl and plate that is held out: `shifted` moves each by
 # 5 cm from where the init states have it, give or take 1.5 cm
-NEAR_USUAL, NEAR_SWAPPED = 0.08, 0.05
+HELD_OUT = ((USUAL, 0.08), (SWAPPED, 0.05), (VAL_SWAP, 0.05))
 # defaults of the flags by which collect_demos.py varies start and camera further, by part
 START_SPREAD = {"train": 0.3, "val": 0.0}
 TURN_SPREAD = {"train": 40.0, "val": 0.0}
@@ -89,7 +91,7 @@ def drawn(part, seed, index, attempt, clean):
     rng = np.random.default_rng([*settings.random_seed(PURPOSE[part], seed, index, attempt), 31])
     while True:
         places = _places(rng, part, clean)
-        if not near_a_test(places) and apart(places, clean):
+        if not held_out(places) and apart(places, clean):
             return settings.Condition(places=tuple((n, *p) for n, p in places.items()))
 
 
@@ -103,13 +105,13 @@ def _places(rng, part, clean):
     return found
 
 
-def near_a_test(places):
-    """True for places {name: (2,) m} in which bowl and plate both stand near where the init states
-    of a test have them: those of libero_spatial, or with plate and cookies swapped.
+def held_out(places):
+    """True for places {name: (2,) m} in which bowl and plate both stand near where a test has them,
+    on the init states of libero_spatial or with plate and cookies swapped, or where the swap is
+    validated.
     """
     far = lambda name, usual: np.linalg.norm(np.subtract(places[name], usual[name]))
-    pairs = ((USUAL, NEAR_USUAL), (SWAPPED, NEAR_SWAPPED))
-    return any(max(far(BOWL, at), far(PLATE, at)) < limit for at, limit in pairs)
+    return any(max(far(BOWL, at), far(PLATE, at)) < limit for at, limit in HELD_OUT)
 
 
 def apart(places, clean):

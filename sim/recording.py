@@ -226,11 +226,8 @@ class ExpertWorker:
             scene.set_view(view)
             if turn:
                 scene.set_camera(settings.turned(scene.camera()[1], turn, base))
-            if of_recipe:
-                good = self.in_view() and self.unhidden()
-            else:
-                good = not spread or self.in_view()
-            if good:
+            seen = self.in_view() and (self.unhidden() or not of_recipe)
+            if seen or not spread and not of_recipe:
                 return view
         scene.set_view(condition)
         return None if of_recipe else condition
@@ -306,4 +303,4 @@ class ExpertWorker:
         return recorder if good else "failed_demos"
 
     def close(self):
-        self.scene.close()
+        self.scenes.close()
