@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import run
+from helpers import SIZE, run
 
 from collect_demos import build_parser
 from formats.dataset import open_dataset
@@ -15,8 +15,6 @@ from sim import recipe, settings
 from sim.protocol import training_frame_difference
 from sim.tasks import find_task
 from train import protocol_references
-
-SIDE = "64"  # pixels of the images
 
 
 def drawn(part, n=400, seed=0):
@@ -103,7 +101,7 @@ def recipe_demos(tmp_path_factory):
     """Two demonstrations of the recipe -> their file."""
     folder = tmp_path_factory.mktemp("recipe")
     run(
-        f"collect_demos.py --setting recipe --n_demos 2 --image_size {SIDE} --push_rate 0 "
+        f"collect_demos.py --setting recipe --n_demos 2 --image_size {SIZE} --push_rate 0 "
         "--render fast --workers 1 --out recipe.hdf5",
         cwd=folder,
     )
@@ -114,7 +112,7 @@ def test_a_demonstration_is_what_was_drawn(recipe_demos):
     """One of each scene; objects stand where the attributes say, the camera is orbited and turned
     as they say, and it sees bowl and plate.
     """
-    found = open_dataset(recipe_demos, int(SIDE))
+    found = open_dataset(recipe_demos, int(SIZE))
     assert "clean_scene" not in found.attributes and found.attributes["setting"] == "recipe"
     assert sorted(bool(d.attrs["clean_scene"]) for d in found.demos) == [False, True]
     for i, demo in enumerate(found.demos):
@@ -139,7 +137,7 @@ def test_a_dataset_of_both_scenes_is_checked_in_both(recipe_demos, scene):
     """The checkpoint keeps a frame of each scene, and the one of the scene that is evaluated is
     compared, whichever comes first. A flipped one is found.
     """
-    demos = open_dataset(recipe_demos, int(SIDE)).demos
+    demos = open_dataset(recipe_demos, int(SIZE)).demos
     for order in (demos, demos[::-1]):
         kept = {k: v.numpy() for k, v in protocol_references(order).items()}
         widths = [len(kept[f"protocol_state{e}"]) for e in ("", "_2")]
