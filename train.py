@@ -154,6 +154,10 @@ def add_training_flags(group):
     add("--val_every", type=flags.count, default=100, help=what)
     what = "frames that a validation looks at, a third as many windows"
     add("--val_samples", type=flags.count, default=400, help=what)
+    what = "end after N validations without a lower error, keep the best weights (0: never)"
+    add("--patience", type=flags.whole, default=0, metavar="N", help=what)
+    what = "with --patience: steps at the end in which the learning rate goes to zero"
+    add("--cooldown", type=flags.whole, default=0, help=what)
     what = "steps between checkpoints (100, or the preset's)"
     add("--save_every", type=flags.count, default=100, help=what)
     what = "finetune: start from this checkpoint's tensors that fit by name and shape"
@@ -527,15 +531,15 @@ def announce(trainer, resume):
 def finish(trainer):
     """Last validation, checkpoint and pictures."""
     folder, policy, val_set = trainer.folder, trainer.policy, trainer.val_set
-    # unless the loop has validated this very step
-    if trainer.step % trainer.recipe.val_every or trainer.metrics is None:
-        trainer.validate()
-    trainer.save()
+    trainer.finish()
     plots.loss_curve(read_metrics(folder), folder / "loss.png")
     heldout.overlays(policy, val_set, trainer.dist.device, folder)
     trainer.logger.log(trainer.step, heldout.free_runs(policy, val_set, folder))
+    steps = f"{trainer.step} steps"
+    if trainer.recipe.patience:
+        steps += f", the weights of step {trainer.best_step}"
     print(
-        f"{folder}/checkpoint.safetensors: {trainer.step} steps, {trainer.minutes:.1f} minutes of "
+        f"{folder}/checkpoint.safetensors: {steps}, {trainer.minutes:.1f} minutes of "
         f"training and {trainer.validation_minutes:.1f} of validation, {spoken(trainer.metrics)}"
     )
 

@@ -37,6 +37,8 @@ class Recipe:
     val_every: int
     val_samples: int
     save_every: int
+    patience: int = 0  # validations without a lower error after which training ends; 0: never
+    cooldown: int = 0  # steps at its end in which the learning rate goes to zero
 
     def __str__(self):
         size = f" ({self.preset})" if self.preset else ""
@@ -44,6 +46,8 @@ class Recipe:
         several = f" in each of {self.processes} processes" if self.processes > 1 else ""
         demos = f"{self.train_demos} + {self.val_demos} demonstrations"
         length = f"{self.max_steps} steps of {self.batch_size} samples"
+        if self.patience:
+            length = f"at most {length}, patience {self.patience} x {self.val_every} steps"
         return (
             f"  policy {self.model_type}{size}{further}, features {self.backbone}\n"
             f"  data {self.dataset}: {demos}, {self.train_frames} training frames\n"

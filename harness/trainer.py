@@ -19,12 +19,18 @@ from tqdm import tqdm
 
 from data import shifted_sideways
 from harness import finetune
-from harness.checkpoint import load_tensors, save_policy, save_tensors
+from harness.checkpoint import load_tensors, save_policy, save_tensors, with_prefix
 from harness.records import read_metrics
 from harness.validation import to_device, validate
 from policy import Shard
 from runtime import UserError, autocast
 
+# what a continuation has to know besides tensors; with --patience the second line too
+REACHED = ("step", "minutes", "validation_minutes")
+BEST = ("end", "best_step", "best_error")
+# --patience goes by where the waypoints are. The loss would end a training too soon: the gripper's
+# cross-entropy rises, as answers become surer, while positions still get better.
+JUDGED_BY = "val/cm_mean"
 LOOK_EVERY = 10  # steps between two looks at a GPU's numbers, for which the CPU has to wait
 
 
@@ -59,10 +65,16 @@ def spoken(metrics):
     return ", ".join(f"{name.removeprefix('val/')} {value:.3g}" for name, value in metrics.items())
 
 
-def learning_rate(recipe, step):
-    """Linear warm-up, then a cosine to zero at the last step."""
-    # 0 to 1 over the warm-up; the cosine runs from step 0 on, and the two are multiplied
+def learning_rate(recipe, step, end=None):
+    """Linear warm-up, then a cosine to zero at the last step.
+
+    With --patience the end is not known in advance: after the warm-up the rate is constant, and
+    linear to zero over the last --cooldown steps before `end`.
+    """
+    # 0 to 1 over the warm-up; what follows runs from step 0 on, and the two are multiplied
     warm = min(1.0, (step + 1) / max(1, recipe.warmup))
+    if recipe.patience:
+        return recipe.lr * warm * min(1.0, (end - step) / max(1, recipe.cooldown))
     return recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * step / recipe.max_steps))
 
 
@@ -141,7 +153,8 @@ def save_state(path, policy, optimizer, info):
 
 
 def load_state(path, policy, optimizer):
-    """Restore `save_state` -> its info: step, minutes, validation_minutes.
+    """Restore `save_state` -> its info: step, minutes, validation_minutes, and with --patience
+    end, best_step, best_error.
 
     Raises UserError for a state that is not this policy's.
     """
@@ -150,7 +163,7 @@ def load_state(path, policy, optimizer):
         "it is another policy's, an earlier version's or damaged; train anew with another --out"
     )
     # how far it was; then names and shapes of the weights, then the optimizer's
-    reached = {key: info[key] for key in ("step", "minutes", "validation_minutes") if key in info}
+    reached = {key: info[key] for key in (*REACHED, *BEST) if key in info}
     if type(reached.get("step")) is not int or not all(
         type(v) in (int, float) for v in reached.values()
     ):
@@ -235,7 +248,9 @@ class Trainer:
 
     dist: this process's place; logger: RunLogger; save_info: provenance of the checkpoint;
     reference: its further tensors. `step` steps are done, in `minutes` of training and
-    `validation_minutes`; `metrics` are those of the last validation.
+    `validation_minutes`; `metrics` are those of the last validation. `end` is the last step. With
+    --patience the lowest held-out error so far, `best_error` in cm, was that of `best_step`, whose
+    weights are in the checkpoint.
     """
 
     def __init__(
@@ -245,6 +260,7 @@ class Trainer:
         self.recipe, self.dist, self.folder, self.logger = recipe, dist, folder, logger
         self.save_info, self.reference = save_info, reference
         self.state_path = folder / "state.safetensors"
+        self.checkpoint_path = folder / "checkpoint.safetensors"
         groups = policy.param_groups(recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
         # features to the GPU where they fit, see `WaypointDataset.hold`
@@ -252,6 +268,7 @@ class Trainer:
             part.hold(dist.device)
         self.batches = Batches(recipe.seed, len(train_set), recipe.batch_size)
         self.step, self.minutes, self.validation_minutes, self.metrics = 0, 0.0, 0.0, None
+        self.end, self.best_step, self.best_error = recipe.max_steps, 0, math.inf
 
     def fit(self, stop):
         """Train to the last step -> True; or to a StopSignal, then save -> False."""
@@ -264,7 +281,7 @@ class Trainer:
         # batches are gathered by a thread while the step before is computed
         self.ahead = Ahead(self.samples, self.step, recipe.max_steps)
         self.policy.train()
-        while self.step < recipe.max_steps and not stopping:
+        while self.step < self.end and not stopping:
             started = time.perf_counter()
 
             # one step: forward, backward, update
@@ -295,10 +312,11 @@ class Trainer:
             bar.update()
             if logs:
                 bar.set_postfix(loss=f"{self.log(parts, norm):.2f}", refresh=False)
-            if validates and not stopping and is_main:
-                self.validate()
-                tqdm.write(f"step {self.step}: {spoken(self.metrics)}")
-            if (saves or stopping) and is_main:
+            # with --patience before a stop too: a resumed run has the same weights to choose from
+            if validates and (recipe.patience or not stopping):
+                self.look_at_held_out()
+            # a training that validation has just ended is saved too
+            if (saves or stopping or self.step == self.end) and is_main:
                 self.save()
         bar.close()
         self.ahead.close()
@@ -316,7 +334,7 @@ class Trainer:
     def set_learning_rate(self):
         """Set the learning rate of the step to come, for all parameters."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.step)
+            group["lr"] = learning_rate(self.recipe, self.step, self.end)
 
     def next_batch(self):
         """This process's samples of the next step, on its device; noise is seeded for it too."""
@@ -349,7 +367,9 @@ class Trainer:
         step, recipe = self.step, self.recipe
         logs = step % LOOK_EVERY == 0 or step == 1
         validates = step % recipe.val_every == 0 or step == recipe.freeze_steps
-        saves = step % recipe.save_every == 0 or step == recipe.max_steps
+        # the last weights may be the best ones
+        validates |= recipe.patience > 0 and step == self.end
+        saves = step % recipe.save_every == 0 or step == self.end
         return logs, validates, saves
 
     def agree_to_stop(self, stopping, broken):
@@ -387,6 +407,46 @@ class Trainer:
         """Minutes of training and of validation, by name."""
         return {k: round(getattr(self, k), 4) for k in ("minutes", "validation_minutes")}
 
+    def look_at_held_out(self):
+        """Validate in the first process. With --patience keep the best weights, and bring the end
+        nearer where they are old: all processes learn of it.
+        """
+        if self.dist.is_main:
+            self.validate()
+            tqdm.write(f"step {self.step}: {spoken(self.metrics)}")
+        if not self.recipe.patience:
+            return
+        if self.dist.is_main:
+            self.keep_best(self.metrics[JUDGED_BY])
+        if self.dist.world > 1:
+            end = torch.tensor(self.end, device=self.dist.device)
+            torch.distributed.broadcast(end, 0)
+            self.end = int(end)
+
+    def keep_best(self, error):
+        """Write a checkpoint if the held-out error of this step is the lowest so far; else, after
+        --patience validations without a lower one, begin the cool-down. error: cm.
+        """
+        recipe = self.recipe
+        if error < self.best_error:
+            self.best_step, self.best_error = self.step, error
+            self.save_checkpoint()
+        elif self.step - self.best_step >= recipe.patience * recipe.val_every:
+            # of several such ends the first one holds
+            sooner = min(self.end, self.step + recipe.cooldown)
+            if sooner < self.end:
+                self.end = sooner
+                tqdm.write(
+                    f"no lower held-out error since step {self.best_step}: "
+                    f"training ends at step {self.end}"
+                )
+
+    def restore_best(self):
+        """Take the weights and the metrics of the step with the lowest held-out error."""
+        tensors, info = load_tensors(self.checkpoint_path)
+        self.policy.load_state_dict(with_prefix(tensors, "model."))
+        self.metrics = info["metrics"]
+
     def validate(self):
         """Compute and log metrics on held-out demonstrations; their time is no training time."""
         started = time.perf_counter()
@@ -401,13 +461,31 @@ class Trainer:
             tqdm.write(("warning: " if creep[1] else "") + creep[0])
 
     def save(self):
-        """State and checkpoint of the step that is reached."""
-        reached = {k: getattr(self, k) for k in ("step", "minutes", "validation_minutes")}
+        """State of the step that is reached, and its checkpoint: with --patience that is of the
+        best step instead, see `keep_best`.
+        """
+        reached = {k: getattr(self, k) for k in (*REACHED, *(BEST if self.recipe.patience else ()))}
         save_state(self.state_path, self.policy, self.optimizer, reached)
-        info = {**self.save_info, **reached, **self.measured_minutes()}
+        if not self.recipe.patience:
+            self.save_checkpoint()
+
+    def save_checkpoint(self, **further):
+        """Checkpoint of the weights as they are now. further: entries of its header."""
+        info = {**self.save_info, "step": self.step, **self.measured_minutes(), **further}
         info["metrics"] = self.metrics or {}
-        path = self.folder / "checkpoint.safetensors"
-        save_policy(path, self.policy, self.recipe.model_type, info, self.reference)
+        model_type = self.recipe.model_type
+        save_policy(self.checkpoint_path, self.policy, model_type, info, self.reference)
+
+    def finish(self):
+        """Last validation and checkpoint. With --patience the best weights are taken back."""
+        if self.recipe.patience:
+            self.restore_best()
+            self.save_checkpoint(best_step=self.best_step, finished=True)
+            return
+        # unless the loop has validated this very step
+        if self.step % self.recipe.val_every or self.metrics is None:
+            self.validate()
+        self.save()
 
     def resume(self):
         """Go on from the run folder's saved state, if there is one."""
@@ -422,8 +500,9 @@ class Trainer:
         device, precision = self.dist.device, recipe.precision
         rows = profile_steps(self.policy, self.train_set, device, precision, share)
         minutes = expected_minutes(rows, share, recipe.max_steps)
+        most = "at most " if recipe.patience else ""
         print(
-            f"{recipe.max_steps} steps of batch {batch_size}: about {minutes:.1f} minutes of "
+            f"{most}{recipe.max_steps} steps of batch {batch_size}: about {minutes:.1f} minutes of "
             "training on this machine as it is now, validation and pictures besides"
         )
         return rows

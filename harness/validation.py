@@ -104,10 +104,10 @@ def chosen(dataset, limit):
 def validate(policy, dataset, device, batch_size=16, limit=400):
     """Loss and decoded errors on held-out demonstrations -> {"val/NAME": number}.
 
-    Of the first waypoint: error in cm (median, 90th percentile) and px (median), gripper accuracy,
-    and rotation error in degrees (median, 95th percentile; of all waypoints too) where the policy
-    turns. Of the trajectory: coverage at 4, 8 and 16 px, and jerk in cm/step^2 beside the truth's.
-    Then the numbers of `looks`. limit: frames to look at, see `chosen`.
+    Of the first waypoint: error in cm (mean, median, 90th percentile) and px (median), gripper
+    accuracy, and rotation error in degrees (median, 95th percentile; of all waypoints too) where
+    the policy turns. Of the trajectory: coverage at 4, 8 and 16 px, and jerk in cm/step^2 beside
+    the truth's. Then the numbers of `looks`. limit: frames to look at, see `chosen`.
     """
     policy.eval()
     losses, errors = [], []
@@ -182,6 +182,7 @@ def error_summary(errors):
     """`validate`'s numbers, from the errors of all samples."""
     means = (*(f"coverage_{eps}px" for eps in EPS), "jerk_cm", "true_jerk_cm")
     row = {
+        "cm_mean": np.mean(errors["cm"]),
         "cm_median": np.median(errors["cm"]),
         "cm_p90": np.percentile(errors["cm"], 90),
         "px_median": np.median(errors["px"]),

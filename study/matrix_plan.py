@@ -97,9 +97,12 @@ def lacks_training(run, command, dataset):
         )
     if not (run / "checkpoint.json").is_file():
         return f"{run} has no checkpoint yet"
-    step = read_json(run / "checkpoint.json", "run of train.py", form={"step": int})["step"]
-    most = config["args"]["max_steps"]
-    return f"{run} stopped at step {step} of {most}" if step < most else ""
+    form = {"step": int, "finished?": bool}
+    reached = read_json(run / "checkpoint.json", "run of train.py", form=form)
+    # --patience may end a training before its last step
+    step, most = reached["step"], config["args"]["max_steps"]
+    done = step >= most or reached.get("finished", False)
+    return "" if done else f"{run} stopped at step {step} of {most}"
 
 
 def lacks_evaluation(folder, command, n, training=None):

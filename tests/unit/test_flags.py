@@ -46,6 +46,8 @@ NUMBERS = {
     "--batch_size": "0",
     "--shift_aug": "nan",
     "--clip": "0",
+    "--patience": "-1 1.5",
+    "--cooldown": "-1",
     "--save_every": "0",
 }
 OTHERS = {
