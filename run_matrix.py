@@ -27,7 +27,7 @@ import flags
 from runtime import UserError, command_line, git_commit, run_script, versions
 from study import matrix_table
 from study.graph import Local, Ray, pending, run_graph
-from study.matrix import ATTEMPTS, CELLS, COLUMNS, OWN_DEMOS, REFERENCE, ROWS, STEPS
+from study.matrix import ATTEMPTS, CELLS, COLUMNS, OWN_DEMOS, RECIPE, REFERENCE, ROWS, STEPS
 from study.matrix_plan import Plan, typed, typed_words
 
 # flags that --help shows, in this order
@@ -70,7 +70,7 @@ def add_comparison_flags(group):
         "--rows",
         nargs="+",
         choices=list(ROWS),
-        default=[r for r in ROWS if r != "expert" and r not in ATTEMPTS],
+        default=[r for r in ROWS if r != "expert" and r not in (*ATTEMPTS, *RECIPE)],
         metavar="ROW",
         help=f"policies, of {', '.join(ROWS)}",
     )
@@ -166,6 +166,7 @@ def parse_args(argv=None):
     args = build_parser().parse_args(argv)
     # SETTING, SETTING_SPLIT and SETTING_starts of every column
     known = [c.demos(own) for c in COLUMNS.values() for own in ("", *OWN_DEMOS)]
+    known += sorted({row.setting for row in ROWS.values() if row.setting})
     args.dataset = assignments(args.dataset, known, "--dataset")
     row_flags = assignments(args.row_flags, ROWS, "--row_flags")
     args.row_flags = {name: shlex.split(text) for name, text in row_flags.items()}

@@ -10,13 +10,15 @@ class Row(NamedTuple):
     """A policy: its --model_type and further flags of its training; or an untrained one, its
     --policy.
 
-    demos: where it is trained on demonstrations of its own, which of OWN_DEMOS.
+    demos: where it is trained on demonstrations of its own, which of OWN_DEMOS. setting: where it
+    is trained on one setting whatever is tested, which --setting of collect_demos.py.
     """
 
     model_type: str = None
     flags: tuple = ()
     policy: str = None
     demos: str = ""
+    setting: str = ""
 
 
 class Column(NamedTuple):
@@ -39,11 +41,12 @@ class Column(NamedTuple):
         """
         return f"{self.setting}_{self.split}" if self.split else self.setting
 
-    def demos(self, own=""):
+    def demos(self, own="", setting=""):
         """Name of the demonstrations of a row with demonstrations of its own, one of OWN_DEMOS, or
-        of all others.
+        with a setting of its own, or of all others.
         """
-        return f"{self.data}_{own}" if own else self.data
+        data = setting or self.data
+        return f"{data}_{own}" if own else data
 
     def cell(self, layout):
         """A tested layout's name in the table."""
@@ -91,6 +94,21 @@ ATTEMPTS = {  # to lift `viewpoint`, then `position`; they run only where asked 
     ),
 }
 ROWS.update(ATTEMPTS)
+# flags of the recipe's trainings: images moved sideways, a trunk that sees 30 cm
+RECIPE_FLAGS = ("--shift_aug", "128", "--dilations", "1,2,4,8,16")
+RECIPE = {  # one training of each policy on the recipe's demonstrations, for all columns
+    "para_recipe": Row("para", RECIPE_FLAGS, setting="recipe"),
+    "a_recipe": Row("autoregressive", ("--head", "pointer", *RECIPE_FLAGS), setting="recipe"),
+    "a_mlp_recipe": Row(
+        "autoregressive", ("--head", "mlp", "--shift_aug", "128"), setting="recipe"
+    ),
+    # what answers in world coordinates sees the world turned instead of the camera
+    "act_recipe": Row("act", ("--shift_aug", "128", "--turn_back"), setting="recipe"),
+    "b_recipe": Row("voxel_ar", (*RECIPE_FLAGS, "--turn_back"), setting="recipe"),
+    "c_recipe": Row("voxel_ar_rel", (*RECIPE_FLAGS, "--turn_back"), setting="recipe"),
+    "d_recipe": Row("dino_volume_kv", RECIPE_FLAGS, setting="recipe"),
+}
+ROWS.update(RECIPE)
 COLUMNS = {
     "in_dist": Column("in_dist", {"benchmark": 50, "shifted": 50}),
     "viewpoint": Column("viewpoint", {"viewpoint": 64}),
@@ -98,6 +116,19 @@ COLUMNS = {
     "position": Column("position", {"position": 100}),
     "viewpoint_hemisphere": Column("viewpoint", {"viewpoint": 64}, split="hemisphere"),
     "position_near_far": Column("position", {"position": 100}, split="near_far"),
+    # the verdict: fresh test sets, see sim/verdict.py, of one training
+    "verdict": Column(
+        "in_dist",
+        {
+            "benchmark": 50,
+            "verdict_shifted": 50,
+            "verdict_viewpoint": 50,
+            "verdict_viewpoint_shifted": 50,
+            "verdict_viewpoint_low": 34,
+            "verdict_position": 50,
+            "moved_midway": 50,
+        },
+    ),
     # plate and cookie box have changed places
     "pro_swap": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_swap"),
     # bowls and plate look different

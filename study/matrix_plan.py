@@ -172,12 +172,14 @@ class Plan:
 
     def dataset(self, row, column):
         """(its name, its file, the node that collects it or None)."""
-        args, data = self.args, column.demos(row.demos)
+        args, data = self.args, column.demos(row.demos, row.setting)
         # given on the command line: nothing to collect
         if data in args.dataset:
             return data, Path(args.dataset[data]), None
         out = args.out / "demos" / f"{data}.hdf5"
-        words = ["--setting", column.setting, *optional("--split", column.split)]
+        # a row with a setting of its own is trained once, for all columns
+        split = None if row.setting else column.split
+        words = ["--setting", row.setting or column.setting, *optional("--split", split)]
         words += [*OWN_DEMOS.get(row.demos, ()), *optional("--n_demos", args.n_demos)]
         words += ["--workers", args.workers, *args.collect_flags, "--out", out]
         command = python("collect_demos.py", *words)

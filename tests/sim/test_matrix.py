@@ -108,6 +108,33 @@ def test_other_starts_are_demonstrations_of_their_own(tmp_path):
     ]
 
 
+def test_recipe_is_trained_once_for_all_columns(tmp_path):
+    """A recipe's row has one dataset and one training, whatever columns it is tested in.
+
+    Rows beside it keep those of the column.
+    """
+    nodes = plan(f"--out {tmp_path} --rows para para_recipe c_recipe --columns verdict pro_swap")
+    assert sorted(n for n in nodes if n.startswith("collect")) == [
+        "collect-in_dist",
+        "collect-recipe",
+    ]
+    assert "--setting recipe" in shlex.join(nodes["collect-recipe"].command)
+    trained = sorted(n for n in nodes if n.startswith("train"))
+    assert trained == [
+        "train-c_recipe-recipe-s0",
+        "train-para-in_dist-s0",
+        "train-para_recipe-recipe-s0",
+    ]
+    for cell in ("benchmark", "verdict_position", "moved_midway", "benchmark_swap"):
+        assert nodes[f"eval-para_recipe-{cell}-s0"].deps == ("train-para_recipe-recipe-s0",)
+    # C answers in world coordinates
+    assert "--turn_back" in nodes["train-c_recipe-recipe-s0"].command
+    given = plan(f"--out {tmp_path} --rows c_recipe --columns verdict --dataset recipe={__file__}")
+    assert not [n for n in given if n.startswith("collect")]
+    # they run only when asked for
+    assert not [n for n in plan(f"--out {tmp_path}") if "recipe" in n]
+
+
 def test_pro_suites_and_other_splits_are_columns(tmp_path):
     """LIBERO-PRO suites test what in_dist trained; other splits have their own demonstrations and
     trainings. Commands of the plain columns have neither flag, as finished cells are known by their
