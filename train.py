@@ -128,7 +128,7 @@ def add_data_flags(group):
     add("--mirror", action="store_true", help=what)
     what = "train on images moved sideways by up to so many pixels, each by its own"
     add("--shift_aug", type=flags.not_negative, default=0, metavar="PX", help=what)
-    what = "turn each demonstration's world until its camera is where agentview is (--turn_spread)"
+    what = "turn each demonstration's world back by what its camera was turned (--turn_spread)"
     add("--turn_back", action="store_true", help=what)
     add("--backbone_weights", type=Path, help="local file of backbone weights")
     default = Path("cache/features")
@@ -266,9 +266,8 @@ def prepare(args, config_class, device, progress):
 
     # the same demonstrations in a moved world, and their reflections beside them
     if args.turn_back:
-        _, E = settings.default_camera()
-        train_demos = [demo_files.turned_back(demo, E) for demo in train_demos]
-        val_demos = [demo_files.turned_back(demo, E) for demo in val_demos]
+        train_demos = [demo_files.turned_back(demo, unturned(demo)) for demo in train_demos]
+        val_demos = [demo_files.turned_back(demo, unturned(demo)) for demo in val_demos]
     if args.mirror:
         # validation stays unmirrored
         train_demos = train_demos + [demo_files.mirrored(demo) for demo in train_demos]
@@ -293,6 +292,14 @@ def prepare(args, config_class, device, progress):
         recordings.attributes,
         protocol_references(recorded),
     )
+
+
+def unturned(demo):
+    """The camera-to-world (4,4) that a demonstration's camera had before it was turned: agentview,
+    orbited where the setting orbits it.
+    """
+    _, E = settings.default_camera()
+    return settings.orbit(E, demo.attrs.get("theta", 0.0), demo.attrs.get("phi", 0.0))
 
 
 def config_for(args, config, attributes):

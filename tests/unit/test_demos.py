@@ -2,6 +2,7 @@
 splits are disjoint.
 """
 
+import dataclasses
 import re
 
 import h5py
@@ -10,6 +11,7 @@ import pytest
 from conftest import OPENS, PUSHED, SIZE, STEPS, agentview, write_synthetic_demos
 from helpers import put
 
+import train
 from camera import project
 from formats import demos, hdf5, libero_hdf5, parts
 from formats.dataset import open_dataset
@@ -477,3 +479,17 @@ def test_a_demonstration_turned_back_shows_the_same_through_another_camera(tmp_p
     assert np.abs(other.ee_pos - demo.ee_pos)[:, :2].max() > 0.05
     with pytest.raises(UserError, match="leave --turn_back out"):
         demos.turned_back(demo, settings.orbit(settings.default_camera()[1], 20, 0))
+
+
+def test_turn_back_undoes_the_turn_of_a_camera_that_was_orbited_too(tmp_path):
+    """The recipe orbits a camera, then turns it: the world goes back by the turn alone."""
+    path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
+    demo = open_dataset(path).demos[0]
+    orbited = settings.orbit(settings.default_camera()[1], 8, 30)
+    attrs = {"theta": 8.0, "phi": 30.0}
+    turned = dataclasses.replace(demo, E=settings.turned(orbited, 35, [-0.66, 0.0]), attrs=attrs)
+    back = demos.turned_back(turned, train.unturned(turned))
+    np.testing.assert_allclose(back.E, orbited, atol=1e-9)
+    # about the robot's base, against the turn
+    at = settings.turned(np.eye(4), -35, [-0.66, 0.0])
+    np.testing.assert_allclose(back.ee_pos, demo.ee_pos @ at[:3, :3].T + at[:3, 3], atol=1e-9)
