@@ -11,6 +11,8 @@
     # grasps around the rim: yaw varies with the objects; the same as real-robot episodes
     python collect_demos.py --grasp rim --layout_spread 0.05
     python collect_demos.py --grasp rim --format smith300
+    # as a LeRobot dataset, see docs/lerobot_data.md
+    python collect_demos.py --format lerobot
     # needs memory: lift once, put back, stay
     python collect_demos.py --variant lift_once --n_demos 40
     # official states, re-rendered, cameras added
@@ -31,7 +33,7 @@ from tqdm import tqdm
 
 import flags
 from figures import plots_settings
-from formats import libero_hdf5
+from formats import lerobot_writer, libero_hdf5
 from formats.parts import check_replaceable, gather, merge, part_path, readable
 from runtime import UserError, command_line, read_json, run_script, write_json
 from sim import recipe, settings
@@ -200,6 +202,12 @@ def collect(args):
             del attributes[name]
         attributes.update({"versions": made_with, "num_demos": args.n_demos, **counts})
         gather(folder, parts, out, attributes)
+    elif args.format == "lerobot":
+        # through the HDF5 file that they would have become
+        joined = folder / "joined.hdf5"
+        merge(parts, joined, attributes, counts)
+        lerobot_writer.write_dataset(out, *lerobot_writer.sources_of(joined), args.video)
+        shutil.rmtree(folder)
     else:
         merge(parts, out, attributes, counts)
         shutil.rmtree(folder)
@@ -257,7 +265,7 @@ def build_parser():
     parser.add_argument(
         "--frame_stride",
         type=flags.count,
-        help="render and store every N-th frame (2, as training reads; rim, smith300: 1)",
+        help="render and store every N-th frame (2, as training reads; rim, smith300, lerobot: 1)",
     )
     parser.add_argument(
         "--render",
@@ -314,11 +322,11 @@ def build_parser():
     parser.add_argument(
         "--format",
         default="libero",
-        choices=("libero", "smith300"),
-        help="HDF5 file, or folder of real-robot episodes",
+        choices=("libero", "smith300", "lerobot"),
+        help="HDF5 file, folder of real-robot episodes, or LeRobot dataset",
     )
     parser.add_argument(
-        "--video", action="store_true", help="smith300: an MP4 per episode instead of PNG frames"
+        "--video", action="store_true", help="smith300, lerobot: MP4 instead of PNG frames"
     )
     parser.add_argument("--workers", type=flags.count, default=2)
     parser.add_argument(
@@ -380,13 +388,13 @@ def chosen_stride(args):
     """Every how many frames an image is stored. The default is what training reads, and every
     frame with `--grasp rim`, whose study of rotations looks at all of them.
 
-    Raises UserError for a stride above 1 with smith300, whose episodes hold every frame.
+    Raises UserError for a stride above 1 with smith300 and lerobot, which hold every frame.
     """
-    if args.format != "smith300":
+    if args.format == "libero":
         return args.frame_stride or (1 if args.grasp == "rim" else 2)
     if (args.frame_stride or 1) > 1:
         raise UserError(
-            f"--frame_stride {args.frame_stride}: a smith300 episode holds every frame; "
+            f"--frame_stride {args.frame_stride}: a {args.format} episode holds every frame; "
             "leave it out, or give --format libero"
         )
     return 1
@@ -407,7 +415,7 @@ def file_name(args):
             words.append(args.split)
     if args.part != "train":
         words.append("val")
-    return "_".join(words) + ("_smith300" if args.format == "smith300" else ".hdf5")
+    return "_".join(words) + (".hdf5" if args.format == "libero" else f"_{args.format}")
 
 
 if __name__ == "__main__":

@@ -117,8 +117,9 @@ def add_run_flags(group):
 def add_data_flags(group):
     """What is trained on."""
     add = group.add_argument
-    what = "LIBERO-format HDF5, or a smith300 folder"
+    what = "LIBERO-format HDF5, or a folder: smith300, LeRobot"
     add("--dataset", type=Path, default=DEFAULT_DATASET, help=what)
+    add("--task", help="LeRobot: train on this task alone, its index or words of its instruction")
     add("--n_demos", type=flags.count, help="use only the first N demonstrations")
     what = "share of demonstrations held out"
     add("--val_fraction", type=flags.fraction, default=0.15, help=what)
@@ -256,7 +257,7 @@ def prepare(args, config_class, device, progress):
     ensure_dataset(args.dataset)
     # each step may refuse, so the cheap ones come first: data, config, split, then features
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
-    recordings = open_dataset(args.dataset, config.image_size, args.n_demos)
+    recordings = open_dataset(args.dataset, config.image_size, args.n_demos, args.task)
     config = config_for(args, config, recordings.attributes)
     train_demos, val_demos = demo_files.split_demos(recordings.demos, args.val_fraction)
     n_train, n_val, recorded = len(train_demos), len(val_demos), list(train_demos)

@@ -1,3 +1,3 @@
-"""Demonstrations as files: LIBERO's HDF5 and folders of real-robot episodes, written, read and
-validated.
+"""Demonstrations as files: LIBERO's HDF5, folders of real-robot episodes and LeRobot's datasets;
+written, read and validated.
 """

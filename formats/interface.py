@@ -15,7 +15,8 @@ class Demonstrations(ABC):
     """A dataset: the demonstrations at a path, read and checked, and their images.
 
     A format is one file with a subclass that has `format`, `accepts`, `read` and `images`, and a
-    line in `formats.dataset.FORMATS`. What every format then has:
+    line in `formats.dataset.FORMATS`; `many_tasks` where it may hold several, `check` where more is
+    to be checked than in every format. What every format then has:
 
     path; format, its name; attributes {key: value}, what the dataset says of itself (its task,
     command, versions ...); demos, a list of Demo, which hold the calibration (K, E) and the number
@@ -23,16 +24,26 @@ class Demonstrations(ABC):
     """
 
     format = None
+    many_tasks = False
 
-    def __init__(self, path, image_size=None, limit=None):
+    def __init__(self, path, image_size=None, limit=None, task=None):
         """image_size: side of the images in pixels, None for that of the recording; limit: read
-        the first so many demonstrations. Raises UserError with file, key and remedy."""
-        self.path = Path(path)
+        the first so many demonstrations; task: only those of one, its index or its instruction,
+        None for all. Raises UserError with file, key and remedy."""
+        self.path, self.task = Path(path), task
+        if task is not None and not self.many_tasks:
+            raise UserError(f"--task {task}: {path} holds one task; leave --task out")
         self.demos, self.attributes = self.read(image_size, limit)
         # so that a demonstration reads its own images, wherever it goes
         for demo in self.demos:
             demo.source = self
-        # over all of them: one demonstration may show too little to tell
+        self.check()
+
+    def check(self):
+        """Raise UserError where the demonstrations contradict themselves.
+
+        It looks at all of them: one may show too little to tell.
+        """
         check_dataset(self.demos, self.path)
 
     @staticmethod

@@ -5,12 +5,16 @@ import shutil
 
 import h5py
 
-from formats import hdf5, libero_hdf5, smith300
+from formats import hdf5, lerobot, libero_hdf5, smith300
 from formats.demos import RECOLLECT
 from runtime import UserError, atomic_path
 
-# what a smith300 folder holds beside its episodes
-WRITTEN = ("dataset.json", "rotation_pca_basis.npz", "rotation_pca_basis.png")
+BASIS = ("rotation_pca_basis.npz", "rotation_pca_basis.png")
+# what a folder holds that this program writes: a smith300 one beside its episodes, a LeRobot one
+WRITTEN = {
+    "smith300": ("dataset.json", *BASIS),
+    "lerobot": ("meta", "data", "videos", *BASIS),
+}
 
 
 def merge(parts, out, attrs, counts):
@@ -46,7 +50,7 @@ def check_replaceable(out, overwrite, form):
             f"{out}: exists already and is left alone; give --overwrite, or another --out"
         )
     by_hand = "it is left alone; give another --out, or remove it by hand"
-    if out.is_dir() != (form == "smith300"):
+    if out.is_dir() != (form in WRITTEN):
         kind = "folder" if out.is_dir() else "file"
         raise UserError(
             f"--overwrite --out {out}: is a {kind}, and --format {form} writes the other; {by_hand}"
@@ -54,11 +58,17 @@ def check_replaceable(out, overwrite, form):
     if out.is_dir():
         # ours by its stamp, and nothing in it that this program does not write
         stamp = out / "dataset.json"
-        ours = stamp.is_file() and smith300.read_stamp(stamp).get("format") == smith300.FORMAT
-        known = lambda p: p.name in WRITTEN or p.is_dir() and p.name.startswith("episode_")
+        if form == "lerobot":
+            ours, episodes = lerobot.is_ours(out), False
+        else:
+            ours = stamp.is_file() and smith300.read_stamp(stamp).get("format") == smith300.FORMAT
+            episodes = True
+        known = lambda p: (
+            p.name in WRITTEN[form] or episodes and p.is_dir() and p.name.startswith("episode_")
+        )
         foreign = [p.name for p in out.iterdir() if not known(p)]
         if not ours or foreign:
-            found = ", ".join(sorted(foreign)[:3]) or "no dataset.json"
+            found = ", ".join(sorted(foreign)[:3]) or "no stamp of it"
             raise UserError(
                 f"--overwrite --out {out}: holds {found}, so it is not a folder that this "
                 f"program wrote; {by_hand}"

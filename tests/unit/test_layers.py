@@ -23,7 +23,10 @@ LAYERS = [
     {"sim"},
     {"figures"},
     {"study"},
-    {"collect_demos", "train", "eval", "precompute_rotation_pca", "run_matrix", "deploy_dino_kv"},
+    {
+        *("collect_demos", "convert_demos", "train", "eval", "precompute_rotation_pca"),
+        *("run_matrix", "deploy_dino_kv"),
+    },
 ]
 # What a file may import from its own package.
 BESIDE = {
@@ -32,8 +35,33 @@ BESIDE = {
     "nets.layers_voxel": {"nets.layers_voxel_triton", "nets.maps"},
     "nets.volume": {"nets.cross_entropy"},
     "formats.checks": {"formats.demos"},
-    "formats.dataset": {"formats.interface", "formats.libero_hdf5", "formats.smith300"},
+    "formats.dataset": {
+        "formats.interface",
+        "formats.lerobot",
+        "formats.libero_hdf5",
+        "formats.smith300",
+    },
     "formats.interface": {"formats.checks"},
+    "formats.lerobot": {
+        "formats.checks",
+        "formats.demos",
+        "formats.interface",
+        "formats.lerobot_images",
+        "formats.lerobot_tables",
+        "formats.libero_cameras",
+        "formats.pictures",
+        "formats.smith300",
+    },
+    "formats.lerobot_images": {"formats.lerobot_tables", "formats.smith300"},
+    "formats.lerobot_writer": {
+        "formats.demos",
+        "formats.hdf5",
+        "formats.lerobot",
+        "formats.lerobot_statistics",
+        "formats.lerobot_video",
+        "formats.libero_hdf5",
+        "formats.pictures",
+    },
     "formats.libero_hdf5": {
         "formats.checks",
         "formats.demos",
@@ -43,6 +71,7 @@ BESIDE = {
     "formats.parts": {
         "formats.demos",
         "formats.hdf5",
+        "formats.lerobot",
         "formats.libero_hdf5",
         "formats.smith300",
     },
