@@ -88,6 +88,22 @@ def run_script(main):
         sys.exit(130)
 
 
+@contextlib.contextmanager
+def ending(program):
+    """A context for code that another program runs, as LeRobot's runs the plugins.
+
+    In a program whose name begins with `program` a UserError ends it as it ends our own scripts:
+    one line on stderr, exit code 2. Elsewhere it is raised.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not Path(sys.argv[0]).name.startswith(program):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def one_line(error):
     """An exception's message as one line; its type where it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

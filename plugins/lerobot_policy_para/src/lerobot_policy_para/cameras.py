@@ -1,0 +1,107 @@
+"""Which camera an observation was taken with: its own, or that of LIBERO's scene.
+
+LeRobot hands no camera to a policy. Our environment plugin does, as `observation.camera_intrinsics`
+(B,3,3) px and `observation.camera_extrinsics` (B,4,4) camera-to-world with OpenCV axes, of the
+upright image. Without them LIBERO's own agentview is meant, which is one of four, by scene.
+"""
+
+import numpy as np
+
+from camera import extrinsics_from_mujoco, fault, intrinsics
+from rot_utils import quat_to_matrix
+from runtime import UserError
+
+INTRINSICS, EXTRINSICS = "observation.camera_intrinsics", "observation.camera_extrinsics"
+FOVY = 45.0  # degrees, of every agentview
+# how the two kinds of scenes tilt it: quaternions wxyz
+STEEP = (0.6380177736282349, 0.3048497438430786, 0.30484986305236816, 0.6380177736282349)
+FLAT = (0.6182166934013367, 0.3432307541370392, 0.3432314395904541, 0.6182177066802979)
+# scene -> position (m) and quaternion of its agentview, from libero/envs/problems
+AGENTVIEWS = {
+    "tabletop": ((0.6586131746834771, 0.0, 1.6103500240372423), STEEP),
+    "study_tabletop": ((0.4586131746834771, 0.0, 1.6103500240372423), STEEP),
+    "floor": ((0.8965773716836134, 5.216182733499864e-07, 0.65), FLAT),
+    "living_room_tabletop": ((0.6065773716836134, 0.0, 0.96), FLAT),
+}
+# scene -> what its tasks' instructions begin or end with. LIBERO-Object puts one thing into the
+# basket, LIBERO-Spatial the bowl onto the plate; all others are written out.
+INSTRUCTIONS = {
+    "living_room_tabletop": (
+        "put both the alphabet soup and the tomato sauce in the basket",
+        "put both the cream cheese box and the butter in the basket",
+        "put both the alphabet soup and the cream cheese box in the basket",
+        "put the white mug on the left plate and put the yellow and white mug on the right plate",
+        "put the white mug on the plate and put the chocolate pudding to the right of the plate",
+    ),
+    "study_tabletop": ("pick up the book and place it in the back compartment of the caddy",),
+    "floor": ("and place it in the basket",),
+    "tabletop": (
+        "and place it on the plate",
+        "open the middle drawer of the cabinet",
+        "open the top drawer and put the bowl inside",
+        "push the plate to the front of the stove",
+        "put the bowl on the plate",
+        "put the bowl on the stove",
+        "put the bowl on top of the cabinet",
+        "put the cream cheese in the bowl",
+        "put the wine bottle on the rack",
+        "put the wine bottle on top of the cabinet",
+        "turn on the stove",
+        "turn on the stove and put the moka pot on it",
+        "put the black bowl in the bottom drawer of the cabinet and close it",
+        "put both moka pots on the stove",
+        "put the yellow and white mug in the microwave and close it",
+    ),
+}
+
+
+def scene_of(instruction):
+    """The scene of a task of the four suites by its instruction; None for another one."""
+    text = " ".join(instruction.lower().split())
+    for scene, endings in INSTRUCTIONS.items():
+        for ending in endings:
+            # the two patterns are endings, of "pick up the ..."; the others are whole
+            if text == ending or ending.startswith("and ") and text.endswith(ending):
+                return scene
+    return None
+
+
+def agentview(scene, size):
+    """(K (3,3), E (4,4)) of a scene's agentview at `size` pixels. Raises UserError for an unknown
+    scene."""
+    if scene not in AGENTVIEWS:
+        known = ", ".join(AGENTVIEWS)
+        raise UserError(f"--policy.scene={scene}: unknown; there are {known}")
+    position, quat = AGENTVIEWS[scene]
+    # wxyz to xyzw; LIBERO's own are 2e-7 longer than one
+    xyzw = np.roll(np.array(quat) / np.linalg.norm(quat), -1)
+    return intrinsics(FOVY, size), extrinsics_from_mujoco(np.array(position), quat_to_matrix(xyzw))
+
+
+def camera_of(batch, row, size, scene=None):
+    """(K (3,3), E (4,4)) float64 of a row of LeRobot's batch, whose image has `size` pixels.
+
+    scene: the one that is meant where the observation has no camera. Raises UserError where none is
+    known, or where the observation's is no camera.
+    """
+    carried = [key for key in (INTRINSICS, EXTRINSICS) if key in batch]
+    if len(carried) == 1:
+        raise UserError(
+            f"the observation has {carried[0]} alone; {INTRINSICS} and {EXTRINSICS} go together"
+        )
+    if carried:
+        K, E = (np.asarray(batch[key][row].cpu(), dtype=np.float64) for key in carried)
+        if wrong := fault(K, E, (size, size)):
+            key = INTRINSICS if wrong[1] == "K" else EXTRINSICS
+            raise UserError(f"{key} of row {row} {wrong[0]}")
+        return K, E
+    if scene is None:
+        instruction = (batch.get("task") or [""] * (row + 1))[row]
+        scene = scene_of(instruction)
+        if scene is None:
+            raise UserError(
+                f"the observation carries no camera ({INTRINSICS}, {EXTRINSICS}), and the task "
+                f"'{instruction}' is none of LIBERO's four suites; give --policy.scene "
+                f"({', '.join(AGENTVIEWS)}), or use --env.type=libero_calibrated"
+            )
+    return agentview(scene, size)
