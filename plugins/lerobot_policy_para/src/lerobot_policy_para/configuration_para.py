@@ -6,9 +6,6 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.utils.constants import OBS_IMAGES
 
-# how the images of an observation lie in memory, see processor_para.py
-IMAGES = ("lerobot", "upright")
-
 
 @PreTrainedConfig.register_subclass("para")
 @dataclass
@@ -17,8 +14,8 @@ class ParaConfig(PreTrainedConfig):
 
     checkpoint: its .safetensors file; a folder that `ParaPolicy.save_pretrained` wrote has its own.
     backbone_weights: a local file of backbone weights, where the checkpoint was trained on one.
-    image: the observation's key of the agentview picture. images: "lerobot", turned by 180 degrees
-    as LeRobot's LIBERO and its datasets have them, or "upright".
+    image: the observation's key of the agentview picture.
+    images: how pictures lie in memory, "lerobot" or "upright", see images.py.
     scene: whose camera is meant where the observation carries none (see cameras.py); by default
     that of the observation's task.
     zero_rotation: keep the gripper's orientation; by default unless the policy turns and its

@@ -1,13 +1,7 @@
-"""Between LeRobot's observations and the policy: the images upright, everything on its device.
-
-MuJoCo's rows come bottom first. LeRobot's LIBERO, and the public datasets, turn such an image by
-180 degrees, which leaves it mirrored left to right. A camera matrix means the picture as it is
-seen, so the mirror is undone here, once.
-"""
+"""Between LeRobot's observations and the policy: the images upright, everything on its device."""
 
 from dataclasses import dataclass
 
-import torch
 from lerobot.configs import PipelineFeatureType, PolicyFeature
 from lerobot.processor import (
     AddBatchDimensionProcessorStep,
@@ -25,9 +19,9 @@ from lerobot.utils.constants import (
     POLICY_PREPROCESSOR_DEFAULT_NAME,
 )
 
-from runtime import UserError, ending
+from runtime import ending
 
-from .configuration_para import IMAGES
+from .images import upright
 
 
 @dataclass
@@ -37,19 +31,12 @@ class UprightImages(ObservationProcessorStep):
 
     images: str = "lerobot"
 
-    def __post_init__(self):
-        with ending("lerobot"):
-            if self.images not in IMAGES:
-                known = " and ".join(IMAGES)
-                raise UserError(f"--policy.images={self.images}: unknown; there are {known}")
-
     def observation(self, observation):
-        if self.images == "upright":
-            return observation
-        return {
-            key: torch.flip(value, dims=[-1]) if key.startswith(OBS_IMAGES) else value
-            for key, value in observation.items()
-        }
+        with ending("lerobot"):
+            return {
+                key: upright(value, self.images) if key.startswith(OBS_IMAGES) else value
+                for key, value in observation.items()
+            }
 
     def get_config(self):
         return {"images": self.images}
