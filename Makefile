@@ -3,13 +3,14 @@
 # make test    everything checked, style and imports first
 # make lint    style, format and imports
 # make docs    the site
+# make lerobot both plugins inside LeRobot, in an environment of their own
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: setup demo test lint gpu bench docs clean-demo
+.PHONY: setup demo test lint gpu bench docs lerobot clean-demo
 
 setup: $(STAMP)
 	@$(PY) -m sim.check_setup
@@ -52,6 +53,13 @@ docs: .venv-docs/.installed
 .venv-docs/.installed: requirements-docs.txt
 	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
 	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-docs.txt
+	@touch $@
+
+lerobot: .venv-lerobot/.installed
+	@.venv-lerobot/bin/python -m pytest tests/plugins -q
+
+.venv-lerobot/.installed: plugins/setup.sh plugins/requirements.txt
+	@plugins/setup.sh .venv-lerobot
 	@touch $@
 
 clean-demo:

@@ -23,7 +23,7 @@ from lerobot.envs import make_env, make_env_pre_post_processors, preprocess_obse
 from lerobot.policies import make_policy, make_pre_post_processors  # noqa: E402
 from lerobot.scripts import lerobot_eval  # noqa: E402
 from lerobot_env_libero_calibrated import LiberoCalibratedEnv  # noqa: E402
-from lerobot_policy_para import ParaConfig  # noqa: E402
+from lerobot_policy_para import ParaConfig, export  # noqa: E402
 
 CKPT = "checkpoints/para_libero_spatial_0.safetensors"
 SMALL = {"task_ids": [0], "layout": "val_viewpoint", "render": "fast", "episode_length": 20}
@@ -149,9 +149,7 @@ def test_a_smaller_picture_is_brought_to_the_policys_size_with_its_camera(loop):
 
 def test_an_exported_folder_is_the_same_policy(loop, tmp_path):
     """config.json, model.safetensors and both processors rebuild the policy that was exported."""
-    from lerobot_policy_para.export import export
-
-    export(ROOT / CKPT, tmp_path / "para")
+    export.export(ROOT / CKPT, tmp_path / "para")
     made = {p.name for p in (tmp_path / "para").iterdir()}
     assert {"config.json", "model.safetensors", "policy_preprocessor.json"} <= made
     config = lerobot.configs.PreTrainedConfig.from_pretrained(tmp_path / "para")
@@ -191,9 +189,13 @@ def test_commands_of_the_page_run(command, monkeypatch, tmp_path):
     """Each `lerobot-eval` of docs/lerobot_eval.md runs as written, only shorter."""
     words = [w for w in shlex.split(command) if w.startswith("--")]
     if "--policy.path=outputs/para" in words:
-        from lerobot_policy_para.export import export
-
-        export(ROOT / CKPT, tmp_path / "para")
+        # the page's line before it
+        (line,) = [c for c in COMMANDS if "lerobot_policy_para.export" in c]
+        *_, checkpoint, folder = line.split()
+        assert folder == "outputs/para"
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["export", checkpoint, str(tmp_path / "para")])
+        export.main()
         words = [w.replace("outputs/para", str(tmp_path / "para")) for w in words]
     short = ["--eval.n_episodes=1", "--eval.batch_size=1", "--env.episode_length=3"]
     names = {w.partition("=")[0] for w in short}
