@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-lerobot = pytest.importorskip(
-    "lerobot",
+pytest.importorskip(
+    "lerobot.envs",
     reason="LeRobot has an environment of its own: `make lerobot` makes it and runs this",
 )
 
-import torch  # noqa: E402  after the skip: what follows is there with LeRobot
-from lerobot.envs import make_env, make_env_pre_post_processors, preprocess_observation  # noqa: E402
-from lerobot.policies import make_policy, make_pre_post_processors  # noqa: E402
-from lerobot.scripts import lerobot_eval  # noqa: E402
-from lerobot_env_libero_calibrated import LiberoCalibratedEnv  # noqa: E402
-from lerobot_policy_para import ParaConfig, export  # noqa: E402
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.envs import make_env, make_env_pre_post_processors, preprocess_observation
+from lerobot.policies import make_policy, make_pre_post_processors
+from lerobot.scripts import lerobot_eval
+from lerobot_env_libero_calibrated import LiberoCalibratedEnv
+from lerobot_policy_para import ParaConfig, export
 
 CKPT = "checkpoints/para_libero_spatial_0.safetensors"
 SMALL = {"task_ids": [0], "layout": "val_viewpoint", "render": "fast", "episode_length": 20}
@@ -152,7 +153,7 @@ def test_an_exported_folder_is_the_same_policy(loop, tmp_path):
     export.export(ROOT / CKPT, tmp_path / "para")
     made = {p.name for p in (tmp_path / "para").iterdir()}
     assert {"config.json", "model.safetensors", "policy_preprocessor.json"} <= made
-    config = lerobot.configs.PreTrainedConfig.from_pretrained(tmp_path / "para")
+    config = PreTrainedConfig.from_pretrained(tmp_path / "para")
     config.pretrained_path = tmp_path / "para"
     observation, _ = loop.env.reset(options={"lerobot_new_rollout": True})
     policy = make_policy(config, env_cfg=LiberoCalibratedEnv(**SMALL))
