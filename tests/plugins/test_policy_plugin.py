@@ -28,7 +28,7 @@ def module(name):
     return made
 
 
-Servo = module("servo").Servo
+Row = module("row").Row
 cameras, images = module("cameras"), module("images")
 
 
@@ -44,20 +44,20 @@ def test_the_servo_gives_the_actions_of_our_own_loop(scene, grasp, tmp_path, mon
     with monkeypatch.context() as patched:
         step = scene.step
         patched.setattr(scene, "step", lambda action: (ours.append(np.array(action)), step(action)))
-        row, *_ = run_episode(scene, OracleAgent(), state, zero_rotation=still, path=path)
-    assert row["released"]
+        done, *_ = run_episode(scene, OracleAgent(), state, zero_rotation=still, path=path)
+    assert done["released"]
 
     scene.begin_episode(state)
     agent = OracleAgent()
     agent.start(scene, path)
-    servo = Servo(lambda o: agent.act(o, int(servo.gripper == CLOSE)), zero_rotation=still)
+    row = Row(lambda o: agent.act(o, int(row.servo.gripper == CLOSE)), zero_rotation=still)
     theirs = []
-    for _ in range(row["steps"]):
-        theirs.append(servo.action(scene.observe(image=False)))
+    for _ in range(done["steps"]):
+        theirs.append(row.action(scene.observe(image=False)))
         scene.step(theirs[-1])
     # before its first decision run_episode lets the objects come to rest
-    np.testing.assert_array_equal(theirs, ours[-row["steps"] :])
-    assert servo.decisions == row["decisions"]
+    np.testing.assert_array_equal(theirs, ours[-done["steps"] :])
+    assert row.decisions == done["decisions"]
     assert still or np.abs(np.array(theirs)[:, 3:6]).max() > 0.1
 
 
@@ -73,26 +73,26 @@ def answer(position, gripper=-1.0):
 
 def test_a_waypoint_out_of_reach_is_asked_again():
     """After ten steps towards a waypoint the policy decides anew, wherever the arm is."""
-    servo = Servo(lambda o: answer([0.5, 0, 1]))
+    row = Row(lambda o: answer([0.5, 0, 1]))
     for _ in range(31):
-        assert servo.action(standing())[0] == 1
-    assert servo.decisions == 4
+        assert row.action(standing())[0] == 1
+    assert row.decisions == 4
 
 
 def test_fingers_get_their_time():
     """Where the waypoint closes the gripper, the EEF stands still for the hold of ten steps."""
-    servo = Servo(lambda o: answer([0, 0, 1.0], 1.0))
-    actions = np.array([servo.action(standing()) for _ in range(10)])
-    assert servo.decisions == 1 and (actions[:, 6] == 1).all() and not actions[:, :6].any()
-    servo.action(standing())
-    assert servo.decisions == 2
+    row = Row(lambda o: answer([0, 0, 1.0], 1.0))
+    actions = np.array([row.action(standing()) for _ in range(10)])
+    assert row.decisions == 1 and (actions[:, 6] == 1).all() and not actions[:, :6].any()
+    row.action(standing())
+    assert row.decisions == 2
 
 
 def test_a_waypoint_that_is_not_finite_is_refused():
     """NaN would go on to the motors."""
-    servo = Servo(lambda o: answer([np.nan, 0, 1]))
+    row = Row(lambda o: answer([np.nan, 0, 1]))
     with pytest.raises(PolicyError, match="NaN"):
-        servo.action(standing())
+        row.action(standing())
 
 
 def test_lerobots_pictures_are_turned_upright_and_unmirrored(scene):

@@ -17,7 +17,7 @@ from sim.libero_env import Observation
 
 from .cameras import camera_of
 from .configuration_para import ParaConfig
-from .servo import Servo
+from .row import Row
 
 WEIGHTS = "model.safetensors"  # in a folder of `save_pretrained`: our checkpoint, as it is
 # observation.state: EEF position (m), its rotation vector (rad), the two fingers' joints (m)
@@ -86,7 +86,7 @@ class ParaPolicy(PreTrainedPolicy):
         # in lift_once staying is a decision, and takes as long as in its demonstrations
         stays = self.about.get("dataset", {}).get("variant") == "lift_once"
         least = self.network.config.waypoint_stride if stays else 1
-        return Servo(session.act, self.zero_rotation, least)
+        return Row(session.act, self.zero_rotation, least)
 
     def _images(self, batch):
         if self.config.image not in batch:
