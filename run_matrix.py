@@ -37,6 +37,7 @@ SMALL_FILES = (
     "table.json",
     "table.md",
     "table.png",
+    "verdict.png",
     "nodes.jsonl",
     "summary.json",
     "episodes.jsonl",

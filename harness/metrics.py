@@ -1,4 +1,4 @@
-"""Numbers that results are reported with: confidence intervals, paired comparisons, smoothness,
+"""Numbers of an episode that results are reported with: how far it came and when, smoothness,
 free-space coverage.
 """
 
@@ -10,73 +10,6 @@ LIFT_OUTCOMES = ("miss", "kept", "again", "unfinished", "once")
 # the outcome of an episode in which the policy's own code failed: a failure like any other
 ERROR = "error"
 EARLY = 280  # control steps at which published success rates on LIBERO-Spatial stop
-
-
-def wilson(successes, n, level=0.95):
-    """Wilson score interval of a success rate -> (low, high); (0, 1) when n is 0."""
-    from scipy.stats import binomtest  # here, as it takes a second that no worker should wait for
-
-    if n == 0:
-        return 0.0, 1.0
-    interval = binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def mcnemar(better, worse):
-    """Exact two-sided McNemar test of paired successes -> p.
-
-    better, worse: pairs in which only the one, or only the other, succeeds. Under the null
-    hypothesis either is as likely: the binomial test of the two counts. Exact form as in Fagerland,
-    Lydersen, Laake 2013, "The McNemar test for binary matched-pairs data".
-    """
-    from scipy.stats import binomtest
-
-    return float(binomtest(int(better), int(better + worse)).pvalue) if better + worse else 1.0
-
-
-def holm(p_values):
-    """Holm's adjusted p values, in the order given.
-
-    If all below 0.05 are rejected, the chance of any false rejection is at most 5%. Source: Holm
-    1979, "A simple sequentially rejective multiple test procedure".
-    """
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p)
-    adjusted = np.empty(len(p))
-    # the smallest p times n, the next times n - 1 ...; the running maximum keeps their order
-    adjusted[order] = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    return np.minimum(adjusted, 1.0).tolist()
-
-
-def seeds_interval(outcomes, draws=4000):
-    """95% interval of a success rate over training seeds -> (low, high).
-
-    outcomes: one {episode: bool} for each seed. One seed gives Wilson's interval over its episodes,
-    which says nothing about another training. With several, seeds and episodes are drawn anew with
-    replacement; all seeds have the same layouts, so the same episodes are drawn for each. The
-    interval is never narrower than Wilson's over all episodes: a bootstrap of successes alone
-    cannot fail.
-    """
-    low, high = wilson(sum(sum(o.values()) for o in outcomes), sum(map(len, outcomes)))
-    if len(outcomes) < 2:
-        return low, high
-    episodes = sorted(set().union(*outcomes))
-    # (seeds, episodes)
-    # NaN: an episode that this seed has no result of
-    table = np.array([[o.get(e, np.nan) for e in episodes] for o in outcomes], dtype=float)
-    rng = np.random.default_rng(0)  # the same table gives the same interval
-    # two-level bootstrap: each draw picks seeds, and episodes that all of them share
-    seeds = rng.integers(len(table), size=(draws, len(table)))
-    drawn = rng.integers(len(episodes), size=(draws, len(episodes)))
-    # each seed's rate over the episodes that are drawn and known
-    known = ~np.isnan(table)
-    wins = np.where(known, table, 0.0)[:, drawn].sum(-1)  # (seeds, draws)
-    counts = known[:, drawn].sum(-1)  # (seeds, draws)
-    rates = (wins / np.maximum(counts, 1)).T  # (draws, seeds)
-    # mean of the drawn seeds' rates; percentiles over the draws
-    by_seed = np.take_along_axis(rates, seeds, axis=1)
-    drawn_low, drawn_high = np.percentile(by_seed.mean(axis=1), [2.5, 97.5])
-    return min(low, float(drawn_low)), max(high, float(drawn_high))
 
 
 def within(row, key, steps=None):

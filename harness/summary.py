@@ -4,7 +4,8 @@ from collections import Counter
 
 import numpy as np
 
-from harness.metrics import EARLY, ERROR, LIFT_OUTCOMES, OUTCOMES, wilson, within
+from harness.metrics import EARLY, ERROR, LIFT_OUTCOMES, OUTCOMES, within
+from harness.statistics import wilson
 from runtime import command_line, git_commit
 
 PIXELS = (4, 8, 16)  # distances at which a path counts as near another

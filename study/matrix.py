@@ -109,6 +109,16 @@ RECIPE = {  # one training of each policy on the recipe's demonstrations, for al
     "d_recipe": Row("dino_volume_kv", RECIPE_FLAGS, setting="recipe"),
 }
 ROWS.update(RECIPE)
+# plain rows, and the same policy trained with the recipe; before it, with what `position` taught
+RECIPES = {
+    "para": ("para_recipe", "para_turned"),
+    "act": ("act_recipe",),
+    "a_mlp": ("a_mlp_recipe",),
+    "a_pointer": ("a_recipe", "a_turned"),
+    "b": ("b_recipe", "b_turned"),
+    "c": ("c_recipe", "c_turned"),
+    "d": ("d_recipe",),
+}
 COLUMNS = {
     "in_dist": Column("in_dist", {"benchmark": 50, "shifted": 50}),
     "viewpoint": Column("viewpoint", {"viewpoint": 64}),

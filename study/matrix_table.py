@@ -13,17 +13,29 @@ from pathlib import Path
 
 import numpy as np
 
-from figures import plots
+from figures import plots, plots_rates
 from figures.pages import STYLE, embed, figure, html_table, markdown_table, percent
-from harness.metrics import EARLY, ERROR, OUTCOMES, holm, mcnemar, seeds_interval, within
+from harness.metrics import EARLY, ERROR, OUTCOMES, within
 from harness.records import read_episodes, read_tabled
+from harness.statistics import holm, paired_comparison, seeds_interval
 from runtime import UserError, atomic_path, read_jsonl, write_json
+from study.matrix import RECIPES, ROWS
 
-FILES = ("table.json", "table.md", "table.png", "report.html")
+FILES = ("table.json", "table.md", "table.png", "report.html", "verdict.png")
 MARKS = "<!-- matrix -->", "<!-- /matrix -->"
 RATES = ("success", "released")
+RATES_NAMES = {"success": "LIBERO's predicate", "released": "placed and released"}
 NEAR = tuple(f"{name}_{e}px" for name in ("coverage", "on_path") for e in (4, 8, 16))
-PATHS = 8  # column of the long table at which paths and training begin
+PATHS = 9  # column of the long table at which paths and training begin
+NAMES = {  # of the rows that the verdict's picture has a line for
+    "para": "PARA",
+    "act": "ACT",
+    "a_mlp": "A, MLP head",
+    "a_pointer": "A, pointer",
+    "b": "B",
+    "c": "C",
+    "d": "D, volume head",
+}
 MEANS = ("steps", "jerk_mm", "third_difference_mm", *NEAR, "path_length_ratio")
 INCIDENTAL = {
     "--out",
@@ -151,40 +163,19 @@ def read_cells(folder, rows, layouts, recipe):
 # -- numbers --------------------------------------------------------------------------------------
 
 
-def comparison(differences):
-    """Differences of paired successes, one an episode -> {"n", "better", "worse" (episodes in which
-    only the one or only the other succeeds, or succeeds with more seeds), "difference" of the
-    rates, "p" exact McNemar}."""
-    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    return {
-        "n": len(differences),
-        "better": better,
-        "worse": worse,
-        "difference": float(np.mean(differences)),
-        "p": mcnemar(better, worse),
-    }
-
-
-def paired(cell, reference, key):
+def paired(cell, reference, key, steps=None):
     """A cell against another one on the same episodes and seeds of training (a policy without seeds
-    against each of them).
-
-    Every episode counts once, with the mean difference over seeds: its seeds share their layout. ->
-    `comparison`, with that of each seed in "by_seed"; None where nothing is shared.
+    against each of them) -> `paired_comparison`; None where nothing is shared. steps: see `rate`.
     """
-    by_seed, by_episode = {}, collections.defaultdict(list)
+    by_seed = {}
     # pair by pair: the same seed, and of it the episodes that both have
     for seed, other in reference["runs"].items():
         # the same seed of training, or the only run of a policy without seeds
         own = cell["runs"].get(seed) or cell["runs"].get("")
         if own and (shared := sorted(own["episodes"].keys() & other["episodes"].keys())):
-            found = [int(own["episodes"][i][key]) - int(other["episodes"][i][key]) for i in shared]
-            by_seed[seed] = comparison(found)
-            for i, difference in zip(shared, found):
-                by_episode[i].append(difference)
-    if not by_episode:
-        return None
-    return {**comparison([float(np.mean(d)) for d in by_episode.values()]), "by_seed": by_seed}
+            won = lambda run, i: int(within(run["episodes"][i], key, steps))
+            by_seed[seed] = {i: won(own, i) - won(other, i) for i in shared}
+    return paired_comparison(by_seed) if by_seed else None
 
 
 def rate(cell, key, steps=None):
@@ -229,12 +220,14 @@ def numbers(cell, reference):
     for key in RATES:
         # no comparison of the reference with itself, nor of what other commands made
         compared = reference not in (None, cell) and not cell["otherwise"]
-        against = paired(cell, reference, key) if compared else None
-        found[key] = {
-            **rate(cell, key),
-            "early": rate(cell, key, EARLY),
-            "against_reference": against,
-        }
+        late, early = (
+            {
+                **rate(cell, key, steps),
+                "against_reference": paired(cell, reference, key, steps) if compared else None,
+            }
+            for steps in (None, EARLY)
+        )
+        found[key] = {**late, "early": early}
     found["outcomes"] = {o: sum(e["outcome"] == o for e in episodes) for o in (*OUTCOMES, ERROR)}
     found.update({key: mean([e[key] for e in episodes if e.get(key) is not None]) for key in MEANS})
     found["train_minutes"] = mean([t["minutes"] for t in trained])
@@ -251,10 +244,11 @@ def numbers(cell, reference):
 def adjust(table):
     """Put Holm's adjusted p, over all comparisons of a table, beside each p: "p_holm"."""
     for key in RATES:
-        pairs = [c[key]["against_reference"] for c in table if c[key]["against_reference"]]
-        # one family of tests a metric: every comparison that the table shows
-        for pair, p in zip(pairs, holm([pair["p"] for pair in pairs])):
-            pair["p_holm"] = p
+        # one family of tests a metric and budget of steps: all comparisons in a column of the table
+        for family in ([c[key] for c in table], [c[key]["early"] for c in table]):
+            pairs = [c["against_reference"] for c in family if c["against_reference"]]
+            for pair, p in zip(pairs, holm([pair["p"] for pair in pairs])):
+                pair["p_holm"] = p
 
 
 def time_spent(folder):
@@ -272,16 +266,17 @@ def time_spent(folder):
 
 
 def versus(pair):
-    """A paired comparison as text: percentage points, by seed where there are several, episodes won
-    and lost, p by Holm.
+    """A paired comparison as text: percentage points with their interval, episodes won and lost, by
+    seed where there are several, p by Holm.
     """
     if pair is None:
         return "-"
-    points = lambda comparison: f"{100 * comparison['difference']:+.0f}"
-    seeds = [points(p) for p in pair["by_seed"].values()]
+    points = lambda difference: f"{100 * difference:+.0f}"
+    low, high = map(points, pair["interval"])
+    seeds = [points(p["difference"]) for p in pair["by_seed"].values()]
     by_seed = f", seeds {' '.join(seeds)}" if len(seeds) > 1 else ""
     counts = f"{pair['better']}:{pair['worse']}{by_seed}"
-    return f"{points(pair)} ({counts}), p {pair['p_holm']:.2g}"
+    return f"{points(pair['difference'])} [{low} to {high}] ({counts}), p {pair['p_holm']:.2g}"
 
 
 def number(value, form):
@@ -307,10 +302,11 @@ def shown_cells(table):
 
 
 def both_rates(cell, metric):
-    """A cell's rate within EARLY steps and at the end, with the latter's interval, as text."""
-    found = cell[metric]
-    early, late = found["early"]["rate"], percent(found["rate"], found["interval"])
-    return f"{100 * early:.0f} / {late}{marks(cell)}"
+    """A cell's rates within EARLY steps and at the end, each with its interval, as text."""
+    early, late = (
+        percent(found["rate"], found["interval"]) for found in (cell[metric]["early"], cell[metric])
+    )
+    return f"{early} / {late}{marks(cell)}"
 
 
 def short_table(table, metric):
@@ -331,7 +327,8 @@ def long_table(table, metric, reference):
         "n (seeds)",
         f"LIBERO success, {EARLY} steps / end",
         f"placed and released, {EARLY} steps / end",
-        f"against {reference}, points (won:lost)",
+        f"against {reference} in {EARLY} steps, points (won:lost)",
+        f"against {reference} at the end",
         "miss / grasp / place / released / error",
         "steps",
         "jerk (2nd difference, mm/step²)",
@@ -350,6 +347,7 @@ def long_table(table, metric, reference):
             c["layout"],
             f"{c['n']} ({' '.join(c['seeds']) or '-'})",
             *(both_rates(c, key) for key in RATES),
+            versus(c[metric]["early"]["against_reference"]),
             versus(c[metric]["against_reference"]),
             " / ".join(map(str, c["outcomes"].values())),
             number(c["steps"], ".0f"),
@@ -375,14 +373,15 @@ def columns(table, which):
 
 def explained(metric, reference, spent, table):
     """What has to be known to read the table."""
-    label = {"success": "LIBERO's predicate", "released": "placed and released"}[metric]
+    label = RATES_NAMES[metric]
     text = (
-        f"Success by {label} within {EARLY} control steps / by the end of the episode, the latter "
-        "with its 95% interval: Wilson's over the episodes of one training, which says nothing "
-        "about another; of several seeds the mean, with a bootstrap over seeds and episodes. "
+        f"Success by {label} within {EARLY} control steps / by the end of the episode, with 95% "
+        "intervals: Wilson's over the episodes of one training, which says nothing about another; "
+        "of several seeds the mean, with a bootstrap over seeds and episodes. "
         f"Against {reference} on the same episodes, each once (with its mean over seeds): "
-        "difference in percentage points at the end, episodes that only the one or only "
-        f"{reference} solves, exact McNemar p, adjusted by Holm over the table. Jerk is the mean "
+        "difference in percentage points with its interval (Bonett and Price's, of several seeds "
+        "the bootstrap's), episodes that only the one or only "
+        f"{reference} solves, exact McNemar p, adjusted by Holm over the column. Jerk is the mean "
         "second difference of the executed path, an acceleration; the third difference is the "
         "jerk of physics. Coverage: share of the expert's path near the executed one; on path: "
         "share of the executed path near the expert's; path length: executed by expert's."
@@ -443,7 +442,7 @@ def shown_video(cell, metric):
     return min(found, key=lambda f: f[0])[1:] if found else None
 
 
-def page(cells, table, metric, reference, spent, picture):
+def page(cells, table, metric, reference, spent, pictures):
     """The HTML report."""
 
     def shown(head, rows, strong=()):
@@ -458,7 +457,7 @@ def page(cells, table, metric, reference, spent, picture):
         "<h1>Every policy in every setting</h1>",
         f"<p class=lead>{html.escape(explained(metric, reference, spent, table))}</p>",
         shown(*short_table(table, metric)),
-        f'<img alt="success rates" src="{embed(picture, "image/png")}">',
+        *(f'<img alt="success rates" src="{embed(p, "image/png")}">' for p in pictures),
         "<h2>All numbers</h2>",
         shown(*columns(long, range(PATHS)), strong=(RATES.index(metric) + 3,)),
         "<h2>Paths and training</h2>",
@@ -473,6 +472,21 @@ def page(cells, table, metric, reference, spent, picture):
         "</pre>",
     ]
     return "\n".join(parts)
+
+
+def draw_verdict(table, metric, path):
+    """The verdict at a glance, of the cells of a table.json: within EARLY steps, plain against
+    recipe. Attempts that are no policy's recipe have no line.
+    """
+    _, layouts = names(table)
+    cells = {
+        place: {**cell[metric]["early"], "otherwise": cell["otherwise"]}
+        for place, cell in shown_cells(table).items()
+    }
+    tabled = {row for row, _ in cells}
+    plain = [row for row in RECIPES if tabled & {row, *RECIPES[row]}]
+    caption = f"{RATES_NAMES[metric]} within {EARLY} control steps, %, with 95% intervals"
+    plots_rates.verdict(cells, plain, layouts, RECIPES, NAMES, path, caption)
 
 
 def write(cells, folder, metric, reference, info):
@@ -502,10 +516,12 @@ def write(cells, folder, metric, reference, info):
     for c in shown_cells(table).values():
         place = rows.index(c["row"]), layouts.index(c["layout"])
         rates[place], labels[place] = (
-            c[metric]["rate"],
-            both_rates(c, metric).replace(" (", "\n(") + f"\nn = {c['n']}",
+            c[metric]["early"]["rate"],
+            both_rates(c, metric).replace(" / ", "\n") + f"\nn = {c['n']}",
         )
     plots.rate_map(rows, layouts, rates, labels, folder / FILES[2])
+    draw_verdict(table, metric, folder / FILES[4])
+    pictures = folder / FILES[4], folder / FILES[2]
     with atomic_path(folder / FILES[3]) as scratch:
-        scratch.write_text(page(cells, table, metric, reference, spent, folder / FILES[2]))
+        scratch.write_text(page(cells, table, metric, reference, spent, pictures))
     return text

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from figures.pages import markdown_table
-from harness.metrics import wilson
+from harness.statistics import wilson
 from runtime import command_line, versions, write_json
 from sim.libero_env import Scene
 from sim.rollout import expert_episode

@@ -245,34 +245,6 @@ def test_the_angle_between_rotations_is_how_far_one_was_turned(quat, axis, angle
 # -- metrics
 
 
-@pytest.mark.parametrize(
-    "wins, n, low, high",
-    [
-        (0, 10, 0.0, 0.2775),
-        (10, 10, 0.7225, 1.0),
-        (50, 100, 0.4038, 0.5962),
-        (0, 0, 0.0, 1.0),
-        (1, 1, 0.2065, 1.0),
-    ],
-)
-def test_wilson_intervals_are_those_of_the_literature(wins, n, low, high):
-    """The interval of success rates has the published values, also at 0% and 100%."""
-    np.testing.assert_allclose(metrics.wilson(wins, n), (low, high), atol=5e-5)
-
-
-@given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_a_wilson_interval_holds_its_rate(case):
-    """The interval lies in [0, 1] and holds the observed rate.
-
-    It mirrors when wins and losses swap.
-    """
-    wins, n = case
-    low, high = metrics.wilson(wins, n)
-    assert 0 <= low <= wins / n + 1e-12 and wins / n - 1e-12 <= high <= 1
-    mirrored = metrics.wilson(n - wins, n)
-    np.testing.assert_allclose((1 - mirrored[1], 1 - mirrored[0]), (low, high), atol=1e-12)
-
-
 def test_jerk_is_the_mean_second_difference():
     """It is 0 on a straight line at constant speed, 2 on t^2, and 0 for a path that is too
     short.
@@ -305,28 +277,6 @@ def test_a_path_that_wanders_off_is_told_from_one_that_does_not():
     assert metrics.coverage(truth, wandering, 1.0) == 1.0
     assert metrics.coverage(wandering, truth, 1.0) == 12 / 51
     assert metrics.path_length(wandering) / metrics.path_length(truth) == 5.0
-
-
-def test_holm_adjusts_as_the_literature_says():
-    """The values are those of R's p.adjust: each p times the number of tests left, at least the
-    adjusted smaller p, at most 1.
-    """
-    np.testing.assert_allclose(metrics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-    assert metrics.holm([0.6, 0.9]) == [1.0, 1.0] and metrics.holm([]) == []
-
-
-def test_an_interval_over_seeds_knows_that_seeds_differ():
-    """Two trainings at 20% and 80% are not 50 +- 7%: the interval reaches both.
-
-    Equal trainings have the interval of their episodes, and one training has Wilson's.
-    """
-    outcome = lambda wins, n=100: {i: i < wins for i in range(n)}
-    low, high = metrics.seeds_interval([outcome(20), outcome(80)])
-    assert low < 0.25 and high > 0.75
-    low, high = metrics.seeds_interval([outcome(50), outcome(50)])
-    assert 0.38 < low < 0.42 and 0.58 < high < 0.62  # the same episodes are solved: they count once
-    assert metrics.seeds_interval([outcome(30)]) == metrics.wilson(30, 100)
-    assert metrics.seeds_interval([outcome(100), outcome(100)]) == metrics.wilson(200, 200)
 
 
 def test_success_within_280_steps_is_told_from_success_at_the_end():

@@ -112,9 +112,10 @@ BESIDE = {
         "harness.validation",
     },
     "harness.sessions": {"harness.checkpoint"},
-    "harness.summary": {"harness.metrics"},
+    "harness.summary": {"harness.metrics", "harness.statistics"},
     "harness.validation": {"harness.metrics"},
     "figures.heldout": {"figures.plots"},
+    "figures.plots_rates": {"figures.plots"},
     "figures.plots_rotation": {"figures.plots"},
     "figures.plots_settings": {"figures.plots"},
     "figures.report": {"figures.pages", "figures.plots"},
@@ -126,6 +127,7 @@ BESIDE = {
     },
     "study.bench_attention": {"study.timing"},
     "study.matrix_plan": {"study.graph", "study.matrix"},
+    "study.matrix_table": {"study.matrix"},
     "study.bench_gpu": {"study.bench_attention"},
 }
 SIMULATOR = {"robosuite", "libero"}

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from evaluations import outcomes, write_evaluation
 from helpers import ROOT
-from scipy.stats import binomtest
+from PIL import Image
 
 import run_matrix
-from harness.metrics import mcnemar, wilson
+from figures import plots_rates
+from harness.statistics import mcnemar, wilson
 from runtime import UserError, append_jsonl
 from study import matrix_table
+from study.matrix import RECIPES
 
 
 @pytest.fixture
@@ -43,15 +45,6 @@ def table_of(folder):
 
 
 # -- numbers
-
-
-@pytest.mark.parametrize("better, worse", [(1, 9), (0, 5), (7, 7), (0, 0), (30, 12), (121, 59)])
-def test_mcnemar_is_the_exact_binomial_test(better, worse):
-    """p equals that of the two-sided binomial test over the discordant pairs."""
-    expected = binomtest(better, better + worse).pvalue if better + worse else 1.0
-    assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9)
-    assert mcnemar(better, worse) == mcnemar(worse, better)
-    assert mcnemar(0, 5) == 0.0625 and mcnemar(1, 9) == 22 / 1024
 
 
 def test_cells_pool_seeds_and_keep_them_apart(results):
@@ -128,7 +121,7 @@ def test_rates_within_280_steps_stand_beside_those_at_the_end(results):
     cell = table_of(results)[1]["b", "position"]
     for key in ("success", "released"):
         assert (cell[key]["early"]["rate"], cell[key]["rate"]) == (3 / 20, 5 / 20)
-    assert "15 / 25% (11-47), n = 20" in (results / "table.md").read_text()
+    assert "15% (5-36) / 25% (11-47), n = 20" in (results / "table.md").read_text()
 
 
 def test_what_other_commands_made_is_marked_and_not_pooled(results):
@@ -231,8 +224,8 @@ def test_the_table_replaces_the_one_between_the_marks(results, tmp_path):
     assert text.startswith("# Title\n\n<!-- matrix -->\n| policy | shifted | position |")
     assert text.endswith("<!-- /matrix -->\n\nThe end.\n")
     assert "old" not in text and text.count("<!-- matrix -->") == 1
-    assert "| para | 65 / 65% (43-85), n = 40 | - |" in text
-    assert "| +30 (8:2), p 0.11 |" in text
+    assert "| para | 65% (43-85) / 65% (43-85), n = 40 | - |" in text
+    assert "| +30 [-1 to +56] (8:2), p 0.11 | +30 [-1 to +56] (8:2), p 0.11 |" in text
     assert "2 in all" in text
 
 
@@ -251,7 +244,7 @@ def test_no_rate_of_the_page_is_coloured_as_good(results):
     page = (results / "report.html").read_text()
     style, tables = page.split("</style>", 1)
     assert "td.rate { font-weight: 600; }" in style
-    assert "<td class=rate>0 / 0% (0-16)</td>" in tables
+    assert "<td class=rate>0% (0-16) / 0% (0-16)</td>" in tables
 
 
 def test_the_page_shows_a_failure_of_each_cell(results):
@@ -267,7 +260,7 @@ def test_the_page_shows_a_failure_of_each_cell(results):
     page = (results / "report.html").read_text()
     assert page.count("<video") == 1
     assert "b, shifted s0, episode 0: miss" in page
-    assert "65 / 65% (43-85), n = 40" in page
+    assert "65% (43-85) / 65% (43-85), n = 40" in page
     assert "data:image/png" in page and "evals/b-shifted-s0\n" in page and 'src="http' not in page
     assert (results / "table.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -292,3 +285,73 @@ def test_no_evaluation_is_said(tmp_path):
     """--table with nothing to table names the folder."""
     with pytest.raises(UserError, match="evals"):
         run_matrix.main(["--table", "--out", str(tmp_path)])
+
+
+# -- the verdict at a glance
+
+
+def pixels_of(path, colour):
+    """How many pixels of a picture have a colour, as "#rrggbb"."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return int((pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1).sum())
+
+
+def test_the_verdict_draws_every_policy_that_the_table_has(tmp_path, monkeypatch):
+    """Drawn from the committed table.json alone, at most as wide as GitHub shows a README.
+
+    Its recipe marks are those of recipe rows: without such rows there are none.
+    """
+    table = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())["cells"]
+    drawn = {}
+    real = plots_rates.interval
+    monkeypatch.setattr(
+        plots_rates,
+        "interval",
+        lambda axis, found, *style: (
+            drawn.setdefault(axis.get_title(), []).append(found["rate"])
+            or real(axis, found, *style)
+        ),
+    )
+    matrix_table.draw_verdict(table, "success", tmp_path / "whole.png")
+    shown = sum(map(len, drawn.values()))
+    recipes = {row for rows in RECIPES.values() for row in rows}
+    known = {*RECIPES, *recipes}
+    assert shown == len({(c["row"], c["layout"]) for c in table if c["row"] in known})
+    with Image.open(tmp_path / "whole.png") as image:
+        assert 600 < image.width <= 900
+    plain = [c for c in table if c["row"] not in recipes]
+    matrix_table.draw_verdict(plain, "success", tmp_path / "plain.png")
+    # the key above the panels has one mark of each
+    whole, without = (
+        pixels_of(tmp_path / name, plots_rates.RECIPE) for name in ("whole.png", "plain.png")
+    )
+    assert whole > 2 * without > 0
+
+
+def test_the_verdicts_colours_are_apart_in_grey():
+    """Printed in grey, a recipe's colour is darker than a plain one's, and both than the floor."""
+    grey = lambda colour: int(np.asarray(Image.new("RGB", (1, 1), colour).convert("L"))[0, 0])
+    dark, light, floor = map(grey, (plots_rates.RECIPE, plots_rates.PLAIN, plots_rates.FLOOR))
+    assert dark + 20 < light < floor - 50
+
+
+def test_a_rate_within_280_steps_is_compared_too(results):
+    """B's late episodes count at the end and not within 280 steps, against PARA's as well."""
+    rows = results / "evals" / "b-shifted-s0" / "episodes.jsonl"
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    # the four that PARA's seed 0 also solves come late
+    late = [
+        {**r, "first_success": 300, "steps": 310} if r["episode"] in (2, 3, 4, 5) else r
+        for r in found
+    ]
+    rows.write_text("".join(json.dumps(r) + "\n" for r in late))
+    cell = table_of(results)[1]["b", "shifted"]["success"]
+    at_end, early = cell["against_reference"], cell["early"]["against_reference"]
+    assert (at_end["better"], at_end["worse"]) == (8, 2)
+    assert (early["better"], early["worse"], early["p"]) == (8, 6, mcnemar(8, 6))
+    low, high = early["interval"]
+    assert early["difference"] == pytest.approx(0.1)
+    assert low < 0.1 < high
+    # Holm over the comparisons within 280 steps alone, of which blind's is the other
+    assert early["p_holm"] == pytest.approx(early["p"])
