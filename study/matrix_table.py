@@ -19,7 +19,7 @@ from harness.metrics import EARLY, ERROR, OUTCOMES, within
 from harness.records import read_episodes, read_tabled
 from harness.statistics import holm, paired_comparison, seeds_interval
 from runtime import UserError, atomic_path, read_jsonl, write_json
-from study.matrix import RECIPES, ROWS
+from study.matrix import RECIPES
 
 FILES = ("table.json", "table.md", "table.png", "report.html", "verdict.png")
 MARKS = "<!-- matrix -->", "<!-- /matrix -->"
