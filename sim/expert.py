@@ -11,6 +11,7 @@ import numpy as np
 from formats.demos import GRIPPER_STEPS
 from rot_utils import euler_to_matrix, matrix_to_rotvec, rotvec_to_matrix
 from sim.libero_env import ACTION_SCALE, CLOSE, OPEN, ROTATION_SCALE
+from sim.planned_expert import PlannedExpert
 
 # EEF relative to the bowl when the fingers straddle its -y rim, metres
 GRASP = np.array([0.0, -0.048, 0.0366])
@@ -74,6 +75,7 @@ class PickPlaceExpert:
     """
 
     rotation, offset = None, GRASP
+    max_steps = 250  # control steps of an episode at most
 
     def plan(self, scene):
         self.pick, self.place = scene.pick, scene.place
@@ -175,4 +177,4 @@ class RimExpert(PickPlaceExpert):
         return target, gripper, None if leave == "descend" and self.left > TURNED else leave
 
 
-EXPERTS = {"side": PickPlaceExpert, "rim": RimExpert}
+EXPERTS = {"side": PickPlaceExpert, "rim": RimExpert, "planned": PlannedExpert}

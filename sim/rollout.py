@@ -30,6 +30,13 @@ EXPERT_STEPS = 250  # control steps at most
 # modules that decide an expert's path: a change of their text makes cached paths obsolete
 DECIDE_THE_PATH = (
     "sim/expert",
+    "sim/planned_expert",
+    "sim/pick_place",
+    "sim/manoeuvres",
+    "sim/keyposes",
+    "sim/grasps",
+    "sim/object_facts",
+    "sim/clearance",
     "sim/variants",
     "sim/libero_env",
     "sim/placement",
@@ -69,7 +76,7 @@ def expert_episode(scene, state, grasp="side", variant="task"):
     scene.begin_episode(state)
     expert, positions, closed, rotations = new_expert(grasp, variant).plan(scene), [], [], []
     account = new_account(scene, variant)
-    for _ in range(EXPERT_STEPS):
+    for _ in range(expert.max_steps):
         now = scene.observe(image=False)
         target, gripper = expert.act(scene, now.eef_pos, now.eef_rot)
         if expert.done:
