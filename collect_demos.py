@@ -38,7 +38,7 @@ from formats.parts import check_replaceable, gather, merge, part_path, readable
 from runtime import UserError, command_line, read_json, run_script, write_json
 from sim import recipe, settings
 from sim.cameras import RENDERS
-from sim.expert import EXPERTS
+from sim.expert import EXPERTS, default_grasp
 from sim.libero_env import Scene
 from sim.placement import JOINT_JITTER
 from sim.recording import ExpertWorker
@@ -49,7 +49,15 @@ from sim.variants import VARIANTS, new_expert
 from sim.workers import TIMEOUT, run_jobs
 
 # flags that do not decide what a demonstration holds: a run may be finished with others
-FREE = ("workers", "timeout", "out", "n_demos", "overwrite", "survey", "n_tasks", "show")
+FREE = (
+    "workers",
+    "timeout",
+    "out",
+    "n_demos",
+    "overwrite",
+    "show",
+    *("survey", "n_tasks", "first_state", "layouts"),
+)
 # flags that a replay takes from its file or does not need: giving one is an error
 NOT_REPLAYED = (
     "format",
@@ -261,6 +269,15 @@ def build_parser():
     parser.add_argument(
         "--n_tasks", type=flags.count, default=10, help="survey only the suite's first N tasks"
     )
+    parser.add_argument(
+        "--first_state", type=flags.whole, default=0, help="survey init states from this one on"
+    )
+    parser.add_argument(
+        "--layouts",
+        default="benchmark",
+        choices=("benchmark", "random"),
+        help="survey the benchmark's init states, or layouts drawn as demonstrations' are",
+    )
     parser.add_argument("--image_size", type=flags.pixels, default=448, help="pixels")
     parser.add_argument(
         "--frame_stride",
@@ -309,9 +326,10 @@ def build_parser():
     )
     parser.add_argument(
         "--grasp",
-        default="side",
         choices=list(EXPERTS),
-        help="side: always the bowl's -y rim; rim: around it, see expert.rim_angle",
+        help="planned: where there is room, for all tasks; side: always a bowl's -y rim; rim: "
+        "around it, see expert.rim_angle (side on libero_spatial 0, libero_goal 1 and 4, else "
+        "planned)",
     )
     parser.add_argument(
         "--variant",
@@ -346,8 +364,7 @@ def main(argv=None):
     if args.survey:
         from study.survey import survey  # it imports torch, which no worker of a collection needs
 
-        args.n_demos = args.n_demos or 50
-        return survey(args.survey, args.n_tasks, args.n_demos, args.workers, args.timeout)
+        return survey(args)
     # flags at other than their defaults that a replay would ignore
     useless = [f"--{k}" for k in NOT_REPLAYED if getattr(args, k) != parser.get_default(k)]
     if args.replay and useless:
@@ -355,6 +372,7 @@ def main(argv=None):
             "--replay re-renders recorded states into an HDF5 file: "
             f"{', '.join(useless)} would have no effect; leave it out"
         )
+    args.grasp = args.grasp or usual_grasp(args)
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
     args.frame_stride = chosen_stride(args)
     if not args.replay:
@@ -384,6 +402,14 @@ def fill_spreads(args):
         args.turn_spread = recipe.TURN_SPREAD[args.part] if of_recipe else 0.0
 
 
+def usual_grasp(args):
+    """The grasp where none was given: the task's, and `side` for a replay, which needs none."""
+    if args.replay:
+        return "side"
+    task = find_task(args.task_suite or "libero_spatial", args.task_id)
+    return default_grasp(task, args.variant)
+
+
 def chosen_stride(args):
     """Every how many frames an image is stored. The default is what training reads, and every
     frame with `--grasp rim`, whose study of rotations looks at all of them.
@@ -405,7 +431,7 @@ def file_name(args):
     words = [f"{args.task_suite or 'libero_spatial'}_{args.task_id}"]
     if args.replay:
         words = [Path(args.replay).stem, "replayed"]
-    if args.grasp != "side" and not args.replay:
+    if args.grasp != usual_grasp(args):
         words.append(args.grasp)
     if args.variant != "task":
         words.append(args.variant)

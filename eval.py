@@ -48,7 +48,7 @@ from runtime import UserError, append_jsonl, run_script, write_json
 from sim import settings
 from sim.cameras import RENDERS
 from sim.decisions import Decider, RemoteAgent
-from sim.expert import EXPERTS
+from sim.expert import EXPERTS, default_grasp
 from sim.layouts import LAYOUTS, episode_state
 from sim.libero_env import Scene
 from sim.protocol import check_protocol
@@ -252,7 +252,8 @@ def add_task_flags(group):
     add(
         "--grasp",
         choices=list(EXPERTS),
-        help="the expert's, for expert, oracle and coverage (as the checkpoint's data, else side)",
+        help="the expert's, for expert, oracle and coverage (as the checkpoint's data, else the "
+        "task's, see collect_demos.py)",
     )
     add(
         "--variant",
@@ -336,8 +337,9 @@ def prepare(args, network=None):
         as_trained(args, info, network.about["config"])
     args.task_suite = args.task_suite or "libero_spatial"
     args.task_id = args.task_id or 0
-    args.grasp = args.grasp or "side"
     args.variant = args.variant or "task"
+    task = find_task(args.task_suite, args.task_id)
+    args.grasp = args.grasp or default_grasp(task, args.variant)
     refuse_without_meaning(args)
     args.render = args.render or "exact"  # of a policy that was trained on no images
     args.split = settings.resolve_split(setting, args.split)
@@ -347,7 +349,6 @@ def prepare(args, network=None):
         conditions = settings.conditions(setting, part, args.split)
         args.n_episodes = 50 if setting != "position" else 5 * len(conditions)
     # beyond the init states, `benchmark` would repeat episodes
-    task = find_task(args.task_suite, args.task_id)
     available = len(init_states(task))
     if args.n_episodes < 1 or args.layout == "benchmark" and args.n_episodes > available:
         raise UserError(

@@ -7,7 +7,7 @@ source .venv/bin/activate
 python eval.py --policy expert --n_videos 0 --out results/expert_benchmark
 python eval.py --policy expert --task_suite libero_goal --task_id 4 --n_episodes 20 --n_videos 1 \
   --out results/expert_goal_4
-python collect_demos.py --survey libero_spatial --n_demos 10
+python collect_demos.py --survey libero_spatial --grasp side --n_demos 10
 
 flags="--teleport --zero_rotation --max_steps 600"
 python eval.py --policy oracle $flags --n_videos 0 --out results/oracle_benchmark

@@ -25,6 +25,11 @@ FAR = 0.1  # metres that stand for "nothing near"
 INSIDE = 0.05
 
 
+def up(height):
+    """A vector (3,) of so many metres upwards."""
+    return np.array([0.0, 0.0, height])
+
+
 def lattice(low, high, step):
     """Points (P,3) about `step` metres apart all over the box between two corners (3,)."""
     axes = [np.linspace(a, b, 2 + int((b - a) / step)) for a, b in zip(low, high)]
@@ -126,6 +131,6 @@ def clearance(boxes, eef, rotation, table, approach=APPROACH):
     """
     points = eef + gripper_points() @ rotation.T
     gaps = points[:, 2] - table + 0.003
-    for up in approach:
-        gaps = np.minimum(gaps, boxes.distance(points + [0, 0, up]))
+    for height in approach:
+        gaps = np.minimum(gaps, boxes.distance(points + up(height)))
     return float(gaps.min() - INSIDE * (gaps < 0).mean())

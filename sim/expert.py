@@ -1,8 +1,9 @@
-"""The scripted expert: one state machine that picks a bowl by its rim and places it. It reads the
-objects' poses from the simulator.
+"""The scripted experts, and the servo that follows them. They read the objects' poses from the
+simulator.
 
-There are two grasps. `side` is always at the bowl's -y rim, with the start's orientation. `rim` is
-at a point of the rim that depends on where bowl and plate stand, with the gripper turned along.
+Two pick a bowl by its rim and place it: `side` always at the bowl's -y rim, with the start's
+orientation, and `rim` at a point of the rim that depends on where bowl and plate stand, with the
+gripper turned along. `planned` does whole suites, see sim/planned_expert.py.
 Positions are in metres in the world frame: x away from the robot, z up.
 """
 
@@ -11,7 +12,9 @@ import numpy as np
 from formats.demos import GRIPPER_STEPS
 from rot_utils import euler_to_matrix, matrix_to_rotvec, rotvec_to_matrix
 from sim.libero_env import ACTION_SCALE, CLOSE, OPEN, ROTATION_SCALE
+from sim.object_facts import SIDE_TASKS
 from sim.planned_expert import PlannedExpert
+from sim.tasks import unperturbed
 
 # EEF relative to the bowl when the fingers straddle its -y rim, metres
 GRASP = np.array([0.0, -0.048, 0.0366])
@@ -76,6 +79,7 @@ class PickPlaceExpert:
 
     rotation, offset = None, GRASP
     max_steps = 250  # control steps of an episode at most
+    log = ()  # words for a report, see PlannedExpert
 
     def plan(self, scene):
         self.pick, self.place = scene.pick, scene.place
@@ -178,3 +182,9 @@ class RimExpert(PickPlaceExpert):
 
 
 EXPERTS = {"side": PickPlaceExpert, "rim": RimExpert, "planned": PlannedExpert}
+
+
+def default_grasp(task, variant="task"):
+    """The grasp of a Task where none is asked for: `side` where it was published, or `planned`."""
+    plain = variant != "task" or unperturbed(task).key in SIDE_TASKS
+    return "side" if plain else "planned"

@@ -201,6 +201,11 @@ class Scene(Agentview, Placement):
         """Names of the movable objects."""
         return list(self.env.env.objects_dict)
 
+    @property
+    def subject(self):
+        """Name of what the goal is about: the object to pick, or the fixture or site to change."""
+        return self.pick or self.env.env.parsed_problem["goal_state"][0][1]
+
     def fixtures(self):
         """Poses of the fixtures {name: [x, y, z, qw, qx, qy, qz]}, which no state contains."""
         model, body = self.sim.model, self.env.env.obj_body_id

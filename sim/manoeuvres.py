@@ -5,6 +5,7 @@ on a rack. Metres in the world frame.
 import numpy as np
 
 from rot_utils import rotvec_to_matrix
+from sim.clearance import up
 from sim.grasps import DOWN, turned
 from sim.keyposes import KeyPose, Stage
 from sim.libero_env import CLOSE, OPEN
@@ -24,7 +25,7 @@ def tilted(degrees):
 
 def approach(eef, point, rotation):
     """rise - hover - descend - close: the key poses that grip what is at point (3,) from above."""
-    above = point + [0, 0, ABOVE]
+    above = point + up(ABOVE)
     return [
         KeyPose("rise", np.array([*eef[:2], max(eef[2], above[2])]), OPEN),
         KeyPose("hover", above, OPEN, rotation),
@@ -57,7 +58,7 @@ class OpenDrawer(Stage):
 
     def poses(self, eef):
         out, turn = np.array([0, 1.0, 0]), tilted(self.TILT)
-        bar = self.scene.sim.data._data.geom_xpos[self.bar] + [0, 0, 0.004]
+        bar = self.scene.sim.data._data.geom_xpos[self.bar] + up(0.004)
         before, pulled = bar + 0.09 * out, bar + self.PULL * out
         # to the side of the cabinet, where the arm has room to turn
         ready = np.array([before[0] - 0.03, before[1] + 0.06, self.TRAVEL])
@@ -83,13 +84,13 @@ class TurnKnob(Stage):
         self.knob = scene.sim.model._model.body(f"{stove}_button").id
 
     def poses(self, eef):
-        at = self.scene.sim.data._data.xpos[self.knob] + [0, 0, KNOB_HEIGHT]
+        at = self.scene.sim.data._data.xpos[self.knob] + up(KNOB_HEIGHT)
         end = turned(KNOB_TURN)
         return [
             *approach(eef, at, DOWN),
             KeyPose("turn", at, CLOSE, end),
             KeyPose("open", None, OPEN, end),
-            KeyPose("retract", at + [0, 0, ABOVE], OPEN, end),
+            KeyPose("retract", at + up(ABOVE), OPEN, end),
         ]
 
 
@@ -109,12 +110,12 @@ class Drag(Stage):
         # the fingers close along the way; a turn by 180 degrees changes nothing
         yaw = np.degrees(np.arctan2(-ahead[0], ahead[1]))
         turn = turned((yaw + 90) % 180 - 90)
-        at = plate + DRAG_RADIUS * ahead + [0, 0, DRAG_HEIGHT]
+        at = plate + DRAG_RADIUS * ahead + up(DRAG_HEIGHT)
         return [
             *approach(eef, at, turn),
             KeyPose("drag", at + way, CLOSE, turn, tight=True),
             KeyPose("open", None, OPEN, turn),
-            KeyPose("retract", at + way + [0, 0, 0.1], OPEN, turn),
+            KeyPose("retract", at + way + up(0.1), OPEN, turn),
         ]
 
 
@@ -143,7 +144,7 @@ class LayBottle(Stage):
         axis = np.array([0, -np.sin(lean), np.cos(lean)])
         leaning = rotvec_to_matrix(np.array([lean, 0, 0])) @ across
 
-        at = scene.position(self.pick) + [0, 0, self.NECK]
+        at = scene.position(self.pick) + up(self.NECK)
         foot = scene.position(self.place) + self.ALONG * along + self.OFF * normal
         end = foot + self.NECK * axis
         ready = np.array([end[0], -0.02, self.TRAVEL])

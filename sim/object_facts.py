@@ -42,6 +42,9 @@ PREFERRED = {
     "libero_goal_6": "top 0",
     "libero_goal_8": "+y 0",
 }
+# Tasks whose published demonstrations and results are by the plain grasp `side` of sim/expert.py.
+SIDE_TASKS = ("libero_spatial_0", "libero_goal_1", "libero_goal_4")
+
 # where the object is put aside first, that grasp
 PREFERRED_ASIDE = {"libero_goal_3": "+y 0"}
 

@@ -4,7 +4,7 @@ or bowl. Metres in the world frame.
 
 import numpy as np
 
-from sim.clearance import Boxes, clearance, table_height
+from sim.clearance import Boxes, clearance, table_height, up
 from sim.grasps import choose
 from sim.keyposes import KeyPose, Stage
 from sim.libero_env import CLOSE, OPEN
@@ -70,7 +70,7 @@ class PickPlace(Stage):
             KeyPose("carry", self._over_goal, CLOSE, turn),
             KeyPose("lower", lambda: self.release, CLOSE, turn, tight=True),
             KeyPose("open", None, OPEN, turn),
-            KeyPose("retract", lambda: self.held + [0, 0, RETRACT], OPEN, turn),
+            KeyPose("retract", lambda: self.held + up(RETRACT), OPEN, turn),
         ]
 
     def _bottom(self):

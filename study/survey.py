@@ -1,105 +1,180 @@
-"""How often the scripted expert succeeds on every task of a suite; `collect_demos.py --survey`
-prints it.
+"""How often the scripted expert succeeds on every task of a suite, and how it grasps;
+`collect_demos.py --survey` prints it.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from camera import project
 from figures.pages import markdown_table
 from harness.statistics import wilson
-from runtime import command_line, versions, write_json
-from sim.libero_env import Scene
-from sim.rollout import expert_episode
-from sim.tasks import find_task
+from runtime import UserError, command_line, fits, read_json, versions, write_json
+from sim.expert import default_grasp
+from sim.libero_env import OPEN_WIDTH, Scene
+from sim.rollout import expert_episode, expert_version
+from sim.settings import random_seed
+from sim.tasks import find_task, init_states
+from sim.variants import new_expert
 from sim.workers import run_jobs
+
+DRAWS = 30  # of a random layout, before it counts as impossible
 
 
 class SurveyWorker:
-    """Runs the expert on benchmark init states of one task per job, without rendering."""
+    """Runs the expert from the states of one task per job, without rendering.
 
-    def __init__(self, n_states):
-        self.n_states = n_states
+    states: numbers of init states, or of random layouts. grasp: as of sim/expert.py, or None for
+    each task's own.
+    """
+
+    def __init__(self, states, layouts, grasp):
+        self.states, self.layouts, self.grasp = states, layouts, grasp
 
     def run(self, job):
-        """Job (suite, task index) -> (successes, n, mean steps); None where the goal is not of the
-        form (On object target), which alone the expert can do.
+        """Job (suite, task index) -> its episodes [dict], or the sentence that says why the expert
+        cannot do the task.
         """
         # nothing is rendered: the expert reads object poses from the simulator
-        scene = Scene(*job, image_size=64, rendering=False)
+        scene = Scene(*job, rendering=False)
+        grasp = self.grasp or default_grasp(scene.task)
         try:
-            # the expert knows one kind of task: put a movable object on a target
-            if (
-                scene.pick not in scene.objects
-                or scene.env.env.parsed_problem["goal_state"][0][0] != "on"
-            ):
-                return None
-            wins, steps = 0, []
-            for state in scene.init_states()[: self.n_states]:
-                path = expert_episode(scene, state)
-                wins += path.success
-                steps.append(len(path.positions))
-            return wins, len(steps), float(np.mean(steps))
+            new_expert(grasp).plan(scene)
+            return [self.episode(scene, grasp, number) for number in self.states]
+        except UserError as reason:
+            return str(reason)
         finally:
             scene.close()
+
+    def episode(self, scene, grasp, number):
+        """What came of the state of this number."""
+        expert = new_expert(grasp)
+        path = expert_episode(scene, self.start(scene, number), expert=expert)
+        u, v, _ = project(path.positions, *scene.camera())
+        inside = (np.minimum(u, v) >= 0) & (np.maximum(u, v) < scene.image_size)
+        # LIBERO's predicate after the retract; and the fingers have let go
+        released = path.success and scene.observe(image=False).gripper_width > OPEN_WIDTH
+        return {
+            "state": number,
+            "success": path.success,
+            "released": bool(released and expert.done),
+            "steps": len(path.positions),
+            "grasps": list(expert.log) or [grasp],
+            "outside": round(float(1 - inside.mean()), 4),
+        }
+
+    def start(self, scene, number):
+        """The state (S,) that an episode starts from."""
+        if self.layouts == "benchmark":
+            return scene.init_states()[number]
+        for attempt in range(DRAWS):
+            state = scene.random_layout(random_seed("val", 0, number, attempt))
+            if state is not None:
+                return state
+        raise RuntimeError(f"{scene.task.key}: {DRAWS} draws gave no layout in which all stand")
 
     def close(self):
         pass
 
 
-def survey(suite, n_tasks, n_states, workers, timeout):
-    """Table the expert's success rate on the first tasks of a suite, `n_states` init states each,
-    and write it to results/.
+def table_row(task, outcome):
+    """A task's row of the results. outcome: episodes [dict], or a sentence."""
+    row = {"task_id": task.index, "task": task.name}
+    if isinstance(outcome, str):
+        return {**row, "successes": None, "why": outcome}
+    wins, n = sum(e["success"] for e in outcome), len(outcome)
+    return {
+        **row,
+        "successes": wins,
+        "n": n,
+        "interval": list(wilson(wins, n)),
+        "mean_steps": float(np.mean([e["steps"] for e in outcome])),
+        "released": sum(e["released"] for e in outcome),
+        "grasps": Counter(", ".join(e["grasps"]) for e in outcome),
+        "outside": float(np.mean([e["outside"] for e in outcome])),
+        "episodes": outcome,
+    }
 
-    timeout: seconds that a task may take.
+
+def survey(args):
+    """Table the expert's success rate on the first tasks of a suite and write it to results/, after
+    each task: the same command goes on from there.
+
+    args: collect_demos.py's, of which survey, n_tasks, n_demos (states a task), first_state,
+    layouts, grasp, workers and timeout (seconds that a task may take) count.
     """
-    for i in range(n_tasks):
-        # an unknown suite, or one with fewer tasks, is said before a simulator starts
-        find_task(suite, i)
-    jobs = [(suite, i) for i in range(n_tasks)]
-    rows = {}
-    # recycle=1: each task gets a fresh process; results come as they finish
-    for outcome in tqdm(
-        run_jobs(jobs, SurveyWorker, (n_states,), workers, recycle=1, timeout=timeout),
-        total=len(jobs),
-        desc="survey",
-    ):
-        # a table that lacks a task's numbers says why: the last line of its error
-        rows[outcome.job[1]] = (
-            outcome.result if outcome.error is None else outcome.error.strip().splitlines()[-1]
-        )
-    lines, table = [], []
-    # printed in the order of the tasks
-    for _, i in jobs:
-        task, row = find_task(suite, i), rows[i]
-        if isinstance(row, tuple):
-            low, high = wilson(row[0], row[1])
-            lines.append(
-                [i, task.language, f"{row[0]}/{row[1]}", f"{low:.2f}-{high:.2f}", f"{row[2]:.0f}"]
+    suite, states = args.survey, range(args.first_state, args.first_state + (args.n_demos or 50))
+    # an unknown suite, or one with fewer tasks, is said before a simulator starts
+    tasks = [find_task(suite, i) for i in range(args.n_tasks)]
+    if args.layouts == "benchmark":
+        available = min(len(init_states(task)) for task in tasks)
+        if states.stop > available:
+            raise UserError(
+                f"--n_demos {len(states)}: from --first_state {states.start} on {suite} has "
+                f"{max(0, available - states.start)} init states a task"
             )
-            table.append(
-                {
-                    "task_id": i,
-                    "task": task.name,
-                    "successes": row[0],
-                    "n": row[1],
-                    "interval": [low, high],
-                    "mean_steps": row[2],
-                }
-            )
-        else:
-            lines.append([i, task.language, row or "not a pick-and-place goal", "", ""])
-            table.append(
-                {
-                    "task_id": i,
-                    "task": task.name,
-                    "successes": None,
-                    "why": row or "not a pick-and-place goal",
-                }
-            )
-    print(markdown_table(["task", "", "success", "95% interval", "mean steps"], lines))
-    write_json(
-        Path("results") / f"expert_{suite}.json",
-        {"command": command_line(), "versions": versions(), "rows": table},
+    name = "_".join(
+        ["expert", suite, *[w for w in (args.grasp, args.layouts) if w not in (None, "benchmark")]]
     )
+    path = Path("results") / f"{name}.json"
+    made_by = {
+        "states": [states.start, states.stop],
+        "layouts": args.layouts,
+        "grasp": args.grasp,
+        "expert": expert_version(),
+    }
+    rows = finished(path, made_by)
+    jobs = [(suite, task.index) for task in tasks if task.index not in rows]
+    worker = (states, args.layouts, args.grasp)
+    # recycle=1: each task gets a fresh process; results come as they finish
+    bar = tqdm(total=len(tasks), initial=len(tasks) - len(jobs), desc="survey")
+    for outcome in run_jobs(
+        jobs, SurveyWorker, worker, args.workers, recycle=1, timeout=args.timeout
+    ):
+        index = outcome.job[1]
+        # a table that lacks a task's numbers says why: the last line of its error
+        error = outcome.error and outcome.error.strip().splitlines()[-1]
+        rows[index] = table_row(tasks[index], error or outcome.result)
+        table = [rows[i] for i in sorted(rows)]
+        write_json(
+            path,
+            {"command": command_line(), "versions": versions(), "made_by": made_by, "rows": table},
+        )
+        bar.update()
+    bar.close()
+    print(printed([rows[task.index] for task in tasks], tasks))
+
+
+def finished(path, made_by):
+    """{task's index: row} that a survey of the same states by the same expert has written."""
+    if not path.exists():
+        return {}
+    stored = read_json(path, "survey", "remove the file")
+    if fits(stored, {"made_by": dict, "rows": [dict]}) or stored["made_by"] != made_by:
+        return {}
+    return {row["task_id"]: row for row in stored["rows"] if row["successes"] is not None}
+
+
+def printed(rows, tasks):
+    """The table as Markdown."""
+    lines = []
+    for row, task in zip(rows, tasks):
+        if row["successes"] is None:
+            lines.append([task.index, task.language, row["why"], "", "", "", ""])
+            continue
+        low, high = row["interval"]
+        lines.append(
+            [
+                task.index,
+                task.language,
+                f"{row['successes']}/{row['n']}",
+                f"{low:.2f}-{high:.2f}",
+                f"{row['mean_steps']:.0f}",
+                "; ".join(f"{words} ({n})" for words, n in row["grasps"].items()),
+                f"{row['outside']:.0%}",
+            ]
+        )
+    head = ["task", "", "success", "95% interval", "mean steps", "grasps", "outside the image"]
+    return markdown_table(head, lines)

@@ -17,6 +17,7 @@ from conftest import write_synthetic_episodes
 from helpers import ROOT
 from PIL import Image
 
+import collect_demos
 import precompute_rotation_pca
 import runtime
 from figures import plots
@@ -156,8 +157,10 @@ def test_only_a_basis_is_replaced_by_a_basis(synthetic_demos, tmp_path):
 def test_an_unknown_suite_is_said_at_once(monkeypatch):
     """`--survey nope` is refused before any simulator starts."""
     monkeypatch.setattr(survey, "run_jobs", lambda *a, **k: pytest.fail("a worker was started"))
-    refused(lambda: survey.survey("nope", 2, 1, 1, 60), "nope")
-    refused(lambda: survey.survey("libero_spatial", 11, 1, 1, 60), "10")
+    run = lambda *words: collect_demos.main(["--survey", *words])
+    refused(lambda: run("nope"), "nope")
+    refused(lambda: run("libero_spatial", "--n_tasks", "11"), "10")
+    refused(lambda: run("libero_spatial", "--first_state", "30"), "--n_demos 50", "20 init states")
 
 
 def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path, monkeypatch):

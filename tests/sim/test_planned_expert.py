@@ -1,0 +1,133 @@
+"""The expert for whole suites, in the real simulator without rendering: room for the gripper, the
+choice of a grasp, and the longest task.
+"""
+
+import numpy as np
+import pytest
+
+from rot_utils import matrix_to_rotvec
+from runtime import UserError
+from sim.clearance import Boxes, clearance, up
+from sim.expert import default_grasp, servo_action
+from sim.grasps import DOWN, YAWS, choose, grasps
+from sim.libero_env import OPEN, OPEN_WIDTH, Scene
+from sim.object_facts import PREFERRED, PREFERRED_ASIDE
+from sim.planned_expert import STRAY, PlannedExpert, stages
+from sim.rollout import expert_episode
+from sim.tasks import find_task
+from study.survey import SurveyWorker, table_row
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """libero_goal task 3: open the top drawer and put the bowl inside."""
+    scene = Scene("libero_goal", 3, rendering=False)
+    yield scene
+    scene.close()
+
+
+@pytest.fixture
+def begun(scene):
+    """The scene at the start of its first init state, all at rest."""
+    scene.begin_episode(scene.init_states()[0])
+    return scene
+
+
+def test_the_gripper_has_room_above_things_and_none_inside(begun):
+    """Over the cabinet it is clear, at its top it touches, in its middle it is inside."""
+    boxes, cabinet = Boxes(begun, without=(None,)), begun.position("wooden_cabinet_1")
+    top = boxes.surface(cabinet[:2])
+    assert 1.05 < top < 1.20  # the cabinet is about 22 cm high, its table 90
+    at = lambda height: np.array([*cabinet[:2], height])
+    room = lambda height: clearance(boxes, at(height), DOWN, 0.9)
+    assert room(top + 0.3) > 0.05 > room(top + 0.03) > 0
+    assert room(top - 0.05) < room(top) < 0.0
+
+
+def test_boxes_end_where_an_object_does(begun):
+    """The box around the wine bottle is as high and as wide as the bottle; and alone in it."""
+    own = Boxes(begun, only=("wine_bottle_1",))
+    low, high = own.low.min(0), own.high.max(0)
+    assert own.distance(begun.position("wine_bottle_1")[None] + up(0.05))[0] < 0
+    assert own.distance(np.array([*high + 0.02])[None])[0] == pytest.approx(0.02 * 3**0.5, abs=0.01)
+    assert 0.15 < high[2] - low[2] < 0.3 and 0.03 < high[1] - low[1] < 0.08
+
+
+def test_a_grasp_that_missed_comes_last(begun):
+    """A task's own grasp is taken while there is room; having missed, another one is."""
+    boxes = Boxes(begun, without=(None, begun.pick))
+    ask = lambda **how: choose(begun, boxes, begun.pick, begun.position(begun.place), **how).name
+    assert ask(preferred="+y 0") == "+y 0"
+    assert ask(preferred="+y 0", tried=["+y 0"]) != "+y 0"
+    everything = [g.name for g in grasps(begun, begun.pick)]
+    assert ask(tried=everything) in everything
+    # a cabinet is no thing to grip
+    assert choose(begun, boxes, "wooden_cabinet_1", begun.position(begun.place)) is None
+
+
+def test_every_preferred_grasp_exists():
+    """No name in the table is misspelt, which would silently choose anew in each layout."""
+    for key, name in {**PREFERRED, **PREFERRED_ASIDE}.items():
+        suite, _, index = key.rpartition("_")
+        assert find_task(suite, int(index)).key == key
+        side, yaw, *height = name.split()
+        assert side in ("-y", "+y", "top") and int(yaw) in YAWS and height in ([], ["high"])
+
+
+def test_published_tasks_keep_their_grasp():
+    """What was published was made with the side grasp; the variant knows no other."""
+    of = lambda suite, index, *variant: default_grasp(find_task(suite, index), *variant)
+    assert of("libero_spatial", 0) == of("libero_spatial_swap", 0) == of("libero_goal", 4) == "side"
+    assert of("libero_spatial", 6) == of("libero_object", 0) == "planned"
+    assert of("libero_spatial", 6, "lift_once") == "side"
+
+
+def test_a_task_with_two_goals_is_refused(begun, monkeypatch):
+    """The sentence says what the expert cannot do."""
+    goals = begun.env.env.parsed_problem["goal_state"]
+    monkeypatch.setitem(begun.env.env.parsed_problem, "goal_state", goals * 2)
+    with pytest.raises(UserError, match="libero_goal_3.*in akita_black_bowl_1.*--replay"):
+        stages(begun)
+
+
+def test_a_descent_that_was_pushed_aside_starts_over(begun):
+    """Pushed farther than STRAY beside the bowl, it goes back up instead of closing there."""
+    expert = PlannedExpert().plan(begun)
+    for _ in range(100):
+        now = begun.observe(image=False)
+        target, gripper = expert.act(begun, now.eef_pos, now.eef_rot)
+        if expert.phase == "descend":
+            break
+        turn = expert.rotation
+        begun.step(servo_action(now.eef_pos, target, gripper, rotation=turn, eef_rot=now.eef_rot))
+    assert expert.phase == "descend"
+    aside = np.array([2 * STRAY, 0, 0])
+    target, gripper = expert.act(begun, now.eef_pos + aside, now.eef_rot)
+    assert expert.phase == "hover" and gripper == OPEN and target[2] > now.eef_pos[2] - 0.02
+
+
+def test_bowl_aside_drawer_open_bowl_in(scene):
+    """The longest task: three stages, each at the first try. The gripper lies nearly level while it
+    pulls, and at the end all is let go and the goal holds.
+    """
+    expert = PlannedExpert()
+    path = expert_episode(scene, scene.init_states()[0], expert=expert)
+    assert expert.done and path.success
+    assert scene.observe(image=False).gripper_width > OPEN_WIDTH
+    assert expert.log == ["+y 0", "OpenDrawer", "+y 0"]
+    tilts = [np.degrees(np.linalg.norm(matrix_to_rotvec(r @ DOWN.T))) for r in path.rotations]
+    assert 75 < max(tilts) < 85 and tilts[-1] < 5
+    assert len(path.changes) == 6  # closed and opened three times
+
+
+def test_a_survey_tells_of_each_episode():
+    """Bowl beside the cookie box, which the side grasp cannot reach: placed with a turned gripper,
+    and the row of results holds what the table is made of.
+    """
+    worker = SurveyWorker(range(1), "benchmark", None)
+    episodes = worker.run(("libero_spatial", 6))
+    assert [e["grasps"] for e in episodes] == [[PREFERRED["libero_spatial_6"]]]
+    assert episodes[0]["released"] and 90 < episodes[0]["steps"] < 250
+    row = table_row(find_task("libero_spatial", 6), episodes)
+    assert (row["successes"], row["released"], row["n"], row["outside"]) == (1, 1, 1, 0)
+    assert row["grasps"] == {PREFERRED["libero_spatial_6"]: 1}
