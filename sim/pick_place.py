@@ -9,8 +9,8 @@ from sim.grasps import choose
 from sim.keyposes import KeyPose, Stage
 from sim.libero_env import CLOSE, OPEN
 
-# above grasp, above where the gripper closed, above where it let go
-HOVER, LIFT, RETRACT = 0.10, 0.14, 0.10
+# above grasp, above where the gripper closed, above where it let go (at least, at most)
+HOVER, LIFT, RETRACT = 0.10, 0.14, (0.05, 0.10)
 RELEASE = 0.012  # above the surface at which the object is let go
 PASSING = 0.025  # height between what is carried and what it passes
 FINGERTIP = 0.0125  # below the EEF
@@ -70,7 +70,7 @@ class PickPlace(Stage):
             KeyPose("carry", self._over_goal, CLOSE, turn),
             KeyPose("lower", lambda: self.release, CLOSE, turn, tight=True),
             KeyPose("open", None, OPEN, turn),
-            KeyPose("retract", lambda: self.held + up(RETRACT), OPEN, turn),
+            KeyPose("retract", self._over_release, OPEN, turn),
         ]
 
     def _bottom(self):
@@ -91,6 +91,10 @@ class PickPlace(Stage):
 
     def _over_goal(self):
         return np.array([*self.release[:2], self._carried()])
+
+    def _over_release(self):
+        # as high as it carried: higher up the camera loses it where things stand high
+        return self.held + up(np.clip(self._carried() - self.held[2], *RETRACT))
 
     def _let_go(self):
         """Where the EEF lets go (3,): the object's own axis over the goal, its foot just above the
