@@ -44,11 +44,14 @@ def test_the_gripper_has_room_above_things_and_none_inside(begun):
 
 
 def test_boxes_end_where_an_object_does(begun):
-    """The box around the wine bottle is as high and as wide as the bottle; and alone in it."""
+    """Inside the wine bottle the distance is negative, 2 cm over its top it is 2 cm; and the boxes
+    are as large as the bottle.
+    """
     own = Boxes(begun, only=("wine_bottle_1",))
     low, high = own.low.min(0), own.high.max(0)
-    assert own.distance(begun.position("wine_bottle_1")[None] + up(0.05))[0] < 0
-    assert own.distance(np.array([*high + 0.02])[None])[0] == pytest.approx(0.02 * 3**0.5, abs=0.01)
+    top = np.array([*begun.position("wine_bottle_1")[:2], high[2]])
+    assert own.distance(np.array([top - up(0.02)]))[0] < 0
+    assert own.distance(np.array([top + up(0.02)]))[0] == pytest.approx(0.02, abs=0.002)
     assert 0.15 < high[2] - low[2] < 0.3 and 0.03 < high[1] - low[1] < 0.08
 
 
