@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from nets.fusion import with_fused_norms, without_tail
+from nets.fusion import with_fused_norms, with_onednn, without_tail
 from runtime import UserError, atomic_path
 
 # our short names -> timm's; a name that is not listed is passed to timm as it is
@@ -280,7 +280,7 @@ class Backbone(nn.Module):
         self.identity = f"{name}-{size}px-{_digest(used.values())}"
         # after the identity is taken: folding changes the weights, though not the features
         if not self.is_vit:
-            self.model = with_fused_norms(self.model, example)
+            self.model = with_onednn(with_fused_norms(self.model, example), example)
         # the network's own normalisation, for pixels of 0 to 255; not saved in checkpoints
         self.register_buffer(
             "mean", 255 * torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False

@@ -1,7 +1,7 @@
 """Make frozen convolutional networks faster while they stay modules, which move with `.to()` as a
 frozen trace does not.
 
-Both functions check their result on an example input, and leave a network as it was if its maps
+All functions check their result on an example input, and leave a network as it was if its maps
 would change.
 """
 
@@ -10,6 +10,8 @@ import copy
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from nets.convolution import POINTWISE, OneDnnConvolution, can_replace, has_onednn
 
 TOLERANCE = 1e-4  # of a map's largest value: batch norms folded into kernels round differently
 
@@ -98,3 +100,47 @@ def with_fused_norms(model, example):
         rest = [part for part in rest if not isinstance(part, nn.Identity)]
         fused.set_submodule(names[norm], rest[0] if len(rest) == 1 else nn.Sequential(*rest))
     return fused.requires_grad_(False) if agree(maps, fused(example)) else model
+
+
+@torch.inference_mode()
+def with_onednn(model, example):
+    """Compute each convolution, with the activation that directly follows it, by oneDNN on a CPU.
+
+    model: frozen; example: an input of the only size that the network will see. Returns a changed
+    copy, or `model` itself where the maps would differ or oneDNN is missing. On one thread PyTorch
+    computes 1x1 convolutions by copies and a product; each activation goes through memory again.
+    """
+    if not has_onednn():
+        return model
+    changed = copy.deepcopy(model)
+    outputs, sizes, calls, followers, hooks = {}, {}, {}, {}, []
+
+    # an activation that receives the very tensor that a convolution returned follows it
+    def after_convolution(module, inputs, out):
+        calls[module] = calls.get(module, 0) + 1
+        sizes[module] = inputs[0].shape[2:]
+        outputs[id(out)] = module, out  # the tensor is kept, so that no other gets its id
+
+    def before_activation(module, inputs):
+        calls[module] = calls.get(module, 0) + 1
+        if id(inputs[0]) in outputs:
+            followers[outputs[id(inputs[0])][0]] = module
+
+    for module in changed.modules():
+        if can_replace(module):
+            hooks.append(module.register_forward_hook(after_convolution))
+        elif type(module) in POINTWISE:
+            hooks.append(module.register_forward_pre_hook(before_activation))
+    maps = changed(example)
+    for hook in hooks:
+        hook.remove()
+    names = {module: name for name, module in changed.named_modules()}
+    for convolution, size in sizes.items():
+        # a module that runs twice may be followed by something else the other time
+        activation = followers.get(convolution)
+        if activation is None or calls[activation] > 1 or calls[convolution] > 1:
+            activation = nn.Identity()
+        else:
+            changed.set_submodule(names[activation], nn.Identity())
+        changed.set_submodule(names[convolution], OneDnnConvolution(convolution, activation, size))
+    return changed.requires_grad_(False) if agree(maps, changed(example)) else model
