@@ -157,9 +157,10 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         joint, else 1.
         """
         c = self.config
-        return self.volume(features).view(
-            len(features), c.n_window, self.n_gripper, c.n_height_bins, c.grid, c.grid
-        )
+        # as a product, whose result lies in the order of decoding, unlike the convolution's
+        weight = self.volume.weight.flatten(1).to(features.dtype)  # (T*G*Z,C)
+        logits = weight @ features.flatten(2) + self.volume.bias[:, None].to(features.dtype)
+        return logits.view(-1, c.n_window, self.n_gripper, c.n_height_bins, c.grid, c.grid)
 
     def loss(self, batch):
         """Cross-entropies of volume, rotation and (if separate) gripper, averaged over the unmasked

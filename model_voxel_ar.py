@@ -188,8 +188,11 @@ class VoxelPolicy(HistoryPolicy):
     def table(self, K, E):
         """VoxelTable of the cameras K (N,3,3), E (N,4,4) of N frames.
 
-        Each camera's table is made once. The MAX_TABLES used last are kept.
+        Each camera's table is made once. The MAX_TABLES used last are kept. A compiled graph, which
+        may not wait for the cameras' numbers, makes a table for each frame.
         """
+        if torch.compiler.is_compiling():
+            return self.new_table(K, E)
         limits = self.height_range.expand(len(K), 2)
         # a table depends on the camera and the heights: their bytes are its key
         cameras = torch.cat([K.flatten(1), E.flatten(1), limits], 1).cpu().numpy()
@@ -199,7 +202,7 @@ class VoxelPolicy(HistoryPolicy):
         for key in order:
             i = keys.index(key)
             # the newest last
-            self._tables[key] = self._tables.pop(key, None) or self.new_table(K[i], E[i])
+            self._tables[key] = self._tables.pop(key, None) or self.new_table(K[[i]], E[[i]])
         # never one of this batch, even if it has more than MAX_TABLES
         for key in list(self._tables)[: -max(MAX_TABLES, len(order))]:
             del self._tables[key]
@@ -207,7 +210,7 @@ class VoxelPolicy(HistoryPolicy):
         return lv.VoxelTable.joined([self._tables[key] for key in order]).select(which)
 
     def new_table(self, K, E):
-        """VoxelTable of one camera K (3,3), E (4,4)."""
+        """VoxelTable of G cameras K (G,3,3), E (G,4,4)."""
         c = self.config
         # pixels of the cells' centres, u and v (N,) in row-major order
         pixel = camera.cell_to_pixel(
@@ -215,9 +218,7 @@ class VoxelPolicy(HistoryPolicy):
         )
         v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
         # a ray's x and y are affine in its height: two points of it give slope and origin
-        low, high = (
-            camera.unproject(u, v, h, K[None, None], E[None, None]) for h in self.height_range
-        )
+        low, high = (camera.unproject(u, v, h, K[:, None], E[:, None]) for h in self.height_range)
         slope = (high - low)[..., :2] / (self.height_range[1] - self.height_range[0])
         bins = torch.arange(c.n_height_bins, dtype=torch.float64, device=K.device)
         heights = camera.bin_to_height(bins, *self.height_range, c.n_height_bins)

@@ -344,6 +344,9 @@ class Trainer:
         torch.manual_seed(seed_of(seed, step, 1 + rank))
         # for the noise of samples, the same in every process
         generator = torch.Generator().manual_seed(seed_of(seed, step, 0))
+        # a compiled graph takes none: a lone process then draws from torch's own, seeded above
+        if self.recipe.compile and world == 1:
+            generator = None
         self.policy.shard = Shard(rank, world, self.batches.batch_size, generator)
         return to_device(self.ahead.take(), self.dist.device)
 

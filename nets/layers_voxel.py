@@ -91,6 +91,13 @@ class VoxelTable:
         self.z = encode_position(self.heights[:, None], self.waves).to(dtype)
         origin, slope = rays.transpose(1, 2)[:, :, None].split(2, 1)  # (G,2,1,N)
         Z, F, scale = len(heights), len(waves), 1 / self.waves[:, None]
+        self.items = [slice(g, g + 1) for g in range(len(rays))]
+        if torch.compiler.is_compiling():
+            # every sine by itself: a graph fuses them, and writing in place would break it
+            o, s = origin[:, None], slope[:, None]  # (G,1,2,1,N)
+            at = (o + s * self.heights[:, None, None, None]) * scale  # (G,Z,2,F,N)
+            self.xy = torch.stack(turned(at, dtype), 3).flatten(2, 4)
+            return
         # metres between heights
         step = (self.heights[-1] - self.heights[0]) / max(Z - 1, 1)
         self.xy = torch.empty(len(rays), Z, 4 * F, rays.shape[1], dtype=dtype, device=rays.device)
@@ -106,7 +113,6 @@ class VoxelTable:
                 torch.mul(old[:, :, 0], cos, out=new[:, :, 0]).addcmul_(old[:, :, 1], sin)
                 torch.mul(old[:, :, 1], cos, out=new[:, :, 1]).addcmul_(old[:, :, 0], sin, value=-1)
                 done *= 2
-        self.items = [slice(g, g + 1) for g in range(len(self.xy))]
 
     def select(self, which):
         """The same tables for a batch whose item i was taken by camera which[i] (B,)."""
@@ -322,6 +328,28 @@ def whole_backward_rows(code, image_score, lse, d_pooled, d_pixels, shift, xy, z
     return torch.cat([torch.bmm(slope, xy.mT).sum(0), slope.sum(2).T @ z], 1), slope.sum(0)
 
 
+def attend_in_graph(code, image_score, table):
+    """`_Attend` by differentiable operations alone, for a compiled graph: a table for each item.
+
+    All B R V scores are in memory at once. Returns what `_Attend` does.
+    """
+    split = table.xy.shape[2]
+    z_score = code[..., split:] @ table.z.T  # (B,R,Z)
+    xy_score = torch.einsum("brp,bzpn->brzn", code[..., :split], table.xy)
+    scores = xy_score + z_score[..., None] + image_score[:, :, None]
+    lse = scores.flatten(2).logsumexp(-1)  # (B,R)
+    p = (scores - lse[..., None, None]).exp()
+    pooled = [torch.einsum("brzn,bzpn->brp", p, table.xy), p.sum(-1) @ table.z]
+    return torch.cat(pooled, -1), p.sum(2), lse
+
+
+def position_logits_in_graph(code, table):
+    """`_PositionLogits` by differentiable operations alone, see `attend_in_graph`."""
+    split = table.xy.shape[2]
+    xy = torch.einsum("bqp,bzpn->bqzn", code[..., :split], table.xy)
+    return xy + (code[..., split:] @ table.z.T)[..., None]
+
+
 def voxel_attention(
     query,
     table,
@@ -362,15 +390,13 @@ def voxel_attention(
         if anchor is not None:
             # turned once instead of every voxel: q . PE(x - a) = R(-a) q . PE(x)
             code = shift_encoding(code, -anchor[:, :, None], table.waves)
-        pooled, pixels, lse = _Attend.apply(
-            code.flatten(1, 2),
-            image_score.to(exact),
-            table,
-            chunk,
-            way,
+        rows, image_score = code.flatten(1, 2), image_score.to(exact)
+        if torch.compiler.is_compiling():
+            pooled, pixels, lse = attend_in_graph(rows, image_score, table)
+        else:
             # asked here: inside `forward` gradients are always off
-            torch.is_grad_enabled(),
-        )
+            learning = torch.is_grad_enabled()
+            pooled, pixels, lse = _Attend.apply(rows, image_score, table, chunk, way, learning)
         pooled = pooled.view(B, Q, h, -1)
         if anchor is not None:
             # and back: sum p PE(x - a) = R(a) sum p PE(x)
@@ -471,4 +497,6 @@ def voxel_logits(query, table, image, positional, height_query, anchor=None):
         code = query.to(exact) @ positional.to(exact)
         if anchor is not None:
             code = shift_encoding(code, -anchor, table.waves)
+        if torch.compiler.is_compiling():
+            return position_logits_in_graph(code, table) + seen.view(B, Q, Z, -1)
         return _PositionLogits.apply(code, table) + seen.view(B, Q, Z, -1)

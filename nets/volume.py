@@ -66,7 +66,15 @@ def local_soft_argmax(logits, shape, radius=2):
     V = prod(shape). radius 0 is the plain argmax. This is more precise than a cell, and it does not
     average several modes, as a soft-argmax over the whole volume does.
     """
-    best = logits.argmax(-1)
+    return soft_argmax_at(logits, logits.argmax(-1), 0, shape, radius)
+
+
+def soft_argmax_at(logits, best, first, shape, radius):
+    """`local_soft_argmax` (N,D) about a peak that is known.
+
+    best (N,): its flat index in a volume of `shape`; first (N,) or 0: where that volume begins in
+    a row of logits.
+    """
     # the flat index taken apart into one per dimension, the last first
     parts = []
     for size in reversed(shape):
@@ -79,7 +87,8 @@ def local_soft_argmax(logits, shape, radius=2):
     limit = torch.tensor(shape, device=logits.device) - 1
     valid = ((around >= 0) & (around <= limit)).all(-1)
     clamped = torch.minimum(around.clamp(min=0), limit)
-    near = logits.gather(-1, flat_index(clamped, shape)).double().masked_fill(~valid, -torch.inf)
+    index = flat_index(clamped, shape) + torch.as_tensor(first, device=logits.device)[..., None]
+    near = logits.gather(-1, index).double().masked_fill(~valid, -torch.inf)
     return (near.softmax(-1)[..., None] * clamped).sum(1)
 
 
@@ -203,12 +212,17 @@ class VolumeGeometry(FittedPolicy):
         """Logits (N,G,Z,H,W) -> coordinates zyx (N,3), gripper (N,) in {0..G-1}: the command of the
         highest peak.
         """
-        # (N,G,V) -> (N,G) peaks -> (N,)
-        gripper = logits.flatten(2).amax(-1).argmax(-1)
-        volume = logits[torch.arange(len(logits), device=logits.device), gripper].flatten(1)
-        return local_soft_argmax(
-            volume, self.volume_shape, 2 if self.config.decode == "soft" else 0
-        ), gripper
+        # of each command's volume the peak: its place and its value, (N,G)
+        volumes = logits.flatten(2)
+        best = volumes.argmax(-1)
+        gripper = volumes.gather(-1, best[..., None])[..., 0].argmax(-1)
+        # the chosen volume is read where it lies: to copy it takes longer than to find its peak
+        best = best.gather(1, gripper[:, None])[:, 0]
+        radius = 2 if self.config.decode == "soft" else 0
+        found = soft_argmax_at(
+            logits.flatten(1), best, gripper * volumes.shape[2], self.volume_shape, radius
+        )
+        return found, gripper
 
     def without_reached(self, logits, batch):
         """Logits (N,2,Z,H,W) with -inf at voxels where the EEF already is, gripper unchanged.

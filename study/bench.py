@@ -4,15 +4,15 @@ python -m study.bench features           # the frozen backbone as it is used, an
 python -m study.bench train              # training steps a second of every policy
 python -m study.bench rollout --ckpt X   # episodes an hour: our loop, robosuite's own
 python -m study.bench eval --ckpt X      # evaluation with 1 and 2 workers, where its seconds go
-python -m study.bench memory --ckpt X    # a worker's memory after each of 50 episodes (Linux)
+python -m study.bench memory --ckpt X    # of worker and network after each of 50 episodes (Linux)
 python -m study.bench attention          # A: block-causal attention against a dense mask, the cache
 python -m study.bench voxel [--quick]    # attention to voxel tokens: built, against absorbed
 python -m study.bench voxel --train      # B and C: the parts of a training step
 
 `train` and `rollout` take `--against CHECKOUT`: another commit's, which takes turns with this one.
+`rollout` then compares whole evaluations and leaves the loops out.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -24,8 +24,9 @@ from pathlib import Path
 import flags
 from harness.records import read_summary
 from registry import REGISTRY
-from runtime import UserError, command_line, git_commit, read_jsonl, run_script, write_json
+from runtime import UserError, command_line, git_commit, run_script, write_json
 from study.bench_attention import bench_attention, bench_voxel
+from study.bench_memory import bench_memory
 from study.bench_rollout import bench_rollout
 from study.bench_train import bench_train
 from study.timing import alternate
@@ -132,87 +133,6 @@ def bench_eval(args):
     return {"title": "evaluation", "seconds": rows}
 
 
-def largest_child(pid):
-    """Memory of the largest process that descends from `pid` -> {"rss", "anon", "peak"}, MB. In
-    an evaluation that is the worker.
-    """
-    # child -> parent of every process; the fields of stat after the name in parentheses are state,
-    # parent's id, ...
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [{"rss": 0.0, "anon": 0.0, "peak": 0.0}]
-    for child in parents:
-        # climb to `pid`, or to 0 where it is no ancestor
-        above = parents[child]
-        while above not in (pid, 0):
-            above = parents.get(above, 0)
-        # a process may end while it is read; a zombie has no VmRSS
-        with contextlib.suppress(OSError, KeyError):
-            if above == pid:
-                lines = dict(
-                    line.split(":", 1)
-                    for line in Path(f"/proc/{child}/status").read_text().splitlines()
-                )
-                found.append(
-                    {
-                        key: round(int(lines[name].split()[0]) / 1024, 1)
-                        for key, name in (("rss", "VmRSS"), ("anon", "RssAnon"), ("peak", "VmHWM"))
-                    }
-                )
-    return max(found, key=lambda memory: memory["rss"])
-
-
-def bench_memory(args):
-    """An evaluation in one worker that is never replaced: its memory as each episode ends."""
-    if not args.ckpt:
-        raise UserError("study.bench memory needs --ckpt")
-    n, held = args.episodes or 50, []
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "eval.py",
-                "--ckpt",
-                args.ckpt,
-                "--teleport",
-                "--zero_rotation",
-                "--n_episodes",
-                str(n),
-                "--workers",
-                "1",
-                "--recycle",
-                # the worker outlives all n episodes, so that growth of its memory would show
-                str(n + 1),
-                "--layout",
-                args.layout,
-                "--out",
-                folder,
-            ]
-        )
-        while process.poll() is None:
-            # a row is appended as its episode ends: measure once per new row
-            for _ in read_jsonl(Path(folder) / "episodes.jsonl")[len(held) :]:
-                held.append(largest_child(process.pid))
-            time.sleep(0.1)
-    if process.returncode:
-        raise UserError(f"the evaluation ended with exit code {process.returncode}, see above")
-    print(
-        f"\nMB of one worker, {args.layout}: RSS "
-        + ", ".join(
-            f"{held[i - 1]['rss']:.0f} after {i}" for i in (1, 10, 25, 50) if i <= len(held)
-        )
-        + f" episodes; peak {held[-1]['peak']:.0f}"
-    )
-    return {
-        "title": "memory of one evaluation worker",
-        "unit": "MB",
-        "layout": args.layout,
-        **{key: [memory[key] for memory in held] for key in held[0]},
-    }
-
-
 BENCHES = {
     "features": bench_features,
     "train": bench_train,
@@ -254,6 +174,12 @@ def build_parser():
         type=Path,
         metavar="CHECKOUT",
         help="train, rollout: a checkout of another commit that takes turns with this one",
+    )
+    parser.add_argument(
+        "--fast_ckpt",
+        type=Path,
+        metavar="PATH",
+        help="rollout --against: a checkpoint trained on --render fast, evaluated on it too",
     )
     parser.add_argument("--rounds", type=flags.count, default=7)
     parser.add_argument("--quick", action="store_true", help="voxel, attention: a small size alone")

@@ -36,6 +36,8 @@ LOOPS = {  # name -> (physics and render of Scene, whether every control step is
     "ours, robosuite's physics": ("robosuite", "exact", False),
     THEIRS: ("robosuite", "exact", True),
 }
+# whole evaluations that are compared
+OURS, FAST, OTHER = "this commit", "this commit, fast render", "the other"
 STEPS = 280  # of an episode at most, as published evaluations of LIBERO-Spatial
 PARTS = ("physics", "render", "features", "policy", "rest", "layout")
 
@@ -119,7 +121,9 @@ class RolloutWorker:
 
 
 def bench_rollout(args):
-    """Tables by number of workers; with --against, whole evaluations beside those of a checkout."""
+    """Tables by number of workers: of the loops, or with --against of whole evaluations beside
+    those of another checkout.
+    """
     if args.ckpt is None:
         args.ckpt, sentence = newest_checkpoint()
         print(sentence)
@@ -131,11 +135,10 @@ def bench_rollout(args):
         "episodes": n,
         "max_steps": STEPS,
         "simulator": simulator(),
-        "loops": [loops(args, n, workers) for workers in args.workers],
     }
     if args.against:
-        found["against"] = [against(args, n, workers) for workers in args.workers]
-    return found
+        return found | {"against": [against(args, n, workers) for workers in args.workers]}
+    return found | {"loops": [loops(args, n, workers) for workers in args.workers]}
 
 
 def loops(args, n, workers, steps=STEPS):
@@ -234,7 +237,7 @@ def show(found):
 
 
 def rounded(numbers):
-    return ", ".join(f"{name} {value:.1f}" for name, value in numbers.items())
+    return ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
 
 
 # -- against another checkout ---------------------------------------------------------------------
@@ -248,37 +251,54 @@ def against(args, n, workers):
             raise UserError(
                 f"--against {args.against}: no checkout of this repository, it has no eval.py"
             )
-    runs = {"this commit": [], "the other": []}
+    kinds = {OURS: (here, args.ckpt), OTHER: (args.against, args.ckpt)}
+    if args.fast_ckpt:
+        kinds[FAST] = (here, args.fast_ckpt)
+    runs = {name: [] for name in kinds}
     # in turn, A B A B: a slow spell of the machine hits both
     for _ in range(2):
-        for name, checkout in (("this commit", here), ("the other", args.against)):
-            runs[name].append(evaluated(args, checkout, n, workers))
-    mean = lambda name, key: float(np.mean([run[key] for run in runs[name]]))
-    found = {
-        name: {key: mean(name, key) for key in ("wall", "cpu", "episodes_an_hour")} for name in runs
-    }
-    ours, theirs = found["this commit"], found["the other"]
+        for name, (checkout, ckpt) in kinds.items():
+            runs[name].append(evaluated(args, checkout, ckpt, n, workers))
+    found = {name: averaged(rows) for name, rows in runs.items()}
+    ratios = {name: ratio(found[name], found[OTHER]) for name in kinds if name != OTHER}
     commit = ["git", "-C", str(args.against), "rev-parse", "--short=10", "HEAD"]
-    ratio = {
+    other = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
+    for name, numbers in ratios.items():
+        print(f"\n{name} against {other}, {workers} worker(s): {rounded(numbers)} times")
+        print(f"seconds an episode: {rounded(found[name]['seconds'])}")
+    print(f"\n{OTHER}, seconds an episode: {rounded(found[OTHER]['seconds'])}")
+    return found | {
+        "workers": workers,
+        "other_commit": other,
+        "equal_outcomes": runs[OURS][0]["rows"] == runs[OTHER][0]["rows"],
+        # summation runs in another order than it did: paths differ where success does not
+        "equal_successes": runs[OURS][0]["successes"] == runs[OTHER][0]["successes"],
+        "ratio": ratios,
+        "runs": runs,
+    }
+
+
+def averaged(runs):
+    """Several runs of `evaluated` -> their mean numbers."""
+    mean = lambda values: float(np.mean(values))
+    numbers = {key: mean([r[key] for r in runs]) for key in ("wall", "cpu", "episodes_an_hour")}
+    parts = runs[0]["seconds"]
+    return numbers | {"seconds": {p: mean([run["seconds"][p] for run in runs]) for p in parts}}
+
+
+def ratio(ours, theirs):
+    """How many times faster `ours` is, from two results of `averaged`."""
+    return {
         "episodes_an_hour": ours["episodes_an_hour"] / theirs["episodes_an_hour"],
         "whole_command": theirs["wall"] / ours["wall"],
         "cpu": theirs["cpu"] / ours["cpu"],
     }
-    found |= {
-        "workers": workers,
-        "other_commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
-        "equal_outcomes": runs["this commit"][0]["rows"] == runs["the other"][0]["rows"],
-        "ratio": ratio,
-        "runs": runs,
-    }
-    print(f"\nagainst {found['other_commit']}, {workers} worker(s): {rounded(ratio)} times")
-    return found
 
 
-def evaluated(args, checkout, n, workers):
+def evaluated(args, checkout, ckpt, n, workers):
     """One evaluation of a checkout, in a folder of its own, so that nothing is cached."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, checkout / "eval.py", "--ckpt", args.ckpt.resolve()]
+        command = [sys.executable, checkout / "eval.py", "--ckpt", ckpt.resolve()]
         command += ["--teleport", "--zero_rotation", "--max_steps", STEPS, "--layout", args.layout]
         command += ["--n_episodes", n, "--n_videos", 0, "--workers", workers, "--device", "cpu"]
         command += ["--out", Path(folder) / "cell"]
@@ -296,12 +316,14 @@ def evaluated(args, checkout, n, workers):
             raise UserError(f"{checkout}: its evaluation failed: {done.stderr.strip()[-300:]}")
         rows = sorted(read_episodes(Path(folder) / "cell"), key=lambda row: row["episode"])
     # an episode's own seconds, without process start and loading
-    inside = float(np.mean([row["seconds"]["total"] for row in rows]))
+    seconds = {p: float(np.mean([r["seconds"][p] for r in rows])) for p in rows[0]["seconds"]}
     return {
         "wall": wall,
         "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "episodes_an_hour": 3600 * workers / inside,
+        "episodes_an_hour": 3600 * workers / seconds["total"],
+        "seconds": seconds,
         "rows": [
             [row[k] for k in ("episode", "outcome", "steps", "first_success")] for row in rows
         ],
+        "successes": [row["episode"] for row in rows if row["success"]],
     }

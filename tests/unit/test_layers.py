@@ -139,6 +139,7 @@ BESIDE = {
     "figures.report": {"figures.pages", "figures.plots"},
     "study.bench": {
         "study.bench_attention",
+        "study.bench_memory",
         "study.bench_rollout",
         "study.bench_train",
         "study.timing",
