@@ -17,6 +17,8 @@
     python collect_demos.py --variant lift_once --n_demos 40
     # official states, re-rendered, cameras added
     python collect_demos.py --replay OFFICIAL.hdf5 --image_size 448
+    # every task of a suite, a file each
+    python collect_demos.py --task_suite libero_object --task_ids all --n_demos 20
     # the expert's success rate on every task
     python collect_demos.py --survey libero_spatial
 
@@ -25,6 +27,7 @@ Each finished demo is its own file in OUT.parts until all are there; a killed ru
 
 import argparse
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -34,6 +37,7 @@ from tqdm import tqdm
 import flags
 from figures import plots_settings
 from formats import lerobot_writer, libero_hdf5
+from formats.dataset import open_dataset
 from formats.parts import check_replaceable, gather, merge, part_path, readable
 from runtime import UserError, command_line, read_json, run_script, write_json
 from sim import recipe, settings
@@ -44,7 +48,7 @@ from sim.placement import JOINT_JITTER
 from sim.recording import ExpertWorker
 from sim.replay import ReplayWorker, take_from_replayed
 from sim.simulator import simulator_versions
-from sim.tasks import env_metadata, find_task
+from sim.tasks import env_metadata, find_task, number_of_tasks
 from sim.variants import VARIANTS, new_expert
 from sim.workers import TIMEOUT, run_jobs
 
@@ -56,6 +60,7 @@ FREE = (
     "n_demos",
     "overwrite",
     "show",
+    "task_ids",
     *("survey", "n_tasks", "first_state", "layouts"),
 )
 # flags that a replay takes from its file or does not need: giving one is an error
@@ -232,6 +237,12 @@ def build_parser():
     )
     parser.add_argument("--task_id", type=flags.whole, default=0)
     parser.add_argument(
+        "--task_ids",
+        type=several,
+        metavar="all|N,N",
+        help="several tasks, a file each in the folder --out (data/SUITE)",
+    )
+    parser.add_argument(
         "--n_demos",
         type=flags.count,
         help="demonstrations (48, or the next multiple of a setting's conditions), "
@@ -372,6 +383,52 @@ def main(argv=None):
             "--replay re-renders recorded states into an HDF5 file: "
             f"{', '.join(useless)} would have no effect; leave it out"
         )
+    if args.task_ids:
+        return collect_tasks(args)
+    collect_task(args)
+
+
+def several(text):
+    """The type of --task_ids: "all", or the numbers [int] of a text such as 0,3,5."""
+    if text == "all":
+        return text
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor numbers as 0,3,5")
+    return sorted({int(word) for word in text.split(",")})
+
+
+def collect_tasks(args):
+    """Collect several tasks of a suite, each into a file of its own in one folder. Files that are
+    there already are kept: the same command goes on.
+
+    Raises UserError where the folder is of other flags, or a file holds another number of
+    demonstrations than asked for.
+    """
+    suite = args.task_suite or "libero_spatial"
+    if args.replay or args.show:
+        raise UserError("--task_ids: goes neither with --replay nor with --show; give --task_id")
+    chosen = range(number_of_tasks(suite)) if args.task_ids == "all" else args.task_ids
+    tasks = [find_task(suite, index) for index in chosen]
+    folder = Path(args.out or f"data/{suite}")
+    claim(folder, args, simulator_versions()["mujoco"])
+    for task in tasks:
+        out = folder / (task.key + (".hdf5" if args.format == "libero" else ""))
+        if out.exists() and not args.overwrite:
+            there = len(open_dataset(out))
+            if args.n_demos not in (None, there):
+                raise UserError(
+                    f"{out}: holds {there} demonstrations, --n_demos {args.n_demos} asks for "
+                    "others; remove the file, or give another --out"
+                )
+            print(f"{out}: is there already")
+            continue
+        # a copy: what is filled in for one task is asked anew for the next
+        one = argparse.Namespace(**{**vars(args), "task_id": task.index, "out": str(out)})
+        collect_task(one)
+
+
+def collect_task(args):
+    """Collect, replay or show one task, with the flags filled in that were not given."""
     args.grasp = args.grasp or usual_grasp(args)
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
     args.frame_stride = chosen_stride(args)

@@ -47,6 +47,29 @@ class Demo:
         """What tells a demonstration from every other: every file has a demo_0."""
         return self.source.fingerprint, self.name, self.mirrored
 
+    @property
+    def task(self):
+        """Key of its LIBERO task, such as libero_spatial_0; "" where its dataset does not say."""
+        said = self.source.attributes
+        known = "task_suite" in said and "task_id" in said
+        return f"{said['task_suite']}_{said['task_id']}" if known else ""
+
+    @property
+    def instruction(self):
+        """What was asked for, in words; "" where its dataset does not say.
+
+        A LeRobot dataset says it of each episode, others of all. LIBERO's own files hold it in
+        their `problem_info`, a JSON text.
+        """
+        said = self.source.attributes
+        words = self.attrs.get("task") or said.get("language")
+        if words:
+            return str(words)
+        try:
+            return str(json.loads(said["problem_info"])["language_instruction"])
+        except (KeyError, TypeError, ValueError):
+            return ""
+
     def images(self, frames):
         """Images (N,S,S,3) uint8 RGB, upright, of N frames, S = image_size. Reads these alone.
 

@@ -63,6 +63,11 @@ def find_task(suite, index):
     return Task(suite, index, task.name, task.language, str(bddl))
 
 
+def number_of_tasks(suite):
+    """How many tasks a suite has. Raises UserError for an unknown one."""
+    return _suite(suite).get_num_tasks()
+
+
 def installed_suites():
     """({name of a suite: number of its tasks}, [names of suites that LIBERO lists, but whose files
     are not all installed]), LIBERO's suites before LIBERO-PRO's.

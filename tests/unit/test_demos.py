@@ -313,6 +313,20 @@ def test_a_flipped_byte_of_a_header_is_refused(tmp_path):
     assert len(found) == 2 and found.attributes["language"] == "pick up the blob"
 
 
+def test_a_demonstration_knows_its_task_and_what_was_asked_for(synthetic_demos, tmp_path):
+    """Of this repository's files, of LIBERO's own, whose text is inside a JSON, and of none."""
+    known = open_dataset(synthetic_demos).demos[0]
+    assert (known.task, known.instruction) == ("libero_spatial_0", "pick up the blob")
+    path = write_synthetic_demos(tmp_path / "official.hdf5", n_demos=1, size=16)
+    for said, words in (('{"language_instruction": "put it back"}', "put it back"), ("{", "")):
+        with h5py.File(path, "a") as file:
+            for name in ("language", "task_suite", "problem_info"):
+                file["data"].attrs.pop(name, None)
+            hdf5.set_attributes(file["data"], {"problem_info": said})
+        demo = open_dataset(path).demos[0]
+        assert (demo.task, demo.instruction) == ("", words)
+
+
 def test_a_damaged_index_of_an_array_is_named(tmp_path):
     """Other and older files have indices without a checksum.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_synthetic_episodes
+from conftest import write_synthetic_demos, write_synthetic_episodes
 from helpers import ROOT
 from PIL import Image
 
@@ -23,7 +23,7 @@ import runtime
 from figures import plots
 from formats import parts, smith300
 from harness import checkpoint, records
-from runtime import UserError
+from runtime import UserError, versions
 from study import survey
 from study.matrix_plan import same
 
@@ -161,6 +161,25 @@ def test_an_unknown_suite_is_said_at_once(monkeypatch):
     refused(lambda: run("nope"), "nope")
     refused(lambda: run("libero_spatial", "--n_tasks", "11"), "10")
     refused(lambda: run("libero_spatial", "--first_state", "30"), "--n_demos 50", "20 init states")
+
+
+def test_a_suite_is_collected_into_a_folder_and_goes_on(tmp_path, capsys):
+    """What is there is kept. Another number of demonstrations, and other flags, are refused."""
+    folder = tmp_path / "suite"
+    collect = lambda *words: collect_demos.main(["--task_ids", "0,3", "--out", f"{folder}", *words])
+    # an unknown task is said before anything is written
+    refused(lambda: collect_demos.main(["--task_ids", "0,10", "--out", f"{folder}"]), "0 to 9")
+    refused(lambda: collect_demos.main(["--task_ids", "0-3"]), "0,3,5")
+    assert not folder.exists()
+    # as a run leaves it that was killed between its last file and its end
+    args = collect_demos.build_parser().parse_args(["--seed", "5"])
+    collect_demos.claim(folder, args, versions()["mujoco"])
+    for index in (0, 3):
+        write_synthetic_demos(folder / f"libero_spatial_{index}.hdf5", n_demos=2, size=16)
+    collect("--seed", "5", "--n_demos", "2")
+    assert capsys.readouterr().out.count("is there already") == 2
+    refused(lambda: collect("--seed", "5", "--n_demos", "3"), "libero_spatial_0.hdf5", "2 demonst")
+    refused(lambda: collect("--seed", "6", "--n_demos", "2"), "other settings")
 
 
 def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path, monkeypatch):
