@@ -224,7 +224,7 @@ class ExpertWorker:
             scene.set_view(view)
             if turn:
                 scene.set_camera(settings.turned(scene.camera()[1], turn, base))
-            seen = self.in_view() and (self.unhidden() or not of_recipe)
+            seen = self.in_view() and (not of_recipe or self.unhidden())
             if seen or not spread and not of_recipe:
                 return view
         scene.set_view(condition)

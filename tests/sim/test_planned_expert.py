@@ -5,14 +5,17 @@ choice of a grasp, and the longest task.
 import numpy as np
 import pytest
 
+import collect_demos
 from rot_utils import matrix_to_rotvec
 from runtime import UserError
+from sim import settings
 from sim.clearance import Boxes, clearance, up
 from sim.expert import default_grasp, servo_action
 from sim.grasps import DOWN, YAWS, choose, grasps
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
 from sim.object_facts import PREFERRED, PREFERRED_ASIDE
 from sim.planned_expert import STRAY, PlannedExpert, stages
+from sim.recording import ExpertWorker
 from sim.rollout import expert_episode
 from sim.tasks import find_task
 from study.survey import SurveyWorker, table_row
@@ -106,6 +109,16 @@ def test_a_descent_that_was_pushed_aside_starts_over(begun):
     aside = np.array([2 * STRAY, 0, 0])
     target, gripper = expert.act(begun, now.eef_pos + aside, now.eef_rot)
     assert expert.phase == "hover" and gripper == OPEN and target[2] > now.eef_pos[2] - 0.02
+
+
+def test_demonstrations_of_any_goal_are_recorded(begun, tmp_path):
+    """No size of object or goal has to be known where no view is drawn: a drawer is as good."""
+    args = collect_demos.build_parser().parse_args(["--task_suite", "libero_goal"])
+    args.start_spread = args.turn_spread = 0.0
+    args.split, condition = None, settings.Condition()
+    worker = ExpertWorker(args, tmp_path)
+    worker.scene = begun
+    assert worker.aim(np.random.default_rng(0), condition) == condition
 
 
 def test_bowl_aside_drawer_open_bowl_in(scene):
