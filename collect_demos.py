@@ -35,7 +35,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import flags
-from figures import plots_settings
+from figures import plots_recipe, plots_settings
 from formats import lerobot_writer, libero_hdf5
 from formats.dataset import open_dataset
 from formats.parts import check_replaceable, gather, merge, part_path, readable
@@ -84,8 +84,12 @@ def show(args):
     """Draw every condition of a setting, rendered, into one picture."""
     if args.setting == "in_dist":
         raise UserError(
-            "--show: in_dist has one condition only; give --setting viewpoint or position"
+            "--show: in_dist has one condition only; give --setting viewpoint, position or recipe"
         )
+    if args.setting == "recipe":
+        plots_recipe.draw(args.show, args.turn_spread)
+        print(args.show)
+        return
     # objects as in the first init state, from which the picture varies view or positions
     suite = args.task_suite or "libero_spatial"
     scene = Scene(suite, args.task_id, args.image_size, args.clean_scene, render=args.render)

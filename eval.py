@@ -13,7 +13,9 @@ Layouts: `benchmark` is LIBERO's own init states. `shifted` moves the task's obj
 itself. `viewpoint` and `viewpoint_shifted` are these two, each episode seen from the next of the
 test views of sim/settings.py. `position` takes the test positions in turn, with the same few random
 layouts at each. `val`, `val_shifted` and so on are random layouts, views and positions apart from
-all of these, for tuning. An interrupted run goes on with the same command.
+all of these, for tuning. `verdict_...` and `moved_midway`, in which the bowl is set aside while the
+robot acts, are fresh sets, and `val_verdict_...` what to tune on, see sim/layouts.py. An
+interrupted run goes on with the same command.
 
 One process owns the network and answers the simulators of all --workers; an episode's outcome does
 not depend on their number.
@@ -45,11 +47,11 @@ from harness.records import (
 )
 from harness.summary import print_summary, summarise
 from runtime import UserError, append_jsonl, run_script, write_json
-from sim import settings
+from sim import layouts, settings
 from sim.cameras import RENDERS
 from sim.decisions import Decider, RemoteAgent
 from sim.expert import EXPERTS, default_grasp
-from sim.layouts import LAYOUTS, episode_state
+from sim.layouts import LAYOUTS
 from sim.libero_env import Scene
 from sim.protocol import check_protocol
 from sim.rollout import BlindAgent, OracleAgent, expert_path, run_episode, run_expert
@@ -100,8 +102,7 @@ class EvalWorker:
             self.agent = OracleAgent(args.waypoint_stride, args.grid, args.n_height_bins)
         elif args.policy == "blind":
             # it knows the mean position of the training demonstrations
-            trained = settings.conditions(LAYOUTS[args.layout][0], "train", args.split)
-            self.agent = BlindAgent(np.mean([(c.dx, c.dy) for c in trained], axis=0))
+            self.agent = BlindAgent(layouts.training_shift(args.layout, args.split))
 
     def run(self, job):
         """A job -> its row, or {"stopped": traceback} where this program failed.
@@ -118,18 +119,25 @@ class EvalWorker:
 
     def check(self):
         """Check the protocol from the first episode's view -> dict of what was measured."""
-        conditions = settings.conditions(*LAYOUTS[self.args.layout], self.args.split)
+        conditions = layouts.conditions(self.args.layout, self.args.split)
         return check_protocol(self.scene, self.reference, conditions[0])
 
     # an episode's index -> its row: place the scene, know the expert's path, act, draw
     def episode(self, job):
         args, scene = self.args, self.scene
-        state, condition = episode_state(scene, args.layout, job, args.split)
+        state, condition = layouts.episode_state(scene, args.layout, job, args.split)
+        event = layouts.event(args.layout, job)
         path = expert_path(scene, state, grasp=args.grasp, variant=args.variant)
         every = args.video_every if job < args.n_videos else 0
         if args.policy == "expert":
             row, frames, thumbs = run_expert(
-                scene, state, video_every=every, path=path, grasp=args.grasp, variant=args.variant
+                scene,
+                state,
+                video_every=every,
+                path=path,
+                grasp=args.grasp,
+                variant=args.variant,
+                event=event,
             )
         else:
             watch = Watch(args.stop_stalled) if args.stop_stalled or args.trace else None
@@ -146,17 +154,17 @@ class EvalWorker:
                 args.variant,
                 seed=draw_seed(args.seed, job),
                 watch=watch,
+                event=event,
             )
             # for study.stalled
             if args.trace:
                 watch.save(args.out / "traces" / f"{job:03d}.npz")
         self.draw(job, row, frames, thumbs)
-        setting, part = LAYOUTS[args.layout]
         return {
             "episode": job,
-            "init_state": job % 50 if part == "test" and setting != "position" else None,
+            "init_state": layouts.init_state_of(args.layout, job),
             "layout": args.layout,
-            **condition.described(setting),
+            **condition.described(LAYOUTS[args.layout].setting),
             "seed": args.seed,
             **row,
         }
@@ -330,7 +338,7 @@ def prepare(args, network=None):
     The checkpoint's own settings come first, then the defaults. Raises UserError for flags that do
     not fit the checkpoint or each other.
     """
-    info, (setting, part) = {}, LAYOUTS[args.layout]
+    info, setting = {}, LAYOUTS[args.layout].setting
     if network:
         info = network.about["info"]
         args.device = network.about["device"]
@@ -346,7 +354,7 @@ def prepare(args, network=None):
     if args.clean_scene is None:
         args.clean_scene = settings.clean_by_default(setting)
     if args.n_episodes is None:
-        conditions = settings.conditions(setting, part, args.split)
+        conditions = layouts.conditions(args.layout, args.split)
         args.n_episodes = 50 if setting != "position" else 5 * len(conditions)
     # beyond the init states, `benchmark` would repeat episodes
     available = len(init_states(task))
@@ -383,7 +391,7 @@ def as_trained(args, info, config):
     if args.clean_scene is None and "clean_scene" in trained_on:
         args.clean_scene = trained_on["clean_scene"] == "True"
     # a split belongs to its setting; trained in another setting, any split may be tested
-    same_setting = trained_on.get("setting") == LAYOUTS[args.layout][0]
+    same_setting = trained_on.get("setting") == LAYOUTS[args.layout].setting
     if same_setting and trained_on.get("split"):
         args.split = args.split or trained_on["split"]
         if args.split != trained_on["split"]:
@@ -414,13 +422,14 @@ def refuse_without_meaning(args):
 
 def cell_name(args, info, task):
     """Name of an evaluation's folder, where --out is not given."""
+    setting = LAYOUTS[args.layout].setting
     return "_".join(
         [
             *([run_name(args.ckpt)] if args.ckpt else []),
             info.get("model_type", args.policy),
             task.key,
             args.layout,
-            *([args.split] if args.split != settings.SPLITS[LAYOUTS[args.layout][0]][0] else []),
+            *([args.split] if args.split != settings.resolve_split(setting) else []),
             *([args.variant] if args.variant != "task" else []),
         ]
     )

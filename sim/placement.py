@@ -145,15 +145,33 @@ class Placement:
                 )
         return None if self.success() or self._touching(offsets) else state
 
-    def _touching(self, names, fixtures=False):
-        """True if one of the named objects touches another movable object, or, with `fixtures`, a
-        fixture too.
+    def set_aside(self, name, place):
+        """Set an object, as it stands, to a place (2,) m while an episode runs -> True, or False
+        where it would touch anything but the table there, or the task would be done: then it stays.
+        """
+        before = self.sim.get_state()
+        low, high = self.sim.model.get_joint_qpos_addr(f"{name}_joint0")
+        velocity = slice(*self.sim.model.get_joint_qvel_addr(f"{name}_joint0"))
+        self.sim.data.qpos[low : low + 2] = place
+        self.sim.data.qvel[velocity] = 0
+        self.sim.forward()
+        if not self.success() and not self._touching([name], fixtures=True, robot=True):
+            return True
+        self.sim.set_state(before)
+        self.sim.forward()
+        return False
+
+    def _touching(self, names, fixtures=False, robot=False):
+        """True if one of the named objects touches another movable object, or, with `fixtures` and
+        `robot`, one of these.
         """
         owner = {}  # {a geom's number: the object that it is of}; table and robot have none
         things = dict(self.env.env.objects_dict)
         if fixtures:
             things.update(self.env.env.fixtures_dict)
             things.pop("main_table", None)
+        if robot:
+            things.update(arm=self.robot.robot_model, gripper=self.robot.gripper)
         for name, obj in things.items():
             for geom in obj.contact_geoms:
                 owner[self.sim.model.geom_name2id(geom)] = name

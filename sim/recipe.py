@@ -45,15 +45,22 @@ JITTER = 0.025  # metres in x and in y, of objects that stay near their usual pl
 # degrees between a camera and agentview, seen from the workspace; directions are free
 THETA = {"train": (0.0, 9.0), "val": (10.5, 12.5)}
 # metres on the table: radius of each object, and room that is kept between two
-RADIUS = {BOWL: 0.06, PLATE: 0.09, COOKIES: 0.052, RAMEKIN: 0.045, OTHER_BOWL: 0.06}
+RADIUS = {BOWL: 0.06, PLATE: 0.08, COOKIES: 0.052, RAMEKIN: 0.045, OTHER_BOWL: 0.06}
 ROOM = 0.012
+# a bowl's foot is narrow: its rim may be over the plate's, as in the benchmark, 12 cm apart
+BOWL_TO_PLATE = 0.115
+# share of layouts in which the bowl is drawn before the plate: what is drawn last has to go where
+# room is left
+BOWL_FIRST = 0.6
+TRIES = 200  # at a place, until the layout is begun anew
 # where the outer finger comes down beside the bowl's rim, from the bowl's centre, and its radius
-FINGER, FINGER_RADIUS = np.array([0.0, -0.09]), 0.018
+FINGER, TO_FINGER, FINGER_RADIUS = "finger", np.array([0.0, -0.09]), 0.015
 # low and high corners of the stove's plate in the full scene, with its own jitter
 STOVE = np.array([[-0.375, -0.255], [-0.16, -0.04]])
 # metres around both places of a pair of bowl and plate that is held out: `shifted` moves each by
 # 5 cm from where the init states have it, give or take 1.5 cm
 HELD_OUT = ((USUAL, 0.08), (SWAPPED, 0.05), (VAL_SWAP, 0.05))
+BASE = (-0.66, 0.0)  # of the robot, metres
 # defaults of the flags by which collect_demos.py varies start and camera further, by part
 START_SPREAD = {"train": 0.3, "val": 0.0}
 TURN_SPREAD = {"train": 40.0, "val": 0.0}
@@ -89,20 +96,40 @@ def drawn(part, seed, index, attempt, clean):
     clean: whether the scene holds bowl and plate alone.
     """
     rng = np.random.default_rng([*settings.random_seed(PURPOSE[part], seed, index, attempt), 31])
-    while True:
+    return layout(rng, part, clean)
+
+
+def layout(rng, part, clean):
+    """A settings.Condition with the places of a part's objects, drawn until none meets another and
+    no layout of a test is among them.
+    """
+    places = None
+    while places is None:
         places = _places(rng, part, clean)
-        if not held_out(places) and apart(places, clean):
-            return settings.Condition(places=tuple((n, *p) for n, p in places.items()))
+    return settings.Condition(places=tuple((n, *p) for n, p in places.items()))
 
 
 def _places(rng, part, clean):
-    """Places {name: (2,) m} of the objects, each drawn by itself."""
-    names = (BOWL, PLATE) if clean else (BOWL, PLATE, COOKIES)
-    found = {n: rng.uniform(*np.transpose([X[n], Y[part]])).tolist() for n in names}
+    """Places {name: (2,) m} of the objects, or None where they do not find room.
+
+    One after the other: all at once, layouts would be few where several objects may be, and the
+    bowl would hardly ever stand between plate and ramekin, where the benchmark has it.
+    """
+    places = {}
     if not clean:
         for name in (RAMEKIN, OTHER_BOWL):
-            found[name] = (USUAL[name] + rng.uniform(-JITTER, JITTER, 2)).tolist()
-    return found
+            places[name] = (USUAL[name] + rng.uniform(-JITTER, JITTER, 2)).tolist()
+        if not apart(places, clean):
+            return None
+    order = [BOWL, PLATE] if rng.random() < BOWL_FIRST else [PLATE, BOWL]
+    for name in order if clean else [*order, COOKIES]:
+        for _ in range(TRIES):
+            places[name] = rng.uniform(*np.transpose([X[name], Y[part]])).tolist()
+            if apart(places, clean) and not held_out(places):
+                break
+        else:
+            return None
+    return places
 
 
 def held_out(places):
@@ -110,6 +137,8 @@ def held_out(places):
     on the init states of libero_spatial or with plate and cookies swapped, or where the swap is
     validated.
     """
+    if BOWL not in places or PLATE not in places:
+        return False
     far = lambda name, usual: np.linalg.norm(np.subtract(places[name], usual[name]))
     return any(max(far(BOWL, at), far(PLATE, at)) < limit for at, limit in HELD_OUT)
 
@@ -118,21 +147,20 @@ def apart(places, clean):
     """True if no two objects of places {name: (2,) m} meet, and nothing stands where the gripper
     comes down to the bowl's rim.
     """
-    names = list(places)
     far = lambda a, b: np.linalg.norm(np.subtract(a, b))
-    for i, a in enumerate(names):
-        if any(far(places[a], places[b]) < RADIUS[a] + RADIUS[b] + ROOM for b in names[:i]):
+    # (name, place, radius) of all that may not meet, the gripper's finger among them
+    things = [(n, p, RADIUS[n] + ROOM / 2) for n, p in places.items()]
+    if BOWL in places:
+        things.append((FINGER, np.add(places[BOWL], TO_FINGER), FINGER_RADIUS))
+    for i, (a, at, radius) in enumerate(things):
+        for b, other, theirs in things[:i]:
+            least = BOWL_TO_PLATE if {a, b} == {BOWL, PLATE} else radius + theirs
+            if {a, b} != {BOWL, FINGER} and far(at, other) < least:
+                return False
+        # the nearest point of the stove's plate
+        if not clean and far(at, np.clip(at, *STOVE)) < radius:
             return False
-    finger = np.add(places[BOWL], FINGER)
-    if any(far(finger, places[n]) < RADIUS[n] + FINGER_RADIUS for n in names if n != BOWL):
-        return False
-    if clean:
-        return True
-    # the nearest point of the stove's plate to a point
-    to_stove = lambda point: far(point, np.clip(point, *STOVE))
-    return to_stove(finger) > FINGER_RADIUS and all(
-        to_stove(places[n]) > RADIUS[n] + ROOM for n in names
-    )
+    return True
 
 
 def views(rng, part, turn_spread, n):

@@ -293,10 +293,12 @@ class Episode:
     """Steps a scene and keeps account: path, time by activity, success, release, frames for video.
 
     The variant's account decides on success. A successful episode is over once the gripper is open.
+    event: what happens meanwhile, one of sim/events.py.
     """
 
-    def __init__(self, scene, max_steps, video_every=0, variant="task"):
+    def __init__(self, scene, max_steps, video_every=0, variant="task", event=None):
         self.scene, self.max_steps, self.video_every = scene, max_steps, video_every
+        self.event = event
         self.steps, self.path, self.frames = 0, [], []
         self.rest = float(scene.position(scene.subject)[2])
         self.lifted = self.success = self.released = False
@@ -346,6 +348,8 @@ class Episode:
         self.scene.step(action)
         self.seconds["physics"] += time.perf_counter() - start
         self.steps += 1
+        if self.event:
+            self.event.note(self.scene, self.steps)
         self.note()
 
     def outcome(self):
@@ -383,6 +387,7 @@ def run_episode(
     variant="task",
     seed=0,
     watch=None,
+    event=None,
 ):
     """Run one closed-loop episode from `state` (S,) -> (row of results, frames [(image, plan or
     None)], decision images). The gripper changes only near the waypoint, then holds still.
@@ -392,6 +397,7 @@ def run_episode(
     path: the expert's path from this state, for the coverage.
     seed: of all that the agent draws at random in this episode.
     watch: a stalled.Watch, which may end the episode; the row then says `stalled` with the step.
+    event: what happens meanwhile, one of sim/events.py; the row then says it as `moved`.
 
     An exception of the agent's, or a waypoint that is not finite, ends the episode as a failure,
     outcome "error": a policy must not gain by failing. In the variant `lift_once` a decision takes
@@ -399,7 +405,7 @@ def run_episode(
     """
     started = time.perf_counter()
     scene.begin_episode(state)
-    episode = Episode(scene, max_steps, video_every, variant)
+    episode = Episode(scene, max_steps, video_every, variant, event)
     least = waypoint_stride if variant == "lift_once" else 1
     servo = Servo(teleport, zero_rotation, waypoint_stride, least)
     agent.start(scene, path, seed)
@@ -447,7 +453,14 @@ def failed(row, failure):
 
 
 def run_expert(
-    scene, state, max_steps=None, video_every=0, path=None, grasp="side", variant="task"
+    scene,
+    state,
+    max_steps=None,
+    video_every=0,
+    path=None,
+    grasp="side",
+    variant="task",
+    event=None,
 ):
     """Run an episode of the scripted expert -> what `run_episode` answers, in the same account.
 
@@ -456,7 +469,7 @@ def run_expert(
     started = time.perf_counter()
     scene.begin_episode(state)
     expert = new_expert(grasp, variant).plan(scene)
-    episode = Episode(scene, max_steps or expert.max_steps, video_every, variant)
+    episode = Episode(scene, max_steps or expert.max_steps, video_every, variant, event)
     # in `lift_once` the expert goes on staying: the account wants longer than a demonstration lasts
     while not episode.over and not (expert.done and variant == "task"):
         target, episode.gripper = expert.act(scene, episode.eef, episode.eef_rot)
@@ -483,6 +496,7 @@ def result_row(scene, episode, agent, decisions, path, started):
         "first_release": episode.first_release,
         "decisions": decisions,
         **({"lifts": episode.account.lifts} if episode.variant == "lift_once" else {}),
+        **({"moved": episode.event.row} if episode.event else {}),
         "jerk_mm": round(1000 * jerk(episode.path), 4),
         "third_difference_mm": round(1000 * jerk(episode.path, 3), 4),
     }

@@ -10,6 +10,8 @@ only.
                half near the robot, tested on the far half
     recipe     bowl, plate and camera of each demonstration drawn by themselves, see sim/recipe.py
 
+Nothing is trained in the settings `views`, `places` and `swap`: they are those of sim/verdict.py.
+
 A condition's place in its list is fixed: demonstration or episode i has condition i mod n.
 Validation conditions lie on the test side, so that they can tune what is to extrapolate, and apart
 from every test condition: views half-way between the grid's, positions at least two grid steps off.
@@ -49,13 +51,21 @@ PURPOSES = (
     "recipe",
     "val_recipe",
     "recipe_scene",
+    "verdict_position",
+    "val_verdict_position",
+    "val_verdict_swap",
+    "moved_midway",
+    "val_moved_midway",
 )
 # numbers of a Condition that a setting varies
 VARIED = {
     "viewpoint": ("theta", "phi"),
     "position": ("dx", "dy"),
     "recipe": ("theta", "phi", "turn"),
+    "views": ("theta", "phi"),
 }
+# settings whose scene is the full one unless another is asked for
+FULL_SCENES = ("in_dist", "swap")
 
 # LIBERO's tabletop scenes: agentview, and the expert's path on libero_spatial task 0 (metres)
 FOVY, CAMERA_POSITION = 45.0, np.array([0.6586131746834771, 0.0, 1.6103500240372423])
@@ -216,7 +226,7 @@ def why_excluded(condition):
     return f"decodes up to {100 * error:.1f} cm off" if error > DECODE_LIMIT else None
 
 
-def _spread(items):
+def spread(items):
     """The items in an order whose first few are spread over all of them. It walks around the list
     in steps of about the golden section.
     """
@@ -270,9 +280,10 @@ def resolve_split(setting, split=None):
     """The split that is asked for, or the setting's default one. Raises UserError for a split that
     the setting does not have.
     """
-    if split is None or split in SPLITS[setting]:
-        return split or SPLITS[setting][0]
-    known = " or ".join(map(str, SPLITS[setting]))
+    splits = SPLITS.get(setting, (None,))
+    if split is None or split in splits:
+        return split or splits[0]
+    known = " or ".join(map(str, splits))
     raise UserError(
         f"--split {split}: setting {setting} has "
         + ("no splits" if known == "None" else f"{known}")
@@ -287,8 +298,8 @@ def conditions(setting, part, split=None):
     if setting in ("in_dist", "recipe"):
         return [Condition()]
     if setting == "position":
-        return _spread(_positions(part, split))
-    return _spread([c for c in _views(part, split) if not why_excluded(c)])
+        return spread(_positions(part, split))
+    return spread([c for c in _views(part, split) if not why_excluded(c)])
 
 
 def excluded(split=None):
@@ -303,4 +314,4 @@ def clean_by_default(setting):
     """True for settings in which distractors and fixtures would stand in the way: of the shifted
     objects, or of the moved camera's view. None for the recipe, which has both scenes.
     """
-    return None if setting == "recipe" else setting != "in_dist"
+    return None if setting == "recipe" else setting not in FULL_SCENES

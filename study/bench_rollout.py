@@ -80,7 +80,7 @@ class RolloutWorker:
 
     def __init__(self, layout, config, steps, address):
         start = time.perf_counter()
-        setting = LAYOUTS[layout][0]
+        setting = LAYOUTS[layout].setting
         self.layout, self.stride, self.steps = layout, config["waypoint_stride"], steps
         clean = settings.clean_by_default(setting)
         # a scene for each render, built once for all jobs; `built` tells its seconds apart

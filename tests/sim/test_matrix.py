@@ -10,8 +10,7 @@ from helpers import SIZE, run
 import eval as evaluation
 import run_matrix
 from runtime import UserError, write_json
-from sim import settings
-from sim.layouts import LAYOUTS
+from sim import layouts
 from study.graph import pending
 
 # -- which commands, and what counts as done
@@ -176,7 +175,7 @@ def test_pro_suites_and_other_splits_are_columns(tmp_path):
         assert "--split" not in asked[name] and "--task_suite" not in asked[name]
     for name in (n for n in nodes if n.startswith("eval")):
         args = evaluation.build_parser().parse_args(nodes[name].command[2:])
-        assert settings.conditions(*LAYOUTS[args.layout], args.split)
+        assert layouts.conditions(args.layout, args.split)
         assert name.split("-")[2] in run_matrix.CELLS
 
 

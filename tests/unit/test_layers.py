@@ -106,7 +106,8 @@ BESIDE = {
         "sim.tasks",
     },
     "sim.protocol": {"sim.libero_env"},
-    "sim.layouts": {"sim.settings"},
+    "sim.events": {"sim.expert", "sim.settings"},
+    "sim.layouts": {"sim.events", "sim.placement", "sim.settings", "sim.verdict"},
     "sim.decisions": {"sim.workers"},
     "sim.recipe": {"sim.settings"},
     "sim.recording": {
@@ -121,6 +122,7 @@ BESIDE = {
     "sim.servo": {"sim.expert", "sim.libero_env"},
     "sim.simulator": {"sim.kept_model", "sim.renderer"},
     "sim.tasks": {"sim.simulator"},
+    "sim.verdict": {"sim.recipe", "sim.settings"},
     "sim.variants": {"sim.expert", "sim.libero_env"},
     "harness.finetune": {"harness.checkpoint"},
     "harness.trainer": {
@@ -134,6 +136,7 @@ BESIDE = {
     "harness.validation": {"harness.metrics"},
     "figures.heldout": {"figures.plots"},
     "figures.plots_rates": {"figures.plots"},
+    "figures.plots_recipe": {"figures.plots"},
     "figures.plots_rotation": {"figures.plots"},
     "figures.plots_settings": {"figures.plots"},
     "figures.report": {"figures.pages", "figures.plots"},
