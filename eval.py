@@ -388,7 +388,9 @@ def as_trained(args, info, config):
             setattr(args, name, trained_on.get(name))
     if args.task_id is None:
         args.task_id = int(trained_on.get("task_id", 0))
-    if args.clean_scene is None and "clean_scene" in trained_on:
+    # the verdict's rows are compared episode by episode: theirs is the layout's scene for all
+    as_layout = LAYOUTS[args.layout].frozen is not None
+    if args.clean_scene is None and "clean_scene" in trained_on and not as_layout:
         args.clean_scene = trained_on["clean_scene"] == "True"
     # a split belongs to its setting; trained in another setting, any split may be tested
     same_setting = trained_on.get("setting") == LAYOUTS[args.layout].setting

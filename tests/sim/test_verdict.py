@@ -142,6 +142,22 @@ def test_low_views_are_those_that_decode_badly():
         assert settings.decode_error(settings.orbit(DEFAULT, c.theta, c.phi)) > 0.03
 
 
+@pytest.mark.parametrize(
+    "layout, clean", [("verdict_position", True), ("val_verdict_swap", False), ("position", False)]
+)
+def test_all_rows_have_the_scene_of_the_layout(layout, clean):
+    """A checkpoint of full-scene demonstrations is tested in the clean scene where the layout is:
+    else its episodes would be others than those that it is compared on, and `verdict_position` has
+    the stove where the bowl goes. The older layouts keep the scene of the demonstrations.
+    """
+    args = evaluation.build_parser().parse_args(["--layout", layout])
+    info = {"model_type": "para", "backbone_identity": "", "dataset": {"clean_scene": "False"}}
+    evaluation.as_trained(args, info, {"image_size": 112, "waypoint_stride": 5})
+    if args.clean_scene is None:
+        args.clean_scene = settings.clean_by_default(layouts.LAYOUTS[layout].setting)
+    assert args.clean_scene == clean
+
+
 # -- in the simulator
 
 
