@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rot_utils import euler_to_matrix, rotvec_to_matrix
-from sim.clearance import Boxes, clearance, table_height
+from sim.clearance import Boxes, clearance, table_height, up
 from sim.object_facts import (
     BELOW_TOP,
     BELOW_TOP_USUAL,
@@ -25,6 +25,9 @@ YAWS = (0, 30, -30, 60, -60, 90, 15, -15, 45, -45, 75, -75)
 # metres of room from which on a grasp is taken; a task's own is kept with less, as the boxes are
 # larger than what is in them
 ROOM, KEPT_ROOM = 0.005, -0.005
+# cosine of the tilt from which on a bowl leans; and degrees of yaw that a rim point is worth by so
+# many metres that it is higher than another
+LEANS, YAW_PER_METRE = 0.97, 2300
 # metres from the robot's base, from above, beyond which the elbow locks straight
 REACH = 0.77
 
@@ -55,20 +58,33 @@ class Grasp:
 
 def grasps(scene, name):
     """All grasps of an object, in the order in which they are preferred where there is room."""
-    if kind(name) in RIM_RADIUS:
-        return rim_grasps(RIM_RADIUS[kind(name)])
-    return top_grasps(scene, name)
+    if kind(name) not in RIM_RADIUS:
+        return top_grasps(scene, name)
+    axis, radius = axis_of(scene, name), RIM_RADIUS[kind(name)]
+    if axis[2] > LEANS:
+        return rim_grasps(radius, up(1))
+    # at the rim's lower side the fingers would catch what the bowl leans on
+    found = rim_grasps(radius, axis)
+    return sorted(found, key=lambda grasp: abs(grasp.yaw) - YAW_PER_METRE * grasp.offset[2])
 
 
-def rim_grasps(radius):
-    """Grasps of a bowl whose rim stands between the fingers."""
+def axis_of(scene, name):
+    """The object's own z axis (3,) in the world: up where it stands upright."""
+    body = scene.env.env.obj_body_id[name]
+    return scene.sim.data.body_xmat[body].reshape(3, 3)[:, 2]
+
+
+def rim_grasps(radius, axis):
+    """Grasps of a bowl whose rim stands between the fingers. axis (3,): the bowl's own."""
     found = []
     for height, word in zip(RIM_HEIGHTS, ("", " high")):
         for yaw in YAWS:
             for side, sign in (("-y", -1), ("+y", 1)):
                 # the point of the rim turns along with the fingers, which straddle it
                 turn = rotvec_to_matrix(np.array([0, 0, np.radians(yaw)]))
-                offset = turn @ [0, sign * radius, height]
+                side_way = turn @ [0, sign, 0]
+                out = side_way - axis * (side_way @ axis)  # along the rim's plane
+                offset = radius * out / np.linalg.norm(out) + height * axis
                 found.append(Grasp(f"{side} {yaw}{word}", offset, yaw))
     return found
 
@@ -103,6 +119,8 @@ def choose(scene, boxes, name, goal, preferred=None, tried=()):
     ROOM, else the one with most room. tried: names of grasps that missed, which come last.
     """
     options = grasps(scene, name)
+    if axis_of(scene, name)[2] <= LEANS:
+        preferred = None  # it is of objects that stand as they should
     options = [g for g in options if g.name not in tried] or options
     for grasp in [g for g in options if g.name == preferred]:
         grasp.room = room(scene, boxes, grasp, name, goal)
