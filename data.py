@@ -298,7 +298,8 @@ class WaypointDataset(Dataset):
         """What policies normalise by.
 
         Over every frame: "height_range" (2,) m, "euler_range" (3,2) rad, unwrapped, "position"
-        (mean (3,), std (3,)) m. Over `n` samples: "features", [(mean (C,), std (C,))] for each map.
+        (mean (3,), std (3,)) m. Of every demonstration: "poses" (D,4,4), its camera-to-world. Over
+        `n` samples: "features", [(mean (C,), std (C,))] for each map.
         """
         positions = np.concatenate([d.ee_pos for d in self.demos])
         heights = positions[:, 2]
@@ -316,6 +317,7 @@ class WaypointDataset(Dataset):
         return {
             "height_range": np.array([heights.min(), heights.max()]),
             "position": (positions.mean(0), positions.std(0).clip(min=1e-3)),
+            "poses": self.E.cpu().numpy(),
             "euler_range": np.stack([euler.min(0), euler.max(0)], -1),
             "features": features,
         }

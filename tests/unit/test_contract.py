@@ -160,6 +160,7 @@ def test_only_the_weights_of_layers_decay(case):
         "age",
         "place",
         "queries",
+        "kinds",
         "prior",
         "coarse",
         "eef_embedding",

@@ -9,6 +9,7 @@ import torch
 from conftest import SIZE
 from helpers import interrupt, run
 from safetensors.torch import load_file
+from test_train import torchrun
 
 from harness.recipe import Recipe
 from harness.trainer import Trainer, learning_rate
@@ -121,6 +122,14 @@ def test_a_training_that_was_killed_ends_where_the_whole_one_did(whole, syntheti
     assert [one[k] for k in ("step", "best_step")] == [other[k] for k in ("step", "best_step")]
     one, other = (load_file(f / "checkpoint.safetensors") for f in (folder, stopped))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_processes_learn_of_the_end_from_the_first(synthetic_demos, tmp_path):
+    """One process alone validates; the other would wait in a collective for ever."""
+    done = torchrun(*flags(synthetic_demos, "pair", "--max_steps", 14), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    info = read_json(tmp_path / "pair" / "checkpoint.json", "run")
+    assert info["finished"] and info["step"] == max(errors(tmp_path / "pair"))
 
 
 def test_a_matrix_takes_a_training_that_ended_early_for_finished(tmp_path):
