@@ -46,7 +46,7 @@ class ActConfig(FittedConfig):
         0.7, "share of samples with a noised EEF position in training", high=1
     )
     eef_noise_m: float = flag(0.02, "its standard deviation along each axis, metres")
-    ensemble: bool = flag(False, "in use, average what the last chunks say about a waypoint")
+    ensemble: bool = flag(True, "in use, average what the last chunks say about a waypoint")
     ensemble_decay: float = flag(
         0.01, "m of the average's weights exp(-m i), where i = 0 is the oldest chunk"
     )
