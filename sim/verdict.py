@@ -15,7 +15,7 @@ from sim import recipe, settings
 
 N = 50  # positions; episodes of each column
 # positions of the test at whose first draw the expert fails, so that they are drawn again
-DRAWN_AGAIN = {}
+DRAWN_AGAIN = {10: 1}
 # degrees, half-way between neighbours of both older sets
 THETAS = (15.2, 17.0, 18.7, 20.5, 22.3, 24.1)
 PHIS = 11.25 + 22.5 * np.arange(16)

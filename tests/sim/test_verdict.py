@@ -20,7 +20,7 @@ PAIR = (recipe.BOWL, recipe.PLATE)
 SETS = {
     "verdict_viewpoint": "596a3d009039",
     "verdict_viewpoint_low": "88cf03041129",
-    "verdict_position": "3bfc674b0a1a",
+    "verdict_position": "d4aaf1017b59",
     "val_verdict_viewpoint": "2e39adb1b9b5",
     "val_verdict_position": "72c205874787",
     "val_verdict_swap": "7a8f0b111e07",
