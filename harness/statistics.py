@@ -80,6 +80,18 @@ def newcombe(successes, n, other_successes, other_n, level=LEVEL):
     return float(low), float(high)
 
 
+def square_and_add(rate, interval, other, other_interval):
+    """Interval of the difference of two unpaired rates from an interval of each -> (low, high).
+
+    With Wilson's intervals it is `newcombe`; here for several seeds, with `seeds_interval`. Zou,
+    Donner 2008, "Construction of confidence limits about effect measures: a general approach".
+    """
+    difference = rate - other
+    low = math.hypot(rate - interval[0], other_interval[1] - other)
+    high = math.hypot(interval[1] - rate, other - other_interval[0])
+    return max(-1.0, difference - low), min(1.0, difference + high)
+
+
 def fisher(successes, n, other_successes, other_n):
     """Fisher's exact two-sided test of two unpaired success rates -> p."""
     from scipy.stats import fisher_exact

@@ -17,6 +17,7 @@ from runtime import UserError
 SCRIPTS = (
     "study.bench",
     "collect_demos",
+    "compare",
     "convert_demos",
     "study.compare_rotation",
     "deploy_dino_kv",

@@ -1,0 +1,215 @@
+"""Two or more results compared: rates, differences from the first, and whether a run that is still
+going may stop.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from figures.pages import percent
+from harness import outcomes
+from harness.statistics import (
+    POWER,
+    anytime_p,
+    e_values,
+    fisher,
+    holm,
+    newcombe,
+    paired_comparison,
+    paired_episodes,
+    seeds_interval,
+    square_and_add,
+    unpaired_episodes,
+)
+
+
+class Result(NamedTuple):
+    """A policy's evaluations: runs {seed of its training, or its place in the list: Run}."""
+
+    name: str
+    runs: dict
+
+
+def result_of(name, runs):
+    """A Result of runs: by the seeds of their trainings where all are known and differ."""
+    seeds = [run.train_seed for run in runs]
+    labels = seeds if None not in seeds and len(set(seeds)) == len(seeds) else range(len(runs))
+    return Result(name, {str(label): run for label, run in zip(labels, runs)})
+
+
+# -- whether they can be compared -----------------------------------------------------------------
+
+
+def notes(results, reference):
+    """What a reader should know before the numbers, one line each: where protocols differ, where
+    they are unknown, and episodes that crashed.
+    """
+    found = []
+    for result in results:
+        runs = list(result.runs.values())
+        if crashed := sum(len(run.crashed) for run in runs):
+            found.append(f"{result.name}: {crashed} crashed episodes are not scored")
+        if unknown := sorted({run.kind for run in runs if "max_steps" not in run.protocol}):
+            found.append(
+                f"{result.name}: files of {', '.join(unknown)} do not say their protocol (control "
+                "steps, render, simulator); make sure that it is the same"
+            )
+        if result is not reference and (differing := differences(result, reference)):
+            found.append(f"{result.name} and {reference.name} differ in {', '.join(differing)}")
+    return found
+
+
+def differences(result, reference):
+    """Entries of the protocol that two results do not share, as ["max_steps (600, 280)", ...]."""
+    found = []
+    for name in outcomes.PROTOCOL:
+        sides = [
+            sorted({run.protocol[name] for run in r.runs.values() if name in run.protocol})
+            for r in (result, reference)
+        ]
+        if all(sides) and sides[0] != sides[1]:
+            found.append(f"{name} ({', '.join(' and '.join(values) for values in sides)})")
+    return found
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+def rate(result, metric):
+    """{"name", "n", "won", "rate" (mean of the seeds' rates), "interval", "by_seed"}."""
+    # keys as text: a field that a file lacks cannot be sorted
+    won = [{str(k): w for k, w in run.won(metric).items()} for run in result.runs.values()]
+    rates = [float(np.mean(list(w.values()))) for w in won]
+    return {
+        "name": result.name,
+        "n": sum(map(len, won)),
+        "won": sum(sum(w.values()) for w in won),
+        "rate": float(np.mean(rates)),
+        "interval": list(seeds_interval(won)),
+        "by_seed": dict(zip(result.runs, rates)),
+    }
+
+
+def runs_that_pair(result, reference):
+    """[(seed, run, other run)] that are compared episode by episode: of the same seed of training;
+    a single run with each of the other's.
+    """
+    one, other = result.runs, reference.runs
+    if len(one) == 1:
+        only = next(iter(one.values()))
+        return [(seed, only, run) for seed, run in other.items()]
+    if len(other) == 1:
+        only = next(iter(other.values()))
+        return [(seed, run, only) for seed, run in one.items()]
+    return [(seed, one[seed], other[seed]) for seed in one if seed in other]
+
+
+def against(result, reference, metric, sequential=False):
+    """A result compared with the reference -> {"paired", "difference", "interval", "p",
+    "episodes_needed", ...}, see `paired_comparison`; without pairs "why" there are none.
+    """
+    by_seed, wins, why = {}, [], "no seed of training is on both sides"
+    for seed, run, other in runs_that_pair(result, reference):
+        names, reason = outcomes.pairing(run, other)
+        if names is None:
+            why = reason
+            continue
+        mine, theirs = (
+            {outcomes.short(key, names): won for key, won in r.won(metric).items()}
+            for r in (run, other)
+        )
+        by_seed[seed] = {
+            str(key): mine[key] - theirs[key] for key in outcomes.shared(run, other, names)
+        }
+        in_order = outcomes.in_order(run, other, names)
+        wins += [mine[key] for key in in_order if mine[key] != theirs[key]]
+    if not by_seed:
+        return {"paired": False, "why": why, **unpaired(result, reference, metric)}
+    found = paired_comparison(by_seed)
+    unequal = np.mean([abs(d) for pairs in by_seed.values() for d in pairs.values()])
+    needed = paired_episodes(float(unequal), found["difference"])
+    found = {"paired": True, **found, "episodes_needed": needed}
+    if sequential:
+        found["sequential"] = {
+            "unequal": len(wins),
+            "won": int(sum(wins)),
+            "e": float(e_values(wins)[-1]) if wins else 1.0,
+            "p": anytime_p(wins),
+        }
+    return found
+
+
+def unpaired(result, reference, metric):
+    """Newcombe's interval, its like of several seeds, and Fisher's test of the pooled episodes."""
+    one, other = (rate(r, metric) for r in (result, reference))
+    counts = one["won"], one["n"], other["won"], other["n"]
+    if len(result.runs) == len(reference.runs) == 1:
+        interval = newcombe(*counts)
+    else:
+        interval = square_and_add(one["rate"], one["interval"], other["rate"], other["interval"])
+    return {
+        "n": min(one["n"], other["n"]),
+        "difference": one["rate"] - other["rate"],
+        "interval": list(interval),
+        "p": fisher(*counts),
+        "episodes_needed": unpaired_episodes(one["rate"], other["rate"]),
+    }
+
+
+def compare(results, reference, metric, sequential=False):
+    """[Result] -> [{**rate, "against": None of the reference, else `against`}], the reference
+    first. p is adjusted by Holm over all comparisons: "p_holm".
+    """
+    others = [r for r in results if r is not reference]
+    found = [{**rate(reference, metric), "against": None}]
+    for result in others:
+        compared = against(result, reference, metric, sequential)
+        found.append({**rate(result, metric), "against": compared})
+    family = [row["against"] for row in found[1:]]
+    for pair, p in zip(family, holm([pair["p"] for pair in family])):
+        pair["p_holm"] = p
+    return found
+
+
+# -- as text --------------------------------------------------------------------------------------
+
+
+def table(rows):
+    """(head, rows) of strings for `markdown_table`."""
+    first = rows[0]["name"]
+    adjusted = "p (Holm)" if len(rows) > 2 else "p"
+    head = ["", "n", "rate (95%)", f"points more than {first} (95%)", adjusted]
+    head += ["won:lost", f"episodes for {100 * POWER:.0f}% power"]
+    return head, [[r["name"], r["n"], rate_text(r), *difference_text(r["against"])] for r in rows]
+
+
+def rate_text(row):
+    """A rate with its interval, and that of each seed where there are several."""
+    seeds = [f"{100 * value:.0f}" for value in row["by_seed"].values()]
+    by_seed = f", seeds {' '.join(seeds)}" if len(seeds) > 1 else ""
+    return percent(row["rate"], row["interval"]) + by_seed
+
+
+def difference_text(pair):
+    """The cells of a comparison."""
+    if pair is None:
+        return ["-"] * 4
+    low, high = (f"{100 * bound:+.0f}" for bound in pair["interval"])
+    counts = f"{pair['better']}:{pair['worse']} of {pair['n']}" if pair["paired"] else "unpaired"
+    needed = "-" if pair["episodes_needed"] is None else pair["episodes_needed"]
+    difference = f"{100 * pair['difference']:+.0f} ({low} to {high})"
+    return [difference, f"{pair['p_holm']:.2g}", counts, needed]
+
+
+def advice(row, reference):
+    """What the sequential test says of a comparison, as a line."""
+    pair, name = row["against"], row["name"]
+    if "sequential" not in pair:
+        return f"{name}: no sequential test without pairs ({pair['why']})"
+    found = pair["sequential"]
+    counts = f"{found['won']} of {found['unequal']} unequal pairs won"
+    numbers = f"{counts}, e = {found['e']:.3g}, p at any time {found['p']:.2g}"
+    if found["p"] > 0.05:
+        return f"{name}: go on; {numbers}"
+    better = name if found["won"] * 2 > found["unequal"] else reference
+    return f"{name}: may stop, {better} is better; {numbers}"
