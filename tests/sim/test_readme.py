@@ -45,6 +45,7 @@ SMALL = {
     "study.openloop": ["--max_val", "1"],
     "precompute_rotation_pca.py": ["--allow_low_ev"],
     "run_matrix.py": ["--dry_run"],
+    "compare.py": [],
     "study.diagnose": ["--n_demos", "1"],
     "deploy_dino_kv.py": [],
     "study.compare_rotation": [
@@ -100,6 +101,10 @@ def users_folder(collected, trained, synthetic_episodes, cache):
             (folder / "runs" / name).symlink_to(trained[0])
         (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
         (folder / "cache").symlink_to(cache)
+        # results/ itself is the user's own: a survey writes there
+        (folder / "results").mkdir()
+        for name in ("matrix", "mujoco_3.3.2"):
+            (folder / "results" / name).symlink_to(ROOT / "results" / name)
         return folder
 
     return fill

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from evaluations import outcomes, write_evaluation
+from evaluations import write_evaluation
 from helpers import ROOT
 from PIL import Image
 
