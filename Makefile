@@ -57,6 +57,7 @@ docs: .venv-docs/.installed
 
 lerobot: .venv-lerobot/.installed
 	@.venv-lerobot/bin/python -m pytest tests/plugins -q
+	@$(PY) -m pytest tests/lerobot -q
 
 .venv-lerobot/.installed: plugins/setup.sh plugins/requirements.txt
 	@plugins/setup.sh .venv-lerobot

@@ -1,7 +1,6 @@
 """LeRobot's own loader and checker on a dataset that was written here.
 
-They run in LeRobot's environment, which `bash tests/lerobot/setup.sh DIR` makes; LEROBOT_ENV=DIR
-names it.
+They run in LeRobot's environment, which `make lerobot` makes: .venv-lerobot, or LEROBOT_ENV=FOLDER.
 """
 
 import json
@@ -11,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import convert_demos
 from formats.dataset import open_dataset
 
-ENV = Path(os.environ.get("LEROBOT_ENV") or "no_environment")
+ENV = Path(os.environ.get("LEROBOT_ENV") or ROOT / ".venv-lerobot")
 pytestmark = pytest.mark.skipif(
-    not (ENV / "bin" / "python").exists(),
-    reason="LEROBOT_ENV names no environment of LeRobot's; make one with tests/lerobot/setup.sh",
+    not (ENV / "bin" / "lerobot-doctor").exists(),
+    reason=f"{ENV} is no environment of LeRobot's; `make lerobot` makes one, LEROBOT_ENV names it",
 )
 # the checker's checks of what a writer can do wrong
 PASSED = (

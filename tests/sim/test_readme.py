@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import write_synthetic_demos
 from helpers import ROOT, SIZE, first_frames, run
+
+from formats import lerobot_writer
+from formats.libero_cameras import TASKS
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,6 +52,7 @@ SMALL = {
     "compare.py": [],
     "study.diagnose": ["--n_demos", "1"],
     "deploy_dino_kv.py": [],
+    "convert_demos.py": [],
     "study.compare_rotation": [
         *shlex.split("--seeds 1 --max_steps 1 --n_episodes 1"),
         *TRAIN[2:],
@@ -138,6 +143,16 @@ def smaller(words):
     return SMALL[script]
 
 
+def write_lerobot(path):
+    """A LeRobot dataset of two tasks, as public LIBERO data: the second is that of the pages."""
+    sources = []
+    for i, instruction in enumerate(TASKS["libero_spatial"][6:8]):
+        file = path.with_name(f"task_{i}.hdf5")
+        write_synthetic_demos(file, n_demos=2, size=int(SIZE), seed=i)
+        sources += [(file, f"demo_{j}", instruction) for j in range(2)]
+    lerobot_writer.write_dataset(path, sources)
+
+
 @pytest.mark.parametrize("line", PYTHON)
 def test_readme_command_runs(line, users_folder, collected, synthetic_demos, tmp_path, request):
     """A command of a page runs with its own flags and with further ones that make it small."""
@@ -148,10 +163,16 @@ def test_readme_command_runs(line, users_folder, collected, synthetic_demos, tmp
     folder, words = users_folder(tmp_path), [w for w in shlex.split(line)[1:] if w != "-m"]
     if "--replay" in words:
         first_frames(collected[0], folder / "OFFICIAL.hdf5", 12)
-    if words[0] == "study.compare_rotation":
-        # it compares at every frame, and `collected` has an image of every second one
-        (folder / "data" / "rim.hdf5").unlink()
-        shutil.copy(synthetic_demos, folder / "data" / "rim.hdf5")
+    # they need every frame, and `collected` has an image of every second one
+    for script, name in (
+        ("study.compare_rotation", "rim.hdf5"),
+        ("convert_demos.py", "libero_spatial_0.hdf5"),
+    ):
+        if words[0] == script:
+            (folder / "data" / name).unlink()
+            shutil.copy(synthetic_demos, folder / "data" / name)
+    if "data/libero" in words:
+        write_lerobot(folder / "data" / "libero")
     if "dino_volume_kv_full" in words or words[0] == "study.compare_rotation":
         run("precompute_rotation_pca.py --dataset data/rim.hdf5 --allow_low_ev", cwd=folder)
     if words[0] == "figures.report":

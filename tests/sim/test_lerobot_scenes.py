@@ -1,0 +1,114 @@
+"""LeRobot datasets beside the simulator: the cameras of LIBERO's scenes, and its pictures."""
+
+import importlib
+import re
+
+import h5py
+import numpy as np
+import pytest
+
+from camera import extrinsics_from_mujoco
+from formats import lerobot_writer, libero_hdf5
+from formats.dataset import open_dataset
+from formats.libero_cameras import SCENES, TASKS, agentview, camera_of_task
+from formats.pictures import ORIENTATIONS, check_pictures
+from rot_utils import quat_to_matrix
+from runtime import UserError
+from sim.tasks import find_task
+
+PROBLEMS = {
+    "libero_tabletop_manipulation": "table",
+    "libero_kitchen_tabletop_manipulation": "table",
+    "libero_floor_manipulation": "floor",
+    "libero_living_room_tabletop_manipulation": "living_room",
+    "libero_study_tabletop_manipulation": "study",
+}
+
+
+class Arena:
+    """Takes a scene's cameras down, as an arena of MuJoCo's would."""
+
+    def __init__(self):
+        self.cameras = {}
+
+    def set_camera(self, camera_name, pos, quat, camera_attribs=None):
+        self.cameras[camera_name] = (np.array(pos), np.array(quat), camera_attribs)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_cameras_are_those_that_liberos_scenes_set(problem):
+    """Position and rotation of agentview as LIBERO's own class of scene sets them, with MuJoCo's
+    field of view.
+    """
+    # LIBERO's own register of its classes, by the name that BDDL files give
+    scenes = importlib.import_module("libero.libero.envs").TASK_MAPPING
+    arena = Arena()
+    scenes[problem]._setup_camera(None, arena)
+    position, (w, x, y, z), attributes = arena.cameras["agentview"]
+    rotation = quat_to_matrix(np.array([x, y, z, w]) / np.linalg.norm([x, y, z, w]))
+    _, E = agentview(PROBLEMS[problem], 256)
+    np.testing.assert_allclose(E, extrinsics_from_mujoco(position, rotation), atol=1e-9)
+    assert not attributes and set(PROBLEMS.values()) == set(SCENES)
+
+
+@pytest.mark.parametrize("suite", TASKS)
+def test_instructions_and_scenes_are_those_of_liberos_tasks(suite):
+    """Every task's instruction leads to the camera of the scene that its BDDL file names."""
+    for index, instruction in enumerate(TASKS[suite]):
+        task = find_task(suite, index)
+        assert task.language == instruction
+        with open(task.bddl) as file:
+            problem = re.search(r"\(problem (\w+)\)", file.read())[1].lower()
+        expected = agentview(PROBLEMS[problem], 256)[1]
+        assert np.array_equal(camera_of_task(instruction, 256)[1], expected)
+
+
+@pytest.fixture(scope="module")
+def dataset(collected, tmp_path_factory):
+    """The simulator's demonstrations as a LeRobot dataset, of every second frame."""
+    path = tmp_path_factory.mktemp("lerobot") / "every_second.hdf5"
+    with h5py.File(collected[0]) as source, h5py.File(path, "w") as file:
+        source.copy("data", file)
+        for demo in file["data"].values():
+            demo.attrs["frame_stride"] = 1
+            length = len(demo["actions"])
+            for place in (demo, demo["obs"]):
+                for key in [k for k, v in place.items() if isinstance(v, h5py.Dataset)]:
+                    if len(place[key]) == length:
+                        values = place[key][::2]
+                        del place[key]
+                        place[key] = values
+    out = path.with_suffix("")
+    sources, attributes = lerobot_writer.sources_of(path)
+    lerobot_writer.write_dataset(out, sources, attributes)
+    return out
+
+
+def test_the_scenes_camera_is_the_one_that_was_recorded(dataset):
+    """libero_spatial's, from its instruction, to a tenth of a millimetre."""
+    demo = open_dataset(dataset).demos[0]
+    K, E = camera_of_task(demo.attrs["task"], demo.image_size)
+    np.testing.assert_allclose(demo.K, K, atol=1e-3)
+    np.testing.assert_allclose(demo.E, E, atol=1e-4)
+
+
+def test_pictures_of_the_simulator_are_told_from_their_reflections(dataset, monkeypatch):
+    """Read as it is stored, a dataset passes; read in any other way it is refused, and the message
+    names the right one.
+    """
+    read = open_dataset(dataset)
+    for orientation in set(ORIENTATIONS) - {"mirrored"}:
+        monkeypatch.setattr(read, "orientation", orientation)
+        with pytest.raises(UserError, match="it is mirrored"):
+            check_pictures(read.demos, dataset, orientation, "it is {}")
+
+
+def test_images_are_the_simulators_own_turned_by_180_degrees(dataset, collected):
+    """What is stored is what public LIBERO data stores: MuJoCo's rows, bottom first, turned."""
+    read = open_dataset(dataset)
+    read.orientation = "upright"  # as it is stored
+    stored = read.demos[0].images([0])[0]
+    with libero_hdf5.open_demos(collected[0]) as file:
+        seen = libero_hdf5.read_images(collected[0], file, "demo_0", [0])[0]
+    of_mujoco = seen[::-1]
+    assert np.array_equal(stored, of_mujoco[::-1, ::-1])
