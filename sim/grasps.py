@@ -119,8 +119,9 @@ def choose(scene, boxes, name, goal, preferred=None, tried=()):
     ROOM, else the one with most room. tried: names of grasps that missed, which come last.
     """
     options = grasps(scene, name)
-    if axis_of(scene, name)[2] <= LEANS:
-        preferred = None  # it is of objects that stand as they should
+    # the preferred grasp is of a bowl that stands; other objects' own axes point anywhere
+    if kind(name) in RIM_RADIUS and axis_of(scene, name)[2] <= LEANS:
+        preferred = None
     options = [g for g in options if g.name not in tried] or options
     for grasp in [g for g in options if g.name == preferred]:
         grasp.room = room(scene, boxes, grasp, name, goal)
