@@ -15,8 +15,9 @@
     python collect_demos.py --format lerobot
     # needs memory: lift once, put back, stay
     python collect_demos.py --variant lift_once --n_demos 40
-    # official states, re-rendered, cameras added
+    # official states, re-rendered, cameras added; a folder of files, or some of its tasks
     python collect_demos.py --replay OFFICIAL.hdf5 --image_size 448
+    python collect_demos.py --replay FOLDER --tasks 0 3 --out REPLAYED
     # every task of a suite, a file each
     python collect_demos.py --task_suite libero_object --task_ids all --n_demos 20
     # the expert's success rate on every task
@@ -46,7 +47,14 @@ from sim.expert import EXPERTS, default_grasp
 from sim.libero_env import Scene
 from sim.placement import JOINT_JITTER
 from sim.recording import ExpertWorker
-from sim.replay import ReplayWorker, take_from_replayed
+from sim.replay import (
+    SETTINGS,
+    ReplayWorker,
+    files_of,
+    is_finished,
+    settings_text,
+    take_from_replayed,
+)
 from sim.simulator import simulator_versions
 from sim.tasks import env_metadata, find_task, number_of_tasks
 from sim.variants import VARIANTS, new_expert
@@ -61,7 +69,7 @@ FREE = (
     "overwrite",
     "show",
     "task_ids",
-    *("survey", "n_tasks", "first_state", "layouts"),
+    *("survey", "n_tasks", "first_state", "layouts", "tasks"),
 )
 # flags that a replay takes from its file or does not need: giving one is an error
 NOT_REPLAYED = (
@@ -118,13 +126,18 @@ def default_number(args):
     return n_conditions * rounds
 
 
+def asked_of(args, mujoco):
+    """The settings that decide what demonstrations hold."""
+    asked = {k: v for k, v in vars(args).items() if k not in FREE}
+    return {**asked, "mujoco": mujoco}  # one file, one physics
+
+
 def claim(folder, args, mujoco):
     """Make the folder of finished parts, or go on with it. mujoco: the installed version.
 
     Raises UserError where the folder holds parts of other settings, or is something else.
     """
-    asked = {k: v for k, v in vars(args).items() if k not in FREE}
-    asked["mujoco"] = mujoco  # one file, one physics
+    asked = asked_of(args, mujoco)
     stamp, again = folder / "settings.json", "finish it with the same command, or remove the folder"
     if folder.exists() and not stamp.exists():
         raise UserError(
@@ -192,11 +205,49 @@ def file_attributes(args, task, made_with, simulated):
     )
     if args.replay:
         attributes["replayed_versions"] = json.dumps(simulated)
+        attributes[SETTINGS] = replay_settings(args, made_with["mujoco"])
     return attributes
 
 
-def collect(args):
-    """Collect or replay into args.out, resuming from its parts."""
+def replay_settings(args, mujoco):
+    """What a replayed file says of how it was made; with its number, as it may be of the first
+    demonstrations alone.
+    """
+    return settings_text({**asked_of(args, mujoco), "n_demos": args.n_demos})
+
+
+def replay(args):
+    """Replay the files of --replay, each into a file of its own. One that is finished stays; one
+    that fails does not end the others.
+    """
+    files = files_of(args.replay, args.tasks)
+    if len(files) == 1 and args.tasks is None and files == [Path(p) for p in args.replay]:
+        args.replay = str(files[0])
+        args.out = args.out or f"data/{file_name(args)}"
+        return collect(args)
+    if args.task_suite:
+        raise UserError("--task_suite: each replayed file names its own task; leave it out")
+    folder, failures = Path(args.out or "data/replayed"), []
+    for number, path in enumerate(files, 1):
+        one = argparse.Namespace(**vars(args))
+        one.replay, one.out = str(path), folder / f"{path.stem}_replayed.hdf5"
+        print(f"file {number} of {len(files)}: {path}")
+        try:
+            collect(one, again=True)
+        except UserError as error:
+            failures.append(str(error))
+            print(f"failed: {error}")
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(files)} files failed, first: {failures[0]}; "
+            f"the others are in {folder}, the same command goes on"
+        )
+
+
+def collect(args, again=False):
+    """Collect or replay into args.out, resuming from its parts. again: a finished replay of the
+    same settings may be there, and stays.
+    """
     out, made_with, simulated = Path(args.out), simulator_versions(), {}
     if args.replay:
         simulated, ours = take_from_replayed(args), made_with["mujoco"]
@@ -208,6 +259,12 @@ def collect(args):
         recipe.check_task(task)
     # every demonstration is recorded into its own file, all are joined at the end
     folder = out.with_name(out.name + ".parts")
+    if (
+        again
+        and not args.overwrite
+        and is_finished(out, replay_settings(args, made_with["mujoco"]))
+    ):
+        return print(f"{out}: is there already")
     check_replaceable(out, args.overwrite, args.format)
     claim(folder, args, made_with["mujoco"])
     counts = record_missing(args, task, folder)
@@ -276,7 +333,17 @@ def build_parser():
     )
     parser.add_argument("--out", help="HDF5 file to write (data/SUITE_TASK.hdf5)")
     parser.add_argument(
-        "--replay", metavar="FILE", help="re-render this LIBERO HDF5 from its states"
+        "--replay",
+        nargs="+",
+        metavar="PATH",
+        help="re-render LIBERO's HDF5 files, or folders of them, from their states",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        type=flags.whole,
+        metavar="N",
+        help="with --replay: only files of these tasks of their suites",
     )
     parser.add_argument(
         "--survey", metavar="SUITE", help="only table the expert's success on each task of a suite"
@@ -443,6 +510,10 @@ def collect_task(args):
     fill_spreads(args)
     if args.show:
         return show(args)
+    if args.tasks is not None and not args.replay:
+        raise UserError("--tasks: chooses among the files of --replay; give that too")
+    if args.replay:
+        return replay(args)
     args.out = args.out or f"data/{file_name(args)}"
     collect(args)
 

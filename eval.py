@@ -20,6 +20,8 @@ interrupted run goes on with the same command.
 One process owns the network and answers the simulators of all --workers; an episode's outcome does
 not depend on their number.
 
+--policy remote plays the policy of a server in openpi's protocol, see docs/your_policy.md.
+
 --task_suite libero_spatial_swap or _object, LIBERO-PRO's suites: the same task with plate and
 cookie box exchanged, or with other-looking bowls and plate, from their own init states. A
 checkpoint of libero_spatial is taken as it is.
@@ -45,9 +47,10 @@ from harness.records import (
     read_episodes,
     run_name,
 )
+from harness.remote import ServerLost, Unreachable
 from harness.summary import print_summary, summarise
 from runtime import UserError, append_jsonl, run_script, write_json
-from sim import layouts, settings
+from sim import layouts, remote, settings
 from sim.cameras import RENDERS
 from sim.decisions import Decider, RemoteAgent
 from sim.expert import EXPERTS, default_grasp
@@ -55,7 +58,7 @@ from sim.layouts import LAYOUTS
 from sim.libero_env import Scene
 from sim.protocol import check_protocol
 from sim.rollout import BlindAgent, OracleAgent, expert_path, run_episode, run_expert
-from sim.simulator import simulator, simulator_versions
+from sim.simulator import of_simulator, simulator, simulator_versions
 from sim.stalled import Watch
 from sim.tasks import find_task, init_states
 from sim.variants import VARIANTS, new_expert
@@ -63,8 +66,6 @@ from sim.workers import TIMEOUT, run_jobs
 
 # flags that --help shows, in this order
 FIRST = "ckpt policy layout n_episodes teleport zero_rotation max_steps workers device out"
-# packages whose exceptions are the simulator's, see `simulators`
-SIMULATOR = ("mujoco", "robosuite", "OpenGL")
 # crashed episodes without one that ran, or errors of the policy alone, after which an evaluation
 # gives up
 HOPELESS = 6
@@ -79,6 +80,7 @@ FREE = (
     "video_every",
     "device",
     "trace",
+    *("server", "server_timeout"),
 )
 
 
@@ -100,6 +102,8 @@ class EvalWorker:
             self.agent = RemoteAgent(address)
         elif args.policy == "oracle":
             self.agent = OracleAgent(args.waypoint_stride, args.grid, args.n_height_bins)
+        elif args.policy == "remote":
+            self.agent = remote.ServerAgent(args)
         elif args.policy == "blind":
             # it knows the mean position of the training demonstrations
             self.agent = BlindAgent(layouts.training_shift(args.layout, args.split))
@@ -108,12 +112,15 @@ class EvalWorker:
         """A job -> its row, or {"stopped": traceback} where this program failed.
 
         A failure of this program is neither a result nor a crash that could be left out. An
-        exception of the simulator is a crash: it is raised, and run_jobs reports it.
+        exception of the simulator is a crash: it is raised, and run_jobs reports it. So is a
+        policy's server that dies or hangs. {"unreachable": sentence} where it is not there.
         """
         try:
             return self.check() if job == "protocol" else self.episode(job)
+        except Unreachable as error:
+            return {"unreachable": str(error)}
         except Exception as error:
-            if job == "protocol" or simulators(error):
+            if job == "protocol" or of_simulator(error) or isinstance(error, ServerLost):
                 raise
             return {"stopped": traceback.format_exc()}
 
@@ -129,6 +136,7 @@ class EvalWorker:
         event = layouts.event(args.layout, job)
         path = expert_path(scene, state, grasp=args.grasp, variant=args.variant)
         every = args.video_every if job < args.n_videos else 0
+        seed = draw_seed(args.seed, job)
         if args.policy == "expert":
             row, frames, thumbs = run_expert(
                 scene,
@@ -138,6 +146,11 @@ class EvalWorker:
                 grasp=args.grasp,
                 variant=args.variant,
                 event=event,
+            )
+        elif args.policy == "remote":
+            limits = args.max_steps, args.replan_steps
+            row, frames, thumbs = remote.run_actions(
+                scene, self.agent, state, *limits, every, path, args.variant, seed, event
             )
         else:
             watch = Watch(args.stop_stalled) if args.stop_stalled or args.trace else None
@@ -152,7 +165,7 @@ class EvalWorker:
                 every,
                 path,
                 args.variant,
-                seed=draw_seed(args.seed, job),
+                seed=seed,
                 watch=watch,
                 event=event,
             )
@@ -187,13 +200,6 @@ class EvalWorker:
         self.scene.close()
 
 
-def simulators(error):
-    """True for an exception of MuJoCo, robosuite or OpenGL: the simulator failed, whatever policy
-    was tested.
-    """
-    return type(error).__module__.partition(".")[0] in SIMULATOR
-
-
 def draw_seed(seed, episode):
     """Seed, 64 bits, of all that a policy draws at random in an episode. It depends on no worker
     and no other episode.
@@ -205,6 +211,7 @@ def draw_seed(seed, episode):
 def build_parser():
     parser = flags.Parser(__doc__, FIRST)
     add_policy_flags(parser.add_argument_group("the policy"))
+    remote.add_flags(parser.add_argument_group("--policy remote"))
     add_task_flags(parser.add_argument_group("what is tested"))
     add_acting_flags(parser.add_argument_group("how it acts"))
     add_running_flags(parser.add_argument_group("running and recording"))
@@ -217,7 +224,7 @@ def add_policy_flags(group):
     add(
         "--policy",
         default="checkpoint",
-        choices=("checkpoint", "expert", "oracle", "blind"),
+        choices=("checkpoint", "expert", "oracle", "blind", "remote"),
         help="whose decisions",
     )
     add("--backbone_weights", type=Path, help="local file of backbone weights")
@@ -234,7 +241,7 @@ def add_policy_flags(group):
     )
     add("--grid", type=flags.at_least(2, 4096), default=64, help="oracle: image cells")
     add("--n_height_bins", type=flags.at_least(2, 4096), default=32, help="oracle: height bins")
-    add("--image_size", type=flags.pixels, default=448, help="oracle, blind: side, pixels")
+    add("--image_size", type=flags.pixels, help="oracle, blind: side, pixels (448); remote: 256")
     drawn = "exact, LIBERO's picture, or fast (the checkpoint's, else exact)"
     add("--render", choices=RENDERS, help=drawn)
 
@@ -343,6 +350,8 @@ def prepare(args, network=None):
         info = network.about["info"]
         args.device = network.about["device"]
         as_trained(args, info, network.about["config"])
+    remote.agree(args)
+    args.image_size = args.image_size or 448
     args.task_suite = args.task_suite or "libero_spatial"
     args.task_id = args.task_id or 0
     args.variant = args.variant or "task"
@@ -417,8 +426,8 @@ def refuse_without_meaning(args):
     if args.variant != "task" and args.stop_stalled:
         raise UserError("--stop_stalled: to stay is an answer in --variant lift_once; leave it out")
     for name in ("stop_stalled", "trace"):
-        if args.policy == "expert" and getattr(args, name):
-            raise UserError(f"--{name}: the expert makes no decisions; leave it out")
+        if args.policy in ("expert", "remote") and getattr(args, name):
+            raise UserError(f"--{name}: --policy {args.policy} answers no waypoints; leave it out")
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
 
 
@@ -428,7 +437,7 @@ def cell_name(args, info, task):
     return "_".join(
         [
             *([run_name(args.ckpt)] if args.ckpt else []),
-            info.get("model_type", args.policy),
+            info.get("model_type", args.label or args.policy),
             task.key,
             args.layout,
             *([args.split] if args.split != settings.resolve_split(setting) else []),
@@ -465,6 +474,10 @@ def stamp_of(args, info):
     # the same for --render
     if args.render == "exact":
         del asked["render"]
+    # and for the flags of --policy remote
+    if args.policy != "remote":
+        for name in remote.NAMES:
+            asked.pop(name, None)
     where = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')}"
     asked["trained"] = f"{where} {info.get('minutes')}"
     asked["mujoco"] = simulator_versions()["mujoco"]
@@ -482,6 +495,9 @@ def evaluate(args):
         rows = run_episodes(args, network, where)
     rows = [rows[i] for i in sorted(rows)]
     summary = {**summarise(rows, args, info), **where, "versions": simulator_versions()}
+    if args.policy == "remote":
+        summary["model_type"] = args.label
+        summary["remote"] = {name: getattr(args, name) for name in remote.NAMES}
     write_json(args.out / "summary.json", summary)
     plots.sheet_from_strips(args.out, rows)
     print_summary(summary)
@@ -553,6 +569,8 @@ def row_of(outcome, args):
         "crash": outcome.error.strip().splitlines()[-1],
         "traceback": outcome.error,
     }
+    if "unreachable" in row:
+        raise UserError(row["unreachable"])
     if "stopped" in row:
         tqdm.write(row["stopped"])
         raise UserError(

@@ -317,7 +317,8 @@ def _fixtures_of_xml(text):
         if position and not moves and name.endswith(("_main", "_base")):
             # MuJoCo leaves out a rotation that is none; quaternions are wxyz
             pose = f"{position} {body.get('quat', '1 0 0 0')}"
-            poses[name.rsplit("_", 1)[0]] = [float(x) for x in pose.split()]
+            # the outer body's: inside a cabinet's _main is a _base, at its origin
+            poses.setdefault(name.rsplit("_", 1)[0], [float(x) for x in pose.split()])
     return poses
 
 

@@ -77,16 +77,16 @@ class Agentview:
                 )
             self.set_camera(settings.orbit(E, condition.theta, condition.phi))
 
-    def render(self):
+    def render(self, camera="agentview"):
         """(S,S,3) uint8 RGB, upright: MuJoCo's rows come bottom first."""
-        return np.ascontiguousarray(self._draw()[::-1])
+        return np.ascontiguousarray(self._draw(camera)[::-1])
 
-    def _draw(self, **how):
+    def _draw(self, camera="agentview", **how):
         # robosuite does so when a context is made, and not when it draws: of two scenes in a
         # process the older one would draw with the newer one's textures and meshes
         self.sim._render_context_offscreen.gl_ctx.make_current()
         side = self.image_size
-        return self.sim.render(width=side, height=side, camera_name="agentview", **how)
+        return self.sim.render(width=side, height=side, camera_name=camera, **how)
 
     def hidden(self, point, body):
         """True if something other than a body (its name) and what hangs on it stands between the

@@ -12,6 +12,9 @@ import logging
 from runtime import UserError, versions
 from sim import kept_model, renderer
 
+# packages whose exceptions are the simulator's
+PACKAGES = ("mujoco", "robosuite", "OpenGL")
+
 
 @functools.cache
 def libero():
@@ -154,3 +157,10 @@ def simulator():
             found["renderer"],
         ]
     )
+
+
+def of_simulator(error):
+    """True for an exception of MuJoCo, robosuite or OpenGL: the simulator failed, whatever policy
+    was tested.
+    """
+    return type(error).__module__.partition(".")[0] in PACKAGES

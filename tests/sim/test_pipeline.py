@@ -18,13 +18,8 @@ from safetensors.torch import load_file
 
 from formats import libero_hdf5
 from formats.dataset import open_dataset
-from formats.demos import simulated_with
-from formats.parts import merge
 from runtime import UserError
 from sim import settings
-from sim.libero_env import Scene
-from sim.recording import Recorder
-from sim.tasks import env_metadata
 
 # -- collect_demos.py
 
@@ -132,57 +127,6 @@ def test_images_show_the_eef_where_the_camera_says(collected):
     size = int(SIZE)
     right = near(u, v)
     assert right > 1.5 * near(size - u, v) and right > 1.5 * change.mean()
-
-
-@pytest.fixture
-def full_scene(tmp_path):
-    """A file of twelve frames of the full scene, with fixtures and distractors, in which the arm
-    comes down.
-    """
-    scene = Scene(image_size=int(SIZE))
-    scene.begin_episode(scene.init_states()[0])
-    recorder = Recorder(scene)
-    for _ in range(12):
-        action = np.array([0.2, 0.2, -1.0, 0, 0, 0, -1.0])
-        recorder.add(action, action, False)
-        scene.step(action)
-    recorder.write(tmp_path / "part.hdf5")
-    merge(
-        [tmp_path / "part.hdf5"],
-        tmp_path / "full.hdf5",
-        libero_hdf5.file_attributes(scene.task, env_metadata(scene.task), 0, "", {}),
-        {},
-    )
-    scene.close()
-    return tmp_path / "full.hdf5"
-
-
-def test_replay_restores_official_files(full_scene, tmp_path):
-    """An official-style file (no cameras, other image size, images bottom first) is re-rendered
-    from its states."""
-    official = tmp_path / "official_demo.hdf5"
-    with h5py.File(full_scene) as source, h5py.File(official, "w") as target:
-        data = target.create_group("data")
-        data.attrs["bddl_file_name"] = b"/somebody/else/" + source["data"].attrs["bddl_file_name"]
-        group = data.create_group("demo_0")
-        group.attrs["fixtures"] = source["data/demo_0"].attrs["fixtures"]
-        for key in ("actions", "states"):
-            group[key] = source["data/demo_0"][key][()]
-    done = run(
-        f"collect_demos.py --replay {official} --image_size {SIZE} --workers 1 --out replayed.hdf5",
-        cwd=tmp_path,
-    )
-    recordings = open_dataset(tmp_path / "replayed.hdf5", int(SIZE))
-    new, attributes = recordings.demos, recordings.attributes
-    assert "MuJoCo of an unknown version" in done.stdout
-    assert simulated_with(attributes) == {}
-    old = open_dataset(full_scene).demos
-    # while it moves, MuJoCo's body poses are one physics step (2 ms) older than its state, in
-    # LIBERO's own files as well
-    np.testing.assert_allclose(new[0].ee_pos, old[0].ee_pos, atol=1e-3)
-    np.testing.assert_allclose(new[0].E, old[0].E, atol=1e-9)
-    ours, theirs = (d[0].images([0, 10]).astype(int) for d in (new, old))
-    assert np.abs(ours - theirs).mean() < 1.0
 
 
 def test_collect_leaves_an_existing_file_alone(collected):

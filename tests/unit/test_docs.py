@@ -48,7 +48,7 @@ def test_links_lead_to_files_and_headings(page):
 
 # LOG.md tells what was, under the names of its time
 NOW = [page for page in PAGES if page.name != "LOG.md"]
-EXAMPLES = {"model_mine.py", "model_linear.py"}  # a reader's own files
+EXAMPLES = {"model_mine.py", "model_linear.py", "stay.py"}  # a reader's own files
 
 
 @pytest.mark.parametrize("page", NOW, ids=lambda p: p.name)

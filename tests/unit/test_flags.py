@@ -27,6 +27,7 @@ SCRIPTS = (
     "precompute_rotation_pca",
     "figures.report",
     "run_matrix",
+    "serve",
 )
 # values by flag, of every policy and of single ones
 NUMBERS = {

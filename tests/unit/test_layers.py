@@ -25,7 +25,7 @@ LAYERS = [
     {"study"},
     {
         *("collect_demos", "convert_demos", "train", "eval", "precompute_rotation_pca"),
-        *("run_matrix", "compare", "deploy_dino_kv"),
+        *("run_matrix", "compare", "deploy_dino_kv", "serve"),
     },
 ]
 # What a file may import from its own package.
@@ -117,7 +117,8 @@ BESIDE = {
         "sim.settings",
         "sim.variants",
     },
-    "sim.replay": {"sim.recording", "sim.settings", "sim.tasks"},
+    "sim.remote": {"sim.rollout"},
+    "sim.replay": {"sim.recording", "sim.settings", "sim.simulator", "sim.tasks"},
     "sim.rollout": {"sim.expert", "sim.libero_env", "sim.servo", "sim.tasks", "sim.variants"},
     "sim.servo": {"sim.expert", "sim.libero_env"},
     "sim.simulator": {"sim.kept_model", "sim.renderer"},
@@ -293,7 +294,7 @@ def test_the_root_is_read_in_a_minute():
 
     The rest lies in packages.
     """
-    assert len(list(ROOT.glob("*.py"))) <= 25
+    assert len(list(ROOT.glob("*.py"))) <= 26
 
 
 @pytest.mark.parametrize("package", PACKAGES)
