@@ -36,6 +36,7 @@ TRAIN = shlex.split(
 )
 MODEL = {
     "para": ["--width", "8"],
+    "act": shlex.split("--dim 16 --n_layers 1 --n_heads 2 --cooldown 1"),
     "dino_volume_kv_full": ["--dim", "16"],
     "autoregressive": shlex.split(
         "--context 3 --dim 16 --n_layers 2 --n_heads 2 --patch_grid 4 --key_width 8"
@@ -98,7 +99,8 @@ def users_folder(collected, trained, synthetic_episodes, cache):
 
     def fill(folder):
         (folder / "data").mkdir()
-        for name in ("libero_spatial_0.hdf5", "rim.hdf5", "lift_once.hdf5", "position_val.hdf5"):
+        names = "libero_spatial_0 rim lift_once position_val spread"
+        for name in (f"{name}.hdf5" for name in names.split()):
             (folder / "data" / name).symlink_to(collected[0])
         (folder / "data" / "izzy").symlink_to(synthetic_episodes)
         (folder / "runs").mkdir()
@@ -129,7 +131,10 @@ def smaller(words):
     """
     script = words[0]
     if script == "train.py":
-        return TRAIN + MODEL[words[words.index("--model_type") + 1]]
+        name = words[words.index("--model_type") + 1]
+        # ACT has no grid of cells
+        flags = [*TRAIN[:4], *TRAIN[6:]] if name == "act" else TRAIN
+        return flags + MODEL[name]
     if "--survey" in words:
         return ["--n_demos", "1", "--n_tasks", "1"]
     if "--replay" in words:
