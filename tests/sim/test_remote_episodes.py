@@ -94,13 +94,16 @@ def served(trained, tmp_path):
     command = block("bash", "our checkpoint in other columns").removeprefix("python ")
     words = f"{command} --ckpt {checkpoint} --port 0"
     process = start(words, tmp_path, [tmp_path / "o", tmp_path / "e"])
-    deadline = time.time() + 60
-    while not (found := re.search(r"at (\S+), Ctrl", (tmp_path / "o").read_text())):
-        assert process.poll() is None and time.time() < deadline, (tmp_path / "e").read_text()
-        time.sleep(0.1)
-    yield found[1]
-    process.kill()
-    process.wait(20)
+    deadline = time.time() + 180
+    try:
+        while not (found := re.search(r"at (\S+), Ctrl", (tmp_path / "o").read_text())):
+            assert process.poll() is None and time.time() < deadline, (tmp_path / "e").read_text()
+            time.sleep(0.1)
+        yield found[1]
+    finally:
+        # a server that lives on would keep every later script waiting
+        process.kill()
+        process.wait(20)
 
 
 def test_serve_plays_the_episode_that_eval_plays(served, trained, scene):
