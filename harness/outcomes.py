@@ -20,6 +20,7 @@ PROTOCOL += ("teleport", "zero_rotation", "stop_stalled", "mujoco")
 # eval.py leaves these out of settings.json, or its older versions did
 USUAL = {"render": "exact", "stop_stalled": "False", "variant": "task"}
 LIBERO_SUITES = {f"libero_{name}" for name in ("spatial", "object", "goal", "10", "90")}
+PRO_SUITES = ("swap", "object", "lan", "task", "env")  # endings of LIBERO-PRO's suites
 # column of a CSV file -> names that it is accepted under
 COLUMNS = {
     "success": ("success", "is_success"),
@@ -172,6 +173,19 @@ def seed_of(settings, summary):
     return int(found[1]) if found else None
 
 
+def suite_and_layout(group):
+    """A group of LeRobot's tasks -> (suite, our layout, None where unknown): LIBERO's suites by
+    LeRobot's own environment, SUITE_LAYOUT by plugins/lerobot_env_libero_calibrated.
+    """
+    for suite in LIBERO_SUITES:
+        rest = group.removeprefix(f"{suite}_")
+        if group == suite:
+            return suite, "benchmark"
+        if rest not in (group, *PRO_SUITES):
+            return suite, rest
+    return group, None
+
+
 def read_lerobot(path):
     """LeRobot's eval_info.json: per_task with successes in the order of the episodes, or the older
     per_episode. Its LIBERO environment takes the benchmark's init states in that order.
@@ -180,8 +194,8 @@ def read_lerobot(path):
     found = read_json(path, "evaluation of LeRobot", remedy, (LEROBOT_TASKS, LEROBOT_ONE))
     episodes = {}
     for task in found.get("per_task", ()):
-        group, number = task["task_group"], task["task_id"]
-        layout = "benchmark" if group in LIBERO_SUITES else None
+        group, layout = suite_and_layout(task["task_group"])
+        number = task["task_id"]
         for i, success in enumerate(task["metrics"]["successes"]):
             episodes[Key(f"{group}/{number}", layout, i)] = {"success": success}
     for row in found.get("per_episode", ()):

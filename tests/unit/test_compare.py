@@ -10,7 +10,7 @@ from PIL import Image
 
 import compare
 from harness import statistics
-from harness.outcomes import read_runs
+from harness.outcomes import read_lerobot, read_runs, suite_and_layout
 from runtime import UserError, append_jsonl, write_json
 
 EVALS = ROOT / "results" / "matrix" / "evals"
@@ -212,3 +212,14 @@ def test_lerobots_older_file_is_read(tmp_path):
     (run,) = read_runs(tmp_path)
     assert list(run.won("success").values()) == [False, True, True]
     assert run.fields() == {"episode", "seed"}
+
+
+def test_episodes_of_the_calibrated_environment_pair_by_layout():
+    """What lerobot-eval wrote of our layouts, committed, against eval.py's rows of the same."""
+    for layout in ("benchmark", "shifted"):
+        (run,) = read_lerobot(ROOT / "results" / "lerobot_eval" / f"{layout}.json")
+        keys = {("libero_spatial/0", layout, i) for i in range(20)}
+        assert {(k.task, k.layout, k.episode) for k in run.episodes} == keys
+    # a suite of LIBERO-PRO is no layout
+    assert suite_and_layout("libero_spatial_swap") == ("libero_spatial_swap", None)
+    assert suite_and_layout("libero_10_val_shifted") == ("libero_10", "val_shifted")
