@@ -93,7 +93,10 @@ def served(trained, tmp_path):
     checkpoint = trained[0] / "checkpoint.safetensors"
     command = block("bash", "our checkpoint in other columns").removeprefix("python ")
     words = f"{command} --ckpt {checkpoint} --port 0"
-    process = start(words, tmp_path, [tmp_path / "o", tmp_path / "e"])
+    outputs = [tmp_path / "o", tmp_path / "e"]
+    for file in outputs:
+        file.touch()  # the fork makes them a moment later
+    process = start(words, tmp_path, outputs)
     deadline = time.time() + 180
     try:
         while not (found := re.search(r"at (\S+), Ctrl", (tmp_path / "o").read_text())):
