@@ -60,6 +60,38 @@ def without_tail(model, example):
         return model
 
 
+def followed(model, example, is_first, is_second):
+    """Run `model` on `example` -> (its maps, {second: first}, {first: (H,W) of its input}).
+
+    Of a pair of modules, the second receives the very tensor that the first returned.
+
+    is_first, is_second: functions of a module. A module that runs twice may have a partner in one
+    place only, so it is in no pair.
+    """
+    outputs, pairs, sizes, calls, hooks = {}, {}, {}, {}, []
+
+    def after_first(module, inputs, out):
+        calls[module] = calls.get(module, 0) + 1
+        sizes[module] = inputs[0].shape[2:]
+        outputs[id(out)] = module, out  # the tensor is kept, so that no other gets its id
+
+    def before_second(module, inputs):
+        calls[module] = calls.get(module, 0) + 1
+        if id(inputs[0]) in outputs:
+            pairs[module] = outputs[id(inputs[0])][0]
+
+    for module in model.modules():
+        if is_first(module):
+            hooks.append(module.register_forward_hook(after_first))
+        elif is_second(module):
+            hooks.append(module.register_forward_pre_hook(before_second))
+    maps = model(example)
+    for hook in hooks:
+        hook.remove()
+    once = {b: a for b, a in pairs.items() if calls[a] == calls[b] == 1}
+    return maps, once, sizes
+
+
 @torch.inference_mode()
 def with_fused_norms(model, example):
     """Fold each batch norm that directly follows a convolution into that convolution.
@@ -68,31 +100,10 @@ def with_fused_norms(model, example):
     the maps would differ. Of timm's BatchNormAct2d the activation stays.
     """
     fused = copy.deepcopy(model)
-    outputs, pairs, calls, hooks = {}, {}, {}, []
-
-    # a norm that receives the very tensor that a convolution returned makes a pair with it
-    def after_convolution(module, _, out):
-        calls[module] = calls.get(module, 0) + 1
-        outputs[id(out)] = module, out  # the tensor is kept, so that no other gets its id
-
-    def before_norm(module, inputs):
-        calls[module] = calls.get(module, 0) + 1
-        if id(inputs[0]) in outputs:
-            pairs[module] = outputs[id(inputs[0])][0]
-
-    for module in fused.modules():
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(after_convolution))
-        elif isinstance(module, nn.BatchNorm2d):
-            hooks.append(module.register_forward_pre_hook(before_norm))
-    maps = fused(example)
-    for hook in hooks:
-        hook.remove()
+    is_norm = lambda module: isinstance(module, nn.BatchNorm2d)
+    maps, pairs, _ = followed(fused, example, lambda m: isinstance(m, nn.Conv2d), is_norm)
     names = {module: name for name, module in fused.named_modules()}
     for norm, convolution in pairs.items():
-        # a module that runs twice may have a partner in one place only
-        if calls[norm] > 1 or calls[convolution] > 1:
-            continue
         folded = fuse_conv_bn_eval(convolution, norm)
         convolution.weight, convolution.bias = folded.weight, folded.bias
         # dropout and activation of timm's norms take the norm's place
@@ -113,34 +124,13 @@ def with_onednn(model, example):
     if not has_onednn():
         return model
     changed = copy.deepcopy(model)
-    outputs, sizes, calls, followers, hooks = {}, {}, {}, {}, []
-
-    # an activation that receives the very tensor that a convolution returned follows it
-    def after_convolution(module, inputs, out):
-        calls[module] = calls.get(module, 0) + 1
-        sizes[module] = inputs[0].shape[2:]
-        outputs[id(out)] = module, out  # the tensor is kept, so that no other gets its id
-
-    def before_activation(module, inputs):
-        calls[module] = calls.get(module, 0) + 1
-        if id(inputs[0]) in outputs:
-            followers[outputs[id(inputs[0])][0]] = module
-
-    for module in changed.modules():
-        if can_replace(module):
-            hooks.append(module.register_forward_hook(after_convolution))
-        elif type(module) in POINTWISE:
-            hooks.append(module.register_forward_pre_hook(before_activation))
-    maps = changed(example)
-    for hook in hooks:
-        hook.remove()
+    is_activation = lambda module: type(module) in POINTWISE
+    maps, pairs, sizes = followed(changed, example, can_replace, is_activation)
+    followers = {convolution: activation for activation, convolution in pairs.items()}
     names = {module: name for name, module in changed.named_modules()}
     for convolution, size in sizes.items():
-        # a module that runs twice may be followed by something else the other time
-        activation = followers.get(convolution)
-        if activation is None or calls[activation] > 1 or calls[convolution] > 1:
-            activation = nn.Identity()
-        else:
+        activation = followers.get(convolution, nn.Identity())
+        if activation in names:
             changed.set_submodule(names[activation], nn.Identity())
         changed.set_submodule(names[convolution], OneDnnConvolution(convolution, activation, size))
     return changed.requires_grad_(False) if agree(maps, changed(example)) else model
