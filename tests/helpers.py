@@ -178,3 +178,15 @@ def put(index, number):
         return value
 
     return change
+
+
+def shifts(scene, layout, index):
+    """(dx, dy) m of bowl and plate (2,2) in an episode of a layout, from the benchmark's init state
+    of the same index.
+    """
+    from sim.layouts import episode_state
+
+    state, _ = episode_state(scene, layout, index)
+    before = scene.init_states()[index]
+    places = [scene._address(name) for name in (scene.pick, scene.place)]
+    return [state[at][:2] - before[at][:2] for at in places]

@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers import SIZE, first_frames, run, train_flags
+from helpers import SIZE, first_frames, run, shifts, train_flags
 
 import collect_demos
 import eval as evaluation
@@ -246,13 +246,7 @@ def test_the_shifted_test_layouts_stay_what_they_were(scene):
 
     All published figures are about these layouts.
     """
-    state, _ = layouts.episode_state(scene, "shifted", 7)
-    before = scene.init_states()[7]
-    moved = [
-        state[scene._address(n)][:2] - before[scene._address(n)][:2]
-        for n in (scene.pick, scene.place)
-    ]
-    np.testing.assert_allclose(moved, SHIFTED_7, atol=2e-3)
+    np.testing.assert_allclose(shifts(scene, "shifted", 7), SHIFTED_7, atol=2e-3)
 
 
 def test_viewpoint_episodes_are_seen_from_elsewhere(scene):

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers import shifts
 
 import eval as evaluation
 from camera import project
@@ -162,13 +163,7 @@ def test_all_rows_have_the_scene_of_the_layout(layout, clean):
 
 
 def test_shifted_layouts_are_frozen(scene):
-    state, _ = layouts.episode_state(scene, "verdict_shifted", 7)
-    before = scene.init_states()[7]
-    moved = [
-        state[scene._address(n)][:2] - before[scene._address(n)][:2]
-        for n in (scene.pick, scene.place)
-    ]
-    np.testing.assert_allclose(moved, SHIFTED_7, atol=2e-3)
+    np.testing.assert_allclose(shifts(scene, "verdict_shifted", 7), SHIFTED_7, atol=2e-3)
 
 
 def test_positions_stand_where_they_are_drawn(scene):
