@@ -276,7 +276,9 @@ def prepare(args, config_class, device, progress):
     # "auto" becomes a name here, which the checkpoint stores
     asked = config.backbone
     config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
-    backbone = Backbone(config.backbone, config.image_size, args.backbone_weights).to(device)
+    fast = recordings.attributes.get("render") == "fast"
+    backbone = Backbone(config.backbone, config.image_size, args.backbone_weights, fused=fast)
+    backbone = backbone.to(device)
     # label, then compute or read features
     train_set, val_set = (
         dataset_class(demos, config, backbone, args.frame_stride, args.cache, progress)

@@ -178,7 +178,8 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
     check_weights(path, model, policy.state_dict(), info["model_type"])
     policy.load_state_dict(model)
     if backbone is None:
-        backbone = Backbone(policy.config.backbone, policy.config.image_size, weights)
+        config, fast = policy.config, info.get("dataset", {}).get("render") == "fast"
+        backbone = Backbone(config.backbone, config.image_size, weights, fused=fast)
     # features of other weights have the same shapes, and the policy would answer nonsense
     if backbone.identity != info["backbone_identity"]:
         raise UserError(
