@@ -17,7 +17,7 @@ import time
 
 import msgpack
 import numpy as np
-from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidURI, WebSocketException
 from websockets.sync.client import connect
 
 from runtime import UserError, one_line
@@ -27,6 +27,8 @@ MAX_BYTES = 2**26  # of a message: garbage does not fill the memory
 # arrays of booleans, whole numbers and floats; others could run code when they are read
 KINDS = "biuf"
 PAUSE = 0.5  # seconds between two tries at a server that refuses the connection
+# what the network and websockets raise, at any moment: while connecting, too, a connection may end
+BROKEN = (WebSocketException, OSError)
 
 
 class AnswerError(Exception):
@@ -126,20 +128,22 @@ class Server:
     def connect(self, again=0.0):
         """Connect, anew where a connection is open -> the metadata.
 
-        again: seconds for which a refused connection is tried again. Raises Unreachable where
-        nobody answers, and AnswerError where the server's first message is no dict.
+        again: seconds for which a refused connection is tried again. Raises UserError where the
+        address is none, Unreachable where nobody answers, ServerLost where the connection ends
+        before the first message, and AnswerError where that is no dict.
         """
         self.close()
         deadline = time.monotonic() + again
         while self.connection is None:
             try:
                 self.connection = self._opened()
-            except (ConnectionError, socket.gaierror) as error:
+            # a server that starts refuses, one that ends does so at any line of the handshake
+            except (ConnectionError, ConnectionClosed, socket.gaierror) as error:
                 if time.monotonic() > deadline:
-                    raise self._unreachable(error) from error
+                    raise self._not_opened(error) from error
                 time.sleep(PAUSE)
-            except (OSError, InvalidHandshake, InvalidURI, TimeoutError) as error:
-                raise self._unreachable(error) from error
+            except (*BROKEN, ValueError) as error:
+                raise self._not_opened(error) from error
         metadata = unpack(self._received())
         if not isinstance(metadata, dict):
             kind = type(metadata).__name__
@@ -163,10 +167,17 @@ class Server:
         # sending has a timeout of its own: a server that hangs reads nothing
         seconds, part = divmod(self.timeout, 1)
         limit = struct.pack("ll", int(seconds), int(1e6 * part))
-        opened.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        # a connection that has ended by now has no socket; the first message tells
+        with contextlib.suppress(OSError):
+            opened.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         return opened
 
-    def _unreachable(self, error):
+    def _not_opened(self, error):
+        # a port that is no number, a name that is none; a certificate's error is an OSError too
+        if isinstance(error, (InvalidURI, ValueError)) and not isinstance(error, OSError):
+            return UserError(
+                f"--server {self.address}: is no address ({one_line(error)}); HOST:PORT is expected"
+            )
         return Unreachable(
             f"--server {self.address}: no policy server answers there ({one_line(error)}); "
             "start it, then the same command goes on"
@@ -178,9 +189,12 @@ class Server:
         Raises ServerLost where the connection breaks or no answer comes in time, and AnswerError
         where the answer is no msgpack message, or the server's traceback.
         """
+        message = pack(request)
+        if self.connection is None:
+            raise ServerLost(f"{self.address}: no connection is open")
         try:
-            self.connection.send(pack(request))
-        except (WebSocketException, OSError) as error:
+            self.connection.send(message)
+        except BROKEN as error:
             raise self._lost(error) from error
         answer = self._received()
         # openpi's servers send an exception's traceback as text
@@ -197,7 +211,7 @@ class Server:
             raise ServerLost(
                 f"{self.address}: gave no answer for {self.timeout:g} s (--server_timeout)"
             ) from error
-        except (WebSocketException, OSError) as error:
+        except BROKEN as error:
             raise self._lost(error) from error
 
     def _lost(self, error):
@@ -207,6 +221,6 @@ class Server:
     def close(self):
         """Close the connection, if one is open."""
         if self.connection is not None:
-            with contextlib.suppress(WebSocketException, OSError):
+            with contextlib.suppress(*BROKEN):
                 self.connection.close()
             self.connection = None

@@ -34,6 +34,8 @@ RENDERED, SENT = 256, 224
 WISHES = {"image_size?": int, "wrist_image?": bool, "camera?": bool, "seed?": bool}
 DEFAULT = {"wrist_image": True, "camera": False, "seed": False}
 LARGEST = 1024  # px that a server may ask for
+# seconds without an answer that may be allowed: more than a day, and the system's clock overflows
+PATIENCE = flags.Number(float, above=0, high=86400.0)
 AGAIN = 10.0  # seconds at most for which a server that refuses is tried: it may be starting
 # flags of --policy remote, and what `agree` adds to them
 NAMES = ("server", "server_timeout", "replan_steps", "send_size", "label", "wishes", "metadata")
@@ -48,7 +50,7 @@ def add_flags(group):
     sent = "side of the images that are sent (as the server asks, else 224)"
     add("--send_size", type=flags.pixels, help=sent)
     silent = "seconds without an answer after which the server counts as hung"
-    add("--server_timeout", type=flags.positive, default=120.0, help=silent)
+    add("--server_timeout", type=PATIENCE, default=120.0, help=silent)
     add("--label", help="the policy's name in results (as the server says, else remote)")
 
 

@@ -19,7 +19,7 @@ from servers import policy_server
 
 from harness.checkpoint import load_policy
 from harness.metrics import ERROR
-from harness.remote import ServerLost
+from harness.remote import Server, ServerLost
 from sim.remote import DEFAULT, ServerAgent, run_actions
 from sim.rollout import PolicyAgent, run_episode
 
@@ -39,10 +39,10 @@ def address():
         yield found
 
 
-def agent_of(address, timeout=20.0, **wishes):
+def agent_of(address, **wishes):
     return ServerAgent(
         SimpleNamespace(
-            server=address, server_timeout=timeout, send_size=64, wishes={**DEFAULT, **wishes}
+            server=address, server_timeout=60.0, send_size=64, wishes={**DEFAULT, **wishes}
         )
     )
 
@@ -81,8 +81,16 @@ def test_an_answer_that_cannot_be_followed_fails_the_episode(fault, address, sce
 def test_a_server_that_hangs_is_no_episode(address, scene, monkeypatch):
     """It is counted as a crash, which the same command tries again, and not as a failure."""
     asked(scene, "hang", monkeypatch)
+    agent = agent_of(address)
+    begin = agent.start
+
+    def impatient(*episode):
+        begin(*episode)
+        agent.server.timeout = 0.3  # of an answer: a busy machine connects more slowly
+
+    agent.start = impatient
     with pytest.raises(ServerLost, match="no answer for 0.3 s"):
-        run_actions(scene, agent_of(address, 0.3), scene.init_states()[0], 12)
+        run_actions(scene, agent, scene.init_states()[0], 12)
 
 
 @pytest.fixture
@@ -139,7 +147,11 @@ def adapter(folder):
         port = free.getsockname()[1]
     process = subprocess.Popen([sys.executable, "stay.py", str(port)], cwd=folder)
     try:
-        yield f"127.0.0.1:{port}"
+        address = f"127.0.0.1:{port}"
+        waiting = Server(address, 60.0)
+        waiting.connect(again=60.0)
+        waiting.close()
+        yield address
     finally:
         process.kill()
         process.wait()
@@ -153,7 +165,7 @@ def test_an_evaluation_survives_its_server(tmp_path):
     words = block("bash", "a policy server in our columns").removeprefix("python ")
     words += (
         " --n_episodes 3 --workers 1 --max_steps 12 --clean_scene --image_size 64 --send_size 32 "
-        "--n_videos 1 --server_timeout 4 --label stay --out cell"
+        "--n_videos 1 --server_timeout 8 --label stay --out cell"
     )
     rows = lambda: [json.loads(r) for r in (tmp_path / "cell/episodes.jsonl").open()]
     # the first connection asks for metadata, the second is the first episode's

@@ -39,11 +39,12 @@ def address():
         yield found
 
 
-def ask(address, prompt, timeout=5.0):
-    """The actions that tests/policy_server.py answers to a prompt."""
-    server = Server(address, timeout)
+def ask(address, prompt, timeout=60.0):
+    """The actions that tests/policy_server.py answers to a prompt, within seconds of its own."""
+    server = Server(address, 60.0)
     try:
         server.connect()
+        server.timeout = timeout  # a busy machine connects more slowly
         return remote.actions_of(server.ask({"prompt": prompt}))
     finally:
         server.close()
@@ -120,7 +121,7 @@ def test_something_else_at_the_port_is_no_policy_server():
 
 def remote_args(**changed):
     """What eval.py's flags say for --policy remote."""
-    flags = {"policy": "remote", "server": None, "server_timeout": 5.0, "image_size": None}
+    flags = {"policy": "remote", "server": None, "server_timeout": 60.0, "image_size": None}
     return SimpleNamespace(**{**flags, "send_size": None, "label": None, **changed})
 
 
@@ -288,7 +289,7 @@ def test_a_client_of_openpi_is_served():
     with listen(answered, "127.0.0.1", 0, process_request=serve.health) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.socket.getsockname()[1]}"
-        one, two = (Server(address, 5.0) for _ in range(2))
+        one, two = (Server(address, 60.0) for _ in range(2))
         assert one.connect() == two.connect() == {"policy": "goes"}
         for client in (one, two, one):
             assert client.ask(request())["actions"].shape == (2, 7)
