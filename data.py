@@ -228,6 +228,19 @@ class WaypointDataset(Dataset):
         self.target_gripper = torch.from_numpy(gripper)
         self.mask = torch.from_numpy(mask.astype(np.float32))
 
+    def samples_by_task(self):
+        """Indices (N,) of the samples of each task, in the order of its first demonstration."""
+        by_task = {}
+        for d, demo in enumerate(self.demos):
+            by_task.setdefault(demo.group, []).append(d)
+        found = {task: np.flatnonzero(np.isin(self.demo, d)) for task, d in by_task.items()}
+        if empty := [task for task, samples in found.items() if not len(samples)]:
+            raise UserError(
+                f"{paths_of(self.demos)}: no usable frame of task {empty[0]!r}, all are pushed or "
+                "in gripper holds; collect more demonstrations of it"
+            )
+        return list(found.values())
+
     def hold(self, device):
         """Keep features and labels on a GPU from now on -> True if they are.
 

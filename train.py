@@ -1,7 +1,7 @@
 """Train a policy.
 
 python train.py --model_type para     # default dataset, collected first where it is missing
-python train.py --model_type para --max_steps 2500 --dataset data/x.hdf5 --seed 1
+python train.py --max_steps 2500 --seed 1 --dataset data/x.hdf5   # or a folder of several
 python train.py --resume runs/NAME    # go on after a kill or Ctrl-C
 torchrun --nproc_per_node 2 train.py --model_type para
 """
@@ -21,10 +21,11 @@ from filelock import FileLock, Timeout
 import flags
 from figures import heldout, plots
 from formats import demos as demo_files
-from formats.dataset import open_dataset
+from formats.mixture import open_mixture
 from harness import finetune
 from harness.recipe import Recipe
 from harness.records import RESUME, read_metrics
+from harness.reference import protocol_references
 from harness.trainer import Trainer, spoken
 from nets.backbone import Backbone, resolve_backbone
 from policy import add_config_flags
@@ -117,11 +118,12 @@ def add_run_flags(group):
 def add_data_flags(group):
     """What is trained on."""
     add = group.add_argument
-    what = "LIBERO-format HDF5, or a folder: smith300, LeRobot"
-    add("--dataset", type=Path, default=DEFAULT_DATASET, help=what)
+    what = "LIBERO-format HDF5, or a folder: smith300, LeRobot, or of several such"
+    default = [DEFAULT_DATASET]
+    add("--dataset", type=Path, nargs="+", default=default, help=f"{what} ({DEFAULT_DATASET})")
     add("--task", help="LeRobot: train on this task alone, its index or words of its instruction")
-    add("--n_demos", type=flags.count, help="use only the first N demonstrations")
-    what = "share of demonstrations held out"
+    add("--n_demos", type=flags.count, help="use only the first N demonstrations of a dataset")
+    what = "share of each task's demonstrations held out"
     add("--val_fraction", type=flags.fraction, default=0.15, help=what)
     what = "train on every k-th frame of a demonstration"
     add("--frame_stride", type=flags.count, default=2, help=what)
@@ -246,7 +248,7 @@ class Prepared(NamedTuple):
     val_set: object
     train_demos: int
     val_demos: int
-    attributes: dict  # of the dataset
+    recordings: object  # the Mixture
     reference: dict  # tensors of `protocol_references`
 
 
@@ -257,8 +259,9 @@ def prepare(args, config_class, device, progress):
     ensure_dataset(args.dataset)
     # each step may refuse, so the cheap ones come first: data, config, split, then features
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
-    recordings = open_dataset(args.dataset, config.image_size, args.n_demos, args.task)
-    config = config_for(args, config, recordings.attributes)
+    recordings = open_mixture(args.dataset, config.image_size, args.n_demos, args.task)
+    recordings.check_frames(args.frame_stride)
+    config = config_for(args, config, recordings)
     train_demos, val_demos = demo_files.split_demos(recordings.demos, args.val_fraction)
     n_train, n_val, recorded = len(train_demos), len(val_demos), list(train_demos)
     # before any feature is computed, which takes minutes
@@ -292,7 +295,7 @@ def prepare(args, config_class, device, progress):
         val_set,
         n_train,
         n_val,
-        recordings.attributes,
+        recordings,
         protocol_references(recorded),
     )
 
@@ -305,15 +308,14 @@ def unturned(demo):
     return settings.orbit(E, demo.attrs.get("theta", 0.0), demo.attrs.get("phi", 0.0))
 
 
-def config_for(args, config, attributes):
-    """The config for a dataset with these attributes. Raises UserError where the two do not go
-    together.
-    """
-    if attributes.get("part") == "val":
-        raise UserError(
-            f"{args.dataset}: holds validation conditions (--part val), by which trained policies "
-            "are judged; collect it without that flag"
-        )
+def config_for(args, config, recordings):
+    """The config for a Mixture. Raises UserError where the two do not go together."""
+    for dataset in recordings.datasets:
+        if dataset.attributes.get("part") == "val":
+            raise UserError(
+                f"{dataset.path}: holds validation conditions (--part val), by which trained "
+                "policies are judged; collect it without that flag"
+            )
     moved = "--mirror" if args.mirror else "--turn_back" if args.turn_back else None
     if moved and config.rotation == "pca":
         raise UserError(
@@ -321,56 +323,27 @@ def config_for(args, config, attributes):
             "leave it out, or give --rotation euler"
         )
     # a demonstration of lift_once ends by staying: that is an answer to be trained
-    if attributes.get("variant") != "lift_once" or config.stay:
+    if recordings.attributes.get("variant") != "lift_once" or config.stay:
         return config
     print(
-        f"{args.dataset}: its demonstrations end by staying where they are, "
+        f"{named(args.dataset)}: its demonstrations end by staying where they are, "
         "so that is trained too (--stay)"
     )
     return dataclasses.replace(config, stay=True)
 
 
-def ensure_dataset(path):
-    """Collect the default dataset if it is asked for and missing."""
-    if path == DEFAULT_DATASET and not path.is_file():
+def named(paths):
+    """Paths as they are typed, with spaces between them."""
+    return " ".join(map(str, paths))
+
+
+def ensure_dataset(paths):
+    """Collect the default dataset if it is asked for alone and missing."""
+    path = DEFAULT_DATASET
+    if paths == [path] and not path.is_file():
         print(f"{path} is not there yet: collecting it (48 demonstrations, several minutes)")
         collect = Path(__file__).with_name("collect_demos.py")
         subprocess.run([sys.executable, collect, "--out", path], check=True)
-
-
-def protocol_references(demos):
-    """A recorded frame of each scene among the demonstrations, as tensors by name: eval.py renders
-    its state and compares, so that a flip cannot go unnoticed.
-
-    The first one's names are those of `protocol_reference`; of a second scene, as the recipe has
-    it, they end in "_2". {} for recordings of a real robot, which have no states to render.
-    """
-    # of the clean scene and of the full one the states have other lengths
-    first = {}
-    for demo in demos:
-        if demo.states.size:
-            first.setdefault(demo.states.shape[1], demo)
-    found = {}
-    for i, demo in enumerate(first.values(), 1):
-        ending = f"_{i}" if i > 1 else ""
-        found.update({k + ending: v for k, v in protocol_reference(demo).items()})
-    return found
-
-
-def protocol_reference(demo, side=56):
-    """A recorded frame's state, camera and small image, as tensors by name. side: of the small
-    image, pixels.
-    """
-    image = demo.images([0])[0]
-    # means of blocks of n x n pixels, (side,side,3)
-    n = len(image) // side
-    blocks = image[: n * side, : n * side].reshape(side, n, side, n, 3)
-    small = blocks.mean((1, 3))
-    return {
-        "protocol_state": torch.from_numpy(demo.states[0]),
-        "protocol_extrinsics": torch.from_numpy(demo.E),
-        "protocol_image": torch.from_numpy(small.round().astype(np.uint8)),
-    }
 
 
 def first_alone(dist, lock, make):
@@ -401,7 +374,7 @@ def train(args, config_class):
     dist = init_distributed(args.device)
     stop = StopSignal()
     folder = run_folder(args.out, args.model_type, args.resume)
-    lock = args.cache / f"{args.dataset.name}.lock"
+    lock = args.cache / f"{args.dataset[0].name}.lock"
     # what is trained on
     found = first_alone(
         dist, lock, lambda progress: prepare(args, config_class, dist.device, progress)
@@ -455,7 +428,7 @@ def resolve(args, found, dist):
     typed = {name: value for name, value in vars(args).items() if name in names}
     came_to = {
         "preset": getattr(args, "preset", None),
-        "dataset": str(args.dataset),
+        "dataset": named(args.dataset),
         "train_demos": found.train_demos,
         "val_demos": found.val_demos,
         "train_frames": len(found.train_set),
@@ -473,16 +446,20 @@ def resolve(args, found, dist):
 def provenance(args, found, recipe):
     """Where a run comes from, JSON-able: for its config.json, its checkpoints and wandb."""
     # of the dataset: what it is, and the simulator that its physics comes from
-    about = {key: str(found.attributes[key]) for key in ABOUT if key in found.attributes}
-    about["versions"] = demo_files.simulated_with(found.attributes)
+    said = found.recordings.attributes
+    about = {key: str(said[key]) for key in ABOUT if key in said}
+    about["versions"] = demo_files.simulated_with(said)
+    typed = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     return {
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "args": {**typed, "dataset": named(args.dataset)},
         "config": dataclasses.asdict(found.config),
         "command": command_line(),
         "commit": git_commit(),
         "versions": versions(),
         "seed": recipe.seed,
         "dataset": about,
+        "datasets": found.recordings.described(),
+        "tasks": {d.group: d.instruction for d in found.recordings.demos},
         "train_demos": recipe.train_demos,
         "val_demos": recipe.val_demos,
         "train_frames": recipe.train_frames,

@@ -49,10 +49,13 @@ class Demo:
 
     @property
     def task(self):
-        """Key of its LIBERO task, such as libero_spatial_0; "" where its dataset does not say."""
+        """Key of its LIBERO task, such as libero_spatial_0; "" where its dataset does not say.
+
+        A LeRobot dataset of several tasks says it of each episode.
+        """
         said = self.source.attributes
         known = "task_suite" in said and "task_id" in said
-        return f"{said['task_suite']}_{said['task_id']}" if known else ""
+        return f"{said['task_suite']}_{said['task_id']}" if known else self.attrs.get("libero", "")
 
     @property
     def instruction(self):
@@ -69,6 +72,11 @@ class Demo:
             return str(json.loads(said["problem_info"])["language_instruction"])
         except (KeyError, TypeError, ValueError):
             return ""
+
+    @property
+    def group(self):
+        """What its task is called: the key of a LIBERO task, else the instruction, else ""."""
+        return self.task or self.instruction
 
     def images(self, frames):
         """Images (N,S,S,3) uint8 RGB, upright, of N frames, S = image_size. Reads these alone.
@@ -170,18 +178,28 @@ def next_waypoint(positions, end, stride, min_travel=0.0):
 
 
 def split_demos(demos, val_fraction=0.15):
-    """(train, validation) lists, split by demo: every k-th demo validates, at least one."""
-    if len(demos) < 2:
-        raise UserError(
-            f"{len(demos)} demonstration: training needs at least 2, one of them for validation; "
-            f"{RECOLLECT}"
-        )
-    # evenly spread over the file, whose conditions may come in blocks
-    every = min(len(demos), max(2, round(1 / val_fraction)))
-    # demonstrations k - 1, 2 k - 1, ... validate
+    """(train, validation) lists, split by demo: every k-th demo of each task validates, at least
+    one.
+    """
+    by_task = {}
+    for i, demo in enumerate(demos):
+        by_task.setdefault(demo.group, []).append(i)
+    held_out = set()
+    for task, numbers in by_task.items():
+        n = len(numbers)
+        if n < 2:
+            of_task = f" of task {task!r}" if len(by_task) > 1 else ""
+            raise UserError(
+                f"{n} demonstration{of_task}: training needs at least 2, one of them for "
+                f"validation; {RECOLLECT}"
+            )
+        # evenly spread over the file, whose conditions may come in blocks
+        every = min(n, max(2, round(1 / val_fraction)))
+        # demonstrations k - 1, 2 k - 1, ... validate
+        held_out.update(numbers[every - 1 :: every])
     return (
-        [d for i, d in enumerate(demos) if i % every != every - 1],
-        [d for i, d in enumerate(demos) if i % every == every - 1],
+        [d for i, d in enumerate(demos) if i not in held_out],
+        [d for i, d in enumerate(demos) if i in held_out],
     )
 
 

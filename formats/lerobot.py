@@ -202,7 +202,11 @@ class LeRobotFolder(Demonstrations):
             K=square_intrinsics(K, *self.shape, size),
             E=E,
             image_size=size,
-            attrs={"task": episode.task, "source": str(episode.video or episode.file)},
+            attrs={
+                "task": episode.task,
+                "libero": task_key(episode.task),
+                "source": str(episode.video or episode.file),
+            },
         )
         check_values(demo, f"{where}, state 0 to 2", f"{where}, state 3 to 5")
         # robosuite's angles reach 2 pi, ours stop at pi: the same rotations
@@ -249,7 +253,17 @@ class LeRobotFolder(Demonstrations):
             attributes["language"] = instruction
             if place := find_task(instruction):
                 attributes["task_suite"], attributes["task_id"] = place
+        else:
+            # of several tasks each episode says its own
+            for key in ("language", "task_suite", "task_id"):
+                attributes.pop(key, None)
         return attributes
+
+
+def task_key(instruction):
+    """Key of the LIBERO task with an instruction, "" for one of none."""
+    found = find_task(instruction)
+    return f"{found[0]}_{found[1]}" if found else ""
 
 
 def is_ours(path):

@@ -54,6 +54,48 @@ class Batches:
         return self.order[i * self.batch_size : (i + 1) * self.batch_size]
 
 
+class BalancedBatches:
+    """As `Batches`, with as many samples of each task as of any other.
+
+    Samples come in rounds. A round has one of each task, in an order of its own, so that a batch
+    that is smaller than a round favours none. groups: indices (N,) of each task's samples. A task
+    with fewer samples sees them more often.
+    """
+
+    def __init__(self, seed, groups, batch_size):
+        self.seed, self.groups = seed, groups
+        self.batch_size = min(batch_size, sum(map(len, groups)))
+        # the last order of each task's samples, and which epoch of the task it is of
+        self.orders = [(None, None)] * len(groups)
+
+    def __getitem__(self, step):
+        """Indices (batch_size,) of a step's samples."""
+        first, n_tasks = step * self.batch_size, len(self.groups)
+        picked = []
+        for number in range(first, first + self.batch_size):
+            turn, place = divmod(number, n_tasks)
+            if place == 0 or number == first:
+                order = np.random.default_rng([self.seed, turn, n_tasks]).permutation(n_tasks)
+            picked.append(self._sample(order[place], turn))
+        return np.array(picked)
+
+    def _sample(self, task, turn):
+        """The sample of a task in a round: each once, then again in another order."""
+        epoch, i = divmod(turn, len(self.groups[task]))
+        if self.orders[task][0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch, int(task), 1])
+            self.orders[task] = epoch, rng.permutation(self.groups[task])
+        return self.orders[task][1][i]
+
+
+def batches_of(seed, dataset, batch_size):
+    """Which samples of a dataset each step trains on: balanced where there are several tasks."""
+    groups = dataset.samples_by_task()
+    if len(groups) == 1:
+        return Batches(seed, len(dataset), batch_size)
+    return BalancedBatches(seed, groups, batch_size)
+
+
 def seed_of(*numbers):
     """One seed from several numbers; in another order they give another seed."""
     # 63 bits, as of a signed whole number
@@ -266,7 +308,7 @@ class Trainer:
         # features to the GPU where they fit, see `WaypointDataset.hold`
         for part in (train_set, val_set):
             part.hold(dist.device)
-        self.batches = Batches(recipe.seed, len(train_set), recipe.batch_size)
+        self.batches = batches_of(recipe.seed, train_set, recipe.batch_size)
         self.step, self.minutes, self.validation_minutes, self.metrics = 0, 0.0, 0.0, None
         self.end, self.best_step, self.best_error = recipe.max_steps, 0, math.inf
 

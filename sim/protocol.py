@@ -5,6 +5,7 @@ import numpy as np
 from camera import project, unproject
 from formats.demos import GRIPPER_STEPS
 from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
+from sim.tasks import unperturbed
 
 
 def check_protocol(scene, reference, condition):
@@ -77,12 +78,17 @@ def training_frame_difference(scene, reference):
     """Render a training frame's state again -> the mean difference to the stored image in grey
     levels (0-255), or None where no stored frame is of this scene.
 
-    reference: arrays that a checkpoint carries, "protocol_state" (S,), "protocol_extrinsics" (4,4)
-    and "protocol_image" (s,s,3), and with the ending "_2" those of a second scene; {} for none.
-    Raises RuntimeError where the image differs, or fits better turned or mirrored.
+    reference: arrays that a checkpoint carries, see harness/reference.py: "protocol_state" (S,),
+    "protocol_extrinsics" (4,4) and "protocol_image" (s,s,3), and with the ending "_2" those of a
+    second scene, with "@TASK" those of a task; {} for none. Raises RuntimeError where the image
+    differs, or fits better turned or mirrored.
     """
-    width = len(scene.state())
-    endings = [e for e in ("", "_2") if len(reference.get(f"protocol_state{e}", ())) == width]
+    width, task = len(scene.state()), unperturbed(scene.task).key
+    endings = [
+        e
+        for e in ("", "_2", f"@{task}", f"_2@{task}")
+        if len(reference.get(f"protocol_state{e}", ())) == width
+    ]
     if not endings:
         return None
     state, E, stored = (

@@ -111,10 +111,17 @@ def render(rng, position, K, E, size):
 
 
 def write_synthetic_demos(
-    path, n_demos=4, steps=STEPS, size=SIZE, seed=0, pushes=True, orientation="upright"
+    path,
+    n_demos=4,
+    steps=STEPS,
+    size=SIZE,
+    seed=0,
+    pushes=True,
+    orientation="upright",
+    **attributes,
 ):
     """Write a valid demonstration file like collect_demos.py's, without a simulator; return its
-    path."""
+    path. attributes: of the file, beside the usual ones or instead of them."""
     K, E = agentview(size)
     with hdf5.create(path) as file:
         data = file.create_group("data")
@@ -128,6 +135,7 @@ def write_synthetic_demos(
                 "language": "pick up the blob",
                 "image_orientation": orientation,
                 "num_demos": n_demos,
+                **attributes,
             },
         )
         for i in range(n_demos):

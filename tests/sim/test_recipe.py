@@ -10,11 +10,11 @@ from helpers import SIZE, run
 
 from collect_demos import build_parser
 from formats.dataset import open_dataset
+from harness.reference import protocol_references
 from runtime import UserError
 from sim import recipe, settings
 from sim.protocol import training_frame_difference
 from sim.tasks import find_task
-from train import protocol_references
 
 
 def drawn(part, n=400, seed=0):

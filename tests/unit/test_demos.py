@@ -416,6 +416,12 @@ def test_flipped_images_are_turned_over_on_reading(orientation, tmp_path, synthe
         assert tuple(image[int(v), int(u)]) == (230, 30, 40)
 
 
+class Numbered(int):
+    """A demonstration that is nothing but its number."""
+
+    group = ""
+
+
 @pytest.mark.parametrize("n", [2, 3, 7, 20, 48])
 @pytest.mark.parametrize("fraction", [0.05, 0.15, 0.5])
 def test_no_demo_is_in_both_parts_of_a_split(n, fraction):
@@ -423,17 +429,18 @@ def test_no_demo_is_in_both_parts_of_a_split(n, fraction):
 
     Both parts have at least one, and the split is always the same.
     """
-    train, val = demos.split_demos(list(range(n)), fraction)
+    numbered = [Numbered(i) for i in range(n)]
+    train, val = demos.split_demos(numbered, fraction)
     assert not set(train) & set(val) and sorted(train + val) == list(range(n))
     assert train and val
-    assert (train, val) == demos.split_demos(list(range(n)), fraction)
+    assert (train, val) == demos.split_demos(numbered, fraction)
     assert n < 20 or abs(len(val) / n - fraction) < 0.06
 
 
 def test_a_split_of_one_demo_is_refused():
     """One demonstration cannot be split, and the message says how many are needed."""
     with pytest.raises(UserError, match="at least 2"):
-        demos.split_demos([0])
+        demos.split_demos([Numbered(0)])
 
 
 def test_a_mirrored_demonstration_is_the_same_geometry_left_to_right(tmp_path):

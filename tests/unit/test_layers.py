@@ -69,6 +69,7 @@ BESIDE = {
         "formats.hdf5",
         "formats.interface",
     },
+    "formats.mixture": {"formats.dataset", "formats.lerobot", "formats.smith300"},
     "formats.parts": {
         "formats.demos",
         "formats.hdf5",
@@ -105,7 +106,7 @@ BESIDE = {
         "sim.pick_place",
         "sim.tasks",
     },
-    "sim.protocol": {"sim.libero_env"},
+    "sim.protocol": {"sim.libero_env", "sim.tasks"},
     "sim.events": {"sim.expert", "sim.settings"},
     "sim.layouts": {"sim.events", "sim.placement", "sim.settings", "sim.verdict"},
     "sim.decisions": {"sim.workers"},

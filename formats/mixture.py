@@ -1,0 +1,109 @@
+"""Demonstrations of several datasets, to be trained on together: of a suite's tasks, a file each.
+
+Cameras may differ: each demonstration has its own. What may not differ is named in ALIKE.
+"""
+
+from pathlib import Path
+
+from formats.dataset import open_dataset
+from formats.lerobot import LeRobotFolder
+from formats.smith300 import in_order
+from runtime import UserError
+
+# attributes that all datasets have in common, with what holds where a dataset does not say
+ALIKE = {"render": "exact", "variant": "task", "setting": "in_dist", "split": ""}
+RENDER_AGAIN = "collect one of them again with the other's"
+
+
+class Mixture:
+    """Several `interface.Demonstrations` as one.
+
+    datasets: in the order given; demos: of all of them; attributes: of the only dataset, or what
+    all of several say alike, with their number of demonstrations. Raises UserError for datasets
+    that do not go together, and for one that is given twice.
+    """
+
+    def __init__(self, datasets):
+        self.datasets = list(datasets)
+        self.demos = [demo for dataset in self.datasets for demo in dataset.demos]
+        self.attributes = self.datasets[0].attributes
+        if len(self.datasets) > 1:
+            self._check()
+            self.attributes = self._common()
+
+    def _check(self):
+        first = self.datasets[0]
+        for other in self.datasets[1:]:
+            for name, usual in ALIKE.items():
+                ours, theirs = (str(d.attributes.get(name, usual)) for d in (first, other))
+                if ours != theirs:
+                    raise UserError(
+                        f"--dataset {other.path}: its {name} is {theirs or 'none'}, that of "
+                        f"{first.path} is {ours or 'none'}, and one training takes one; "
+                        f"{RENDER_AGAIN}, or train on them apart"
+                    )
+        known = {}
+        for dataset in self.datasets:
+            if twin := known.get(dataset.fingerprint):
+                raise UserError(
+                    f"--dataset {dataset.path}: holds the same demonstrations as {twin}; "
+                    "leave one of them out"
+                )
+            known[dataset.fingerprint] = dataset.path
+
+    def _common(self):
+        said = [dataset.attributes for dataset in self.datasets]
+        # compared as text: NumPy's arrays and numbers have no single truth
+        same = lambda key: all(key in s and str(s[key]) == str(said[0][key]) for s in said)
+        return {**{key: said[0][key] for key in said[0] if same(key)}, "num_demos": len(self.demos)}
+
+    @property
+    def tasks(self):
+        """Names of the tasks among the demonstrations, in their order."""
+        return list(dict.fromkeys(demo.group for demo in self.demos))
+
+    def check_frames(self, frame_stride):
+        """Raise UserError unless every k-th frame has an image in all of several datasets."""
+        if len(self.datasets) == 1:
+            return
+        strides = sorted({demo.image_stride for demo in self.demos})
+        bad = next((d for d in self.demos if frame_stride % d.image_stride), None)
+        if bad is not None:
+            raise UserError(
+                f"--frame_stride {frame_stride}: {bad.source.path} has an image of every "
+                f"{bad.image_stride}. frame, the datasets together of every "
+                f"{', '.join(map(str, strides))}.; give a multiple of all of these"
+            )
+
+    def described(self):
+        """What each dataset is, JSON-able: [{path, hash, format, demonstrations, tasks}]."""
+        return [
+            {
+                "path": str(d.path),
+                "hash": d.fingerprint,
+                "format": d.format,
+                "demonstrations": len(d),
+                "tasks": list(dict.fromkeys(demo.group for demo in d.demos)),
+            }
+            for d in self.datasets
+        ]
+
+
+def datasets_in(path):
+    """The datasets at a path: itself, or those of a folder of HDF5 files or of LeRobot folders."""
+    path = Path(path)
+    if not path.is_dir() or LeRobotFolder.accepts(path):
+        return [path]
+    inside = in_order(path.iterdir())
+    found = [p for p in inside if p.suffix == ".hdf5" and p.is_file()]
+    found += [p for p in inside if p.is_dir() and LeRobotFolder.accepts(p)]
+    return found or [path]
+
+
+def open_mixture(paths, image_size=None, limit=None, task=None):
+    """The Mixture of the datasets at `paths`, each a dataset or a folder of some.
+
+    limit: only the first so many demonstrations of each; others as of `dataset.open_dataset`.
+    """
+    found = [one for path in paths for one in datasets_in(path)]
+    return Mixture(open_dataset(path, image_size, limit, task) for path in found)
