@@ -261,10 +261,17 @@ class WaypointDataset(Dataset):
         """Keep features and labels in a device's memory; batches come from there."""
         kept = [maps for maps in self.maps if maps is not None]
         # one tensor (N,C,H,W) for each map, one demonstration after another
+        n = sum(len(maps[0]) for maps in kept)
         self.resident = [
-            torch.from_numpy(np.concatenate([maps[i] for maps in kept])).to(device)
-            for i in range(len(self.backbone.channels))
+            torch.empty((n, *m.shape[1:]), dtype=torch.float16, device=device) for m in kept[0]
         ]
+        # filled piece by piece: many trainings side by side share the files, and none of them
+        # holds a copy of all features in the host's memory
+        filled = 0
+        for maps in kept:
+            for resident, m in zip(self.resident, maps):
+                resident[filled : filled + len(m)] = torch.from_numpy(np.array(m))
+            filled += len(maps[0])
         # labels too, or every batch would copy them from the CPU
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):

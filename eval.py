@@ -42,10 +42,11 @@ from figures import plots
 from harness.metrics import ERROR
 from harness.records import (
     check_stamp,
-    demos_mujoco,
+    demos_simulator,
     newest_checkpoint,
     read_episodes,
     run_name,
+    simulator_changes,
 )
 from harness.remote import ServerLost, Unreachable
 from harness.summary import print_summary, summarise
@@ -449,18 +450,16 @@ def cell_name(args, info, task):
 def where_run(info):
     """What every row and the summary say of the simulator: versions and renderer.
 
-    For a checkpoint also the MuJoCo version that its demonstrations were simulated with. Prints a
-    warning where its major.minor differs from the installed one.
+    For a checkpoint also MuJoCo's version and the renderer behind its demonstrations. Prints a
+    warning for each that is another one here.
     """
-    found, ours = {"simulator": simulator()}, simulator_versions()["mujoco"]
+    found = {"simulator": simulator()}
     if info:
-        theirs = found["demos_mujoco"] = demos_mujoco(info)
-        if theirs is None or theirs.split(".")[:2] != ours.split(".")[:2]:
-            print(
-                "warning: the checkpoint's demonstrations were simulated with MuJoCo "
-                f"{theirs or 'of an unknown version'}, here runs {ours}: "
-                "objects may rest and slide otherwise, see docs/premise.md"
-            )
+        theirs = demos_simulator(info)
+        # of a dataset that names no renderer, rows name none
+        found.update({f"demos_{k}": v for k, v in theirs.items() if v or k == "mujoco"})
+        for sentence in simulator_changes(theirs, simulator_versions()):
+            print(f"warning: {sentence}")
     return found
 
 

@@ -8,6 +8,8 @@
     python run_matrix.py --columns in_dist pro_swap viewpoint_hemisphere position_near_far
     # as tasks of a Ray cluster with a shared file system
     python run_matrix.py --preset full --ray auto --gpus 1
+    # only the trainings, 16 at a time on a GPU; the same without --until goes on from them
+    python run_matrix.py --until train --jobs 16
     # only the table, from what is there; into a page too
     python run_matrix.py --table --readme docs/results.md
 
@@ -32,6 +34,8 @@ from study.matrix_plan import Plan, typed, typed_words
 
 # flags that --help shows, in this order
 FIRST = "rows columns seeds preset n_episodes jobs workers out dry_run table"
+# of the graph, in this order; the name of a node begins with its stage
+STAGES = ("collect", "cache", "train")
 # what --export takes, of the whole and of each evaluation
 SMALL_FILES = (
     "table.json",
@@ -137,6 +141,8 @@ def add_running_flags(group):
     add("--train_cpus", type=flags.positive, default=2, help=cpus)
     gpus = "with --ray: GPUs that a training asks for, or a share of one"
     add("--gpus", type=flags.not_negative, default=0, help=gpus)
+    last = "end after this stage, evaluate nothing"
+    add("--until", choices=STAGES, help=last)
     add("--dry_run", action="store_true", help="only print the commands")
 
 
@@ -210,6 +216,12 @@ def recipe(args, name, cell, seed):
     return typed(node.command), training and typed(training)
 
 
+def up_to(stage, nodes):
+    """The nodes of the stages up to one of STAGES, all for None."""
+    wanted = STAGES[: STAGES.index(stage) + 1] if stage else None
+    return [node for node in nodes if not wanted or node.name.partition("-")[0] in wanted]
+
+
 def write_table(args):
     """Write table, picture and page into args.out, from all evaluations there -> the number of
     cells.
@@ -240,7 +252,7 @@ def main(argv=None):
                 "first run the same without --table"
             )
         return 0
-    nodes = list(Plan(args).nodes.values())
+    nodes = up_to(args.until, Plan(args).nodes.values())
     # every command in the order of the plan, those with complete results marked
     if args.dry_run:
         todo = {node.name for node in pending(nodes)}
@@ -251,7 +263,8 @@ def main(argv=None):
     # the table is written from what succeeded, even where a step failed
     runner = Ray(args.ray) if args.ray else Local(args.jobs)
     failed = run_graph(nodes, runner, args.out, title="matrix")
-    write_table(args)
+    if not args.until:
+        write_table(args)
     for name, why in failed.items():
         print(f"{name}: {why}", file=sys.stderr)
     return 1 if failed else 0

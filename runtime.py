@@ -341,14 +341,15 @@ def read_jsonl(path, remedy="remove that line", form=dict):
 def git_commit():
     """Short commit of this checkout, with `+` when files differ from it.
 
-    'unknown' outside a checkout. Found once, when the script starts: hours later the files may be
+    Outside a checkout it is what PARA_COMMIT says, as on a machine that got a copy of the files, or
+    'unknown'. Found once, when the script starts: hours later the files may be
     others.
     """
     try:
         commit = _git("rev-parse", "--short=10", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PARA_COMMIT", "unknown")
     return f"{commit}+" if changed else commit
 
 

@@ -449,6 +449,7 @@ def provenance(args, found, recipe):
     said = found.recordings.attributes
     about = {key: str(said[key]) for key in ABOUT if key in said}
     about["versions"] = demo_files.simulated_with(said)
+    about["renderer"] = demo_files.drawn_by(said)
     typed = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     return {
         "args": {**typed, "dataset": named(args.dataset)},

@@ -203,6 +203,15 @@ def split_demos(demos, val_fraction=0.15):
     )
 
 
+def drawn_by(attributes):
+    """Name of the renderer of a dataset's images, None where it does not say. attributes: of a
+    dataset of either format.
+    """
+    # a replay's images are its own, whatever simulated its physics
+    own = {key: value for key, value in attributes.items() if key != "replayed_versions"}
+    return simulated_with(own).get("renderer")
+
+
 def simulated_with(attributes):
     """Versions {package: version} of the simulator that made a dataset's physics.
 

@@ -2,10 +2,10 @@
 
 import io
 
-import av
 import numpy as np
 
 from formats.lerobot_tables import AGAIN, guarded, open_parquet
+from formats.lerobot_video import pyav
 from formats.smith300 import open_image, square_image
 from runtime import UserError
 
@@ -17,7 +17,7 @@ def check_videos(episodes, fps):
         end = episode.start + episode.length / fps
         last[episode.video] = max(last.get(episode.video, 0.0), end)
     for path, end in last.items():
-        with guarded(path), av.open(str(path)) as container:
+        with guarded(path), pyav().open(str(path)) as container:
             stream = _stream(path, container)
             needed = round(end * fps)
             # 0 where the file does not say
@@ -35,7 +35,7 @@ def read_video(episode, frames, fps, shape, size):
     """
     wanted = sorted(set(frames))
     images, path = {}, episode.video
-    with guarded(path), av.open(str(path)) as container:
+    with guarded(path), pyav().open(str(path)) as container:
         stream = _stream(path, container)
         origin = float((stream.start_time or 0) * stream.time_base)
         time_of = lambda frame: origin + episode.start + frame / fps

@@ -1,6 +1,5 @@
 """Videos of a LeRobot folder, written: many episodes one after another in a file."""
 
-import av
 import numpy as np
 
 from runtime import UserError
@@ -8,6 +7,17 @@ from runtime import UserError
 CODEC, PIXELS = "libx264", "yuv420p"
 # a key frame every other frame, as LeRobot has it, so that any frame is found at once
 OPTIONS = {"crf": "18", "g": "2", "bf": "0", "preset": "medium"}
+
+
+def pyav():
+    """PyAV. Raises UserError where it is missing: what holds no video is used without it, as on a
+    GPU machine that has torch and no more.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("LeRobot's videos need the package av; run `make setup`") from error
+    return av
 
 
 class VideoFiles:
@@ -37,7 +47,7 @@ class VideoFiles:
             self._next_file(side)
         begin = self.frames
         for image in images:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame = pyav().VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts = self.frames
             self.frames += 1
             self._write(self.stream.encode(frame))
@@ -55,7 +65,7 @@ class VideoFiles:
         chunk, file = divmod(self.place, self.files)
         name = self.pattern.format(video_key=self.key, chunk_index=chunk, file_index=file)
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        self.container = av.open(str(self.folder / name), "w")
+        self.container = pyav().open(str(self.folder / name), "w")
         self.stream = self.container.add_stream(CODEC, rate=self.fps, options=OPTIONS)
         self.stream.width = self.stream.height = side
         self.stream.pix_fmt = PIXELS

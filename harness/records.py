@@ -176,13 +176,39 @@ def read_metrics(run):
 # -- checkpoints, of which no tensor is read ------------------------------------------------------
 
 
-def demos_mujoco(info):
-    """MuJoCo version that a checkpoint's demonstrations were simulated with, None if unknown.
+def demos_simulator(info):
+    """What a checkpoint's demonstrations were simulated and drawn with, {"mujoco": version,
+    "renderer": name}, None where it is unknown.
 
-    Older checkpoints do not say. For them it is the version that was installed in training.
+    Older checkpoints do not say the first. For them it is what was installed in training.
     """
-    installed = info.get("versions", {})
-    return info.get("dataset", {}).get("versions", installed).get("mujoco")
+    dataset = info.get("dataset", {})
+    versions = dataset.get("versions", info.get("versions", {}))
+    # of a replay the images are newer than the physics
+    renderer = dataset.get("renderer") or versions.get("renderer")
+    return {"mujoco": versions.get("mujoco"), "renderer": renderer}
+
+
+def simulator_changes(theirs, ours):
+    """What is another simulator for a policy than the one of its demonstrations -> sentences.
+
+    theirs: as of `demos_simulator`; ours: {package: version} here, and "renderer".
+    """
+    found, mujoco = [], theirs["mujoco"]
+    if mujoco is None or mujoco.split(".")[:2] != ours["mujoco"].split(".")[:2]:
+        found.append(
+            "the checkpoint's demonstrations were simulated with MuJoCo "
+            f"{mujoco or 'of an unknown version'}, here runs {ours['mujoco']}: "
+            "objects may rest and slide otherwise, see docs/premise.md"
+        )
+    # what follows in brackets are a driver's versions
+    name = lambda renderer: renderer.partition(" (")[0]
+    if theirs["renderer"] and name(theirs["renderer"]) != name(ours["renderer"]):
+        found.append(
+            f"the checkpoint's demonstrations were drawn by {theirs['renderer']}, here draws "
+            f"{ours['renderer']}: pixels differ a little, see docs/speed.md"
+        )
+    return found
 
 
 def run_name(path):

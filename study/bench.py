@@ -27,7 +27,7 @@ from registry import REGISTRY
 from runtime import UserError, command_line, git_commit, run_script, write_json
 from study.bench_attention import bench_attention, bench_voxel
 from study.bench_memory import bench_memory
-from study.bench_rollout import bench_rollout
+from study.bench_rollout import LOOPS, bench_rollout
 from study.bench_train import bench_train
 from study.timing import alternate
 
@@ -159,7 +159,10 @@ def build_parser():
     )
     parser.add_argument("--models", nargs="+", choices=list(REGISTRY), help="train: these alone")
     parser.add_argument("--preset", default="small", help="train: as of train.py")
-    parser.add_argument("--device", default="cpu", help="train: as of train.py")
+    parser.add_argument("--device", default="cpu", help="train, rollout: as of train.py")
+    parser.add_argument(
+        "--loops", nargs="+", choices=list(LOOPS), metavar="LOOP", help="rollout: these alone"
+    )
     parser.add_argument("--episodes", type=flags.count, help="eval: 10, memory: 50")
     parser.add_argument("--layout", default="benchmark", help="memory: as of eval.py")
     parser.add_argument(

@@ -165,21 +165,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     card = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
-    tables = []
-    for bench in (training_step, voxel_attention, decisions, features):
-        tables.append(bench(device, args.quick, args.rounds))
-        print(tables[-1], flush=True)
     out = args.out or Path("results/gpu") / f"{card.replace(' ', '_')}.json"
-    write_json(
-        out,
-        {
-            "card": card,
-            "command": command_line(),
-            "commit": git_commit(),
-            "versions": versions(),
-            "tables": tables,
-        },
-    )
+    found = {"card": card, "command": command_line(), "commit": git_commit()}
+    found |= {"versions": versions(), "tables": []}
+    # written after each: a lent machine may be taken back
+    for bench in (training_step, voxel_attention, decisions, features):
+        found["tables"].append(bench(device, args.quick, args.rounds))
+        print(found["tables"][-1], flush=True)
+        write_json(out, found)
     print(out)
 
 

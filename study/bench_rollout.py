@@ -134,6 +134,7 @@ def bench_rollout(args):
         "layout": args.layout,
         "episodes": n,
         "max_steps": STEPS,
+        "device": args.device,
         "simulator": simulator(),
     }
     if args.against:
@@ -144,22 +145,24 @@ def bench_rollout(args):
 def loops(args, n, workers, steps=STEPS):
     """n episodes in each loop, on so many workers -> the table, JSON-able."""
     start = time.perf_counter()
+    # theirs is what the others are compared with
+    chosen = [loop for loop in LOOPS if loop == THEIRS or loop in (args.loops or LOOPS)]
     # one process holds the network; the workers send it observations
-    with Decider(_policy, (args.ckpt,)) as network:
+    with Decider(_policy, (args.ckpt, args.device)) as network:
         loaded, config = time.perf_counter() - start, network.about["config"]
         # a round is as many episodes as there are workers: at a time they run the same loop
         rounds = [range(i, min(i + workers, n)) for i in range(0, n, workers)]
-        jobs = [(loop, i) for chunk in rounds for loop in LOOPS for i in chunk]
+        jobs = [(loop, i) for chunk in rounds for loop in chosen for i in chunk]
         made_of = (args.layout, config, steps, network.address)
         # recycle is beyond the number of jobs: no worker is replaced, and none builds its scenes
         # twice
         outcomes = list(run_jobs(jobs, RolloutWorker, made_of, workers, recycle=len(jobs) + 1))
     if broken := [o.error for o in outcomes if o.error]:
         raise UserError(f"an episode failed: {broken[0].strip().splitlines()[-1]}")
-    by_loop = {loop: [o.result for o in outcomes if o.job[0] == loop] for loop in LOOPS}
+    by_loop = {loop: [o.result for o in outcomes if o.job[0] == loop] for loop in chosen}
     paths = {
         loop: {o.job[1]: o.result["outcome"] for o in outcomes if o.job[0] == loop}
-        for loop in LOOPS
+        for loop in chosen
     }
     # compared are rates by the clock, and CPU time, which other programs disturb less
     table = {loop: account(rows, workers) for loop, rows in by_loop.items()}
@@ -175,9 +178,7 @@ def loops(args, n, workers, steps=STEPS):
         },
         # the fast render changes images and so may change decisions; the exact loops must agree
         "equal_outcomes": all(
-            paths[loop] == paths[THEIRS]
-            for loop, (_, render, _) in LOOPS.items()
-            if render == "exact"
+            paths[loop] == paths[THEIRS] for loop in chosen if LOOPS[loop][1] == "exact"
         ),
         "outcomes": paths,
         "table": table,
@@ -186,11 +187,11 @@ def loops(args, n, workers, steps=STEPS):
     return found
 
 
-def _policy(path):
-    """The one process with torch: the checkpoint's sessions on the CPU."""
+def _policy(path, device):
+    """The one process with torch: the checkpoint's sessions on a device."""
     from harness.sessions import PolicySessions
 
-    return PolicySessions.load(path, "cpu")
+    return PolicySessions.load(path, device)
 
 
 def account(rows, workers):

@@ -13,7 +13,8 @@ def test_the_loops_run_the_same_episode_at_other_costs(trained, capsys):
     Otherwise a ratio would compare two different things. One loop renders at every step, the other
     at every decision.
     """
-    args = Namespace(ckpt=trained[0] / "checkpoint.safetensors", layout="position")
+    ckpt = trained[0] / "checkpoint.safetensors"
+    args = Namespace(ckpt=ckpt, layout="position", device="cpu", loops=None)
     found = loops(args, 1, 1, STEPS)
     table, ours = found["table"], found["outcomes"]["ours"][0]
     assert found["equal_outcomes"] and list(table) == list(LOOPS)

@@ -134,6 +134,16 @@ def test_recipe_is_trained_once_for_all_columns(tmp_path):
     assert not [n for n in plan(f"--out {tmp_path}") if "recipe" in n]
 
 
+def test_a_run_can_end_before_evaluations(tmp_path):
+    """--until train makes the trainings and what they need: another machine evaluates them."""
+    nodes = plan(f"--out {tmp_path} --rows blind b --columns in_dist --until train").values()
+    names = lambda stage: [node.name for node in run_matrix.up_to(stage, nodes)]
+    first = ["collect-in_dist", "cache-in_dist-windows8"]
+    assert names("collect") == first[:1] and names("cache") == first
+    assert names("train") == [*first, "train-b-in_dist-s0"]
+    assert len(names(None)) == len(nodes) == 3 + 2 * 2
+
+
 def test_pro_suites_and_other_splits_are_columns(tmp_path):
     """LIBERO-PRO suites test what in_dist trained; other splits have their own demonstrations and
     trainings. Commands of the plain columns have neither flag, as finished cells are known by their

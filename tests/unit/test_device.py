@@ -112,6 +112,13 @@ def test_the_gpu_tests_own_code_runs(tmp_path):
     assert out.is_file()
 
 
+def test_demonstrations_are_read_without_a_video_library():
+    """A machine for `make gpu` has torch, timm and h5py, and no PyAV: only videos need it."""
+    read = "import sys; sys.modules['av'] = None; import collect_demos, train, formats.dataset"
+    done = subprocess.run([sys.executable, "-c", read], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_make_gpu_without_a_gpu_says_so():
     """Without a GPU `make gpu` fails with one sentence.
 

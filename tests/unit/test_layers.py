@@ -53,7 +53,11 @@ BESIDE = {
         "formats.pictures",
         "formats.smith300",
     },
-    "formats.lerobot_images": {"formats.lerobot_tables", "formats.smith300"},
+    "formats.lerobot_images": {
+        "formats.lerobot_tables",
+        "formats.lerobot_video",
+        "formats.smith300",
+    },
     "formats.lerobot_writer": {
         "formats.demos",
         "formats.hdf5",

@@ -3,12 +3,14 @@ between them is reported.
 """
 
 import json
+import subprocess
 
 import pytest
 
+import runtime
 from eval import where_run
 from formats import demos, smith300
-from harness.records import demos_mujoco
+from harness.records import demos_simulator, simulator_changes
 from runtime import versions
 
 OURS = versions()["mujoco"]
@@ -59,7 +61,7 @@ def test_a_checkpoint_says_what_its_demonstrations_were_simulated_with(info, fou
     """The checkpoint names the dataset's version, not the one that was installed during
     training.
     """
-    assert demos_mujoco(info) == found
+    assert demos_simulator(info)["mujoco"] == found
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,44 @@ def test_evaluating_under_another_mujoco_is_said(theirs, warned, capsys):
 def test_the_expert_has_no_demonstrations(capsys):
     """A row without a checkpoint names the simulator alone, without a warning."""
     assert set(where_run({})) == {"simulator"} and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "theirs, warned",
+    [
+        ("NVIDIA H100 80GB HBM3/PCIe/SSE2", True),
+        ("llvmpipe (LLVM 19.1.1, 512 bits)", False),
+        (None, False),
+    ],
+)
+def test_evaluating_on_another_renderer_is_said(theirs, warned):
+    """Images drawn by a GPU differ a little from those of Mesa on a CPU: both names are said, and
+    nothing is refused. Another version of the same renderer is not reported.
+    """
+    ours = {"mujoco": "3.3.2", "renderer": "llvmpipe (LLVM 15.0.6, 256 bits)"}
+    versions = {"mujoco": "3.3.2"}
+    found = demos_simulator({"dataset": {"versions": versions, "renderer": theirs}})
+    sentences = simulator_changes(found, ours)
+    assert len(sentences) == warned
+    assert not warned or theirs in sentences[0] and ours["renderer"] in sentences[0]
+
+
+def test_a_replay_names_the_renderer_of_its_images():
+    """The physics of a replay is its source's, its images are its own."""
+    ours, theirs = {"mujoco": "3.3.2", "renderer": "llvmpipe"}, {"mujoco": "2.3.7"}
+    attributes = {"versions": json.dumps(ours), "replayed_versions": json.dumps(theirs)}
+    assert demos.drawn_by(attributes) == "llvmpipe"
+    assert demos.drawn_by({"versions": ours}) == "llvmpipe" and demos.drawn_by({}) is None
+
+
+def test_a_copy_without_git_names_the_commit_that_it_was_told(monkeypatch):
+    """On a machine that got the files alone, results would be of an unknown commit."""
+
+    def no_checkout(*words):
+        raise subprocess.CalledProcessError(128, words)
+
+    monkeypatch.setattr(runtime, "_git", no_checkout)
+    monkeypatch.setenv("PARA_COMMIT", "8a1265d012")
+    assert runtime.git_commit.__wrapped__() == "8a1265d012"
+    monkeypatch.delenv("PARA_COMMIT")
+    assert runtime.git_commit.__wrapped__() == "unknown"
