@@ -144,18 +144,29 @@ class WaypointDataset(Dataset):
 
     demos: list of Demo, of one dataset or of several; config: a PolicyConfig; backbone: the frozen
     features of nets/backbone.py; frame_stride: use every k-th frame; cache: folder of the features,
-    computed where they are not there yet. `batch(indices)` gives the dict of tensors described in
-    policy.py. Raises UserError where no frame is usable.
+    computed where they are not there yet; reader: of instructions, see nets/text.py, None where the
+    policy is told none. `batch(indices)` gives the dict of tensors described in policy.py. Raises
+    UserError where no frame is usable.
     """
 
     def __init__(
-        self, demos, config, backbone, frame_stride=1, cache="cache/features", progress=True
+        self,
+        demos,
+        config,
+        backbone,
+        frame_stride=1,
+        cache="cache/features",
+        progress=True,
+        reader=None,
     ):
         self.demos, self.config, self.backbone = demos, config, backbone
         self.resident = []  # features on a GPU, see `hold`
         # cameras by demonstration (D,3,3), (D,4,4): one camera films a whole demonstration
         self.K = torch.from_numpy(np.stack([d.K for d in demos]))
         self.E = torch.from_numpy(np.stack([d.E for d in demos]))
+        # of each demonstration, (D,W)
+        told = reader and torch.stack([reader(d.instruction) for d in demos])
+        self.instruction = told
         # Labels first: they say which frames need features, and every frame costs a backbone pass.
         needed = self.label(config, frame_stride)
         # images are read only where the cache lacks their features, so they are given as a call
@@ -312,7 +323,12 @@ class WaypointDataset(Dataset):
             "target_rot": self.target_rot[indices],
             "target_gripper": self.target_gripper[indices],
             "mask": self.mask[indices],
+            **self.told(d),
         }
+
+    def told(self, d):
+        """A batch's instructions, of demonstrations d (B,); {} where the policy is told none."""
+        return {} if self.instruction is None else {"instruction": self.instruction[d]}
 
     def statistics(self, n=256):
         """What policies normalise by.

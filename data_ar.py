@@ -72,8 +72,8 @@ class WindowDataset(WaypointDataset):
 
     `batch(indices)` gives features [(B,T,C,H,W) float16], eef_pos (B,T,3), gripper_width (B,T), K
     (B,T,3,3), E (B,T,4,4), valid (B,T) bool (False: padding), first_eef (B,3) the EEF at the
-    episode's start, targets and mask of every frame as in policy.py: target_pos (B,T,3), mask (B,T)
-    ...
+    episode's start, instruction (B,W) for policies that are told, targets and mask of every frame
+    as in policy.py: target_pos (B,T,3), mask (B,T) ...
     """
 
     def label(self, config, frame_stride):
@@ -183,4 +183,5 @@ class WindowDataset(WaypointDataset):
             "target_rot": pick(self.target_rot)[:, :, 0],
             "target_gripper": pick(self.target_gripper)[..., 0],
             "mask": pick(self.mask)[..., 0] * valid,
+            **self.told(d[:, 0]),
         }

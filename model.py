@@ -3,7 +3,8 @@ of regressing them.
 
 448 px image -> frozen patch features -> 1x1 projection, bilinear to the prediction grid -> a
 learned embedding at the current EEF's cell -> three 3x3 convolutions with GELU -> 1x1 convolution
-to volume logits (B,T,Z,H,W), one joint softmax per future waypoint.
+to volume logits (B,T,Z,H,W), one joint softmax per future waypoint. An instruction, where there are
+several, scales and shifts the channels of the projection and of each convolution (FiLM).
 
 (cell, height bin) is unprojected through the known camera to a 3D point. Rotation comes from the
 feature at the target's cell: the true one in training (teacher forcing), the predicted one in use.
@@ -11,6 +12,7 @@ So does the gripper, or it is one more axis of the joint softmax.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import nn
 import camera
 import flags
 from nets.maps import dilated_convolutions, mark_cell, projected, ray_layers
+from nets.text import Film
 from nets.volume import VolumeConfig, VolumeGeometry, flat_index
 from policy import fingers_closed, flag
 
@@ -102,17 +105,32 @@ class PixelTrunk(VolumeGeometry):
         )
         self.rays = ray_layers(width) if c.rays else None
         self.trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
+        if self.text is not None:
+            # of the projection, and of each convolution
+            n_layers = 1 + len(c.dilations.split(","))
+            self.film = nn.ModuleList([Film(width) for _ in range(n_layers)])
 
     def trunk_features(self, batch):
         """Features of the prediction grid (B,C,H,W), with the EEF's cell marked."""
         x = projected(self.normalised(batch["features"]), self.project, self.config.grid)
+        films = []
+        if self.text is not None:
+            vector = self.instruction_vectors(batch)
+            films = [partial(film, vector=vector) for film in self.film]
+            x = films.pop(0)(x)
         x = mark_cell(x, self.cells(batch["eef_pos"], batch), self.eef_vector(batch))
         if self.gripper_embedding is not None:
             fingers = self.gripper_embedding[fingers_closed(batch["gripper_width"])]  # (B,C)
             x = x + fingers[..., None, None].to(x.dtype)
         if self.rays is not None:
             x = x + self.rays(self.cell_rays(batch))
-        return self.trunk(x)
+        if not films:
+            return self.trunk(x)
+        for layer in self.trunk:
+            x = layer(x)
+            if isinstance(layer, nn.Conv2d):
+                x = films.pop(0)(x)
+        return x
 
     def eef_vector(self, batch):
         """The EEF's embedding (B,C), interpolated linearly between those of the two nearest height

@@ -1,6 +1,7 @@
 """ACT, the baseline that regresses the chunk of waypoints as numbers, not as places in the image.
 
-Patches of the same frozen features, a token of proprioception and one of the camera -> transformer
+Patches of the same frozen features, a token of proprioception, one of the camera and, where there
+are several, one of the instruction -> transformer
 encoder -> decoder with one learned query a waypoint -> absolute world xyz (L1, normalised by the
 training data), gripper command, rotation in bins. In use, what the last chunks say about the same
 waypoint is averaged.
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets.layers import attend
-from policy import FittedConfig, FittedPolicy, check_heads, fingers_closed, flag
+from nets.text import WIDTH, InstructedConfig, InstructedPolicy
+from policy import check_heads, fingers_closed, flag
 
 # a patch covers 2 x 2 cells of the pooled maps: its token still tells where inside it something is
 POOLED = 2
@@ -26,7 +28,7 @@ WAVELENGTH = 10_000.0  # of the slowest sine of a place, over that of the fastes
 
 
 @dataclass
-class ActConfig(FittedConfig):
+class ActConfig(InstructedConfig):
     """Configuration of ActPolicy."""
 
     n_window: int = flag(6, "future waypoints T, the chunk")
@@ -143,7 +145,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(x))
 
 
-class ActPolicy(FittedPolicy):
+class ActPolicy(InstructedPolicy):
     """See the module's docstring. `channels`: of the backbone's maps."""
 
     def __init__(self, config, channels):
@@ -164,8 +166,11 @@ class ActPolicy(FittedPolicy):
             self.place = nn.Parameter(torch.randn(2, c.patch_grid, d) * 0.5)
         else:
             self.register_buffer("sines", sine_places(c.patch_grid, d), persistent=False)
+        told = self.text is not None
+        if told:
+            self.instruction = nn.Linear(WIDTH, d)
         # places of the other tokens, and of the waypoints
-        self.kinds = nn.Parameter(torch.randn(1 + c.camera_token, d) * 0.5)
+        self.kinds = nn.Parameter(torch.randn(1 + c.camera_token + told, d) * 0.5)
         self.queries = nn.Parameter(torch.randn(c.n_window, d) * 0.5)
         self.encoder = nn.ModuleList([Block(c, crossed=False) for _ in range(c.n_layers)])
         self.decoder = nn.ModuleList([Block(c, crossed=True) for _ in range(c.n_decoder_layers)])
@@ -213,7 +218,9 @@ class ActPolicy(FittedPolicy):
         return eef + c.eef_noise_m * draw(torch.randn, *eef.shape) * chosen
 
     def tokens(self, batch):
-        """Tokens (B,N,d) of the patches, the state and the camera, and their places (N,d)."""
+        """Tokens (B,N,d) of the patches, the state, the camera and the instruction, and their
+        places (N,d).
+        """
         side, x = self.config.patch_grid, 0
         # pooled first: the smaller maps are cheaper to normalise, to the same result
         pooled = [cells(m.float(), POOLED * side) for m in batch["features"]]
@@ -221,10 +228,12 @@ class ActPolicy(FittedPolicy):
             x = x + project(maps)  # (B,d,H,W)
         x = x.flatten(2).transpose(1, 2)  # (B,N,d), N = side^2
         closed = fingers_closed(batch["gripper_width"]).float()[:, None]
-        # one token of EEF and fingers, one of the camera
+        # one token of EEF and fingers, one of the camera, one of the instruction
         others = [self.state(torch.cat([self.scaled(self.noised(batch["eef_pos"])), closed], -1))]
         if self.config.camera_token:
             others.append(self.camera(self.camera_numbers(batch["K"], batch["E"])))
+        if self.text is not None:
+            others.append(self.instruction(self.instruction_vectors(batch)))
         if self.config.places == "learned":
             # a patch's place is its row's vector plus its column's
             places = (self.place[0, :, None] + self.place[1]).flatten(0, 1)

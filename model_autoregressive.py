@@ -1,9 +1,9 @@
 """A, the autoregressive policy: one waypoint a step from a window of past frames and EEF positions.
 
-A frame's group of tokens is {its patches, the last known EEF, a learned query}. Attention is
-bidirectional inside a group and causal across groups (nets/layers.py). The query of frame t knows
-the EEF that image t shows and everything before, never its target. So every frame of a window is
-supervised in one pass. Heads on the query:
+A frame's group of tokens is {its patches, the last known EEF, a learned query, the instruction
+where there are several}. Attention is bidirectional inside a group and causal across groups
+(nets/layers.py). The query of frame t knows the EEF that image t shows and everything before, never
+its target. So every frame of a window is supervised in one pass. Heads on the query:
 
     pointer  the query makes the weights of a 1x1 convolution over per-cell features: one joint
              softmax over gripper x height x cell. The features are a small convolutional trunk on
@@ -27,6 +27,7 @@ import flags
 from nets.history import FingerLinear, HistoryConfig, HistoryPolicy
 from nets.layers import FLEX_HEAD, FrameBlock, Resolutions, fourier
 from nets.maps import dilated_convolutions, mark_cell, product, projected, ray_layers
+from nets.text import WIDTH
 from policy import check_heads, fingers_closed, flag
 from runtime import UserError
 
@@ -134,9 +135,12 @@ class AutoregressivePolicy(HistoryPolicy):
                 f"--attention flex: heads are {d // c.n_heads} wide (--dim / --n_heads) "
                 f"and it needs {FLEX_HEAD}; use sdpa"
             )
-        # young frames show patches, EEF and query; old ones EEF, query and pooled patches
+        # young frames show patches and the group's own tokens; old ones these and pooled patches
         self.n_patches, n_old = c.patch_grid**2, (c.patch_grid // 2) ** 2 if c.recent_hires else 0
-        self.resolutions = Resolutions(c.recent_hires, self.n_patches + 2, self.n_patches)
+        n_own = 2 + (self.text is not None)
+        self.resolutions = Resolutions(c.recent_hires, self.n_patches + n_own, self.n_patches)
+        if self.text is not None:
+            self.instruction = nn.Linear(WIDTH, d)
         self.project = nn.ModuleList([nn.Conv2d(n, d, 1) for n in channels])
         self.token = nn.Parameter(torch.randn(2, d) * 0.5)  # EEF, query
         # the EEF's height, its last move, fingers
@@ -258,6 +262,10 @@ class AutoregressivePolicy(HistoryPolicy):
         if c.patch_position:
             pair = pair + at(self.position, eef[..., 1:])
         groups = [self.patches(features, c.patch_grid, anchor), pair]
+        # behind the query, the same in each frame
+        if self.text is not None:
+            told = self.instruction(self.instruction_vectors(batch))[:, None, None]
+            groups.append(told.expand(-1, eef.shape[1], -1, -1))
         if c.recent_hires:
             groups.append(self.patches(features, c.patch_grid // 2, anchor) + self.coarse)
         x = torch.cat(groups, 2)
@@ -531,11 +539,9 @@ class AutoregressivePolicy(HistoryPolicy):
         Keys and values of earlier frames come from the cache. With --anchor current the window is
         computed anew, for every frame's tokens change with the newest EEF.
         """
-        # a window of one frame (1,1,...)
-        frame = {
-            k: [m[:, None] for m in v] if isinstance(v, list) else v[:, None]
-            for k, v in batch.items()
-        }
+        # a window of one frame (1,1,...); the instruction is the window's
+        wide = lambda v: [m[:, None] for m in v] if isinstance(v, list) else v[:, None]
+        frame = {k: v if k == "instruction" else wide(v) for k, v in batch.items()}
         frame["eef_pos"] = self.last_known(frame["eef_pos"])
         if self.config.anchor == "current":
             out = self.decide_window(frame)
@@ -575,7 +581,8 @@ class AutoregressivePolicy(HistoryPolicy):
             if isinstance(parts[0], list)
             else torch.cat(parts, 1)
         )
-        batch = {k: join([f[k] for f in self.window]) for k in frame}
+        keys = [k for k in frame if k != "instruction"]
+        batch = {**frame, **{k: join([f[k] for f in self.window]) for k in keys}}
         eef = self.eef_coordinates(batch)
         start = torch.full((1,), self.number - len(self.window) + 1, device=eef.device)
         logits, keys, query = self.run(

@@ -5,8 +5,9 @@ voxel's pixel, where xyz is unprojected through that frame's camera. They are ke
 and they are never built (nets/layers_voxel.py).
 
 Each step has a learned query. In every layer it reads, in one softmax, the EEF tokens up to that
-step, which are points in the same space, and all voxels of its frame. At last it is compared with
-every voxel token. That product is the distribution over the next waypoint.
+step, which are points in the same space, a token of the instruction where there are several, and
+all voxels of its frame. At last it is compared with every voxel token. That product is the
+distribution over the next waypoint.
 
 No step's query sees another step's image or a later EEF. So every frame of a window is trained in
 one pass.
@@ -24,6 +25,7 @@ import flags
 from nets import layers_voxel as lv
 from nets.history import FingerLinear, HistoryConfig, HistoryPolicy
 from nets.maps import dilated_convolutions, mark_cell, projected
+from nets.text import WIDTH
 from policy import check_heads, fingers_closed, flag
 
 MAX_TABLES = 64  # of cameras, 13 MB each at 56 x 56 x 32
@@ -150,6 +152,8 @@ class VoxelPolicy(HistoryPolicy):
         self.age = nn.Parameter(torch.randn(c.context, d) * 0.1)  # how many steps ago
         self.state = nn.Linear(3 + 1, d)  # the EEF's last move, fingers
         self.start = nn.Linear(d, d)
+        if self.text is not None:
+            self.instruction = nn.Linear(WIDTH, d)
         self.blocks = nn.ModuleList(
             [
                 VoxelBlock(d, c.n_heads, c.mlp_ratio, math.prod(self.volume_shape))
@@ -286,6 +290,11 @@ class VoxelPolicy(HistoryPolicy):
         # the query starts from where the EEF is
         last_eef = tokens[torch.arange(len(rows), device=rows.device), rows % T]
         x = (self.token[1] + self.start(last_eef))[:, None]  # (N,1,d)
+        # one more token beside those of the EEF, which every step knows
+        if self.text is not None:
+            told = self.instruction(self.instruction_vectors(batch))[rows // T]
+            tokens = torch.cat([tokens, told[:, None].to(tokens.dtype)], 1)
+            known = torch.cat([known, known.new_ones(len(rows), 1, 1)], 2)
         voxels = {
             "table": table,
             "image": image.flatten(2),
@@ -479,8 +488,10 @@ class VoxelPolicy(HistoryPolicy):
             for k in ("features", "K", "E")
         }
         last = torch.tensor([len(self.past) - 1], device=eef.device)
+        told = {k: v for k, v in batch.items() if k == "instruction"}
+        window = {"eef_pos": positions, "gripper_width": widths, "first_eef": self.first}
         out = self.decided(
-            {**frame, "eef_pos": positions, "gripper_width": widths, "first_eef": self.first},
+            {**frame, **window, **told},
             last,
             acting=True,
         )

@@ -14,9 +14,11 @@ policy:
     K, E            (B,3,3) px, (B,4,4): intrinsics, and camera-to-world with OpenCV axes
     target_pos      (B,T,3) m, target_rot (B,T,3,3), target_gripper (B,T) in {0 open, 1 close}
     mask            (B,T) in {0, 1}, waypoints that are trained on
+    instruction     (B,W), what is asked for, see nets/text.py; for policies that are told alone
 
 A policy with a history (`has_history`) takes windows of T frames instead, one waypoint each: what
-is (B,...) above is (B,T,...), and `valid` (B,T) tells frames from padding, see data_ar.py.
+is (B,...) above is (B,T,...), but for the instruction, and `valid` (B,T) tells frames from padding,
+see data_ar.py.
 """
 
 import argparse
@@ -145,6 +147,7 @@ class Policy(nn.Module):
         flags.check_fields(config)
         self.config = config
         self._backbone = []  # in a list, so that the frozen features are no part of the state dict
+        self.reader = None  # of instructions, see nets/text.py
         # wall-clock seconds of `act` since `begin`
         self.seconds = {"features": 0.0, "policy": 0.0}
         self.shard = Shard()  # set by the training loop, step by step
@@ -169,12 +172,16 @@ class Policy(nn.Module):
     def backbone(self):
         return self._backbone[0]
 
-    def attach(self, backbone):
-        """Give the policy its frozen features (see nets/backbone.py), which are not saved with it.
-        Returns self.
+    def attach(self, backbone, reader=None):
+        """Give the policy its frozen features (see nets/backbone.py), which are not saved with it,
+        and its reader of instructions. Returns self.
         """
-        self._backbone = [backbone]
+        self._backbone, self.reader = [backbone], reader
         return self
+
+    def instructed(self, sentence):
+        """What a batch of one has besides for an instruction in words: {} where it is told none."""
+        return {}
 
     def _apply(self, fn, recurse=True):
         """As of nn.Module (`.to()` ...), with the frozen features taken along.
@@ -326,6 +333,7 @@ class Policy(nn.Module):
                 "K": tensor(observation.K),
                 "gripper_width": tensor(observation.gripper_width),
                 "E": tensor(observation.E),
+                **self.instructed(getattr(observation, "instruction", "")),
             }
         )
         # of the one observation: (T,3), (T,), (T,3,3)

@@ -28,6 +28,7 @@ from harness.records import RESUME, read_metrics
 from harness.reference import protocol_references
 from harness.trainer import Trainer, spoken
 from nets.backbone import Backbone, resolve_backbone
+from nets.text import reader_of, vocabulary_of
 from policy import add_config_flags
 from registry import REGISTRY, look_up
 from runtime import (
@@ -134,6 +135,7 @@ def add_data_flags(group):
     what = "turn each demonstration's world back by what its camera was turned (--turn_spread)"
     add("--turn_back", action="store_true", help=what)
     add("--backbone_weights", type=Path, help="local file of backbone weights")
+    add("--text_weights", type=Path, help="local folder of the text model, for --text clip")
     default = Path("cache/features")
     add("--cache", type=flags.new_folder, default=default, help="folder of cached features")
     what = "compute the features that this training needs, and stop"
@@ -250,6 +252,7 @@ class Prepared(NamedTuple):
     val_demos: int
     recordings: object  # the Mixture
     reference: dict  # tensors of `protocol_references`
+    reader: object  # of instructions, None where the policy is told none
 
 
 def prepare(args, config_class, device, progress):
@@ -264,6 +267,7 @@ def prepare(args, config_class, device, progress):
     config = config_for(args, config, recordings)
     train_demos, val_demos = demo_files.split_demos(recordings.demos, args.val_fraction)
     n_train, n_val, recorded = len(train_demos), len(val_demos), list(train_demos)
+    config, reader = told(config, recordings, args)
     # before any feature is computed, which takes minutes
     dataset_class = look_up(args.model_type).dataset
     dataset_class.check_split(train_demos, config)
@@ -284,7 +288,7 @@ def prepare(args, config_class, device, progress):
     backbone = backbone.to(device)
     # label, then compute or read features
     train_set, val_set = (
-        dataset_class(demos, config, backbone, args.frame_stride, args.cache, progress)
+        dataset_class(demos, config, backbone, args.frame_stride, args.cache, progress, reader)
         for demos in (train_demos, val_demos)
     )
     return Prepared(
@@ -297,7 +301,38 @@ def prepare(args, config_class, device, progress):
         n_val,
         recordings,
         protocol_references(recorded),
+        reader,
     )
+
+
+def told(config, recordings, args):
+    """What the policy is told -> (the config with --text resolved, the reader of instructions).
+
+    Instructions are learned where the data have several. Raises UserError where one is missing, and
+    for --mirror where one says left or right.
+    """
+    sentences = list(dict.fromkeys(demo.instruction for demo in recordings.demos))
+    asked = getattr(config, "text", "none")
+    if asked == "none" or asked == "auto" and len(sentences) == 1:
+        return config if asked == "none" else dataclasses.replace(config, text="none"), None
+    if "" in sentences:
+        silent = next(demo for demo in recordings.demos if not demo.instruction)
+        raise UserError(
+            f"{silent.source.path}: does not say what was asked for (attribute 'language'), which "
+            "--text needs; add it, or give --text none"
+        )
+    if args.mirror and (sided := [s for s in sentences if {"left", "right"} & set(s.split())]):
+        raise UserError(
+            f"--mirror: {sided[0]!r} would be said of the other side; leave it out, or give "
+            "--text none"
+        )
+    text = "learned" if asked == "auto" else asked
+    words = config.vocabulary or vocabulary_of(sentences)
+    config = dataclasses.replace(config, text=text, vocabulary=words if text == "learned" else "")
+    reader = reader_of(config, args.text_weights)
+    if text == "clip":
+        config = dataclasses.replace(config, text_features=reader.features)
+    return config, reader
 
 
 def unturned(demo):
@@ -433,6 +468,7 @@ def resolve(args, found, dist):
         "val_demos": found.val_demos,
         "train_frames": len(found.train_set),
         "backbone": found.backbone.identity,
+        "text": getattr(found.config, "text", "none"),
         "init_from": str(args.init_from) if args.init_from else None,
         "freeze_steps": args.freeze_steps if args.init_from else 0,
         "batch_size": batch_size,
@@ -474,7 +510,8 @@ def build(recipe, found, dist, folder, args):
     """The policy and all that trains it -> Trainer, at the step that the run folder has reached."""
     torch.manual_seed(recipe.seed)  # for the first weights; the trainer seeds each step anew
     policy_class = look_up(recipe.model_type).policy
-    policy = policy_class(found.config, found.backbone.channels).attach(found.backbone)
+    policy = policy_class(found.config, found.backbone.channels)
+    policy = policy.attach(found.backbone, found.reader)
     policy = policy.to(dist.device)
     # normalisation before a checkpoint's tensors: --init_from replaces some of it
     policy.fit_statistics(found.train_set.statistics())
@@ -501,6 +538,9 @@ def build(recipe, found, dist, folder, args):
 def announce(trainer, resume):
     """Say what is trained on what, and for how long."""
     folder, parameters = trainer.folder, trainer.save_info["parameters"]
+    if trainer.policy.reader:
+        tasks = trainer.save_info["tasks"]
+        print(f"{len(tasks)} tasks, told by --text {trainer.policy.config.text}")
     print(f"{folder}: {parameters:,} parameters, step {trainer.step}\n{trainer.recipe}")
     # of policies with a 1D rotation target
     basis = getattr(trainer.train_set, "basis", None)

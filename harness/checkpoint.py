@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nets.backbone import Backbone
+from nets.text import reader_of
 from registry import look_up
 from runtime import UserError, atomic_path, fits, one_line, write_json
 
@@ -126,6 +127,7 @@ def save_policy(path, policy, model_type, info, extra=None):
         "config": dataclasses.asdict(policy.config),
         "channels": policy.backbone.channels,
         "backbone_identity": policy.backbone.identity,
+        **({"text_identity": policy.reader.identity} if policy.reader else {}),
         **info,
     }
     # prefixes tell the policy's tensors from further ones in the same file
@@ -164,12 +166,13 @@ def fill_config(config_class, stored, path):
     return config_class(**stored)
 
 
-def load_policy(path, device="cpu", weights=None, backbone=None):
+def load_policy(path, device="cpu", weights=None, backbone=None, text_weights=None):
     """Rebuild a checkpoint's policy, ready to act -> (policy, info, extra tensors).
 
-    weights: local backbone weights; backbone: one already made, attached instead of a new one.
-    Raises UserError if the file is damaged or foreign, if tensors are missing or of another shape,
-    or if the backbone's weights are not those it was trained on.
+    weights: local backbone weights; backbone: one already made, attached instead of a new one;
+    text_weights: of the frozen text model, for --text clip. Raises UserError if the file is damaged
+    or foreign, if tensors are missing or of another shape, or if the weights of the backbone or of
+    the text model are not those it was trained on.
     """
     tensors, info = load_tensors(path)
     check_header(path, info)
@@ -186,7 +189,13 @@ def load_policy(path, device="cpu", weights=None, backbone=None):
             f"{path}: was trained on the features {info['backbone_identity']}, here they are "
             f"{backbone.identity}; give the same weights with --backbone_weights PATH"
         )
-    policy = policy.attach(backbone.to(device)).to(device).eval()
+    reader = reader_of(policy.config, text_weights)
+    if reader and reader.identity != info.get("text_identity"):
+        raise UserError(
+            f"{path}: was trained on the sentences' features {info.get('text_identity')}, here "
+            f"they are {reader.identity}; give the same weights with --text_weights"
+        )
+    policy = policy.attach(backbone.to(device), reader).to(device).eval()
     return policy, info, with_prefix(tensors, "extra.")
 
 

@@ -37,6 +37,7 @@ class Recipe:
     val_every: int
     val_samples: int
     save_every: int
+    text: str = "none"  # how instructions are read
     patience: int = 0  # validations without a lower error after which training ends; 0: never
     cooldown: int = 0  # steps at its end in which the learning rate goes to zero
 

@@ -81,10 +81,11 @@ def without_past(batch):
     pick = lambda x: x.flatten(0, 1)[rows][:, None]
     alone = {}
     for name, value in batch.items():
-        if name != "first_eef":
+        if name not in ("first_eef", "instruction"):
             alone[name] = [pick(m) for m in value] if isinstance(value, list) else pick(value)
+    told = {name: batch[name] for name in batch if name == "instruction"}
     # the episode starts where the newest frame is
-    return {**alone, "first_eef": alone["eef_pos"][:, 0]}
+    return {**alone, **told, "first_eef": alone["eef_pos"][:, 0]}
 
 
 # -- errors ---------------------------------------------------------------------------------------
@@ -361,6 +362,7 @@ def decide(policy, demo, image, frame, eef):
             "K": tensor(demo.K),
             "E": tensor(demo.E),
             "gripper_width": tensor(np.abs(demo.gripper_states[frame]).sum()),
+            **policy.instructed(demo.instruction),
         }
     )
     positions = out["position"][0].double().cpu().numpy()

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 import camera
 from nets.cross_entropy import product_cross_entropy, sparse_cross_entropy
-from policy import FittedConfig, FittedPolicy, fingers_closed, flag
+from nets.text import InstructedConfig, InstructedPolicy
+from policy import fingers_closed, flag
 
 HEIGHT_MARGIN = 0.02  # metres beyond the heights of the training data that the bins still cover
 STEEP = 0.1  # metres of height that a ray loses at least over a metre of depth, see `cell_rays`
@@ -93,7 +94,7 @@ def soft_argmax_at(logits, best, first, shape, radius):
 
 
 @dataclass
-class VolumeConfig(FittedConfig):
+class VolumeConfig(InstructedConfig):
     """What policies that classify waypoints over image cells x height bins share."""
 
     grid: int = flag(64, "prediction grid H = W", low=2)
@@ -103,7 +104,7 @@ class VolumeConfig(FittedConfig):
     decode: str = flag("soft", "local soft-argmax, or plain argmax", ("soft", "argmax"))
 
 
-class VolumeGeometry(FittedPolicy):
+class VolumeGeometry(InstructedPolicy):
     """A policy whose waypoints are (cell, height bin), with conversions between world and volume.
 
     Points have any leading dimensions (...,3). A batch's cameras have the first of these: K (B,3,3)

@@ -154,6 +154,7 @@ def episode_predictions(policy, maps, demo, batch_size=16):
                 "gripper_width": torch.from_numpy(width),
                 "K": torch.from_numpy(demo.K).expand(n, 3, 3),
                 "E": torch.from_numpy(demo.E).expand(n, 4, 4),
+                **{k: v.expand(n, -1) for k, v in policy.instructed(demo.instruction).items()},
             }
         )
         for key in ("position", "gripper", "rotation"):

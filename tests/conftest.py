@@ -244,6 +244,29 @@ def synthetic_demos(tmp_path_factory):
     return with_basis(write_synthetic_demos(tmp_path_factory.mktemp("demos") / "synthetic.hdf5"))
 
 
+# a small suite: task 10 comes after task 2
+SENTENCES = {0: "pick up the blob on the left", 2: "pick up the blob on the right", 10: "push it"}
+
+
+def write_task(folder, task, n_demos, **attributes):
+    """A file of one task of the small suite, named as collect_demos.py names it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {"task_id": task, "language": SENTENCES[task], **attributes}
+    return write_synthetic_demos(
+        folder / f"libero_spatial_{task}.hdf5", n_demos, **{"seed": task, **said}
+    )
+
+
+@pytest.fixture(scope="session")
+def suite(tmp_path_factory):
+    """A folder with files of three tasks: 4, 8 and 2 demonstrations. Shared: do not write to it."""
+    folder = tmp_path_factory.mktemp("suite") / "libero_spatial"
+    for task, n in ((10, 2), (0, 4), (2, 8)):
+        write_task(folder, task, n)
+    (folder / "settings.json").write_text("{}")
+    return folder
+
+
 def observations_of(demo, frames):
     """What a scene would have shown at frames of a demonstration: an Observation each."""
     for image, i in zip(demo.images(frames), frames):

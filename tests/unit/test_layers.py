@@ -34,7 +34,7 @@ BESIDE = {
     "nets.fusion": {"nets.convolution"},
     "nets.history": {"nets.volume"},
     "nets.layers_voxel": {"nets.layers_voxel_triton", "nets.maps"},
-    "nets.volume": {"nets.cross_entropy"},
+    "nets.volume": {"nets.cross_entropy", "nets.text"},
     "formats.checks": {"formats.demos"},
     "formats.dataset": {
         "formats.interface",

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import SIZE, write_synthetic_demos
+from conftest import SENTENCES, SIZE, write_task
 from helpers import run
 
 import convert_demos
@@ -17,29 +17,6 @@ from harness import checkpoint, trainer
 from harness.reference import protocol_references
 from policy import PolicyConfig
 from runtime import UserError
-
-SENTENCES = {0: "pick up the blob on the left", 2: "pick up the blob on the right", 10: "push it"}
-
-
-def write_task(folder, task, n_demos, **attributes):
-    """A file of one task in a folder, named as collect_demos.py names it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return write_synthetic_demos(
-        folder / f"libero_spatial_{task}.hdf5",
-        n_demos,
-        seed=task,
-        **{"task_id": task, "language": SENTENCES[task], **attributes},
-    )
-
-
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory):
-    """A folder with files of three tasks: 4, 8 and 2 demonstrations."""
-    folder = tmp_path_factory.mktemp("suite") / "libero_spatial"
-    for task, n in ((10, 2), (0, 4), (2, 8)):
-        write_task(folder, task, n)
-    (folder / "settings.json").write_text("{}")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -176,14 +153,16 @@ def trained(suite, tmp_path_factory):
 
 
 def test_a_checkpoint_knows_its_tasks_and_datasets(trained, suite):
-    """The header names every task with its instruction and every dataset with its hash, and bins
-    span the heights of all of them.
+    """The header names every task with its instruction and every dataset with its hash, bins span
+    the heights of all of them, and the words of the instructions are learned.
     """
     path = trained[0] / "checkpoint.safetensors"
     policy, info, _ = checkpoint.load_policy(path)
     mixture = open_mixture([suite])
     assert info["tasks"] == {f"libero_spatial_{task}": words for task, words in SENTENCES.items()}
     assert info["datasets"] == mixture.described()
+    assert info["config"]["text"] == info["resolved"]["text"] == "learned"
+    assert "3 tasks, told by --text learned" in trained[1].stdout
     assert info["train_demos"] == 11 and info["val_demos"] == 3
     heights = np.concatenate([d.ee_pos[:, 2] for d in split_demos(mixture.demos)[0]])
     low, high = policy.height_range.tolist()

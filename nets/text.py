@@ -1,0 +1,213 @@
+"""Instructions: from a sentence to a vector, and layers whose channels it scales and shifts.
+
+A reader turns a sentence into numbers before the network, once for each sentence: numbers of words
+(`WordReader`), or the features of a frozen text model (`ClipReader`). Batches hold these numbers as
+"instruction" (B,W). The encoder, which is trained, turns them into vectors (B,C):
+
+    learned  the mean of embeddings of words, then a layer. Words that training has not seen share
+             one embedding. It is trained too: now and then a known word is taken for an unknown one
+    clip     frozen features of the whole sentence, then a layer
+
+The mean forgets the order of words; no two sentences of LIBERO's suites differ in it alone.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import flags
+from policy import FittedConfig, FittedPolicy, flag
+from runtime import UserError, one_line
+
+MAX_WORDS = 48  # of a sentence; those of LIBERO have at most 20
+UNKNOWN, NO_WORD = 0, -1  # instead of a word's number: not in the vocabulary, and after the end
+WIDTH = 64  # channels of an instruction's vector
+KINDS = ("none", "learned", "clip")
+
+
+def words_of(sentence):
+    """The words of a sentence, without case and punctuation."""
+    return re.findall(r"[a-z0-9']+", sentence.lower())
+
+
+def vocabulary_of(sentences):
+    """All words of several sentences, each once, with spaces between them."""
+    return " ".join(sorted({word for sentence in sentences for word in words_of(sentence)}))
+
+
+# -- configuration --------------------------------------------------------------------------------
+
+
+@dataclass
+class InstructedConfig(FittedConfig):
+    """What policies that can be told what to do are configured by."""
+
+    # a checkpoint of before instructions has "auto" here too, and was told none
+    text: str = flag(
+        "auto",
+        "instructions: none, words learned here, or frozen clip features; auto: learned where "
+        "the data have several",
+        ("auto", *KINDS),
+    )
+    word_dropout: float = flag(0.1, "chance that a word is taken for an unknown one", below=1)
+    # filled in by the training
+    vocabulary: str = flag("", "words that learned text knows (those of the training data)")
+    text_features: int = flag(
+        0, "numbers that clip text has for a sentence (the weights')", kind=flags.whole
+    )
+
+
+def reads(config):
+    """True if a policy of this config is told instructions."""
+    return getattr(config, "text", "none") in ("learned", "clip")
+
+
+# -- readers --------------------------------------------------------------------------------------
+
+
+class WordReader:
+    """Sentences as numbers of words, (MAX_WORDS,) long.
+
+    vocabulary: words with spaces between them, numbered from 1 on.
+    """
+
+    identity = None  # it has no weights
+
+    def __init__(self, vocabulary):
+        self.numbers = {word: i for i, word in enumerate(vocabulary.split(), 1)}
+
+    def __call__(self, sentence):
+        # a sentence of no words is one unknown word
+        numbers = [self.numbers.get(word, UNKNOWN) for word in words_of(sentence)] or [UNKNOWN]
+        numbers = numbers[:MAX_WORDS]
+        return torch.tensor(numbers + [NO_WORD] * (MAX_WORDS - len(numbers)))
+
+
+class ClipReader:
+    """Sentences as unit vectors (D,) of a frozen text model that open_clip reads, CLIP or SigLIP.
+
+    folder: as the hub has it, with open_clip_config.json and the weights; nothing is downloaded.
+    Each sentence is computed once. Raises UserError where the folder holds no such model.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.known = Path(folder), {}
+        config = self.folder / "open_clip_config.json"
+        if not config.is_file():
+            raise UserError(
+                f"--text_weights {folder}: {config} is not there; give a folder of an open_clip "
+                "model with its weights, or use --text learned"
+            )
+        import open_clip  # here: it takes seconds
+
+        try:
+            name = f"local-dir:{self.folder}"
+            model = open_clip.create_model(name, require_pretrained=True)
+            self.tokenize = open_clip.get_tokenizer(name)
+        except Exception as error:  # of open_clip's, torch's and JSON's many kinds
+            raise UserError(
+                f"--text_weights {folder}: holds no model that open_clip can load "
+                f"({one_line(error)}); download it again, or use --text learned"
+            ) from error
+        self.model = model.eval().requires_grad_(False)
+        # the towers that turn images into features are not asked
+        self.model.visual = None
+        digest = hashlib.blake2b(digest_size=6)
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+        self.features = len(self(""))
+        self.identity = f"open_clip-{self.features}-{digest.hexdigest()}"
+
+    @torch.inference_mode()
+    def __call__(self, sentence):
+        if sentence not in self.known:
+            found = self.model.encode_text(self.tokenize([sentence]), normalize=True)
+            self.known[sentence] = found[0].float().clone()
+        return self.known[sentence]
+
+
+def reader_of(config, weights=None):
+    """The reader of a policy's config, None where it is told nothing. weights: folder, of clip."""
+    if not reads(config):
+        return None
+    if config.text == "learned":
+        return WordReader(config.vocabulary)
+    if weights is None:
+        raise UserError(
+            "--text clip: the weights of the frozen text model are needed and never downloaded; "
+            "give their folder (open_clip_config.json and weights) with --text_weights, "
+            "or use --text learned"
+        )
+    return ClipReader(weights)
+
+
+# -- what is trained ------------------------------------------------------------------------------
+
+
+class TextEncoder(nn.Module):
+    """Instructions (B,W), as a reader gives them, to vectors (B,WIDTH)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.words, self.dropout = config.text == "learned", config.word_dropout
+        if self.words:
+            n_words = 1 + len(config.vocabulary.split())
+            # UNKNOWN is the first row
+            self.table = nn.Parameter(torch.randn(n_words, WIDTH))
+        width = WIDTH if self.words else max(1, config.text_features)
+        self.layer = nn.Sequential(nn.Linear(width, WIDTH), nn.GELU())
+
+    def forward(self, instruction, draw=None):
+        """draw: gives random numbers in [0, 1) of a shape, in training; None where nothing drops
+        out.
+        """
+        if not self.words:
+            return self.layer(instruction.float())
+        there = instruction != NO_WORD  # (B,W)
+        if draw is not None and self.dropout > 0:
+            dropped = draw(instruction.shape) < self.dropout
+            instruction = torch.where(dropped, UNKNOWN, instruction)
+        vectors = self.table[instruction.clamp(min=0)] * there[..., None]  # (B,W,C)
+        mean = vectors.sum(1) / there.sum(1, keepdim=True)
+        return self.layer(mean)
+
+
+class Film(nn.Module):
+    """Scales and shifts the channels of maps by an instruction. At first it changes nothing."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 2 * channels)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, maps, vector):
+        """maps (B,C,H,W), vector (B,WIDTH) -> (B,C,H,W)."""
+        scale, shift = self.linear(vector)[..., None, None].chunk(2, 1)
+        return maps * (1 + scale.to(maps.dtype)) + shift.to(maps.dtype)
+
+
+class InstructedPolicy(FittedPolicy):
+    """A policy that can be told what to do. `text`: its encoder, None where it is told nothing."""
+
+    def __init__(self, config, channels):
+        super().__init__(config, channels)
+        self.text = TextEncoder(config) if reads(config) else None
+
+    def instruction_vectors(self, batch):
+        """Vectors (B,WIDTH) of a batch's instructions, (B,W) of single frames and of windows."""
+        draw = None
+        if self.training:
+            device = batch["instruction"].device
+            draw = lambda shape: self.shard.draw(torch.rand, shape, device)
+        return self.text(batch["instruction"], draw)
+
+    def instructed(self, sentence):
+        if self.text is None:
+            return {}
+        device = next(self.parameters()).device
+        return {"instruction": self.reader(sentence).to(device)[None]}
