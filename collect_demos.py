@@ -17,7 +17,7 @@
     python collect_demos.py --variant lift_once --n_demos 40
     # official states, re-rendered, cameras added; a folder of files, or some of its tasks
     python collect_demos.py --replay OFFICIAL.hdf5 --image_size 448
-    python collect_demos.py --replay FOLDER --tasks 0 3 --out REPLAYED
+    python collect_demos.py --replay FOLDER --task_ids 0,3 --out REPLAYED
     # every task of a suite, a file each
     python collect_demos.py --task_suite libero_object --task_ids all --n_demos 20
     # the expert's success rate on every task
@@ -69,7 +69,7 @@ FREE = (
     "overwrite",
     "show",
     "task_ids",
-    *("survey", "n_tasks", "first_state", "layouts", "tasks"),
+    *("survey", "n_tasks", "first_state", "layouts"),
 )
 # flags that a replay takes from its file or does not need: giving one is an error
 NOT_REPLAYED = (
@@ -220,8 +220,9 @@ def replay(args):
     """Replay the files of --replay, each into a file of its own. One that is finished stays; one
     that fails does not end the others.
     """
-    files = files_of(args.replay, args.tasks)
-    if len(files) == 1 and args.tasks is None and files == [Path(p) for p in args.replay]:
+    chosen = None if args.task_ids in (None, "all") else args.task_ids
+    files = files_of(args.replay, chosen)
+    if len(files) == 1 and args.task_ids is None and files == [Path(p) for p in args.replay]:
         args.replay = str(files[0])
         args.out = args.out or f"data/{file_name(args)}"
         return collect(args)
@@ -301,7 +302,8 @@ def build_parser():
         "--task_ids",
         type=several,
         metavar="all|N,N",
-        help="several tasks, a file each in the folder --out (data/SUITE)",
+        help="several tasks, a file each in the folder --out (data/SUITE); with --replay: only "
+        "files of these tasks",
     )
     parser.add_argument(
         "--n_demos",
@@ -337,13 +339,6 @@ def build_parser():
         nargs="+",
         metavar="PATH",
         help="re-render LIBERO's HDF5 files, or folders of them, from their states",
-    )
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        type=flags.whole,
-        metavar="N",
-        help="with --replay: only files of these tasks of their suites",
     )
     parser.add_argument(
         "--survey", metavar="SUITE", help="only table the expert's success on each task of a suite"
@@ -454,7 +449,7 @@ def main(argv=None):
             "--replay re-renders recorded states into an HDF5 file: "
             f"{', '.join(useless)} would have no effect; leave it out"
         )
-    if args.task_ids:
+    if args.task_ids and not args.replay:
         return collect_tasks(args)
     collect_task(args)
 
@@ -476,8 +471,8 @@ def collect_tasks(args):
     demonstrations than asked for.
     """
     suite = args.task_suite or "libero_spatial"
-    if args.replay or args.show:
-        raise UserError("--task_ids: goes neither with --replay nor with --show; give --task_id")
+    if args.show:
+        raise UserError("--task_ids: does not go with --show; give --task_id")
     chosen = range(number_of_tasks(suite)) if args.task_ids == "all" else args.task_ids
     tasks = [find_task(suite, index) for index in chosen]
     folder = Path(args.out or f"data/{suite}")
@@ -510,8 +505,6 @@ def collect_task(args):
     fill_spreads(args)
     if args.show:
         return show(args)
-    if args.tasks is not None and not args.replay:
-        raise UserError("--tasks: chooses among the files of --replay; give that too")
     if args.replay:
         return replay(args)
     args.out = args.out or f"data/{file_name(args)}"

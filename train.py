@@ -23,6 +23,7 @@ from figures import heldout, plots
 from formats import demos as demo_files
 from formats.mixture import open_mixture
 from harness import finetune
+from harness.proof import prove_pictures
 from harness.recipe import Recipe
 from harness.records import RESUME, read_metrics
 from harness.reference import protocol_references
@@ -123,6 +124,8 @@ def add_data_flags(group):
     default = [DEFAULT_DATASET]
     add("--dataset", type=Path, nargs="+", default=default, help=f"{what} ({DEFAULT_DATASET})")
     add("--task", help="LeRobot: train on this task alone, its index or words of its instruction")
+    what = "LeRobot: do not compare its pictures with the simulator's, see sim/picture_proof.py"
+    add("--trust_pictures", action="store_true", help=what)
     add("--n_demos", type=flags.count, help="use only the first N demonstrations of a dataset")
     what = "share of each task's demonstrations held out"
     add("--val_fraction", type=flags.fraction, default=0.15, help=what)
@@ -271,6 +274,9 @@ def prepare(args, config_class, device, progress):
     # before any feature is computed, which takes minutes
     dataset_class = look_up(args.model_type).dataset
     dataset_class.check_split(train_demos, config)
+    # once: in the first process, of a run that begins
+    if progress and not args.resume and not args.trust_pictures:
+        prove_pictures(recordings.datasets, args.task, args.n_demos)
 
     # the same demonstrations in a moved world, and their reflections beside them
     if args.turn_back:

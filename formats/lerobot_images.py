@@ -59,7 +59,15 @@ def read_video(episode, frames, fps, shape, size):
 def _stream(path, container):
     if not container.streams.video:
         raise UserError(f"{path}: holds no video; {AGAIN}")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    # FFmpeg's builds differ in their decoders: PyAV's own wheels have H.264, HEVC and AV1
+    if stream.codec_context is None:
+        raise UserError(
+            f"{path}: this installation's PyAV has no decoder for its video; install PyAV's own "
+            f"wheel (pip install --force-reinstall av=={pyav().__version__}), or encode the video as "
+            "H.264 or AV1"
+        )
+    return stream
 
 
 def read_embedded(episode, frames, name, shape, size):

@@ -100,10 +100,18 @@ def agentview(scene, size):
     return camera.intrinsics(FOVY, size), E
 
 
-def camera_of_task(instruction, size):
-    """(K, E) of the LIBERO task with an instruction, or None for an unknown task."""
+def scene_of_task(instruction):
+    """The kind of scene, a key of SCENES, of the LIBERO task with an instruction, or None for an
+    unknown task.
+    """
     found = find_task(instruction)
     if found is None:
         return None
     suite, index = found
-    return agentview(SCENE_OF_SUITE.get(suite) or SCENE_OF_LONG_TASK[index], size)
+    return SCENE_OF_SUITE.get(suite) or SCENE_OF_LONG_TASK[index]
+
+
+def camera_of_task(instruction, size):
+    """(K, E) of the LIBERO task with an instruction, or None for an unknown task."""
+    scene = scene_of_task(instruction)
+    return agentview(scene, size) if scene else None

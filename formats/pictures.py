@@ -20,6 +20,12 @@ ORIENTATIONS = {
     "mirrored": (False, True),
     "rotated": (True, True),
 }
+# by what is reversed, (columns, rows): what that is called
+TURNED = {
+    (True, False): "mirrored left to right",
+    (False, True): "upside down",
+    (True, True): "turned by 180 degrees",
+}
 DEMOS, PAIRS = 12, 16  # looked at: demonstrations, and pairs of frames of each
 GAP = 4  # frames from the first to the second of a pair
 SIDE = 64  # pixels that images are scaled down to
@@ -34,6 +40,13 @@ def upright(images, orientation):
     """Images (N,H,W,3) as they are stored -> upright and unmirrored."""
     rows, columns = ORIENTATIONS[orientation]
     return np.ascontiguousarray(images[:, :: -1 if rows else 1, :: -1 if columns else 1])
+
+
+def orientation_instead(read, turned):
+    """How images are stored that were read as `read` and look `turned`, keys of ORIENTATIONS."""
+    pairs = zip(ORIENTATIONS[read], ORIENTATIONS[turned])
+    right = tuple(a != b for a, b in pairs)
+    return next(name for name, found in ORIENTATIONS.items() if found == right)
 
 
 def check_pictures(demos, path, orientation, remedy):
@@ -55,17 +68,12 @@ def check_pictures(demos, path, orientation, remedy):
     )
     against = [r is not None and r < -CORRELATION for r in found]
     if any(against):
-        rows, columns = ORIENTATIONS[orientation]
-        right = (rows != against[1], columns != against[0])
-        name = next(n for n, turned in ORIENTATIONS.items() if turned == right)
-        how = {
-            (True, False): "mirrored left to right",
-            (False, True): "upside down",
-            (True, True): "turned by 180 degrees",
-        }[tuple(against)]
+        columns, rows = against
+        turned = next(n for n, found in ORIENTATIONS.items() if found == (rows, columns))
         raise UserError(
-            f"{path}: the images are {how}, what moves in them goes against the recorded EEF "
-            f"(correlation {told}); {remedy.format(name)}"
+            f"{path}: the images are {TURNED[columns, rows]}, what moves in them goes against the "
+            f"recorded EEF (correlation {told}); "
+            f"{remedy.format(orientation_instead(orientation, turned))}"
         )
     if any(r is not None and r < CORRELATION for r in found):
         raise UserError(

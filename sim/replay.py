@@ -54,7 +54,7 @@ def files_of(paths, tasks=None):
         found = [path for path in found if task_of_file(path).index in tasks]
     named = " ".join(map(str, paths))
     if not found:
-        chosen = "" if tasks is None else f" of --tasks {' '.join(map(str, tasks))}"
+        chosen = "" if tasks is None else f" of --task_ids {','.join(map(str, tasks))}"
         raise UserError(f"--replay {named}: no .hdf5 file{chosen} is there")
     twice = [stem for stem, n in Counter(path.stem for path in found).items() if n > 1]
     if twice:
@@ -67,7 +67,9 @@ def task_of_file(path):
     with libero_hdf5.open_demos(path) as file:
         name = libero_hdf5.file_attributes_of(path, file).get("bddl_file_name")
     if not isinstance(name, str):
-        raise UserError(f"{path}: data, attribute 'bddl_file_name' is missing; leave out --tasks")
+        raise UserError(
+            f"{path}: data, attribute 'bddl_file_name' is missing; leave out --task_ids"
+        )
     return task_of_bddl(name)
 
 

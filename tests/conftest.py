@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # modules and packages lie in the repository's root
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
 
+import h5py
 import helpers
 import numpy as np
 import pytest
 from filelock import FileLock
 
 from camera import intrinsics, look_at, project
-from formats import hdf5, libero_hdf5, smith300
+from formats import hdf5, lerobot_writer, libero_hdf5, smith300
 from formats.dataset import open_dataset
 from rot_utils import (
     basis_path,
@@ -372,3 +373,28 @@ def trained(collected, tmp_path_factory):
             helpers.run(*helpers.train_flags(collected[0], "run", 6), cwd=folder),
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def lerobot_dataset(collected, tmp_path_factory):
+    """The collected demonstrations as a LeRobot dataset, of every second frame. Shared: do not
+    write to it."""
+
+    def make(folder):
+        path = folder / "every_second.hdf5"
+        with h5py.File(collected[0]) as source, h5py.File(path, "w") as file:
+            source.copy("data", file)
+            for demo in file["data"].values():
+                demo.attrs["frame_stride"] = 1
+                length = len(demo["actions"])
+                for place in (demo, demo["obs"]):
+                    for key in [k for k, v in place.items() if isinstance(v, h5py.Dataset)]:
+                        if len(place[key]) == length:
+                            values = place[key][::2]
+                            del place[key]
+                            place[key] = values
+        sources, attributes = lerobot_writer.sources_of(path)
+        lerobot_writer.write_dataset(folder / "dataset", sources, attributes)
+        return folder / "dataset"
+
+    return made_once(tmp_path_factory, "lerobot_dataset", make)

@@ -3,12 +3,11 @@
 import importlib
 import re
 
-import h5py
 import numpy as np
 import pytest
 
 from camera import extrinsics_from_mujoco
-from formats import lerobot_writer, libero_hdf5
+from formats import libero_hdf5
 from formats.dataset import open_dataset
 from formats.libero_cameras import SCENES, TASKS, agentview, camera_of_task
 from formats.pictures import ORIENTATIONS, check_pictures
@@ -63,49 +62,28 @@ def test_instructions_and_scenes_are_those_of_liberos_tasks(suite):
         assert np.array_equal(camera_of_task(instruction, 256)[1], expected)
 
 
-@pytest.fixture(scope="module")
-def dataset(collected, tmp_path_factory):
-    """The simulator's demonstrations as a LeRobot dataset, of every second frame."""
-    path = tmp_path_factory.mktemp("lerobot") / "every_second.hdf5"
-    with h5py.File(collected[0]) as source, h5py.File(path, "w") as file:
-        source.copy("data", file)
-        for demo in file["data"].values():
-            demo.attrs["frame_stride"] = 1
-            length = len(demo["actions"])
-            for place in (demo, demo["obs"]):
-                for key in [k for k, v in place.items() if isinstance(v, h5py.Dataset)]:
-                    if len(place[key]) == length:
-                        values = place[key][::2]
-                        del place[key]
-                        place[key] = values
-    out = path.with_suffix("")
-    sources, attributes = lerobot_writer.sources_of(path)
-    lerobot_writer.write_dataset(out, sources, attributes)
-    return out
-
-
-def test_the_scenes_camera_is_the_one_that_was_recorded(dataset):
+def test_the_scenes_camera_is_the_one_that_was_recorded(lerobot_dataset):
     """libero_spatial's, from its instruction, to a tenth of a millimetre."""
-    demo = open_dataset(dataset).demos[0]
+    demo = open_dataset(lerobot_dataset).demos[0]
     K, E = camera_of_task(demo.attrs["task"], demo.image_size)
     np.testing.assert_allclose(demo.K, K, atol=1e-3)
     np.testing.assert_allclose(demo.E, E, atol=1e-4)
 
 
-def test_pictures_of_the_simulator_are_told_from_their_reflections(dataset, monkeypatch):
+def test_pictures_of_the_simulator_are_told_from_their_reflections(lerobot_dataset, monkeypatch):
     """Read as it is stored, a dataset passes; read in any other way it is refused, and the message
     names the right one.
     """
-    read = open_dataset(dataset)
+    read = open_dataset(lerobot_dataset)
     for orientation in set(ORIENTATIONS) - {"mirrored"}:
         monkeypatch.setattr(read, "orientation", orientation)
         with pytest.raises(UserError, match="it is mirrored"):
-            check_pictures(read.demos, dataset, orientation, "it is {}")
+            check_pictures(read.demos, lerobot_dataset, orientation, "it is {}")
 
 
-def test_images_are_the_simulators_own_turned_by_180_degrees(dataset, collected):
+def test_images_are_the_simulators_own_turned_by_180_degrees(lerobot_dataset, collected):
     """What is stored is what public LIBERO data stores: MuJoCo's rows, bottom first, turned."""
-    read = open_dataset(dataset)
+    read = open_dataset(lerobot_dataset)
     read.orientation = "upright"  # as it is stored
     stored = read.demos[0].images([0])[0]
     with libero_hdf5.open_demos(collected[0]) as file:

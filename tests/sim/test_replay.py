@@ -71,8 +71,8 @@ def test_the_official_files_model_says_where_its_fixtures_stand(official):
 
 
 def test_replay_restores_official_files(official, changed, tmp_path):
-    """A folder of official files: that of --tasks is re-rendered from its states, upright, with a
-    camera; one whose images are of other states fails, and the other stays. The same command then
+    """A folder of official files: that of --task_ids is re-rendered from its states, upright, with
+    a camera; one whose images are of other states fails, and the other stays. The same command then
     finds it there, at once.
     """
     folder = tmp_path / "files"
@@ -137,10 +137,10 @@ def test_the_premise_is_measured(official):
 
 
 def test_files_are_chosen_by_task(official, changed, tmp_path):
-    """--tasks names numbers of a suite; what names no task, or nothing, is refused."""
+    """--task_ids names numbers of a suite; what names no task, or nothing, is refused."""
     (path,) = replay.files_of([official[0]], [0])
     assert path == Path(official[0]) / "official_demo.hdf5"
-    with pytest.raises(UserError, match="no .hdf5 file of --tasks 3"):
+    with pytest.raises(UserError, match="no .hdf5 file of --task_ids 3"):
         replay.files_of([official[0]], [3])
     with pytest.raises(UserError, match="two files are called official_demo"):
         replay.files_of([official[0], path])

@@ -110,6 +110,7 @@ BESIDE = {
         "sim.pick_place",
         "sim.tasks",
     },
+    "sim.picture_proof": {"sim.libero_env", "sim.simulator"},
     "sim.protocol": {"sim.libero_env", "sim.tasks"},
     "sim.events": {"sim.expert", "sim.settings"},
     "sim.layouts": {"sim.events", "sim.placement", "sim.settings", "sim.verdict"},
