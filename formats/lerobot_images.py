@@ -62,10 +62,10 @@ def _stream(path, container):
     stream = container.streams.video[0]
     # FFmpeg's builds differ in their decoders: PyAV's own wheels have H.264, HEVC and AV1
     if stream.codec_context is None:
+        wheel = f"pip install --force-reinstall av=={pyav().__version__}"
         raise UserError(
             f"{path}: this installation's PyAV has no decoder for its video; install PyAV's own "
-            f"wheel (pip install --force-reinstall av=={pyav().__version__}), or encode the video as "
-            "H.264 or AV1"
+            f"wheel ({wheel}), or encode the video as H.264 or AV1"
         )
     return stream
 
