@@ -10,14 +10,23 @@ A chunk of actions an answer; a connection is an episode.
 """
 
 import argparse
+import contextlib
+import sys
+import traceback
+from pathlib import Path
 
-import msgpack
-import numpy as np
-import torch
-from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.server import serve
+try:
+    import msgpack
+    import numpy as np
+    import torch
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.server import serve
+except ImportError as missing:
+    remedy = "run this in LeRobot's environment, with websockets and msgpack beside it"
+    print(f"error: {missing}; {remedy}", file=sys.stderr)
+    sys.exit(2)
 
 # LeRobot's names of what arrives
 IMAGES = {
@@ -71,25 +80,38 @@ class Server:
 
     def serve_client(self, connection):
         self.policy.reset()
-        connection.send(msgpack.packb(self.metadata()))
-        try:
+        with contextlib.suppress(ConnectionClosed):
+            connection.send(msgpack.packb(self.metadata()))
             for message in connection:
-                request = msgpack.unpackb(message, object_hook=decode)
-                connection.send(msgpack.packb({"actions": encode(self.actions(request))}))
-        except ConnectionClosed:
-            pass
+                try:
+                    request = msgpack.unpackb(message, object_hook=decode)
+                    answer = msgpack.packb({"actions": encode(self.actions(request))})
+                except Exception:
+                    # as openpi's servers do: the traceback as text, and the end
+                    connection.send(traceback.format_exc())
+                    return
+                connection.send(answer)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", help="folder of a pretrained policy")
+    parser.add_argument("path", type=Path, help="folder of a pretrained policy")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
+    if not (args.path / "config.json").is_file():
+        return f"{args.path}: holds no config.json, a folder of LeRobot's pretrained_model does"
     server = Server(args.path)
-    with serve(server.serve_client, "127.0.0.1", args.port, max_size=None) as listening:
+    try:
+        listening = serve(server.serve_client, "127.0.0.1", args.port, max_size=None)
+    except (OSError, OverflowError) as error:
+        return f"--port {args.port}: {error}; give another"
+    with listening, contextlib.suppress(KeyboardInterrupt):
         print(f"{server.metadata()} at 127.0.0.1:{args.port}", flush=True)
         listening.serve_forever()
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    if fault := main():
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the environment in which LeRobot runs both plugins: plugins/setup.sh [FOLDER], .venv-lerobot by default.
-# It needs Python 3.12 (name yours: PYTHON=/path/to/python3.12), and 3 GB beside the .venv of `make setup`, from
+# It needs Python 3.12 (name yours: PYTHON=/path/to/python3.12), and 3.5 GB beside the .venv of `make setup`, from
 # which CUDA's libraries are taken; without one, or with CUDA_LIBRARIES=own, 6 GB.
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)

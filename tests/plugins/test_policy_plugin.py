@@ -1,8 +1,12 @@
 """What the LeRobot policy plugin adds to our own code, tested without LeRobot: the servo that gives
 one action a step, pictures turned upright, cameras by task."""
 
+import importlib.metadata
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +162,33 @@ def test_a_missing_or_wrong_camera_is_refused_in_one_sentence(batch, scene, word
     with pytest.raises(UserError, match=words) as refused:
         cameras.camera_of(batch, 0, 448, scene)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words, variables, words_lerobot, words_here",
+    [
+        (["plugins/serve_lerobot.py", "nope"], {}, "nope: holds no config.json", "LeRobot's env"),
+        (
+            ["plugins/setup.sh", "nope"],
+            {"PYTHON": "nope"},
+            "needs Python 3.12",
+            "needs Python 3.12",
+        ),
+    ],
+)
+def test_scripts_beside_the_plugins_refuse_in_one_sentence(
+    words, variables, words_lerobot, words_here
+):
+    """Exit code 2 and what to do, whether or not this environment has what they need."""
+    command = [sys.executable, *words] if words[0].endswith(".py") else words
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    # by its distribution: tests/lerobot is a folder of that name
+    installed = {d.name for d in importlib.metadata.distributions()}
+    expected = words_lerobot if {"lerobot", "websockets", "msgpack"} <= installed else words_here
+    assert done.returncode == 2 and expected in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_what_is_installable_is_all_but_the_scripts():
