@@ -130,24 +130,29 @@ def test_a_row_that_has_ended_waits_for_the_others(loop):
     inner._max_episode_steps = SMALL["episode_length"]
 
 
-def test_a_smaller_picture_is_brought_to_the_policys_size_with_its_camera(loop):
-    """At LeRobot's 360 px the decision is nearly that of 448: K goes with the picture."""
-    observation, _ = loop.env.reset(options={"lerobot_new_rollout": True})
-    batch = loop.batch(observation)
+def test_a_smaller_picture_is_brought_to_the_policys_size_with_its_camera():
+    """At LeRobot's 360 px the decision is nearly that of 448: K goes with the picture. In the view
+    that the policy was trained on: in another its decisions turn on a pixel.
+    """
+    usual = Loop(1, ParaConfig(checkpoint=str(ROOT / CKPT), device="cpu"), layout="val")
+    observation, _ = usual.env.reset(options={"lerobot_new_rollout": True})
+    batch = usual.batch(observation)
+    usual.env.close()
     smaller = dict(batch)
     smaller["observation.images.image"] = torch.nn.functional.interpolate(
         batch["observation.images.image"], (360, 360), mode="area"
     )
     scale = torch.diag(torch.tensor([360 / 448, 360 / 448, 1.0]))
     smaller["observation.camera_intrinsics"] = scale @ batch["observation.camera_intrinsics"]
-    found = []
+    found, policy = [], usual.policy
     for each in (batch, smaller):
-        seen = loop.policy._observation(
-            each, 0, loop.policy._images(each)[0], loop.policy._state(each)[0]
-        )
-        loop.policy.network.begin(0)
-        found.append(loop.policy.network.act(seen).position)
-    assert np.linalg.norm(found[0] - found[1]) < 0.02  # metres
+        image, state = policy._images(each)[0], policy._state(each)[0]
+        seen = policy._observation(each, 0, image, state)
+        policy.network.begin(0)
+        found.append((policy.network.act(seen).position, seen.K, seen.image.shape))
+    assert np.linalg.norm(found[0][0] - found[1][0]) < 0.02  # metres
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-6)
+    assert found[0][2] == found[1][2]
 
 
 def test_an_exported_folder_is_the_same_policy(loop, tmp_path):
