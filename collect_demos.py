@@ -28,7 +28,6 @@ Each finished demo is its own file in OUT.parts until all are there; a killed ru
 
 import argparse
 import json
-import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -300,7 +299,7 @@ def build_parser():
     parser.add_argument("--task_id", type=flags.whole, default=0)
     parser.add_argument(
         "--task_ids",
-        type=several,
+        type=flags.several,
         metavar="all|N,N",
         help="several tasks, a file each in the folder --out (data/SUITE); with --replay: only "
         "files of these tasks",
@@ -452,15 +451,6 @@ def main(argv=None):
     if args.task_ids and not args.replay:
         return collect_tasks(args)
     collect_task(args)
-
-
-def several(text):
-    """The type of --task_ids: "all", or the numbers [int] of a text such as 0,3,5."""
-    if text == "all":
-        return text
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor numbers as 0,3,5")
-    return sorted({int(word) for word in text.split(",")})
 
 
 def collect_tasks(args):

@@ -261,13 +261,17 @@ def checked(answer, frame):
     }
 
 
-def answer_all(policy, observations, limit=None):
-    """Answer observations, `limit` of them at most, with a line each -> their latencies in ms."""
+def answer_all(policy, observations, limit=None, instruction=""):
+    """Answer observations, `limit` of them at most, with a line each -> their latencies in ms.
+
+    instruction: what is asked for, of a policy that is told.
+    """
     latencies = []
     policy.reset()
     for frame, observation in enumerate(observations):
         if limit is not None and frame >= limit:
             break
+        observation.instruction = instruction
         # the clock of this call alone
         policy.seconds.update(features=0.0, policy=0.0)
         start = time.perf_counter()
@@ -286,13 +290,15 @@ def deploy(args):
     """Answer every observation of the source, and print the latencies to standard error."""
     policy = load(args.ckpt, args.stats, args.device, args.backbone_weights)
     size = policy.config.image_size
+    if policy.reader and not args.instruction:
+        raise UserError(f"{args.ckpt}: is told what to do; give --instruction WORDS")
     if str(args.source) == "-":
         # bytes: each line is decoded, and refused, by itself
         lines = getattr(sys.stdin, "buffer", sys.stdin)
         observations = live(lines, args.state, size)
     else:
         observations = recorded(args.source, args.state, size)
-    latencies = answer_all(policy, observations, args.limit)
+    latencies = answer_all(policy, observations, args.limit, args.instruction or "")
     if latencies:
         middle, slow = np.median(latencies), np.percentile(latencies, 95)
         print(
@@ -311,6 +317,7 @@ def build_parser():
     add("--source", type=Path, required=True, help=what)
     what = "episode.npz of a video (the one beside it); of -, an npz with the camera"
     add("--state", type=Path, help=what)
+    add("--instruction", metavar="WORDS", help="what to do, of a policy that is told")
     add("--limit", type=flags.whole, help="stop after so many frames")
     add("--backbone_weights", type=Path, help="local file of backbone weights")
     add("--device", default="cpu", help="auto, cpu, cuda or cuda:N")

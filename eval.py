@@ -6,6 +6,8 @@
         --layout shifted --n_episodes 50
     # expert, oracle or blind through the same path
     python eval.py --policy oracle --teleport --zero_rotation
+    # every task of a suite, see docs/suites.md
+    python eval.py --task_suite libero_spatial --task_ids all --teleport
     # a task that asks for memory, see sim/variants.py
     python eval.py --policy expert --variant lift_once
 
@@ -40,49 +42,38 @@ from tqdm import tqdm
 import flags
 from figures import plots
 from harness.metrics import ERROR
-from harness.records import (
-    check_stamp,
-    demos_simulator,
-    newest_checkpoint,
-    read_episodes,
-    run_name,
-    simulator_changes,
-)
+from harness.records import check_stamp, newest_checkpoint, read_episodes
 from harness.remote import ServerLost, Unreachable
 from harness.summary import print_summary, summarise
 from runtime import UserError, append_jsonl, run_script, write_json
-from sim import layouts, remote, settings
+from sim import instructions, layouts, remote, settings
+from sim.asked import as_trained, cell_name, refuse_without_meaning, stamp_of, where_run
 from sim.cameras import RENDERS
 from sim.decisions import Decider, RemoteAgent
 from sim.expert import EXPERTS, default_grasp
 from sim.layouts import LAYOUTS
 from sim.libero_env import Scene
 from sim.protocol import check_protocol
-from sim.rollout import BlindAgent, OracleAgent, expert_path, run_episode, run_expert
-from sim.simulator import of_simulator, simulator, simulator_versions
+from sim.rollout import (
+    BlindAgent,
+    OracleAgent,
+    ReplayAgent,
+    expert_path,
+    run_episode,
+    run_expert,
+)
+from sim.simulator import of_simulator, simulator_versions
 from sim.stalled import Watch
 from sim.tasks import find_task, init_states
-from sim.variants import VARIANTS, new_expert
+from sim.variants import VARIANTS
 from sim.workers import TIMEOUT, run_jobs
+from study import suites
 
 # flags that --help shows, in this order
 FIRST = "ckpt policy layout n_episodes teleport zero_rotation max_steps workers device out"
 # crashed episodes without one that ran, or errors of the policy alone, after which an evaluation
 # gives up
 HOPELESS = 6
-# what may change between a command and the one that goes on with its episodes
-FREE = (
-    "out",
-    "workers",
-    "recycle",
-    "timeout",
-    "n_episodes",
-    "n_videos",
-    "video_every",
-    "device",
-    "trace",
-    *("server", "server_timeout"),
-)
 
 
 class EvalWorker:
@@ -98,6 +89,8 @@ class EvalWorker:
         self.scene = Scene(
             args.task_suite, args.task_id, args.image_size, args.clean_scene, render=args.render
         )
+        self.said = instructions.spoken(args, self.scene.task)
+        self.scene.instruction = self.said.get("instruction", self.scene.instruction)
         self.agent = None
         if args.policy == "checkpoint":
             self.agent = RemoteAgent(address)
@@ -107,7 +100,11 @@ class EvalWorker:
             self.agent = remote.ServerAgent(args)
         elif args.policy == "blind":
             # it knows the mean position of the training demonstrations
-            self.agent = BlindAgent(layouts.training_shift(args.layout, args.split))
+            shift = layouts.training_shift(args.layout, args.split)
+            replays = args.grasp == "planned"
+            self.agent = (
+                ReplayAgent(self.scene, args.grasp, shift) if replays else BlindAgent(shift)
+            )
 
     def run(self, job):
         """A job -> its row, or {"stopped": traceback} where this program failed.
@@ -180,6 +177,7 @@ class EvalWorker:
             "layout": args.layout,
             **condition.described(LAYOUTS[args.layout].setting),
             "seed": args.seed,
+            **self.said,
             **row,
         }
 
@@ -229,6 +227,7 @@ def add_policy_flags(group):
         help="whose decisions",
     )
     add("--backbone_weights", type=Path, help="local file of backbone weights")
+    add("--text_weights", type=Path, help="local folder of the text model, of --text clip")
     add("--device", default="auto", help="of the network: auto, cpu, cuda or cuda:N")
     add("--feedback", help="with a history: measured, predicted or hybrid:N (the checkpoint's)")
     sampled = "with a history: sample the waypoint"
@@ -266,6 +265,19 @@ def add_task_flags(group):
     add("--task_suite", help="the checkpoint's own task, else libero_spatial")
     add("--task_id", type=flags.whole, help="which of the suite's tasks")
     add(
+        "--task_ids",
+        type=flags.several,
+        metavar="all|N,N",
+        help="several tasks, one after another, see docs/suites.md",
+    )
+    add("--instruction", metavar="WORDS", help="said instead of the task's own sentence")
+    add(
+        "--instruction_of",
+        type=instructions.of_task,
+        metavar="N|other",
+        help="say this task's sentence; other: that of the scene's other object",
+    )
+    add(
         "--grasp",
         choices=list(EXPERTS),
         help="the expert's, for expert, oracle and coverage (as the checkpoint's data, else the "
@@ -286,8 +298,13 @@ def add_task_flags(group):
 def add_acting_flags(group):
     add = group.add_argument
     add("--teleport", action="store_true", help="servo to each absolute waypoint")
-    add("--zero_rotation", action="store_true", help="keep the start's orientation")
-    add("--max_steps", type=flags.count, default=600, help="control steps an episode may take")
+    add(
+        "--zero_rotation",
+        action=argparse.BooleanOptionalAction,
+        help="keep the start's orientation (with --task_ids: in tasks whose demonstrations do)",
+    )
+    what = "control steps an episode may take (600; with --task_ids the suite's)"
+    add("--max_steps", type=flags.count, help=what)
     add(
         "--waypoint_stride",
         type=flags.count,
@@ -309,7 +326,8 @@ def add_running_flags(group):
     add("--recycle", type=flags.count, default=25, help=renewed)
     hung = "seconds after which an episode, or a decision, counts as hung"
     add("--timeout", type=flags.positive, default=TIMEOUT, help=hung)
-    add("--n_videos", type=flags.whole, default=3, help="record the first N episodes")
+    what = "record the first N episodes (3; with --task_ids 1)"
+    add("--n_videos", type=flags.whole, help=what)
     add("--video_every", type=flags.count, default=4, help="control steps between video frames")
     add("--trace", action="store_true", help="record state and decision, for study.stalled")
 
@@ -326,7 +344,7 @@ def network_of(args):
         args.ckpt, sentence = newest_checkpoint()
         print(sentence)
     choices = {name: getattr(args, name) for name in ("feedback", "sample", "temperature")}
-    made_of = (args.ckpt, args.device, args.backbone_weights, choices)
+    made_of = (args.ckpt, args.device, args.backbone_weights, choices, args.text_weights)
     with Decider(policy_sessions, made_of, args.timeout) as network:
         yield network
 
@@ -351,12 +369,17 @@ def prepare(args, network=None):
         info = network.about["info"]
         args.device = network.about["device"]
         as_trained(args, info, network.about["config"])
+    instructions.check(args, network and network.about["config"])
     remote.agree(args)
+    args.max_steps = args.max_steps or 600
+    args.n_videos = 3 if args.n_videos is None else args.n_videos
+    args.zero_rotation = bool(args.zero_rotation)
     args.image_size = args.image_size or 448
     args.task_suite = args.task_suite or "libero_spatial"
     args.task_id = args.task_id or 0
     args.variant = args.variant or "task"
     task = find_task(args.task_suite, args.task_id)
+    instructions.spoken(args, task)  # refuses what it cannot say there
     args.grasp = args.grasp or default_grasp(task, args.variant)
     refuse_without_meaning(args)
     args.render = args.render or "exact"  # of a policy that was trained on no images
@@ -377,121 +400,22 @@ def prepare(args, network=None):
     return info
 
 
-def as_trained(args, info, config):
-    """Take what was not given from a checkpoint: image size and stride from its config; render,
-    task, grasp, variant, scene and split from its demonstrations.
-
-    Raises UserError for a --render or --split other than those that it was trained on.
-    """
-    args.image_size, args.waypoint_stride = config["image_size"], config["waypoint_stride"]
-    trained_on = info.get("dataset", {})
-    rendered = trained_on.get("render", "exact")
-    args.render = args.render or rendered
-    if args.render != rendered:
-        raise UserError(
-            f"--render {args.render}: {args.ckpt} was trained on images of --render {rendered}, "
-            f"which look otherwise; give --render {rendered}, or train on demonstrations of "
-            f"collect_demos.py --render {args.render}"
-        )
-    for name in ("task_suite", "grasp", "variant"):
-        if getattr(args, name) is None:
-            setattr(args, name, trained_on.get(name))
-    if args.task_id is None:
-        args.task_id = int(trained_on.get("task_id", 0))
-    # the verdict's rows are compared episode by episode: theirs is the layout's scene for all
-    as_layout = LAYOUTS[args.layout].frozen is not None
-    if args.clean_scene is None and "clean_scene" in trained_on and not as_layout:
-        args.clean_scene = trained_on["clean_scene"] == "True"
-    # a split belongs to its setting; trained in another setting, any split may be tested
-    same_setting = trained_on.get("setting") == LAYOUTS[args.layout].setting
-    if same_setting and trained_on.get("split"):
-        args.split = args.split or trained_on["split"]
-        if args.split != trained_on["split"]:
-            raise UserError(
-                f"--split {args.split}: {args.ckpt} was trained on split {trained_on['split']}, "
-                "so that training conditions could be among those tested; leave the flag out, or "
-                "train on that split"
-            )
-    trained = f"{info['model_type']}, step {info.get('step')}"
-    print(f"{args.ckpt}: {trained}, backbone {info['backbone_identity']}")
-
-
-def refuse_without_meaning(args):
-    """Raise UserError for flags that mean nothing together."""
-    # the oracle has no memory, and would let go where it grasped
-    if args.policy in ("blind", "oracle") and args.variant != "task":
-        raise UserError(
-            f"--policy {args.policy}: it has no plan for --variant {args.variant}; "
-            "use expert or a checkpoint"
-        )
-    if args.variant != "task" and args.stop_stalled:
-        raise UserError("--stop_stalled: to stay is an answer in --variant lift_once; leave it out")
-    for name in ("stop_stalled", "trace"):
-        if args.policy in ("expert", "remote") and getattr(args, name):
-            raise UserError(f"--{name}: --policy {args.policy} answers no waypoints; leave it out")
-    new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
-
-
-def cell_name(args, info, task):
-    """Name of an evaluation's folder, where --out is not given."""
-    setting = LAYOUTS[args.layout].setting
-    return "_".join(
-        [
-            *([run_name(args.ckpt)] if args.ckpt else []),
-            info.get("model_type", args.label or args.policy),
-            task.key,
-            args.layout,
-            *([args.split] if args.split != settings.resolve_split(setting) else []),
-            *([args.variant] if args.variant != "task" else []),
-        ]
-    )
-
-
-def where_run(info):
-    """What every row and the summary say of the simulator: versions and renderer.
-
-    For a checkpoint also MuJoCo's version and the renderer behind its demonstrations. Prints a
-    warning for each that is another one here.
-    """
-    found = {"simulator": simulator()}
-    if info:
-        theirs = demos_simulator(info)
-        # of a dataset that names no renderer, rows name none
-        found.update({f"demos_{k}": v for k, v in theirs.items() if v or k == "mujoco"})
-        for sentence in simulator_changes(theirs, simulator_versions()):
-            print(f"warning: {sentence}")
-    return found
-
-
-def stamp_of(args, info):
-    """What the episodes of a folder have in common, as settings.json holds it. A run goes on only
-    in a folder with the same stamp.
-    """
-    asked = {k: str(v) for k, v in vars(args).items() if k not in FREE}
-    if not args.stop_stalled:  # folders from before it was there go on
-        del asked["stop_stalled"]
-    # the same for --render
-    if args.render == "exact":
-        del asked["render"]
-    # and for the flags of --policy remote
-    if args.policy != "remote":
-        for name in remote.NAMES:
-            asked.pop(name, None)
-    where = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')}"
-    asked["trained"] = f"{where} {info.get('minutes')}"
-    asked["mujoco"] = simulator_versions()["mujoco"]
-    return asked
-
-
-# network -> settings -> episodes -> summary; the answer is the exit code, 1 without any episode
 def evaluate(args):
+    """One task, or several -> the exit code."""
     with network_of(args) as network:
-        info = prepare(args, network)
-        where = {**where_run(info), "render": args.render}
-        asked = stamp_of(args, info)
-        check_stamp(args.out, asked)
-        write_json(args.out / "settings.json", asked)
-        rows = run_episodes(args, network, where)
+        if args.task_ids is not None:
+            return suites.evaluate(args, network, evaluate_task)
+        return evaluate_task(args, network)
+
+
+# settings -> episodes -> summary; the answer is the exit code, 1 without any episode
+def evaluate_task(args, network):
+    info = prepare(args, network)
+    where = {**where_run(info), "render": args.render}
+    asked = stamp_of(args, info)
+    check_stamp(args.out, asked)
+    write_json(args.out / "settings.json", asked)
+    rows = run_episodes(args, network, where)
     rows = [rows[i] for i in sorted(rows)]
     summary = {**summarise(rows, args, info), **where, "versions": simulator_versions()}
     if args.policy == "remote":

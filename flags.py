@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -185,6 +186,15 @@ class IntList:
 
 
 int_list = IntList(at_least(1, 512))
+
+
+def several(text):
+    """The type of a flag: "all", or the numbers [int] of a text such as 0,3,5."""
+    if text == "all":
+        return text
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor numbers as 0,3,5")
+    return sorted({int(word) for word in text.split(",")})
 
 
 def new_file(*suffixes):

@@ -133,7 +133,8 @@ def observation_of(request, size, view):
     rotation = rotvec_to_matrix(state[3:6])
     joints = np.zeros(7)  # no policy reads them
     quat = matrix_to_quat(rotation)
-    return Observation(upright, state[:3], rotation, quat, state[6:], joints, K, E)
+    said = str(request.get("prompt", ""))
+    return Observation(upright, state[:3], rotation, quat, state[6:], joints, K, E, said)
 
 
 def array(request, key, shape):

@@ -503,6 +503,7 @@ def provenance(args, found, recipe):
         "dataset": about,
         "datasets": found.recordings.described(),
         "tasks": {d.group: d.instruction for d in found.recordings.demos},
+        "turned": found.recordings.turned(),
         "train_demos": recipe.train_demos,
         "val_demos": recipe.val_demos,
         "train_frames": recipe.train_frames,

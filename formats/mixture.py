@@ -5,9 +5,12 @@ Cameras may differ: each demonstration has its own. What may not differ is named
 
 from pathlib import Path
 
+import numpy as np
+
 from formats.dataset import open_dataset
 from formats.lerobot import LeRobotFolder
 from formats.smith300 import in_order
+from rot_utils import rotation_angle, rotvec_to_matrix
 from runtime import UserError
 
 # attributes that all datasets have in common, with what holds where a dataset does not say
@@ -61,6 +64,17 @@ class Mixture:
     def tasks(self):
         """Names of the tasks among the demonstrations, in their order."""
         return list(dict.fromkeys(demo.group for demo in self.demos))
+
+    def turned(self):
+        """{task: the largest angle in degrees by which a demonstration turns its gripper away from
+        where it began}.
+        """
+        found = dict.fromkeys(self.tasks, 0.0)
+        for demo in self.demos:
+            rotation = rotvec_to_matrix(demo.ee_ori)
+            largest = float(np.degrees(rotation_angle(rotation[:1], rotation).max()))
+            found[demo.group] = round(max(found[demo.group], largest), 2)
+        return found
 
     def check_frames(self, frame_stride):
         """Raise UserError unless every k-th frame has an image in all of several datasets."""

@@ -53,13 +53,14 @@ class PolicySessions:
         self.policy, self.batch, self.threads, self.about = policy, batch, threads, about
 
     @classmethod
-    def load(cls, path, device="auto", weights=None, choices=None):
+    def load(cls, path, device="auto", weights=None, choices=None, text_weights=None):
         """The sessions of a checkpoint's policy.
 
-        choices: see `set_choices`. Raises UserError for bad files, devices and choices.
+        weights, text_weights: see `checkpoint.load_policy`; choices: see `set_choices`. Raises
+        UserError for bad files, devices and choices.
         """
         device = choose_device(device)
-        policy, info, extra = load_policy(path, device, weights)
+        policy, info, extra = load_policy(path, device, weights, text_weights=text_weights)
         set_choices(policy, choices or {})
         about = {
             "info": info,

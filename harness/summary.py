@@ -49,6 +49,7 @@ def summarise(rows, args, info):
         "outcomes": {o: sum(r["outcome"] == o for r in scored) for o in outcomes},
         **({"lifts": lifts} if lifting else {}),
         **({"stop_stalled": True, "stalled": stalled} if args.stop_stalled else {}),
+        **told(scored),
         **means(scored),
         "workers": args.workers,
         "seed": args.seed,
@@ -56,6 +57,22 @@ def summarise(rows, args, info):
         "commit": git_commit(),
         "checkpoint": str(args.ckpt) if args.ckpt else None,
         "trained": {k: info.get(k) for k in TRAINED} if info else None,
+    }
+
+
+def told(scored):
+    """Of episodes that were told of an object: how many went to it, with the Wilson interval; {}
+    for others. An episode went to what it lifted first, or touched first where it lifted nothing.
+    """
+    rows = [r for r in scored if r.get("named")]
+    if not rows:
+        return {}
+    went = sum((r["first_lifted"] or r["first_touched"]) == r["named"] for r in rows)
+    return {
+        "instruction": rows[0]["instruction"],
+        "went_to_named": went,
+        "went_to_named_rate": went / len(rows),
+        "went_to_named_interval": wilson(went, len(rows)),
     }
 
 
@@ -114,6 +131,9 @@ def print_summary(s):
     else:
         show_rate(s, "success (LIBERO's predicate)", "success", "interval")
         show_rate(s, "placed and released", "released", "released_interval")
+    if "went_to_named" in s:
+        went = percent(s["went_to_named_rate"], s["went_to_named_interval"])
+        show("went to the named object", f"{went}, told {s['instruction']!r}")
     show("outcomes", listed(f"{k} {v}" for k, v in s["outcomes"].items()))
     if s.get("stop_stalled"):
         show("stalled, ended as failures", s["stalled"])

@@ -30,7 +30,8 @@ class Observation:
 
     image: (S,S,3) uint8 upright RGB, or None when not rendered; eef_pos (3,) m and eef_rot (3,3) in
     the world; gripper_qpos (2,) finger joints in m; joint_pos (7,) rad; K (3,3) px; E (4,4)
-    camera-to-world, OpenCV axes. eef_quat (4,) xyzw is eef_rot again.
+    camera-to-world, OpenCV axes. eef_quat (4,) xyzw is eef_rot again. instruction: what is asked
+    for, in words.
     """
 
     image: np.ndarray
@@ -41,6 +42,7 @@ class Observation:
     joint_pos: np.ndarray
     K: np.ndarray
     E: np.ndarray
+    instruction: str = ""
 
     @property
     def gripper_width(self):
@@ -72,6 +74,7 @@ class Scene(Agentview, Placement):
     ):
         OffScreenRenderEnv, ControlEnv = libero()[2:]
         self.task, self.image_size, self.clean = find_task(task_suite, task_id), image_size, clean
+        self.instruction = self.task.language  # as observations say it
         self.physics, self.quality = physics, render  # both are set up anew after each reset
         np.random.seed(seed)  # fixtures are placed by NumPy's global generator
         bddl = clean_bddl(self.task) if clean else self.task.bddl
@@ -93,7 +96,7 @@ class Scene(Agentview, Placement):
         # (On object target) names both; a goal with one argument, as (Open drawer), has neither
         goal = self.env.env.parsed_problem["goal_state"]
         self.pick, self.place = (goal[0][1], goal[0][2]) if len(goal[0]) == 3 else (None, None)
-        self.nominal_z = self._nominal_heights()
+        self.nominal_z, self.leaning = self._nominal_rest()
 
     @property
     def sim(self):
@@ -252,6 +255,7 @@ class Scene(Agentview, Placement):
             np.array(q[self.robot._ref_joint_pos_indexes]),
             K,
             E,
+            self.instruction,
         )
 
     # -- acting

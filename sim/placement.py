@@ -7,38 +7,58 @@ from runtime import UserError
 ROBOT_DOF = 9  # seven arm joints and two fingers come first in every LIBERO state
 # rad; the spread of the arm's joints over the benchmark's 50 init states (0.018-0.023)
 JOINT_JITTER = 0.02
-UPRIGHT_COS = np.cos(np.radians(8))
+UPRIGHT = np.radians(8)
+UPRIGHT_COS = np.cos(UPRIGHT)
+
+
+def upright(joint):
+    """Cosine between an object's own z axis and the vertical. joint: its seven numbers, xyz and
+    the quaternion wxyz.
+    """
+    # the entry (2,2) of the quaternion's matrix
+    x, y = joint[4:6]
+    return 1 - 2 * (x * x + y * y)
 
 
 class Placement:
     """The part of a `libero_env.Scene` that is about where its objects are."""
 
-    def _nominal_heights(self):
-        """Resting height {name: m} of each movable object in the benchmark's first init state, in
-        which objects start 7 cm in the air.
+    def _nominal_rest(self):
+        """How the movable objects come to rest in the benchmark's first init state, in which they
+        start 7 cm in the air -> ({name: height in m}, {name: (m that it moved aside, rad of its
+        tilt)} of those that lean, as a bowl on a ramekin does).
         """
-        self.begin_episode(self.init_states()[0])
-        return {n: float(self.position(n)[2]) for n in self.objects}
+        start = self.init_states()[0]
+        self.begin_episode(start)
+        state = self.state()
+        heights = {n: float(self.position(n)[2]) for n in self.objects}
+        leaning = {}
+        for name in self.objects:
+            a = self._address(name)
+            if upright(state[a]) < UPRIGHT_COS:
+                aside = float(np.linalg.norm(state[a][:2] - start[a][:2]))
+                leaning[name] = aside, float(np.arccos(upright(state[a])))
+        return heights, leaning
 
     def _settle(self, state, watch):
         """Let objects come to rest from `state` (S,) -> the settled state (S,), or None for a bad
         layout. The robot and the clock are put back, velocities are zero.
 
         watch: names of the objects that are checked. None is returned where one of them moved by
-        more than 1 cm, tipped, or rests more than 3 mm from its height in the benchmark.
+        more than 1 cm, tipped, or rests more than 3 mm from its height in the benchmark. One that
+        leans there may move and tip as far as it does there besides.
         """
         self.begin_episode(state)
         after = self.state()
         for name in watch:
             a = self._address(name)
-            # Seven numbers: xyz, then the quaternion wxyz. 1 - 2 (x^2 + y^2) is the entry (2,2) of
-            # its matrix, the cosine between the object's own z axis and the vertical.
-            x, y = after[a][4:6]
-            tilt = 1 - 2 * (x * x + y * y)
+            aside, lean = self.leaning.get(name, (0.0, 0.0))
+            tilt = upright(after[a])
+            tipped = tilt < UPRIGHT_COS if not lean else abs(np.arccos(tilt) - lean) > UPRIGHT
             if (
-                np.linalg.norm(after[a][:2] - state[a][:2]) > 0.01
+                np.linalg.norm(after[a][:2] - state[a][:2]) > 0.01 + aside
                 or abs(after[a][2] - self.nominal_z[name]) > 0.003
-                or tilt < UPRIGHT_COS
+                or tipped
                 or not np.isfinite(after).all()
             ):
                 return None
@@ -119,9 +139,21 @@ class Placement:
                 )
         return {self.pick: (condition.dx, condition.dy), self.place: (condition.dx, condition.dy)}
 
-    def shift_objects(self, state, offsets):
+    def stands_on(self, name):
+        """What an object stands on or lies in, by its task's BDDL -> (predicate, name of another
+        object, or of a fixture's region); (None, None) for the table or the floor.
+        """
+        for predicate, *names in self.env.env.parsed_problem["initial_state"]:
+            if len(names) == 2 and names[0] == name:
+                things = (*self.objects, *self.env.env.fixtures_dict)
+                support = next((s for s in things if names[1].startswith(s)), "table")
+                plain = support == "floor" or support.endswith("table")
+                return (None, None) if plain else (predicate, names[1])
+        return None, None
+
+    def shift_objects(self, state, offsets, together=()):
         """Move objects of a state (S,) by {name: (dx, dy)} metres and let them settle -> the state
-        (S,), or None for a bad layout.
+        (S,), or None for a bad layout. together: names of objects that may touch each other.
 
         It is bad where `_settle` says so, where one of them touches another movable object, and
         where the task would be done already. Raises RuntimeError if an object is not where it
@@ -138,12 +170,14 @@ class Placement:
             return None
         self.set_state(state)
         for name, place in wanted.items():
-            if np.linalg.norm(self.position(name)[:2] - place) > 0.011:  # `_settle` allows 1 cm
+            aside, _ = self.leaning.get(name, (0.0, 0.0))
+            # `_settle` allows 1 cm
+            if np.linalg.norm(self.position(name)[:2] - place) > 0.011 + aside:
                 raise RuntimeError(
                     f"{name} was not shifted: it is at {self.position(name)[:2]}, "
                     f"{place} was asked for"
                 )
-        return None if self.success() or self._touching(offsets) else state
+        return None if self.success() or self._touching(offsets, together=together) else state
 
     def set_aside(self, name, place):
         """Set an object, as it stands, to a place (2,) m while an episode runs -> True, or False
@@ -161,9 +195,9 @@ class Placement:
         self.sim.forward()
         return False
 
-    def _touching(self, names, fixtures=False, robot=False):
+    def _touching(self, names, fixtures=False, robot=False, together=()):
         """True if one of the named objects touches another movable object, or, with `fixtures` and
-        `robot`, one of these.
+        `robot`, one of these. Two of `together` may touch each other.
         """
         owner = {}  # {a geom's number: the object that it is of}; table and robot have none
         things = dict(self.env.env.objects_dict)
@@ -178,6 +212,8 @@ class Placement:
         for i in range(self.sim.data.ncon):
             contact = self.sim.data.contact[i]
             a, b = owner.get(contact.geom1), owner.get(contact.geom2)
+            if a in together and b in together:
+                continue
             if a != b and (a in names and b is not None or b in names and a is not None):
                 return True
         return False
@@ -188,11 +224,29 @@ class Placement:
 
         They move by at least `apart` metres relative to each other. Objects moved alike would keep
         the way from bowl to plate, and a replay that happens to catch the bowl's rim would carry it
-        onto the plate without looking. Deterministic in `seed`. Bad layouts are drawn again. Raises
-        RuntimeError after 60 draws.
+        onto the plate without looking. What an object stands on moves with it, and one that lies
+        in a fixture stays. Deterministic in `seed`. Bad layouts are drawn again; where all are bad,
+        an object that stands on a fixture stays too. Raises RuntimeError after 60 draws.
+        """
+        movable = [n for n in (self.pick, self.place) if n in self.objects]
+        supports = {n: self.stands_on(n) for n in movable}
+        on_fixtures = [n for n in movable if supports[n][1] and supports[n][1] not in self.objects]
+        # a drawer leaves no room; on a stove or a cabinet there may be some
+        free = [n for n in movable if n not in on_fixtures or supports[n][0] != "in"]
+        carried = {n: supports[n][1] for n in movable if supports[n][1] in self.objects}
+        on_tables = [n for n in free if n not in on_fixtures]
+        # the second only where it is another one
+        for moved in dict.fromkeys([tuple(free), tuple(on_tables)]):
+            found = self._shifted(state, seed, moved, carried, low, high, apart)
+            if found is not None:
+                return found
+        raise RuntimeError(f"no valid shifted layout for seed {seed}")
+
+    def _shifted(self, state, seed, movable, carried, low, high, apart):
+        """The first good one of 60 draws of `shifted_layout`, or None. movable: objects that move;
+        carried: {one of these: the object that moves along}.
         """
         rng = np.random.default_rng([seed, 35])
-        movable = [n for n in (self.pick, self.place) if n in self.objects]
         for _ in range(60):
             angle, length = (
                 rng.uniform(0, 2 * np.pi, len(movable)),
@@ -201,8 +255,10 @@ class Placement:
             offsets = {n: (r * np.cos(a), r * np.sin(a)) for n, a, r in zip(movable, angle, length)}
             if len(offsets) == 2 and np.linalg.norm(np.subtract(*offsets.values())) < apart:
                 continue
-            shifted = self.shift_objects(state, offsets)
+            along = {carried[n]: offsets[n] for n in movable if n in carried}
+            pair = [n for n in movable if n in carried] + list(along)
+            shifted = self.shift_objects(state, {**offsets, **along}, pair)
             if shifted is not None:
                 self.set_state(shifted)
                 return shifted
-        raise RuntimeError(f"no valid shifted layout for seed {seed}")
+        return None

@@ -183,7 +183,7 @@ def run_actions(
         agent.start(scene, seed)
         while not episode.over:
             observation, wrist = look(episode, agent.wishes["wrist_image"])
-            actions = agent.act(observation, wrist, scene.task.language)
+            actions = agent.act(observation, wrist, scene.instruction)
             decisions += 1
             thumbs.append(observation.image[::4, ::4])
             for action in actions[:replan_steps]:

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,17 @@ import numpy as np
 import camera
 from formats.demos import GRIPPER_STEPS, next_waypoint
 from harness.metrics import ERROR, OUTCOMES, coverage, jerk, path_length
-from runtime import atomic_path, versions
+from runtime import UserError, atomic_path, versions
 from sim.expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, servo_action
+from sim.handling import LIFTED, Handling
 from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
+from sim.placement import ROBOT_DOF
 from sim.servo import FLIP_DISTANCE, Servo
 from sim.tasks import unperturbed
 from sim.variants import STAY_STEPS, new_account, new_expert
 from waypoint import Waypoint
 
-LIFTED = 0.03  # metres above rest at which an object counts as grasped
+TRIED = 5  # init states in which `ReplayAgent` looks for a path
 # modules that decide an expert's path: a change of their text makes cached paths obsolete
 DECIDE_THE_PATH = (
     "sim/expert",
@@ -289,6 +291,32 @@ class BlindAgent:
         return Waypoint(position, None, gripper, position[None], np.array([gripper]))
 
 
+class ReplayAgent(OracleAgent):
+    """A blind agent for tasks that `BlindAgent` has no plan for: it follows the expert's path of
+    the benchmark's most ordinary init state, wherever the objects are now.
+
+    The path is the scene's at construction, which moves its robot. shift: as of BlindAgent.
+    """
+
+    def __init__(self, scene, grasp, shift=(0.0, 0.0), **options):
+        super().__init__(**options)
+        states = scene.init_states(unperturbed(scene.task))
+        # objects' joints come after the robot's; the most ordinary state is nearest to their mean
+        joints = states[:, 1 + ROBOT_DOF : 1 + scene.sim.model.nq]
+        order = np.linalg.norm(joints - joints.mean(0), axis=1).argsort()
+        paths = (expert_path(scene, states[i], grasp=grasp) for i in order[:TRIED])
+        found = next((path for path in paths if path.success), None)
+        if found is None:
+            raise UserError(
+                f"--policy blind: the expert fails in the {TRIED} most ordinary init states of "
+                f"{scene.task.key}, so there is nothing to replay; choose another --grasp"
+            )
+        self.known = replace(found, positions=found.positions + np.array([*shift, 0.0]))
+
+    def start(self, scene, path, seed=0):
+        super().start(scene, self.known, seed)
+
+
 class Episode:
     """Steps a scene and keeps account: path, time by activity, success, release, frames for video.
 
@@ -306,6 +334,7 @@ class Episode:
         self.seconds = {"render": 0.0, "physics": 0.0}
         self.gripper, self.plan = OPEN, None
         self.variant, self.account = variant, new_account(scene, variant)
+        self.handling = Handling(scene)
         self.note()
 
     @property
@@ -326,6 +355,7 @@ class Episode:
         subject = self.scene.position(self.scene.subject)
         self.lifted |= subject[2] > self.rest + LIFTED
         self.account.note(subject, now.eef_pos, self.gripper, now.gripper_width)
+        self.handling.note()
         if self.account.done():
             self.first_success = self.steps if self.first_success is None else self.first_success
             self.success = True
@@ -481,6 +511,7 @@ def run_expert(
 def result_row(scene, episode, agent, decisions, path, started):
     """The per-episode row that eval.py writes.
 
+    first_touched, first_lifted: names of objects, see sim/handling.py.
     jerk_mm: mean second difference of the EEF's path, mm per control step squared.
     third_difference_mm: mean third difference, mm per step cubed.
     Against the expert's path up to its release: coverage_Npx is the share of the expert's path
@@ -497,6 +528,8 @@ def result_row(scene, episode, agent, decisions, path, started):
         "decisions": decisions,
         **({"lifts": episode.account.lifts} if episode.variant == "lift_once" else {}),
         **({"moved": episode.event.row} if episode.event else {}),
+        "first_touched": episode.handling.touched,
+        "first_lifted": episode.handling.lifted,
         "jerk_mm": round(1000 * jerk(episode.path), 4),
         "third_difference_mm": round(1000 * jerk(episode.path, 3), 4),
     }

@@ -4,6 +4,7 @@ unreachable hub."""
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -266,6 +267,23 @@ def suite(tmp_path_factory):
         write_task(folder, task, n)
     (folder / "settings.json").write_text("{}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def told(suite, tmp_path_factory):
+    """A run folder of two steps on the small suite, told what to do, and what was printed."""
+
+    def train(folder):
+        (folder / "data").mkdir()
+        shutil.copytree(suite, folder / "data" / "libero_spatial")
+        words = (
+            "train.py --model_type para --dataset data/libero_spatial --out run --max_steps 2 "
+            f"--image_size {SIZE} --grid 14 --width 8 --backbone efficientnet_lite0 "
+            "--batch_size 4 --wandb off --precision fp32"
+        )
+        return folder / "run", helpers.run(*words.split(), cwd=folder)
+
+    return made_once(tmp_path_factory, "told", train)
 
 
 def observations_of(demo, frames):

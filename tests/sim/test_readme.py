@@ -1,5 +1,6 @@
 """Every command of the README and of docs/ runs as written, only smaller, so none goes stale."""
 
+import json
 import os
 import re
 import shlex
@@ -29,6 +30,8 @@ LINES = [
 # one that stands in several places runs once
 COMMANDS = list(dict.fromkeys(" ".join(line.split()) for line in LINES))
 PYTHON = [c for c in COMMANDS if c.startswith("python ")]
+# what the fixture `told` has run
+TOLD = "python train.py --model_type para --dataset data/libero_spatial"
 BARE_EVAL = "python eval.py --teleport --zero_rotation --max_steps 600"
 TRAIN = shlex.split(
     f"--max_steps 2 --image_size {SIZE} --grid 14 --backbone efficientnet_lite0 "
@@ -94,7 +97,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def users_folder(collected, trained, synthetic_episodes, cache):
+def users_folder(collected, trained, told, synthetic_episodes, cache):
     """Fill a folder with the files that a user has who followed the pages from the start."""
 
     def fill(folder):
@@ -106,6 +109,7 @@ def users_folder(collected, trained, synthetic_episodes, cache):
         (folder / "runs").mkdir()
         for name in ("NAME", "OTHER"):
             (folder / "runs" / name).symlink_to(trained[0])
+        (folder / "runs" / "SUITE").symlink_to(told[0])
         (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
         (folder / "cache").symlink_to(cache)
         # results/ itself is the user's own: a survey writes there
@@ -141,6 +145,12 @@ def smaller(words):
         return ["--n_demos", "1", "--n_tasks", "1"]
     if "--replay" in words:
         return ["--n_demos", "1", "--image_size", SIZE]
+    if script == "collect_demos.py" and "--task_ids" in words:
+        return [*SMALL[script], "--task_ids", "2", "--out", "fresh"]
+    if script == "eval.py" and "--task_ids" in words:
+        # the clean scene has no second bowl to be told of
+        limits = [word for word in SMALL[script] if word != "--clean_scene"]
+        return [*limits, "--task_ids", "2"]
     if script == "collect_demos.py":
         return [*SMALL[script], "--out", "fresh.hdf5", "--clean_scene"]
     if "--policy" in words:
@@ -163,6 +173,10 @@ def write_lerobot(path):
 @pytest.mark.parametrize("line", PYTHON)
 def test_readme_command_runs(line, users_folder, collected, synthetic_demos, tmp_path, request):
     """A command of a page runs with its own flags and with further ones that make it small."""
+    if line == TOLD:
+        _, done = request.getfixturevalue("told")
+        assert "3 tasks, told by --text learned" in done.stdout
+        return
     if line == BARE_EVAL:
         _, done = request.getfixturevalue("bare_eval")
         assert "Traceback" not in done.stderr
@@ -188,6 +202,24 @@ def test_readme_command_runs(line, users_folder, collected, synthetic_demos, tmp
             shutil.copytree(evaluated, folder / "runs" / "eval" / name)
     done = run(*words, *smaller(words), cwd=folder)
     assert "Traceback" not in done.stderr
+    if "--task_ids" in words and words[0] == "eval.py":
+        check_suite(folder, done.stdout, "--instruction_of" in words)
+
+
+def check_suite(folder, printed, swapped):
+    """An evaluation of a suite has left its table, its page, and rows that say what was touched."""
+    (out,) = (folder / "runs" / "eval").iterdir()
+    summary = json.loads((out / "suite.json").read_text())
+    (task,) = summary["tasks"]
+    assert (summary["steps"], summary["n"], task["task"]) == (12, 1, "libero_spatial_2")
+    assert "| libero_spatial_2 | pick up the black bowl from table center" in printed
+    assert "mean of the tasks" in printed and "<table>" in (out / "report.html").read_text()
+    row = json.loads((out / "libero_spatial_2" / "episodes.jsonl").read_text())
+    assert {"first_touched", "first_lifted"} <= row.keys()
+    assert row.get("named") == ("akita_black_bowl_2" if swapped else None)
+    if swapped:
+        assert row["instruction"].startswith("pick up the black bowl next to the plate")
+        assert task["went_to_named"] == 0 and "went to the named object" in printed
 
 
 def test_bare_eval_says_which_checkpoint(bare_eval):

@@ -135,6 +135,8 @@ class ParaPolicy(PreTrainedPolicy):
             joint_pos=None,  # no policy reads it
             K=K,
             E=E,
+            # LeRobot's evaluation says each environment's task in words
+            instruction=batch["task"][row] if "task" in batch else "",
         )
 
     # -- training, which train.py does

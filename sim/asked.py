@@ -1,0 +1,136 @@
+"""What an evaluation's flags come to: a checkpoint's own settings, refusals, the folder's name, and
+what a folder's episodes have in common.
+"""
+
+from harness.records import demos_simulator, run_name, simulator_changes
+from runtime import UserError
+from sim import remote, settings
+from sim.layouts import LAYOUTS
+from sim.simulator import simulator, simulator_versions
+from sim.variants import new_expert
+
+# what may change between a command and the one that goes on with its episodes
+FREE = (
+    "out",
+    "workers",
+    "recycle",
+    "timeout",
+    "n_episodes",
+    "n_videos",
+    "video_every",
+    "device",
+    "trace",
+    *("server", "server_timeout"),
+    "task_ids",
+)
+
+
+def as_trained(args, info, config):
+    """Take what was not given from a checkpoint: image size and stride from its config; render,
+    task, grasp, variant, scene and split from its demonstrations.
+
+    Raises UserError for a --render or --split other than those that it was trained on.
+    """
+    args.image_size, args.waypoint_stride = config["image_size"], config["waypoint_stride"]
+    trained_on = info.get("dataset", {})
+    rendered = trained_on.get("render", "exact")
+    args.render = args.render or rendered
+    if args.render != rendered:
+        raise UserError(
+            f"--render {args.render}: {args.ckpt} was trained on images of --render {rendered}, "
+            f"which look otherwise; give --render {rendered}, or train on demonstrations of "
+            f"collect_demos.py --render {args.render}"
+        )
+    for name in ("task_suite", "grasp", "variant"):
+        if getattr(args, name) is None:
+            setattr(args, name, trained_on.get(name))
+    if args.task_id is None:
+        args.task_id = int(trained_on.get("task_id", 0))
+    # the verdict's rows are compared episode by episode: theirs is the layout's scene for all
+    as_layout = LAYOUTS[args.layout].frozen is not None
+    if args.clean_scene is None and "clean_scene" in trained_on and not as_layout:
+        args.clean_scene = trained_on["clean_scene"] == "True"
+    # a split belongs to its setting; trained in another setting, any split may be tested
+    same_setting = trained_on.get("setting") == LAYOUTS[args.layout].setting
+    if same_setting and trained_on.get("split"):
+        args.split = args.split or trained_on["split"]
+        if args.split != trained_on["split"]:
+            raise UserError(
+                f"--split {args.split}: {args.ckpt} was trained on split {trained_on['split']}, "
+                "so that training conditions could be among those tested; leave the flag out, or "
+                "train on that split"
+            )
+    trained = f"{info['model_type']}, step {info.get('step')}"
+    print(f"{args.ckpt}: {trained}, backbone {info['backbone_identity']}")
+
+
+def refuse_without_meaning(args):
+    """Raise UserError for flags that mean nothing together."""
+    # the oracle has no memory, and would let go where it grasped
+    if args.policy in ("blind", "oracle") and args.variant != "task":
+        raise UserError(
+            f"--policy {args.policy}: it has no plan for --variant {args.variant}; "
+            "use expert or a checkpoint"
+        )
+    if args.variant != "task" and args.stop_stalled:
+        raise UserError("--stop_stalled: to stay is an answer in --variant lift_once; leave it out")
+    for name in ("stop_stalled", "trace"):
+        if args.policy in ("expert", "remote") and getattr(args, name):
+            raise UserError(f"--{name}: --policy {args.policy} answers no waypoints; leave it out")
+    new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
+
+
+def cell_name(args, info, task):
+    """Name of an evaluation's folder, where --out is not given."""
+    setting = LAYOUTS[args.layout].setting
+    return "_".join(
+        [
+            *([run_name(args.ckpt)] if args.ckpt else []),
+            info.get("model_type", args.label or args.policy),
+            task.key,
+            args.layout,
+            *([args.split] if args.split != settings.resolve_split(setting) else []),
+            *([args.variant] if args.variant != "task" else []),
+            *(["told_otherwise"] if args.instruction or args.instruction_of is not None else []),
+        ]
+    )
+
+
+def where_run(info):
+    """What every row and the summary say of the simulator: versions and renderer.
+
+    For a checkpoint also MuJoCo's version and the renderer behind its demonstrations. Prints a
+    warning for each that is another one here.
+    """
+    found = {"simulator": simulator()}
+    if info:
+        theirs = demos_simulator(info)
+        # of a dataset that names no renderer, rows name none
+        found.update({f"demos_{k}": v for k, v in theirs.items() if v or k == "mujoco"})
+        for sentence in simulator_changes(theirs, simulator_versions()):
+            print(f"warning: {sentence}")
+    return found
+
+
+def stamp_of(args, info):
+    """What the episodes of a folder have in common, as settings.json holds it. A run goes on only
+    in a folder with the same stamp.
+    """
+    asked = {k: str(v) for k, v in vars(args).items() if k not in FREE}
+    if not args.stop_stalled:  # folders from before it was there go on
+        del asked["stop_stalled"]
+    # the same for flags that came later
+    for name in ("instruction", "instruction_of", "text_weights"):
+        if getattr(args, name) is None:
+            del asked[name]
+    # and for --render
+    if args.render == "exact":
+        del asked["render"]
+    # and for the flags of --policy remote
+    if args.policy != "remote":
+        for name in remote.NAMES:
+            asked.pop(name, None)
+    where = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')}"
+    asked["trained"] = f"{where} {info.get('minutes')}"
+    asked["mujoco"] = simulator_versions()["mujoco"]
+    return asked

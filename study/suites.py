@@ -1,0 +1,180 @@
+"""An evaluation of several tasks of a suite: `eval.py --task_ids`.
+
+Each task is evaluated into a folder of its own, so that a killed run goes on task by task and
+episode by episode. suite.json and report.html beside them hold the whole.
+"""
+
+import argparse
+import html
+from pathlib import Path
+
+from figures.pages import STYLE, figure, html_table, markdown_table, percent, rate
+from harness.metrics import within
+from harness.records import read_episodes, read_summary, run_name
+from harness.statistics import wilson
+from harness.summary import told
+from runtime import UserError, atomic_path, command_line, git_commit, write_json
+from sim.tasks import find_task, number_of_tasks
+
+# control steps at which published success rates stop
+STEPS = {
+    "libero_spatial": 280,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+USUAL_STEPS = 600
+STILL = 20.0  # degrees that a task's demonstrations may turn the gripper by and count as keeping it
+COLUMNS = ("task", "instruction", "n", "success", "placed and released", "steps")
+
+
+def evaluate(args, network, evaluate_task):
+    """Evaluate the tasks of --task_ids one after another -> the exit code, 1 without any episode.
+
+    evaluate_task: of eval.py, for the flags of one task. A task that fails does not end the others.
+    Raises UserError for it at the end.
+    """
+    info = network.about["info"] if network else {}
+    suite = args.task_suite or info.get("dataset", {}).get("task_suite") or "libero_spatial"
+    if args.task_id is not None:
+        raise UserError("--task_id and --task_ids: give one of them")
+    chosen = range(number_of_tasks(suite)) if args.task_ids == "all" else args.task_ids
+    tasks = [find_task(suite, index) for index in chosen]
+    folder = args.out or Path("runs/eval") / folder_name(args, info, suite)
+    failures, done = [], []
+    for task in tasks:
+        print(f"\n{task.key}: {task.language}", flush=True)
+        try:
+            evaluate_task(of_one(args, task, folder, info), network)
+            done.append(task)
+        except UserError as error:
+            failures.append(f"{task.key}: {error}")
+            print(f"failed: {error}", flush=True)
+    if done:
+        summary = summarised(args, suite, done, folder)
+        write_json(folder / "suite.json", summary)
+        write_page(summary, folder)
+        print_suite(summary)
+        print(f"  {folder}/suite.json, report.html")
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(tasks)} tasks failed, first {failures[0]}; the others are in "
+            f"{folder}, the same command goes on"
+        )
+    return 0 if summary["n"] else 1
+
+
+def folder_name(args, info, suite):
+    """Name of the folder of all tasks, where --out is not given."""
+    words = [run_name(args.ckpt)] if args.ckpt else []
+    words += [info.get("model_type", args.policy), suite, args.layout]
+    told = args.instruction is not None or args.instruction_of is not None
+    return "_".join(words + (["told_otherwise"] if told else []))
+
+
+def of_one(args, task, folder, info):
+    """The flags for one of several tasks. Where they were not given, the steps are the suite's,
+    one episode is filmed, and the orientation is kept in tasks whose demonstrations keep it.
+    """
+    values = {"task_suite": task.suite, "task_id": task.index, "out": folder / task.key}
+    values["max_steps"] = args.max_steps or STEPS.get(task.suite, USUAL_STEPS)
+    values["n_videos"] = 1 if args.n_videos is None else args.n_videos
+    turned = info.get("turned", {}).get(task.key)
+    if args.zero_rotation is None and turned is not None:
+        values["zero_rotation"] = turned < STILL
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+# -- the whole ------------------------------------------------------------------------------------
+
+
+def summarised(args, suite, tasks, folder):
+    """The suite's summary, JSON-able, from the folders of its tasks."""
+    steps = args.max_steps or STEPS.get(suite, USUAL_STEPS)
+    cells, every = [], []
+    for task in tasks:
+        rows = [r for r in read_episodes(folder / task.key) if "crash" not in r]
+        # an episode that crashed and was tried again has its last row counted
+        rows = list({r["episode"]: r for r in rows}.values())
+        every += rows
+        cells.append({"task": task.key, "instruction": task.language, **rates(rows, steps)})
+    first = read_summary(folder / tasks[0].key)
+    kept = ("model_type", "policy", "setting", "split", "checkpoint", "trained", "versions")
+    found = [c["success_rate"] for c in cells if c["n"]]
+    return {
+        "suite": suite,
+        **{key: first.get(key) for key in kept},
+        "steps": steps,
+        **rates(every, steps),
+        # tasks may have different numbers of episodes
+        "mean_of_tasks": sum(found) / len(found) if found else None,
+        "tasks": cells,
+        "command": command_line(),
+        "commit": git_commit(),
+    }
+
+
+def rates(rows, steps):
+    """Counts and rates within `steps` control steps, of episodes that ran."""
+    n, found = len(rows), {"n": len(rows)}
+    for key in ("success", "released"):
+        reached = sum(within(r, key, steps) for r in rows)
+        found[key] = reached
+        found[f"{key}_rate"] = reached / n if n else None
+        found[f"{key}_interval"] = wilson(reached, n)
+    found["mean_steps"] = sum(r["steps"] for r in rows) / n if n else None
+    # each task says another sentence
+    return {**found, **{k: v for k, v in told(rows).items() if k != "instruction"}}
+
+
+def table_rows(summary, shown):
+    """Rows of the table of tasks, the whole at the end. shown: a rate and its interval as text."""
+    rows = []
+    whole = {"task": "all", "instruction": "", **summary}
+    for cell in (*summary["tasks"], whole):
+        row = [cell["task"], cell["instruction"], cell["n"]]
+        for key in ("success", "released"):
+            row.append(shown(cell[f"{key}_rate"], cell[f"{key}_interval"]) if cell["n"] else "-")
+        row.append(f"{cell['mean_steps']:.0f}" if cell["n"] else "-")
+        if "went_to_named" in summary:
+            known = "went_to_named" in cell
+            went = (cell["went_to_named_rate"], cell["went_to_named_interval"]) if known else ()
+            row.append(shown(*went) if known else "-")
+        rows.append(row)
+    return rows
+
+
+def columns(summary):
+    named = ("went to the named object",) if "went_to_named" in summary else ()
+    return [*COLUMNS, *named]
+
+
+def print_suite(summary):
+    """The suite's table as a user reads it."""
+    title = f"{summary['model_type']} on {summary['suite']}, {summary['setting']} layout"
+    print(f"\n{title}, within {summary['steps']} steps")
+    print(markdown_table(columns(summary), table_rows(summary, percent)))
+    if summary["n"]:
+        print(f"  mean of the tasks {100 * summary['mean_of_tasks']:.1f}%")
+
+
+def write_page(summary, folder):
+    """report.html: the table, and one film of each task."""
+    title = f"{summary['model_type']} on {summary['suite']}, {summary['setting']} layout"
+    cells = [[html.escape(str(c)) for c in row[:2]] + row[2:] for row in table_rows(summary, rate)]
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>",
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+        f"<p class=lead>Within {summary['steps']} control steps; Wilson 95% intervals.</p>",
+        html_table(columns(summary), [[str(c) for c in row] for row in cells], strong=(3,)),
+        "<h2>One episode of each task</h2>",
+    ]
+    for cell in summary["tasks"]:
+        films = sorted((folder / cell["task"] / "videos").glob("*.mp4"))
+        if films:
+            outcome = films[0].stem.partition("_")[2]
+            parts.append(figure(films[0], f"{cell['task']}: {cell['instruction']} ({outcome})"))
+    parts.append(f"<h2>Command</h2><pre>{html.escape(summary['command'])}</pre>")
+    with atomic_path(folder / "report.html") as scratch:
+        scratch.write_text("\n".join(parts))
