@@ -3,7 +3,6 @@ them, its faults are counted, and an evaluation survives its server.
 """
 
 import contextlib
-import dataclasses
 import json
 import re
 import socket
@@ -49,7 +48,7 @@ def agent_of(address, **wishes):
 
 def asked(scene, prompt, monkeypatch):
     """The scene with another instruction, by which tests/policy_server.py chooses its answer."""
-    monkeypatch.setattr(scene, "task", dataclasses.replace(scene.task, language=prompt))
+    monkeypatch.setattr(scene, "instruction", prompt)
     return scene
 
 

@@ -199,6 +199,7 @@ def test_the_bowl_is_set_aside_once_and_nothing_else(scene, tmp_path, monkeypatc
     worker = evaluation.EvalWorker.__new__(evaluation.EvalWorker)
     words = "--policy expert --layout val_moved_midway --grasp side --variant task --n_videos 0"
     worker.args, worker.scene = evaluation.build_parser().parse_args(words.split()), scene
+    worker.said = {}
     row = worker.episode(1)
     moved = row["moved"]
     assert row["released"] and row["layout"] == "val_moved_midway"
