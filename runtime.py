@@ -341,15 +341,17 @@ def read_jsonl(path, remedy="remove that line", form=dict):
 def git_commit():
     """Short commit of this checkout, with `+` when files differ from it.
 
-    Outside a checkout it is what PARA_COMMIT says, as on a machine that got a copy of the files, or
-    'unknown'. Found once, when the script starts: hours later the files may be
-    others.
+    PARA_COMMIT goes before it: on a machine that got a copy of the files, what git finds there may
+    be another history. 'unknown' outside a checkout. Found once, when the script starts: hours
+    later the files may be others.
     """
+    if told := os.environ.get("PARA_COMMIT"):
+        return told
     try:
         commit = _git("rev-parse", "--short=10", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("PARA_COMMIT", "unknown")
+        return "unknown"
     return f"{commit}+" if changed else commit
 
 

@@ -113,14 +113,17 @@ def test_a_replay_names_the_renderer_of_its_images():
     assert demos.drawn_by({"versions": ours}) == "llvmpipe" and demos.drawn_by({}) is None
 
 
-def test_a_copy_without_git_names_the_commit_that_it_was_told(monkeypatch):
-    """On a machine that got the files alone, results would be of an unknown commit."""
+def test_a_copy_names_the_commit_that_it_was_told(monkeypatch):
+    """On a machine that got the files alone, results would be of an unknown commit, and among
+    another history of that one's: 24 trainings were."""
+    monkeypatch.setenv("PARA_COMMIT", "8a1265d012")
+    monkeypatch.setattr(runtime, "_git", lambda *words: "d071b474c7")
+    assert runtime.git_commit.__wrapped__() == "8a1265d012"
 
     def no_checkout(*words):
         raise subprocess.CalledProcessError(128, words)
 
     monkeypatch.setattr(runtime, "_git", no_checkout)
-    monkeypatch.setenv("PARA_COMMIT", "8a1265d012")
     assert runtime.git_commit.__wrapped__() == "8a1265d012"
     monkeypatch.delenv("PARA_COMMIT")
     assert runtime.git_commit.__wrapped__() == "unknown"
