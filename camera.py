@@ -151,14 +151,15 @@ def bin_to_height(index, low, high, n_bins):
     return low + (index + 0.5) / n_bins * (high - low)
 
 
-def quantise(point, K, E, grid, size, low, high, n_bins):
+def quantise(point, K, E, grid, size, low, high, n_bins, margin=0):
     """Nearest point (3,) to `point` (3,) that the volume can represent.
 
     It is the centre of the point's image cell and height bin: what a perfect classifier would
-    decode. The rest are the arguments of `project`, `pixel_to_cell` and `height_to_bin`.
+    decode. The rest are the arguments of `project`, `pixel_to_cell` and `height_to_bin`. margin:
+    cells by which the volume reaches beyond each edge of the image.
     """
     u, v, _ = project(point, K, E)
-    centre = lambda x, n: np.clip(np.round(pixel_to_cell(x, n, size)), 0, n - 1)
+    centre = lambda x, n: np.clip(np.round(pixel_to_cell(x, n, size)), -margin, n - 1 + margin)
     # metres, after rounding to a bin and clamping to the range
     z = bin_to_height(
         np.clip(np.round(height_to_bin(point[..., 2], low, high, n_bins)), 0, n_bins - 1),

@@ -112,7 +112,8 @@ class PixelTrunk(VolumeGeometry):
 
     def trunk_features(self, batch):
         """Features of the prediction grid (B,C,H,W), with the EEF's cell marked."""
-        x = projected(self.normalised(batch["features"]), self.project, self.config.grid)
+        c = self.config
+        x = projected(self.normalised(batch["features"]), self.project, c.grid, c.margin)
         films = []
         if self.text is not None:
             vector = self.instruction_vectors(batch)
@@ -148,7 +149,7 @@ class PixelTrunk(VolumeGeometry):
 
     def at_cells(self, features, cells):
         """Trunk features (B,C,H,W) at integer cells (B,T,2) yx -> (B,T,C)."""
-        flat = flat_index(cells, (self.config.grid,) * 2)  # (B,T)
+        flat = flat_index(cells, (self.config.side,) * 2)  # (B,T)
         by_cell = features.flatten(2).mT  # (B,HW,C), as it lies in memory
         return by_cell.gather(1, flat[..., None].expand(-1, -1, by_cell.shape[2]))
 
@@ -178,7 +179,7 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         # as a product, whose result lies in the order of decoding, unlike the convolution's
         weight = self.volume.weight.flatten(1).to(features.dtype)  # (T*G*Z,C)
         logits = weight @ features.flatten(2) + self.volume.bias[:, None].to(features.dtype)
-        return logits.view(-1, c.n_window, self.n_gripper, c.n_height_bins, c.grid, c.grid)
+        return logits.view(-1, c.n_window, self.n_gripper, *self.volume_shape)
 
     def loss(self, batch):
         """Cross-entropies of volume, rotation and (if separate) gripper, averaged over the unmasked
@@ -200,7 +201,7 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         parts = {"volume_ce": self.masked_mean(volume.flatten(), mask)}
         # teacher forcing: gripper and rotation are read at the true cell, features (B,T,C)
         picked = (
-            self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
+            self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.side - 1))
             + self.step_embedding
         )
         # (B*T,3,bins)
@@ -225,7 +226,7 @@ class TrajectoryHeatmapPredictor(PixelTrunk):
         coordinates = coordinates.view(-1, c.n_window, 3)
         # as in training, at the decoded cell instead of the true one
         picked = (
-            self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.grid - 1))
+            self.at_cells(features, coordinates[..., 1:].round().long().clamp(0, c.side - 1))
             + self.step_embedding
         )
         # the command of the highest peak, or that of the separate head

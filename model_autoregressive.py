@@ -175,7 +175,7 @@ class AutoregressivePolicy(HistoryPolicy):
             nn.init.normal_(self.pointer.linear.weight, std=0.1 * d**-0.5)
         else:
             self.cell_hidden = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU())
-            self.cell_head = FingerLinear(4 * d, 2 * c.grid**2, states)
+            self.cell_head = FingerLinear(4 * d, 2 * c.side**2, states)
             self.height_head = FingerLinear(d, 2 * c.n_height_bins, states)
         if c.coarse_to_fine:
             self.offset_head = nn.Sequential(
@@ -209,7 +209,8 @@ class AutoregressivePolicy(HistoryPolicy):
         """Volume coordinates zyx -> shares of height range and image, about [-0.5, 0.5]."""
         c = self.config
         size = torch.tensor([c.n_height_bins, c.grid, c.grid], device=coordinates.device)
-        return (coordinates + 0.5) / size - 0.5
+        first = torch.tensor([0, c.margin, c.margin], device=coordinates.device)
+        return (coordinates - first + 0.5) / size - 0.5
 
     def place(self, tables, y, x):
         """Positions y (...,H) and x (...,W) -> embeddings (...,H,W,d), a y part plus an x part."""
@@ -313,14 +314,14 @@ class AutoregressivePolicy(HistoryPolicy):
         c = self.config
         size = {"size": (c.grid, c.grid), "mode": "bilinear", "align_corners": False}
         added = self.key_query(query)
-        x = projected(features, self.key_project, c.grid)
+        x = projected(features, self.key_project, c.grid, c.margin)
         x = x + added[:, : c.key_width, None, None]
         # coarse, but of the whole table: the transformer's patches, resized to the grid
         if c.key_patches:
             coarse = (
                 self.key_patches(patches).transpose(1, 2).unflatten(2, (c.patch_grid, c.patch_grid))
             )
-            x = x + F.interpolate(coarse, **size)
+            x = x + F.pad(F.interpolate(coarse, **size), [c.margin] * 4)
         if c.eef_mark:
             x = mark_cell(x, eef[:, 1:], added[:, c.key_width :])
         if c.rays:
@@ -334,7 +335,7 @@ class AutoregressivePolicy(HistoryPolicy):
         widths (N,) m between the fingers, cameras {"K" (N,3,3), "E" (N,4,4)}; others as above."""
         c, closed = self.config, fingers_closed(widths)
         if c.head == "mlp":
-            cells = self.cell_head(self.cell_hidden(query), closed).view(-1, 2, 1, c.grid, c.grid)
+            cells = self.cell_head(self.cell_hidden(query), closed).view(-1, 2, 1, c.side, c.side)
             heights = self.height_head(query, closed).view(-1, 2, c.n_height_bins, 1, 1)
             return cells + heights.log_softmax(2), None  # p(gripper, cell) p(height | gripper)
         keys = self.cell_features(features, patches, query, eef, cameras)
@@ -342,7 +343,7 @@ class AutoregressivePolicy(HistoryPolicy):
         # the convolution's filters, one for each gripper command and height (N,2Z,C)
         weights = self.pointer(query, closed).unflatten(-1, (-1, c.key_width)) + prior
         logits = product(weights, keys.flatten(2))
-        return logits.view(-1, 2, c.n_height_bins, c.grid, c.grid), keys
+        return logits.view(-1, 2, *self.volume_shape), keys
 
     def run(self, batch, eef, start, rows=None, exact=False):
         """Windows -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the
@@ -371,7 +372,7 @@ class AutoregressivePolicy(HistoryPolicy):
         """Offset zyx (N,3) in [-0.5, 0.5] inside the cell at integer coordinates (N,3)."""
         # the pointer's offset sees the features of the chosen cell too
         if keys is not None:
-            flat = (coordinates[:, 1] * self.config.grid + coordinates[:, 2]).long()
+            flat = (coordinates[:, 1] * self.config.side + coordinates[:, 2]).long()
             query = torch.cat(
                 [query, keys.flatten(2)[torch.arange(len(keys), device=keys.device), :, flat]], -1
             )

@@ -240,6 +240,8 @@ class DinoVolumeKV(PixelTrunk):
             "n_height_bins": c.n_height_bins,
             "height_range": self.height_range.tolist(),
             "rotation": self.rotation_stats(),
+            # files from before there was one have none
+            **({"margin": c.margin} if c.margin else {}),
         }
 
     def rotation_stats(self):

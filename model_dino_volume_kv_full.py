@@ -98,7 +98,7 @@ class DinoVolumeKVFull(DinoVolumeKV):
         self.token_height = IndexEncoding(c.token_enc, c.n_height_bins, c.dim)
         self.token_time = IndexEncoding(c.token_enc, c.n_window, c.dim)
         if c.yx_embedding:
-            self.token_y, self.token_x = (IndexEncoding("learned", c.grid, c.dim) for _ in range(2))
+            self.token_y, self.token_x = (IndexEncoding("learned", c.side, c.dim) for _ in range(2))
         self.token_blocks = nn.ModuleList(
             [TokenBlock(c.dim, c.n_heads) for _ in range(c.tf_layers)]
         )

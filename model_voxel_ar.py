@@ -217,9 +217,8 @@ class VoxelPolicy(HistoryPolicy):
         """VoxelTable of G cameras K (G,3,3), E (G,4,4)."""
         c = self.config
         # pixels of the cells' centres, u and v (N,) in row-major order
-        pixel = camera.cell_to_pixel(
-            torch.arange(c.grid, dtype=torch.float64, device=K.device), c.grid, c.image_size
-        )
+        cells = torch.arange(c.side, dtype=torch.float64, device=K.device)
+        pixel = self.cell_to_pixel(cells)
         v, u = (x.flatten() for x in torch.meshgrid(pixel, pixel, indexing="ij"))
         # a ray's x and y are affine in its height: two points of it give slope and origin
         low, high = (camera.unproject(u, v, h, K[:, None], E[:, None]) for h in self.height_range)
@@ -273,7 +272,7 @@ class VoxelPolicy(HistoryPolicy):
 
         A 3x3 convolution gives each cell the context of its neighbours.
         """
-        x = projected(features, self.project, self.config.grid)
+        x = projected(features, self.project, self.config.grid, self.config.margin)
         return F.gelu(self.context(x))
 
     def run(self, batch, eef, rows):
@@ -359,7 +358,7 @@ class VoxelPolicy(HistoryPolicy):
             height_query / math.sqrt(width),
             None if anchor is None else anchor[:, None].expand(-1, self.n_gripper, -1),
         )
-        return logits.unflatten(-1, (c.grid, c.grid))
+        return logits.unflatten(-1, (c.side, c.side))
 
     # -- the policy's interface --------------------------------------------------------------------
 
@@ -429,6 +428,10 @@ class VoxelPolicy(HistoryPolicy):
             "gripper": gripper,
             "rotation": self.decode_rotation(self.rotation(query).unflatten(-1, (3, c.n_rot_bins))),
         }
+
+    @property
+    def attention_beyond(self):
+        return self.beyond  # it attends to voxels
 
     def attention(self, batch):
         """Where each step's query looks in its own frame in the last layer: (B,T,H,W), the mean

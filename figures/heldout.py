@@ -38,10 +38,11 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
         of_newest = lambda x, newest=newest: x[torch.arange(len(x)), newest].float().cpu().numpy()
         if hasattr(policy, "attention"):
             heat = of_newest(policy.attention(whole))
-            plots.attention_overlay(images, heat, frames, picture("attention"))
+            beyond = policy.attention_beyond
+            plots.attention_overlay(images, heat, frames, picture("attention"), beyond)
         if hasattr(policy, "distribution"):
             volumes = of_newest(policy.distribution(whole))
-            plots.volume_projections(images, volumes, frames, picture("volume"))
+            plots.volume_projections(images, volumes, frames, picture("volume"), policy.beyond)
 
 
 def trajectories(policy, whole):

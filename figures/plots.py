@@ -15,6 +15,7 @@ from runtime import atomic_path
 
 SHEET_LIMIT = 200_000  # bytes of a contact sheet, so that results can be committed
 TRUE, PREDICTED = "#00e5a0", "#ff3d6e"
+FARTHEST = 0.25  # image sides beyond the image that a picture's frame follows points to
 
 
 def write_png(image, path, colors=None):
@@ -82,9 +83,24 @@ def loss_curve(rows, path):
     _save(figure, path)
 
 
+def framed(axis, size, points):
+    """Limit an axis with an image of `size` px to it and to points (N,2) px beyond its edges -> how
+    many points the image does not show. Points farther off than FARTHEST are counted alone.
+    """
+    points = np.asarray(points, dtype=float)
+    room = 0.02 * size  # around a dot
+    outside = ((points < 0) | (points > size)).any(-1)
+    ends = []
+    for coordinate in np.clip(points[outside], -FARTHEST * size, (1 + FARTHEST) * size).T:
+        low, high = coordinate.min(initial=room), coordinate.max(initial=size - room)
+        ends.append((min(0, low - room), max(size, high + room)))
+    axis.set(xlim=ends[0], ylim=ends[1][::-1])
+    return int(outside.sum())
+
+
 def trajectory_overlay(images, eef, true, predicted, frames, path):
     """True (green) and predicted (red) future EEF positions on images (N,S,S,3). eef (N,2), true
-    and predicted (N,T,2) px.
+    and predicted (N,T,2) px. Each title says how many of these lie beyond the image.
     """
     columns = 3
     figure, axes = plt.subplots(
@@ -112,34 +128,42 @@ def trajectory_overlay(images, eef, true, predicted, frames, path):
                 label=label,
             )
         axis.plot(*start, marker="x", color="white", markersize=8)
-        axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=f"frame {frame}")
+        beyond = framed(axis, len(image), np.concatenate([start[None], t, p]))
+        axis.set_title(f"frame {frame}" + (f", {beyond} beyond the image" if beyond else ""))
     axes.flat[0].legend(loc="lower left", fontsize=8)
     _save(figure, path)
 
 
-def attention_overlay(images, maps, frames, path):
-    """Attention over patches (N,H,W) as heat over images (N,S,S,3), a panel each."""
+def extent(size, beyond=0.0):
+    """Where an image of `size` px lies, or a map that reaches `beyond` px beyond each edge."""
+    return (-beyond, size + beyond, size + beyond, -beyond)
+
+
+def attention_overlay(images, maps, frames, path, beyond=0.0):
+    """Attention over patches (N,H,W) as heat over images (N,S,S,3), a panel each. beyond: px by
+    which the patches reach beyond each edge of the image.
+    """
     figure, axes = plt.subplots(1, len(images), figsize=(3.2 * len(images), 3.4), squeeze=False)
     for axis, image, heat, frame in zip(axes[0], images, maps, frames):
-        size = (0, image.shape[1], image.shape[0], 0)
         # grey below, so that colour is the heat alone
-        axis.imshow(image.mean(-1), cmap="gray", extent=size)
+        axis.imshow(image.mean(-1), cmap="gray", extent=extent(len(image)))
+        size = extent(len(image), beyond)
         axis.imshow(heat, cmap="inferno", alpha=0.55, extent=size, interpolation="bilinear")
         axis.set_title(f"frame {frame}")
         axis.axis("off")
     _save(figure, path)
 
 
-def volume_projections(images, volumes, frames, path):
+def volume_projections(images, volumes, frames, path, beyond=0.0):
     """Distributions over voxels (N,Z,H,W) in three projections, a column an image (N,S,S,3): over
     the image (summed along the rays), height against image column, and height against image row;
-    each scaled to its own highest value."""
+    each scaled to its own highest value. beyond: as in `attention_overlay`."""
     figure, axes = plt.subplots(
         3, len(images), figsize=(3.2 * len(images), 6), squeeze=False, height_ratios=(3, 1, 1)
     )
     for column, image, volume, frame in zip(axes.T, images, volumes, frames):
-        size = (0, image.shape[1], image.shape[0], 0)
-        column[0].imshow(image.mean(-1), cmap="gray", extent=size)
+        column[0].imshow(image.mean(-1), cmap="gray", extent=extent(len(image)))
+        size = extent(len(image), beyond)
         column[0].imshow(volume.sum(0), cmap="inferno", alpha=0.55, extent=size)
         column[0].set_title(f"frame {frame}")
         column[0].axis("off")
@@ -171,7 +195,8 @@ def paths_overlay(image, true, lines, path):
             linewidth=1.2,
             label="predicted, fed back",
         )
-        axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), title=name)
+        beyond = framed(axis, len(image), np.concatenate([true, line]))
+        axis.set_title(name + (f", {beyond} points beyond the image" if beyond else ""))
         axis.axis("off")
     axes[0, 0].legend(loc="lower left", fontsize=8)
     _save(figure, path)
@@ -277,7 +302,7 @@ def sheet_from_strips(folder, rows, most=14):
 
 def draw_plan(image, plan, K, E):
     """A copy of the image (S,S,3) with the waypoint (and the trajectory behind it) drawn in: red
-    open, blue close.
+    open, blue close. One beyond the image is a hollow dot at the edge, where it is nearest.
     """
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
@@ -287,11 +312,15 @@ def draw_plan(image, plan, K, E):
     # drawn last and so on top: the first waypoint, the larger dot
     for i, ((x, y), gripper) in reversed(list(enumerate(zip(points, plan.grippers)))):
         r = 5 if i == 0 else 3
-        draw.ellipse(
-            (x - r, y - r, x + r, y + r),
-            fill=(60, 120, 255) if gripper > 0 else (255, 61, 110),
-            outline=(255, 255, 255),
-        )
+        colour = (60, 120, 255) if gripper > 0 else (255, 61, 110)
+        white = (255, 255, 255)
+        # the nearest place at which the whole dot is in the picture
+        a, b = (min(max(p, r), side - 1 - r) for p, side in zip((x, y), picture.size))
+        beyond = not (0 <= x <= picture.width and 0 <= y <= picture.height)
+        if beyond:
+            draw.ellipse((a - r, b - r, a + r, b + r), fill=white, outline=colour, width=2)
+        else:
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=colour, outline=white)
     return np.asarray(picture)
 
 

@@ -95,6 +95,8 @@ class HistoryPolicy(VolumeGeometry):
     or (1,3), in metres, in `last_waypoint`.
     """
 
+    attention_beyond = 0.0  # pixels by which maps of `attention` reach beyond the image
+
     def check(self):
         feedback_steps(self.config.feedback)
 

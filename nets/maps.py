@@ -27,9 +27,14 @@ def ray_layers(width):
     return nn.Sequential(nn.Conv2d(4, width, 1), nn.GELU(), nn.Conv2d(width, width, 1))
 
 
-def projected(features, projections, grid):
-    """Backbone maps [(N,C_i,H_i,W_i)] -> their sum (N,C,grid,grid), each through its own 1x1
-    convolution and resized. Channels lie last in memory."""
+def projected(features, projections, grid, margin=0):
+    """Backbone maps [(N,C_i,H_i,W_i)] -> their sum (N,C,side,side), each through its own 1x1
+    convolution and resized to grid x grid, with `margin` cells of zeros around: side = grid + 2
+    margin. Channels lie last in memory.
+
+    Zeros are what a padded convolution finds beyond the edge in any case. Repeated edges would show
+    a table where there may be none, the same for all cells of a row.
+    """
     total = 0
     for maps, project in zip(features, projections):
         # before resizing, with which a 1x1 convolution commutes: fewer cells, as maps are coarser
@@ -37,7 +42,7 @@ def projected(features, projections, grid):
         if maps.shape[-2:] != (grid, grid):
             maps = F.interpolate(maps, size=(grid, grid), mode="bilinear", align_corners=False)
         total = total + maps
-    return total
+    return F.pad(total, [margin] * 4) if margin else total
 
 
 def mark_cell(x, cells, vector):

@@ -5,6 +5,10 @@ coordinate is (z, y, x): height bin, cell row, cell column, continuous, with bin
 
 Dimensions: B batch, T waypoints (or frames), N samples, C channels, H W grid, Z height bins, K
 sparse targets, G gripper commands, V = G*Z*H*W classes.
+
+With a margin the volume has cells beyond the image's edges, numbered from the outermost on: H = W =
+grid + 2 margin, and the image begins at cell `margin`. Such a cell has a ray as any other, but no
+picture: its image features are zeros, which is what convolutions find beyond an edge anyway.
 """
 
 import math
@@ -99,9 +103,20 @@ class VolumeConfig(InstructedConfig):
 
     grid: int = flag(64, "prediction grid H = W", low=2)
     n_height_bins: int = flag(32, "height bins Z", low=2)
+    margin: int = flag(
+        0,
+        "cells by which the volume reaches beyond each edge of the image, for waypoints that the "
+        "image does not show",
+        low=0,
+    )
     target: str = flag("soft", "one-hot or Gaussian cell and height targets", ("soft", "hard"))
     sigma: float = flag(0.7, "standard deviation of soft targets, cells and bins", above=0)
     decode: str = flag("soft", "local soft-argmax, or plain argmax", ("soft", "argmax"))
+
+    @property
+    def side(self):
+        """Cells along a side of the volume, H = W: those of the image and of its margin."""
+        return self.grid + 2 * self.margin
 
 
 class VolumeGeometry(InstructedPolicy):
@@ -124,9 +139,26 @@ class VolumeGeometry(InstructedPolicy):
 
     @property
     def volume_shape(self):
-        return self.config.n_height_bins, self.config.grid, self.config.grid
+        return self.config.n_height_bins, self.config.side, self.config.side
+
+    @property
+    def beyond(self):
+        """Pixels by which the volume reaches beyond each edge of the image."""
+        return self.config.margin * self.config.image_size / self.config.grid
 
     # -- between world and volume ------------------------------------------------------------------
+
+    def pixel_to_cell(self, pixel):
+        """Pixel coordinates -> continuous cells, of which the first lies `margin` before the
+        image's.
+        """
+        c = self.config
+        return camera.pixel_to_cell(pixel, c.grid, c.image_size) + c.margin
+
+    def cell_to_pixel(self, cell):
+        """Continuous cells -> pixel coordinates, which in the margin lie outside the image."""
+        c = self.config
+        return camera.cell_to_pixel(cell - c.margin, c.grid, c.image_size)
 
     def cameras(self, batch, ndim):
         """The batch's K and E with ones inserted, to serve points of `ndim` dimensions."""
@@ -139,8 +171,7 @@ class VolumeGeometry(InstructedPolicy):
         """World points (...,3) -> continuous cells yx (...,2)."""
         # u runs along x, the columns, and v along y, the rows
         u, v, _ = camera.project(points, *self.cameras(batch, points.ndim))
-        to_cell = lambda x: camera.pixel_to_cell(x, self.config.grid, self.config.image_size)
-        return torch.stack([to_cell(v), to_cell(u)], -1)
+        return torch.stack([self.pixel_to_cell(v), self.pixel_to_cell(u)], -1)
 
     def coordinates(self, points, batch):
         """World points (...,3) -> continuous volume coordinates zyx (...,3)."""
@@ -149,9 +180,9 @@ class VolumeGeometry(InstructedPolicy):
 
     def points(self, coordinates, batch):
         """Continuous volume coordinates zyx (...,3) -> world points (...,3)."""
-        c = self.config
-        height = camera.bin_to_height(coordinates[..., 0], *self.height_range, c.n_height_bins)
-        v, u = (camera.cell_to_pixel(coordinates[..., i], c.grid, c.image_size) for i in (1, 2))
+        n_bins = self.config.n_height_bins
+        height = camera.bin_to_height(coordinates[..., 0], *self.height_range, n_bins)
+        v, u = (self.cell_to_pixel(coordinates[..., i]) for i in (1, 2))
         return camera.unproject(u, v, height, *self.cameras(batch, coordinates.ndim))
 
     def cell_rays(self, batch):
@@ -163,10 +194,9 @@ class VolumeGeometry(InstructedPolicy):
         height bins depends on it. Rays that hardly descend, above the horizon of anything on a
         table, are taken as descending by STEEP.
         """
-        c, (K, E), eef = self.config, self.cameras(batch, 4), batch["eef_pos"][:, None, None]
-        pixels = camera.cell_to_pixel(
-            torch.arange(c.grid, device=K.device, dtype=K.dtype), c.grid, c.image_size
-        )
+        (K, E), eef = self.cameras(batch, 4), batch["eef_pos"][:, None, None]
+        cells = torch.arange(self.config.side, device=K.device, dtype=K.dtype)
+        pixels = self.cell_to_pixel(cells)
         v, u = torch.meshgrid(pixels, pixels, indexing="ij")
         direction = camera.ray(u, v, K, E)  # (B,H,W,3)
         # world x and y per metre of z; direction z is negative, as cameras look down

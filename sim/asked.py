@@ -123,6 +123,8 @@ def stamp_of(args, info):
     for name in ("instruction", "instruction_of", "text_weights"):
         if getattr(args, name) is None:
             del asked[name]
+    if not args.margin:
+        del asked["margin"]
     # and for --render
     if args.render == "exact":
         del asked["render"]

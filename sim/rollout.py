@@ -195,19 +195,24 @@ class OracleAgent:
     ceiling of any policy that decodes so.
 
     It remembers the gripper's changes only. Its place on the path is the nearest point of the
-    segment between two of them. margin: m beyond the path's heights that the bins cover.
+    segment between two of them. beyond_heights: m beyond the path's heights that the bins cover.
+    margin: cells beyond each edge of the image.
     """
 
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
 
-    def __init__(self, stride=5, grid=64, n_height_bins=32, margin=0.02, min_travel=0.02):
-        self.stride, self.grid, self.n_height_bins, self.margin, self.min_travel = (
-            stride,
-            grid,
-            n_height_bins,
-            margin,
-            min_travel,
-        )
+    def __init__(
+        self,
+        stride=5,
+        grid=64,
+        n_height_bins=32,
+        beyond_heights=0.02,
+        min_travel=0.02,
+        margin=0,
+    ):
+        self.stride, self.min_travel = stride, min_travel
+        self.grid, self.margin = grid, margin
+        self.n_height_bins, self.beyond_heights = n_height_bins, beyond_heights
 
     def start(self, scene, path, seed=0):
         self.path, self.flips, self.before, self.size = path, 0, 0, scene.image_size
@@ -243,9 +248,10 @@ class OracleAgent:
             observation.E,
             self.grid,
             self.size,
-            heights.min() - self.margin,
-            heights.max() + self.margin,
+            heights.min() - self.beyond_heights,
+            heights.max() + self.beyond_heights,
             self.n_height_bins,
+            self.margin,
         )
         gripper = CLOSE if self.path.closed[target] else OPEN
         rotation = None if self.path.rotations is None else self.path.rotations[target]
@@ -428,6 +434,7 @@ def run_episode(
     seed: of all that the agent draws at random in this episode.
     watch: a stalled.Watch, which may end the episode; the row then says `stalled` with the step.
     event: what happens meanwhile, one of sim/events.py; the row then says it as `moved`.
+    The row says `beyond_image` where waypoints lay outside the image: how many.
 
     An exception of the agent's, or a waypoint that is not finite, ends the episode as a failure,
     outcome "error": a policy must not gain by failing. In the variant `lift_once` a decision takes
@@ -439,7 +446,7 @@ def run_episode(
     least = waypoint_stride if variant == "lift_once" else 1
     servo = Servo(teleport, zero_rotation, waypoint_stride, least)
     agent.start(scene, path, seed)
-    decisions, thumbs, failure, stalled = 0, [], None, False
+    decisions, beyond, thumbs, failure, stalled = 0, 0, [], None, False
     while not episode.over:
         # one control step on the way that was decided on
         if not servo.due(episode.eef):
@@ -457,12 +464,16 @@ def run_episode(
             break
         waypoint = episode.plan = servo.follow(answer, episode.eef, episode.eef_rot)
         decisions += 1
+        size = (scene.image_size, scene.image_size)
+        beyond += not camera.in_view(waypoint.position, observation.K, observation.E, size)
         if observation.image is not None:
             thumbs.append(observation.image[::4, ::4])
         if watch and watch.note(scene, waypoint, servo.gripper, episode.steps):
             stalled = True
             break
     row = result_row(scene, episode, agent, decisions, path, started)
+    if beyond:
+        row["beyond_image"] = beyond
     if stalled:
         row["stalled"] = episode.steps
     return failed(row, failure) if failure else row, episode.frames, thumbs

@@ -1,0 +1,47 @@
+"""Waypoints that the image does not show, and the margin of cells that would hold them."""
+
+import numpy as np
+
+import camera
+
+
+def cells_beyond(dataset):
+    """Cells of the prediction grid by which each target that is trained on lies beyond the image's
+    nearest edge: (N,), 0 inside, infinite behind the camera.
+
+    dataset: of data.py, made for a config with a `grid`.
+    """
+    # rows of windows are frames, each with its own demonstration
+    demo = getattr(dataset, "row_demo", dataset.demo)
+    array = lambda x: x.cpu().numpy()
+    points, trained = array(dataset.target_pos), array(dataset.mask) > 0
+    K, E = (array(x)[demo][:, None] for x in (dataset.K, dataset.E))
+    with np.errstate(all="ignore"):
+        u, v, depth = camera.project(points, K, E)  # (N,T)
+    size, grid = dataset.config.image_size, dataset.config.grid
+    pixels = np.stack([-u, u - size, -v, v - size]).max(0).clip(min=0)
+    pixels = np.where(depth > 0, pixels, np.inf)
+    return pixels[trained] * grid / size
+
+
+def said_of_margin(dataset):
+    """One sentence on targets beyond the image: how many, what --margin would hold them, and what
+    becomes of them with the config's own. None where there are none, or the policy has no volume.
+    """
+    config = dataset.config
+    if not hasattr(config, "margin"):
+        return None
+    beyond = cells_beyond(dataset)
+    outside = beyond[beyond > 0]
+    if not len(outside):
+        return None
+    share = f"{len(outside)} of {len(beyond)} targets ({len(outside) / len(beyond):.1%})"
+    # what lies behind the camera has no cell
+    farthest = outside[np.isfinite(outside)].max(initial=0.0)
+    pixels = farthest * config.image_size / config.grid
+    lost = int((beyond > config.margin).sum())
+    fate = f"{lost} of them are taken for the border's cells" if lost else "all are held"
+    return (
+        f"{share} lie beyond the image, by up to {pixels:.0f} px: --margin {int(np.ceil(farthest))}"
+        f" holds them; with --margin {config.margin} {fate}"
+    )
