@@ -3,6 +3,7 @@
 # make test    everything checked, style and imports first
 # make lint    style, format and imports
 # make docs    the site
+# make plus    LIBERO-Plus's files, for eval.py --plus
 # make lerobot both plugins inside LeRobot, in an environment of their own
 PYTHON ?= python3.11
 VENV := .venv
@@ -10,7 +11,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: setup demo test lint gpu bench docs lerobot clean-demo
+.PHONY: setup demo test lint gpu bench docs plus lerobot clean-demo
 
 setup: $(STAMP)
 	@$(PY) -m sim.check_setup
@@ -54,6 +55,9 @@ docs: .venv-docs/.installed
 	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
 	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-docs.txt
 	@touch $@
+
+plus: setup
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement requirements-plus.txt
 
 lerobot: .venv-lerobot/.installed
 	@.venv-lerobot/bin/python -m pytest tests/plugins -q

@@ -8,6 +8,8 @@
     python eval.py --policy oracle --teleport --zero_rotation
     # every task of a suite, see docs/suites.md
     python eval.py --task_suite libero_spatial --task_ids all --teleport
+    # LIBERO-Plus's cameras, robot starts, layouts: see docs/suites.md
+    python eval.py --plus camera --task_suite libero_spatial --teleport --n_episodes 50
     # a task that asks for memory, see sim/variants.py
     python eval.py --policy expert --variant lift_once
 
@@ -44,9 +46,9 @@ from figures import plots
 from harness.metrics import ERROR
 from harness.records import check_stamp, newest_checkpoint, read_episodes
 from harness.remote import ServerLost, Unreachable
-from harness.summary import print_summary, summarise
+from harness.summary import place_of, print_summary, summarise
 from runtime import UserError, append_jsonl, run_script, write_json
-from sim import instructions, layouts, remote, settings
+from sim import instructions, layouts, plus, remote, settings
 from sim.asked import as_trained, cell_name, refuse_without_meaning, stamp_of, where_run
 from sim.cameras import RENDERS
 from sim.decisions import Decider, RemoteAgent
@@ -86,11 +88,14 @@ class EvalWorker:
 
     def __init__(self, args, address=None, reference=None):
         self.args, self.reference = args, reference or {}
-        self.scene = Scene(
-            args.task_suite, args.task_id, args.image_size, args.clean_scene, render=args.render
-        )
-        self.said = instructions.spoken(args, self.scene.task)
-        self.scene.instruction = self.said.get("instruction", self.scene.instruction)
+        task = find_task(args.task_suite, args.task_id)
+        self.said = instructions.spoken(args, task)
+        if args.plus:
+            # an episode's index is its variant's among those of the task
+            self.variants = plus.chosen(task.suite, args.plus, [task])[task.index]
+            if args.policy != "blind":  # it replays the task's own layout
+                task = plus.variant_task(task, self.variants[0])
+        self.scene = self.scene_of(task)
         self.agent = None
         if args.policy == "checkpoint":
             self.agent = RemoteAgent(address)
@@ -131,8 +136,9 @@ class EvalWorker:
 
     # an episode's index -> its row: place the scene, know the expert's path, act, draw
     def episode(self, job):
-        args, scene = self.args, self.scene
-        state, condition = layouts.episode_state(scene, args.layout, job, args.split)
+        args = self.args
+        state, described = self.place(job)
+        scene = self.scene
         event = layouts.event(args.layout, job)
         path = expert_path(scene, state, grasp=args.grasp, variant=args.variant)
         every = args.video_every if job < args.n_videos else 0
@@ -175,12 +181,37 @@ class EvalWorker:
         self.draw(job, row, frames, thumbs)
         return {
             "episode": job,
-            "init_state": layouts.init_state_of(args.layout, job),
-            "layout": args.layout,
-            **condition.described(LAYOUTS[args.layout].setting),
+            **described,
             "seed": args.seed,
             **self.said,
             **row,
+        }
+
+    def scene_of(self, task):
+        """The Scene of a Task, which says what the flags say."""
+        args = self.args
+        scene = Scene(
+            image_size=args.image_size, clean=args.clean_scene, render=args.render, task=task
+        )
+        scene.instruction = self.said.get("instruction", scene.instruction)
+        return scene
+
+    def place(self, job):
+        """Set up an episode's scene -> its init state (S,), what its row says of the place."""
+        args = self.args
+        if args.plus:
+            variant = self.variants[job]
+            task = plus.variant_task(self.scene.task, variant)
+            # a layout has a scene of its own, cameras and starts of a task share one
+            if task != self.scene.task:
+                self.scene.close()
+                self.scene = self.scene_of(task)
+            return plus.place(self.scene, variant), {"init_state": 0, **variant.described()}
+        state, condition = layouts.episode_state(self.scene, args.layout, job, args.split)
+        return state, {
+            "init_state": layouts.init_state_of(args.layout, job),
+            "layout": args.layout,
+            **condition.described(LAYOUTS[args.layout].setting),
         }
 
     def draw(self, job, row, frames, thumbs):
@@ -258,6 +289,8 @@ def add_task_flags(group):
         metavar="LAYOUT",
         help=f"where objects and camera stand: {', '.join(LAYOUTS)}",
     )
+    what = "LIBERO-Plus's variants of the suite's tasks instead, one episode each"
+    add("--plus", choices=plus.KINDS, help=what)
     splits = {name for names in settings.SPLITS.values() for name in names if name}
     add(
         "--split",
@@ -393,7 +426,7 @@ def prepare(args, network=None):
         conditions = layouts.conditions(args.layout, args.split)
         args.n_episodes = 50 if setting != "position" else 5 * len(conditions)
     # beyond the init states, `benchmark` would repeat episodes
-    available = len(init_states(task))
+    available = args.n_episodes if args.plus else len(init_states(task))
     if args.n_episodes < 1 or args.layout == "benchmark" and args.n_episodes > available:
         raise UserError(
             f"--n_episodes {args.n_episodes}: {task.key} has {available} benchmark init states, "
@@ -405,6 +438,7 @@ def prepare(args, network=None):
 
 def evaluate(args):
     """One task, or several -> the exit code."""
+    plus.agree(args)
     with network_of(args) as network:
         if args.task_ids is not None:
             return suites.evaluate(args, network, evaluate_task)
@@ -438,14 +472,14 @@ def run_episodes(args, network, where):
     # crashed episodes of an earlier run are tried again
     rows = {
         r["episode"]: r
-        for r in read_episodes(args.out, args.layout)
+        for r in read_episodes(args.out, place_of(args))
         if "crash" not in r and r["episode"] < args.n_episodes
     }
     jobs = [i for i in range(args.n_episodes) if i not in rows]
     bar = tqdm(
         total=args.n_episodes,
         initial=len(rows),
-        desc=f"{args.policy} {args.layout}",
+        desc=f"{args.policy} {place_of(args)}",
         unit="episode",
     )
     # the protocol is the first job: a wrong one ends the evaluation before much is simulated
@@ -490,7 +524,7 @@ def row_of(outcome, args):
     """
     row = outcome.result or {
         "episode": outcome.job,
-        "layout": args.layout,
+        "layout": place_of(args),
         "seed": args.seed,
         "crash": outcome.error.strip().splitlines()[-1],
         "traceback": outcome.error,

@@ -21,6 +21,11 @@ TRAINED = (
 )
 
 
+def place_of(args):
+    """Name of what eval.py's flags test in: a layout, or a kind of LIBERO-Plus's variants."""
+    return f"plus_{args.plus}" if args.plus else args.layout
+
+
 def summarise(rows, args, info):
     """Per-episode rows -> the summary of an evaluation.
 
@@ -37,7 +42,7 @@ def summarise(rows, args, info):
         "model_type": info.get("model_type", args.policy),
         "policy": args.policy,
         "variant": args.variant,
-        "setting": f"{args.layout}, {args.variant}" if lifting else args.layout,
+        "setting": f"{args.layout}, {args.variant}" if lifting else place_of(args),
         "split": args.split,
         "clean_scene": args.clean_scene,
         "task_suite": args.task_suite,

@@ -3,6 +3,7 @@ what a folder's episodes have in common.
 """
 
 from harness.records import demos_simulator, run_name, simulator_changes
+from harness.summary import place_of
 from runtime import UserError
 from sim import remote, settings
 from sim.layouts import LAYOUTS
@@ -47,7 +48,7 @@ def as_trained(args, info, config):
     if args.task_id is None:
         args.task_id = int(trained_on.get("task_id", 0))
     # the verdict's rows are compared episode by episode: theirs is the layout's scene for all
-    as_layout = LAYOUTS[args.layout].frozen is not None
+    as_layout = LAYOUTS[args.layout].frozen is not None or args.plus
     if args.clean_scene is None and "clean_scene" in trained_on and not as_layout:
         args.clean_scene = trained_on["clean_scene"] == "True"
     # a split belongs to its setting; trained in another setting, any split may be tested
@@ -88,7 +89,7 @@ def cell_name(args, info, task):
             *([run_name(args.ckpt)] if args.ckpt else []),
             info.get("model_type", args.label or args.policy),
             task.key,
-            args.layout,
+            place_of(args),
             *([args.split] if args.split != settings.resolve_split(setting) else []),
             *([args.variant] if args.variant != "task" else []),
             *(["told_otherwise"] if args.instruction or args.instruction_of is not None else []),
@@ -120,7 +121,7 @@ def stamp_of(args, info):
     if not args.stop_stalled:  # folders from before it was there go on
         del asked["stop_stalled"]
     # the same for flags that came later
-    for name in ("instruction", "instruction_of", "text_weights"):
+    for name in ("instruction", "instruction_of", "text_weights", "plus"):
         if getattr(args, name) is None:
             del asked[name]
     if not args.margin:

@@ -54,7 +54,8 @@ class Scene(Agentview, Placement):
 
     clean: without distractors and unused fixtures (fastest). rendering: False makes no rendering
     context, which saves a second, and works where nothing can be rendered. physics: see
-    `use_physics`. render: one of cameras.RENDERS. Raises UserError for an unknown task.
+    `use_physics`. render: one of cameras.RENDERS. task: a Task, instead of suite and index. Raises
+    UserError for an unknown task.
 
     States (S,) are MuJoCo's, flattened: [time, qpos, qvel]. `qpos` begins with the arm's seven
     joints and the two fingers, then come the objects' free joints. Positions are in metres in the
@@ -71,9 +72,11 @@ class Scene(Agentview, Placement):
         rendering=True,
         physics="lean",
         render="exact",
+        task=None,
     ):
         OffScreenRenderEnv, ControlEnv = libero()[2:]
-        self.task, self.image_size, self.clean = find_task(task_suite, task_id), image_size, clean
+        self.task = task or find_task(task_suite, task_id)
+        self.image_size, self.clean = image_size, clean
         self.instruction = self.task.language  # as observations say it
         self.physics, self.quality = physics, render  # both are set up anew after each reset
         np.random.seed(seed)  # fixtures are placed by NumPy's global generator
@@ -115,6 +118,8 @@ class Scene(Agentview, Placement):
         self.set_quality()
         model, index = self.sim.model, self.sim.model.camera_name2id("agentview")
         self.default_camera = np.array(model.cam_pos[index]), np.array(model.cam_quat[index])
+        self.default_joints = np.array(self.robot.controller.initial_joint)
+        self.posture = None
 
     def use_physics(self, name):
         """Step with "lean", the loop of sim/physics.py, or with "robosuite"'s own: the same numbers
@@ -165,6 +170,18 @@ class Scene(Agentview, Placement):
         self.robot.controller.update(force=True)  # else the first step jerks by 4 mm
         self.robot.controller.reset_goal()
         self.env.env.timestep, self.env.env.done = 0, False
+
+    def set_posture(self, joints=None):
+        """Let episodes begin with the controller of an arm that was built at other joints (7,) rad,
+        or at its own again, until the next `reset`.
+
+        The hand then turns to the orientation that it has there, and the joints are pulled there
+        where that leaves the hand in place.
+        """
+        self.posture = None if joints is None else np.array(joints)
+        self.robot.controller.initial_joint = np.array(
+            self.default_joints if joints is None else joints
+        )
 
     def init_states(self, task=None):
         """The benchmark's init states (N,S), as states of this scene. task: another task with the
@@ -273,7 +290,16 @@ class Scene(Agentview, Placement):
 
         The benchmark's init states have their objects in the air: they come to rest meanwhile.
         """
+        orientation = None
+        if self.posture is not None:
+            # the controller takes its goal from where the arm is
+            built = np.array(state, dtype=np.float64)
+            built[1 : 1 + len(self.posture)] = self.posture
+            self.set_state(built)
+            orientation = np.array(self.robot.controller.goal_ori)
         self.set_state(state)
+        if orientation is not None:
+            self.robot.controller.goal_ori = orientation
         for _ in range(WAIT_STEPS):
             self.step([0, 0, 0, 0, 0, 0, OPEN])
 

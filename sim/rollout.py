@@ -120,8 +120,9 @@ def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant=
     """The expert's path from a state (S,), from the cache where it is there. The scene stays
     wherever the expert ended.
     """
-    # the file's name: the start, with the fixtures' poses, which no state contains, and the version
-    start = np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values()]])
+    # the file's name: the start, with what no state contains, and the version
+    posture = [] if scene.posture is None else [scene.posture]
+    start = np.concatenate([np.ravel(p) for p in [state, *scene.fixtures().values(), *posture]])
     key = hashlib.blake2b(start.tobytes() + expert_version().encode(), digest_size=12)
     kind = "_".join(
         [

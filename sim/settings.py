@@ -56,6 +56,7 @@ PURPOSES = (
     "val_verdict_swap",
     "moved_midway",
     "val_moved_midway",
+    "plus_order",
 )
 # numbers of a Condition that a setting varies
 VARIED = {

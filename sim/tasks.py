@@ -21,13 +21,16 @@ SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero
 
 @dataclass(frozen=True)
 class Task:
-    """A LIBERO task: where it is and what it asks for."""
+    """A LIBERO task: where it is and what it asks for. states: file of its init states, where it is
+    not the suite's.
+    """
 
     suite: str
     index: int
     name: str
     language: str
     bddl: str
+    states: str = None
 
     @property
     def key(self):
@@ -125,6 +128,11 @@ def init_states(task):
 
     Raises UserError where they cannot be read.
     """
+    if task.states:
+        import torch
+
+        # one state, or several in rows
+        return np.atleast_2d(np.asarray(torch.load(task.states, weights_only=False), np.float64))
     try:
         states = _suite(task.suite).get_task_init_states(task.index)
     except (

