@@ -41,8 +41,9 @@ NAME = re.compile(
     r"|_level(?P<level>\d+)_sample\d+)"
 )
 START = re.compile(r"class MountedPanda(\d+)\(.*?return np\.array\((\[.*?\])\)", re.DOTALL)
-# upper ends of the summary's groups: degrees, factors of the distance, degrees
-TURNED, AWAY, IN_PLACE = (25, 50, 75), (1.33, 1.67, 2.0), (10,)
+# the summary's groups by upper end: degrees turned, percent of the distance
+TURNED = {25: "0-25", 50: "26-50", 75: "51-75"}
+AWAY = {133: "1.01-1.33", 167: "1.34-1.67", 200: "1.68-2.00"}
 
 
 @functools.cache
@@ -126,12 +127,11 @@ class Variant:
             return f"start {self.radius} rad off"
         turned, tilted, percent, *in_place = self.view
         if any(in_place):
-            angle = max(abs(signed(a)) for a in in_place)
-            return f"turned in place up to {upper(angle, IN_PLACE)} deg"
+            return "turned in place"
         if percent != 100:
-            return f"up to {upper(percent / 100, AWAY):.2f} times as far"
+            return f"{range_of(percent, AWAY)} times as far"
         also = ", tilted" if tilted else ""
-        return f"turned up to {upper(abs(signed(turned)), TURNED)} deg{also}"
+        return f"turned {range_of(abs(signed(turned)), TURNED)} deg{also}"
 
 
 def signed(degrees):
@@ -139,9 +139,9 @@ def signed(degrees):
     return (degrees + 180) % 360 - 180
 
 
-def upper(value, tops):
-    """The least of the upper ends that a value does not pass, else the value."""
-    return next((top for top in tops if value <= top), value)
+def range_of(value, ranges):
+    """The name of the range that a value is in. ranges: {upper end: name}, ascending."""
+    return next((name for top, name in ranges.items() if value <= top), f"over {max(ranges)}")
 
 
 def read_name(name, suite, kind):
