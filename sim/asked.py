@@ -48,7 +48,7 @@ def as_trained(args, info, config):
     if args.task_id is None:
         args.task_id = int(trained_on.get("task_id", 0))
     # the verdict's rows are compared episode by episode: theirs is the layout's scene for all
-    as_layout = LAYOUTS[args.layout].frozen is not None or args.plus
+    as_layout = LAYOUTS[args.layout].frozen is not None
     if args.clean_scene is None and "clean_scene" in trained_on and not as_layout:
         args.clean_scene = trained_on["clean_scene"] == "True"
     # a split belongs to its setting; trained in another setting, any split may be tested

@@ -76,6 +76,8 @@ def agree(args):
                 f"--plus {args.plus} and --{name} {getattr(args, name)}: "
                 "LIBERO-Plus has its own scenes; leave one of them out"
             )
+    # whatever a checkpoint was trained on
+    args.clean_scene = False
 
 
 # -- a variant ------------------------------------------------------------------------------------
