@@ -8,6 +8,7 @@ from runtime import UserError
 # buffers that describe the new data's rotations, whatever the checkpoint says
 OF_THE_DATA = ("rotation_basis", "euler_range")
 # the volume means something else where these differ, though every shape fits
+# (not so with another margin: cells are added around those of the image, which keep theirs)
 SAME = ("image_size", "grid", "n_height_bins")
 CREEP = 0.05  # nats by which the held-out volume loss may grow after the freeze
 

@@ -210,3 +210,30 @@ def test_a_waypoint_beyond_the_edge_is_drawn():
     assert plots.framed(axis, SIZE, [[20.0, 30.0]]) == 0
     assert axis.get_xlim() == (0, SIZE) and axis.get_ylim() == (SIZE, 0)
     plots.plt.close(figure)
+
+
+OPTIONS = {
+    "A's MLP": ("autoregressive", {"head": "mlp"}),
+    "A's other parts": (
+        "autoregressive",
+        {"key_patches": True, "rays": True, "coarse_to_fine": True, "smooth_weight": 0.1},
+    ),
+    "D's cell embeddings": ("dino_volume_kv_full", {"yx_embedding": True}),
+    "PARA with rays": ("para", {"rays": True, "gripper_head": "separate"}),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_optional_parts_reach_the_margin(options, synthetic_demos, backbone, tmp_path):
+    """Parts that a flag adds have the margin's cells too, and learn from a waypoint there."""
+    name, flags = OPTIONS[options]
+    case = with_margin(Case(name, synthetic_demos, backbone, tmp_path))
+    case.config = dataclasses.replace(case.config, **flags)
+    policy, batch = case.policy(), case.batch()
+    points, _ = points_beyond(policy, batch)
+    batch["target_pos"] = points[3].expand_as(batch["target_pos"])
+    out = loss(policy, batch)["loss"]
+    out.backward()
+    assert torch.isfinite(out)
+    assert torch.isfinite(predict(policy, batch)["position"]).all()
+    answers(policy, case.observations())
