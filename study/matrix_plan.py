@@ -15,7 +15,7 @@ from study.matrix import COLUMNS, OWN_DEMOS, ROWS, STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 # flags that leave an episode's result as it is
-INCIDENTAL = re.compile(r" --(workers|timeout|n_episodes|n_videos) \S+")
+INCIDENTAL = re.compile(r" --(workers|timeout|n_episodes|n_videos) \S+| --trace(?= |$)")
 # what is read of a run's config.json and of an evaluation's summary.json
 TRAINED = {"command": str, "dataset": {"command?": str}, "args": {"max_steps": int}}
 EVALUATED = {"command": str, "n": int, "crashes": int, "trained": ({"command": str}, None)}

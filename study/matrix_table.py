@@ -41,6 +41,7 @@ INCIDENTAL = {
     "--out",
     "--workers",
     "--n_videos",
+    "--trace",
     "--n_episodes",
     "--device",
     "--wandb",

@@ -267,6 +267,7 @@ def test_a_done_cell_is_not_done_again(finished):
     """
     flags, _, _ = finished
     assert todo(*flags) == [] and todo(*flags, "--workers", "7", "--n_videos", "0") == []
+    assert todo(*flags, "--eval_flags=--trace") == []
 
 
 def test_what_an_unfinished_cell_needs_is_done(finished):
