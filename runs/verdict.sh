@@ -5,12 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
 
-common=(--out runs/verdict --columns verdict pro_swap pro_object --train_steps 4000
-  --collect_flags "--render fast" --eval_flags=--trace)
+flags="--out runs/verdict --columns verdict pro_swap pro_object --train_steps 4000 --eval_flags=--trace"
 # three seeds of what the claim is about; bounds need no training
-python run_matrix.py "${common[@]}" --seeds 0 1 2 \
-  --rows blind oracle expert para_recipe a_recipe b_recipe c_recipe para a_pointer b c "$@"
+python run_matrix.py $flags --collect_flags "--render fast" --seeds 0 1 2 \
+  --rows blind oracle expert para_recipe a_recipe b_recipe c_recipe para a_pointer b c
 # one seed of the others; ACT is trained until it is done, see docs/act.md
-python run_matrix.py "${common[@]}" --rows a_mlp a_mlp_recipe d d_recipe act act_recipe \
-  --row_flags act="--max_steps 10000" act_recipe="--max_steps 10000" "$@"
-python run_matrix.py --table --out runs/verdict --export results/verdict --readme docs/results.md
+python run_matrix.py $flags --collect_flags "--render fast" --rows a_mlp a_mlp_recipe d d_recipe act act_recipe \
+  --row_flags act="--max_steps 10000" act_recipe="--max_steps 10000"
+python run_matrix.py --table --out runs/verdict --export results/verdict --readme docs/verdict.md
