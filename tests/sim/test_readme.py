@@ -148,8 +148,8 @@ def smaller(words):
         return ["--n_demos", "1", "--image_size", SIZE]
     if script == "collect_demos.py" and "--task_ids" in words:
         return [*SMALL[script], "--task_ids", "2", "--out", "fresh"]
-    if script == "eval.py" and "--task_ids" in words:
-        # the clean scene has no second bowl to be told of
+    if script == "eval.py" and ("--task_ids" in words or "--plus" in words):
+        # the clean scene has no second bowl to be told of, LIBERO-Plus has scenes of its own
         limits = [word for word in SMALL[script] if word != "--clean_scene"]
         return [*limits, "--task_ids", "2"]
     if script == "collect_demos.py":
