@@ -151,6 +151,13 @@ def read_episodes(folder, layout=None):
     return rows
 
 
+def scored_episodes(folder):
+    """{episode: row} of an evaluation's episodes that did not crash. One that crashed and was tried
+    again has its last row.
+    """
+    return {r["episode"]: r for r in read_episodes(folder) if "crash" not in r}
+
+
 def check_stamp(folder, asked):
     """Raise UserError unless an evaluation folder is new, or was begun with the same settings.
 

@@ -16,7 +16,7 @@ import numpy as np
 from figures import plots, plots_rates
 from figures.pages import STYLE, embed, figure, html_table, markdown_table, percent
 from harness.metrics import EARLY, ERROR, OUTCOMES, within
-from harness.records import read_episodes, read_tabled
+from harness.records import read_tabled, scored_episodes
 from harness.statistics import holm, paired_comparison, seeds_interval
 from runtime import UserError, atomic_path, read_jsonl, write_json
 from study.matrix import RECIPES
@@ -136,7 +136,7 @@ def read_cells(folder, rows, layouts, recipe):
             raise UserError(
                 f"{path.parent}: its name is no ROW-LAYOUT-sSEED of the table; move it elsewhere"
             )
-        episodes = {r["episode"]: r for r in read_episodes(path.parent) if "crash" not in r}
+        episodes = scored_episodes(path.parent)
         summary = read_tabled(path.parent)
         if not episodes:
             continue

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from figures.pages import STYLE, figure, html_table, markdown_table, percent, rate
 from harness.metrics import within
-from harness.records import read_episodes, read_summary, run_name
+from harness.records import read_summary, run_name, scored_episodes
 from harness.statistics import wilson
 from harness.summary import place_of, told
 from runtime import UserError, atomic_path, command_line, git_commit, write_json
@@ -102,9 +102,7 @@ def summarised(args, suite, tasks, folder):
     steps = args.max_steps or STEPS.get(suite, USUAL_STEPS)
     cells, every = [], []
     for task in tasks:
-        rows = [r for r in read_episodes(folder / task.key) if "crash" not in r]
-        # an episode that crashed and was tried again has its last row counted
-        rows = list({r["episode"]: r for r in rows}.values())
+        rows = list(scored_episodes(folder / task.key).values())
         every += rows
         cells.append({"task": task.key, "instruction": task.language, **rates(rows, steps)})
     first = read_summary(folder / tasks[0].key)
