@@ -45,7 +45,7 @@ import flags
 from figures import plots
 from harness.metrics import ERROR
 from harness.records import check_stamp, newest_checkpoint, read_episodes
-from harness.remote import ServerLost, Unreachable
+from harness.remote import ServerLost
 from harness.summary import place_of, print_summary, summarise
 from runtime import UserError, append_jsonl, run_script, write_json
 from sim import instructions, layouts, plus, remote, settings
@@ -118,12 +118,15 @@ class EvalWorker:
 
         A failure of this program is neither a result nor a crash that could be left out. An
         exception of the simulator is a crash: it is raised, and run_jobs reports it. So is a
-        policy's server that dies or hangs. {"unreachable": sentence} where it is not there.
+        policy's server that dies or hangs. {"refused": sentence} where something asked for cannot
+        be: no server is there, the scene has none of the layout's objects.
         """
         try:
             return self.check() if job == "protocol" else self.episode(job)
-        except Unreachable as error:
-            return {"unreachable": str(error)}
+        except UserError as error:
+            if job == "protocol":
+                raise
+            return {"refused": str(error)}
         except Exception as error:
             if job == "protocol" or of_simulator(error) or isinstance(error, ServerLost):
                 raise
@@ -529,8 +532,8 @@ def row_of(outcome, args):
         "crash": outcome.error.strip().splitlines()[-1],
         "traceback": outcome.error,
     }
-    if "unreachable" in row:
-        raise UserError(row["unreachable"])
+    if "refused" in row:
+        raise UserError(row["refused"])
     if "stopped" in row:
         tqdm.write(row["stopped"])
         raise UserError(

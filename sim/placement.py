@@ -113,8 +113,14 @@ class Placement:
     def place_objects(self, state, places):
         """Put objects of a state (S,) at places {name: (x, y)} m, at rest -> the state (S,), or
         None for a bad layout: one that `_settle` refuses, in which a placed object touches anything
-        but the table, or in which the task would be done already.
+        but the table, or in which the task would be done already. Raises UserError where the scene
+        lacks one of them.
         """
+        if missing := sorted(set(places) - set(self.objects)):
+            raise UserError(
+                f"{self.task.key}: {', '.join(missing)} is to be placed, and this scene holds only "
+                f"{', '.join(self.objects)}; leave out --clean_scene, or choose another --layout"
+            )
         state = np.array(state)
         for name, place in places.items():
             a = self._address(name)

@@ -148,10 +148,13 @@ def smaller(words):
         return ["--n_demos", "1", "--image_size", SIZE]
     if script == "collect_demos.py" and "--task_ids" in words:
         return [*SMALL[script], "--task_ids", "2", "--out", "fresh"]
+    # the clean scene has no second bowl to be told of, and no box that is exchanged for the plate;
+    # LIBERO-Plus has scenes of its own
+    full = [word for word in SMALL.get(script, []) if word != "--clean_scene"]
+    if script == "eval.py" and "val_verdict_swap" in words:
+        return full
     if script == "eval.py" and ("--task_ids" in words or "--plus" in words):
-        # the clean scene has no second bowl to be told of, LIBERO-Plus has scenes of its own
-        limits = [word for word in SMALL[script] if word != "--clean_scene"]
-        return [*limits, "--task_ids", "2"]
+        return [*full, "--task_ids", "2"]
     if script == "collect_demos.py":
         return [*SMALL[script], "--out", "fresh.hdf5", "--clean_scene"]
     if "--policy" in words:

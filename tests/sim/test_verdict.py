@@ -11,6 +11,7 @@ from helpers import shifts
 
 import eval as evaluation
 from camera import project
+from runtime import UserError
 from sim import layouts, recipe, settings, verdict
 from sim.events import ASIDE, BESIDE, MovedMidway
 from sim.expert import GRASP
@@ -225,3 +226,9 @@ def test_a_place_that_is_taken_is_refused(scene):
     before = scene.joints()
     assert not scene.set_aside(scene.pick, scene.position(scene.place)[:2])
     np.testing.assert_array_equal(scene.joints(), before)
+
+
+def test_a_layout_with_objects_that_the_scene_lacks_is_one_sentence(scene):
+    """The clean scene holds bowl and plate: no box can be exchanged for the plate there."""
+    with pytest.raises(UserError, match="cookies_1.*leave out --clean_scene"):
+        layouts.episode_state(scene, "val_verdict_swap", 0)
