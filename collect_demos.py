@@ -81,6 +81,8 @@ NOT_REPLAYED = (
     "start_jitter",
     "start_spread",
     "turn_spread",
+    "loose_camera",
+    "mistake_rate",
     "push_rate",
     "layout_spread",
     "video",
@@ -389,6 +391,18 @@ def build_parser():
         help="turn the camera about the robot's base, by up to +- degrees (0; recipe: 40)",
     )
     parser.add_argument(
+        "--loose_camera",
+        type=flags.Number(float, low=0, high=1),
+        help="with --setting recipe: nearer or farther, rolled, panned and tilted; a share of "
+        "6 degrees of roll, 3 of pan and tilt, 0.9 to 1.15 times the distance (recipe: 1)",
+    )
+    parser.add_argument(
+        "--mistake_rate",
+        type=flags.Number(float, low=0, high=1),
+        help="share of demonstrations that begin with a grasp that fails and is made good; the "
+        "attempt itself is not learnt from (0; recipe: 0.5)",
+    )
+    parser.add_argument(
         "--push_rate",
         type=flags.not_negative,
         default=0.15,
@@ -502,8 +516,9 @@ def collect_task(args):
 
 
 def fill_spreads(args):
-    """Set --start_spread and --turn_spread where they were not given: nothing is varied, but by
-    the recipe. Raises UserError for a --layout_spread beside its places.
+    """Set --start_spread, --turn_spread, --loose_camera and --mistake_rate where they were not
+    given: nothing is varied, but by the recipe. Raises UserError for a --layout_spread beside its
+    places, a loose camera without it, mistakes that no expert makes good.
     """
     of_recipe = args.setting == "recipe" and not args.replay
     if of_recipe and args.layout_spread:
@@ -511,10 +526,21 @@ def fill_spreads(args):
             f"--layout_spread {args.layout_spread}: --setting recipe draws each object's place "
             "from a whole half of the table; leave it out"
         )
-    if args.start_spread is None:
-        args.start_spread = recipe.START_SPREAD[args.part] if of_recipe else 0.0
-    if args.turn_spread is None:
-        args.turn_spread = recipe.TURN_SPREAD[args.part] if of_recipe else 0.0
+    if args.loose_camera and not of_recipe:
+        raise UserError("--loose_camera: only --setting recipe has it; give that, or leave it out")
+    if args.mistake_rate and (args.grasp, args.variant) != ("side", "task"):
+        raise UserError(
+            f"--mistake_rate {args.mistake_rate}: only the grasp `side` of the task itself makes a "
+            f"mistake good, this is {args.grasp!r} of {args.variant!r}; leave it out"
+        )
+    for name, usual in (
+        ("start_spread", recipe.START_SPREAD),
+        ("turn_spread", recipe.TURN_SPREAD),
+        ("loose_camera", recipe.LOOSE_CAMERA),
+        ("mistake_rate", recipe.MISTAKE_RATE),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, usual[args.part] if of_recipe else 0.0)
 
 
 def usual_grasp(args):

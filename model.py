@@ -23,7 +23,7 @@ import flags
 from nets.maps import dilated_convolutions, mark_cell, projected, ray_layers
 from nets.text import Film
 from nets.volume import VolumeConfig, VolumeGeometry, flat_index
-from policy import fingers_closed, flag
+from policy import finger_state, flag
 
 
 @dataclass
@@ -95,13 +95,15 @@ class PixelTrunk(VolumeGeometry):
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
         # (G,Z,C): by fingers and height bin, or one for all of them
         self.eef_embedding = nn.Parameter(
-            torch.randn(2 if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width)
+            torch.randn(
+                c.fingers if c.eef_gripper else 1, c.n_height_bins if c.eef_height else 1, width
+            )
             * 0.5
         )
         # added to every cell: far ones do not see the EEF's mark, but whether something is held
         # has to be known at the plate too
         self.gripper_embedding = (
-            nn.Parameter(torch.randn(2, width) * 0.5) if c.eef_gripper else None
+            nn.Parameter(torch.randn(c.fingers, width) * 0.5) if c.eef_gripper else None
         )
         self.rays = ray_layers(width) if c.rays else None
         self.trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
@@ -121,7 +123,8 @@ class PixelTrunk(VolumeGeometry):
             x = films.pop(0)(x)
         x = mark_cell(x, self.cells(batch["eef_pos"], batch), self.eef_vector(batch))
         if self.gripper_embedding is not None:
-            fingers = self.gripper_embedding[fingers_closed(batch["gripper_width"])]  # (B,C)
+            state = finger_state(batch["gripper_width"], c.fingers)
+            fingers = self.gripper_embedding[state]  # (B,C)
             x = x + fingers[..., None, None].to(x.dtype)
         if self.rays is not None:
             x = x + self.rays(self.cell_rays(batch))
@@ -144,8 +147,8 @@ class PixelTrunk(VolumeGeometry):
         low = bins.floor().long().clamp(max=max(0, last - 1))
         share = (bins - low).to(table.dtype)[:, None]
         # row of the table: always 0 where the fingers have no say (G = 1)
-        closed = fingers_closed(batch["gripper_width"]) * (len(table) - 1)
-        return (1 - share) * table[closed, low] + share * table[closed, (low + 1).clamp(max=last)]
+        state = finger_state(batch["gripper_width"], self.config.fingers).clamp(max=len(table) - 1)
+        return (1 - share) * table[state, low] + share * table[state, (low + 1).clamp(max=last)]
 
     def at_cells(self, features, cells):
         """Trunk features (B,C,H,W) at integer cells (B,T,2) yx -> (B,T,C)."""

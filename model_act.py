@@ -19,7 +19,7 @@ from torch import nn
 
 from nets.layers import attend
 from nets.text import WIDTH, InstructedConfig, InstructedPolicy
-from policy import check_heads, fingers_closed, flag
+from policy import check_heads, finger_numbers, fingers_closed, flag
 
 # a patch covers 2 x 2 cells of the pooled maps: its token still tells where inside it something is
 POOLED = 2
@@ -155,7 +155,7 @@ class ActPolicy(InstructedPolicy):
         self.register_buffer("position_mean", torch.zeros(3, dtype=torch.float64))  # metres
         self.register_buffer("position_std", torch.ones(3, dtype=torch.float64))
         self.project = nn.ModuleList([nn.Conv2d(n, d, POOLED, stride=POOLED) for n in channels])
-        self.state = nn.Linear(3 + 1, d)  # EEF xyz, fingers
+        self.state = nn.Linear(3 + c.fingers - 1, d)  # EEF xyz, fingers
         if c.camera_token:
             # 4 numbers of K, 12 of E: its rows without the last, which all cameras share
             self.camera = nn.Linear(4 + 12, d)
@@ -227,9 +227,9 @@ class ActPolicy(InstructedPolicy):
         for maps, project in zip(self.normalised(pooled), self.project):
             x = x + project(maps)  # (B,d,H,W)
         x = x.flatten(2).transpose(1, 2)  # (B,N,d), N = side^2
-        closed = fingers_closed(batch["gripper_width"]).float()[:, None]
+        fingers = finger_numbers(batch["gripper_width"], self.config.fingers)
         # one token of EEF and fingers, one of the camera, one of the instruction
-        others = [self.state(torch.cat([self.scaled(self.noised(batch["eef_pos"])), closed], -1))]
+        others = [self.state(torch.cat([self.scaled(self.noised(batch["eef_pos"])), fingers], -1))]
         if self.config.camera_token:
             others.append(self.camera(self.camera_numbers(batch["K"], batch["E"])))
         if self.text is not None:

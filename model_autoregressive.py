@@ -28,7 +28,7 @@ from nets.history import FingerLinear, HistoryConfig, HistoryPolicy
 from nets.layers import FLEX_HEAD, FrameBlock, Resolutions, fourier
 from nets.maps import dilated_convolutions, mark_cell, product, projected, ray_layers
 from nets.text import WIDTH
-from policy import check_heads, fingers_closed, flag
+from policy import check_heads, finger_numbers, finger_state, flag
 from runtime import UserError
 
 # frames; the code is cyclic, so that an episode may be of any length
@@ -144,7 +144,7 @@ class AutoregressivePolicy(HistoryPolicy):
         self.project = nn.ModuleList([nn.Conv2d(n, d, 1) for n in channels])
         self.token = nn.Parameter(torch.randn(2, d) * 0.5)  # EEF, query
         # the EEF's height, its last move, fingers
-        self.state = nn.Linear(2 * SPACE_FREQUENCIES + 3 + 1, d)
+        self.state = nn.Linear(2 * SPACE_FREQUENCIES + 3 + c.fingers - 1, d)
         linear = lambda n: nn.Linear(n, d, bias=False)
         if c.temporal:
             self.temporal = linear(2 * len(TIME_FREQUENCIES))
@@ -158,7 +158,7 @@ class AutoregressivePolicy(HistoryPolicy):
             [FrameBlock(d, c.n_heads, c.mlp_ratio, c.attention) for _ in range(c.n_layers)]
         )
         self.norm = nn.LayerNorm(d)
-        states = 2 if c.finger_heads else 1
+        states = c.fingers if c.finger_heads else 1
         if c.head == "pointer":
             width = c.key_width
             self.key_project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
@@ -249,7 +249,7 @@ class AutoregressivePolicy(HistoryPolicy):
         anchor = eef[..., 1:] if c.anchor == "frame" else self.newest(eef[..., 1:], batch)
         # shares since the frame before (B,T,3)
         moved = eef - torch.cat([self.share(before), eef[:, :-1]], 1)
-        fingers = fingers_closed(batch["gripper_width"]).float()[..., None]
+        fingers = finger_numbers(batch["gripper_width"], c.fingers)
         # (B,T,d); moves are told in tenths of the height range and of the image
         state = self.state(
             torch.cat([fourier(eef[..., 0], SPACE_FREQUENCIES), 10 * moved, fingers], -1)
@@ -333,15 +333,15 @@ class AutoregressivePolicy(HistoryPolicy):
     def head(self, features, patches, query, eef, widths, cameras):
         """N frames -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None. eef (N,3) coordinates,
         widths (N,) m between the fingers, cameras {"K" (N,3,3), "E" (N,4,4)}; others as above."""
-        c, closed = self.config, fingers_closed(widths)
+        c, state = self.config, finger_state(widths, self.config.fingers)
         if c.head == "mlp":
-            cells = self.cell_head(self.cell_hidden(query), closed).view(-1, 2, 1, c.side, c.side)
-            heights = self.height_head(query, closed).view(-1, 2, c.n_height_bins, 1, 1)
+            cells = self.cell_head(self.cell_hidden(query), state).view(-1, 2, 1, c.side, c.side)
+            heights = self.height_head(query, state).view(-1, 2, c.n_height_bins, 1, 1)
             return cells + heights.log_softmax(2), None  # p(gripper, cell) p(height | gripper)
         keys = self.cell_features(features, patches, query, eef, cameras)
-        prior = self.prior[closed * (len(self.prior) - 1)]  # (N,2Z,C)
+        prior = self.prior[state.clamp(max=len(self.prior) - 1)]  # (N,2Z,C)
         # the convolution's filters, one for each gripper command and height (N,2Z,C)
-        weights = self.pointer(query, closed).unflatten(-1, (-1, c.key_width)) + prior
+        weights = self.pointer(query, state).unflatten(-1, (-1, c.key_width)) + prior
         logits = product(weights, keys.flatten(2))
         return logits.view(-1, 2, *self.volume_shape), keys
 

@@ -26,7 +26,7 @@ from nets import layers_voxel as lv
 from nets.history import FingerLinear, HistoryConfig, HistoryPolicy
 from nets.maps import dilated_convolutions, mark_cell, projected
 from nets.text import WIDTH
-from policy import check_heads, fingers_closed, flag
+from policy import check_heads, finger_numbers, finger_state, flag
 
 MAX_TABLES = 64  # of cameras, 13 MB each at 56 x 56 x 32
 
@@ -150,7 +150,7 @@ class VoxelPolicy(HistoryPolicy):
         self.image = nn.Linear(width, d, bias=False)
         self.token = nn.Parameter(torch.randn(2, d) * 0.5)  # EEF, query
         self.age = nn.Parameter(torch.randn(c.context, d) * 0.1)  # how many steps ago
-        self.state = nn.Linear(3 + 1, d)  # the EEF's last move, fingers
+        self.state = nn.Linear(3 + c.fingers - 1, d)  # the EEF's last move, fingers
         self.start = nn.Linear(d, d)
         if self.text is not None:
             self.instruction = nn.Linear(WIDTH, d)
@@ -162,7 +162,7 @@ class VoxelPolicy(HistoryPolicy):
         )
         self.norm = nn.LayerNorm(d)
         self.key_query = nn.Linear(d, 2 * width if c.eef_mark else width)
-        states = 2 if c.finger_heads else 1
+        states = c.fingers if c.finger_heads else 1
         # for each gripper command: d numbers against Wg PE, and width numbers twice against image
         # features, alike for all heights and by height
         self.pointer = FingerLinear(d, self.n_gripper * (d + 2 * width), states)
@@ -255,9 +255,8 @@ class VoxelPolicy(HistoryPolicy):
         code = lv.encode_position(positions, self.waves).to(self.positional.weight.dtype)
         # metres since the frame before, 0 at the first; as inputs in units of 10 cm
         moved = (eef - torch.cat([eef[:, :1], eef[:, :-1]], 1)).float()
-        state = self.state(torch.cat([10 * moved, fingers_closed(widths).float()[..., None]], -1))[
-            b
-        ]
+        state = self.state(torch.cat([10 * moved, finger_numbers(widths, self.config.fingers)], -1))
+        state = state[b]
         age = t[:, None] - torch.arange(T, device=rows.device)  # (N,S), negative in the future
         tokens = (
             self.token[0]
@@ -313,20 +312,15 @@ class VoxelPolicy(HistoryPolicy):
             flat(eef if self.config.noisy_mark else batch["eef_pos"]),
             {k: flat(batch[k]) for k in "KE"},
         )
-        return (
-            self.readout(
-                query, image, table, anchor, cells, fingers_closed(flat(batch["gripper_width"]))
-            ),
-            query,
-            maps,
-        )
+        fingers = finger_state(flat(batch["gripper_width"]), self.config.fingers)
+        return self.readout(query, image, table, anchor, cells, fingers), query, maps
 
-    def readout(self, query, image, table, anchor, cells, closed):
+    def readout(self, query, image, table, anchor, cells, fingers):
         """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W).
 
         image (N,C,H,W): features of the grid; table: the frames' VoxelTable; anchor (N,3) or None;
-        cells (N,2) yx: where the last known EEF is seen; closed (N,) in {0, 1}: whether the fingers
-        are.
+        cells (N,2) yx: where the last known EEF is seen; fingers (N,): their states, see
+        policy.finger_state.
         """
         c, width = self.config, self.config.key_width
         # the query tells the image features what is looked for: at every cell, and at the EEF's
@@ -337,7 +331,7 @@ class VoxelPolicy(HistoryPolicy):
         x = self.trunk(x).flatten(2)  # (N,C,HW)
         # weights for each gripper command: (N,G,d), (N,G,C), (N,G,C)
         position, plain, by_height = (
-            self.pointer(query, closed)
+            self.pointer(query, fingers)
             .unflatten(-1, (self.n_gripper, -1))
             .split([c.dim, width, width], -1)
         )
@@ -346,7 +340,7 @@ class VoxelPolicy(HistoryPolicy):
             heights = heights - anchor[:, None, 2:]
         # (N or 1,Z,C), a code of each height
         seen = self.height(lv.encode_position(heights, self.waves).to(self.height.weight.dtype))
-        prior = self.prior[closed * (len(self.prior) - 1)]
+        prior = self.prior[fingers.clamp(max=len(self.prior) - 1)]
         # (N,G,Z,C), what each height wants to see at a pixel
         height_query = (plain + prior)[:, :, None] + by_height[:, :, None] * seen[:, None]
         # divided by the square roots of the widths, as attention's scores are

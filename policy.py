@@ -37,6 +37,8 @@ from runtime import UserError
 from waypoint import Waypoint
 
 HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
+# metres: below, they have met, with nothing between them; a rim leaves 3.3 to 9 mm
+MET = 0.003
 ROTATION_MARGIN = 0.02  # radians beyond the training data's angles that the bins still cover
 # layers whose weights weight decay is for
 DECAYING = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -75,6 +77,11 @@ class PolicyConfig:
     )
     image_size: int = flag(448, "image side, pixels", kind=flags.pixels)
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
+    fingers: int = flag(
+        2,
+        "states of the fingers that are told apart: open, closed and, of 3, closed upon nothing",
+        choices=(2, 3),
+    )
     min_travel: float = flag(
         0.02,
         "metres that a waypoint lies ahead at least: one nearer than a cell is where the EEF "
@@ -474,6 +481,22 @@ def fingers_closed(widths):
     same shape.
     """
     return (widths < HALF_OPEN).long()
+
+
+def finger_state(widths, n):
+    """Widths between the fingers in m -> 0 open, 1 closed and, of n = 3 states, 2 where they have
+    met: they hold nothing. long, of the same shape.
+    """
+    closed = fingers_closed(widths)
+    return closed + (widths < MET).long() if n == 3 else closed
+
+
+def finger_numbers(widths, n):
+    """Widths between the fingers (...) in m -> (...,n-1) float, what the fingers tell of n states:
+    whether they are closed and, of 3, whether they have met.
+    """
+    state = finger_state(widths, n)
+    return torch.stack([state >= k for k in range(1, n)], -1).float()
 
 
 def check_heads(config):

@@ -349,7 +349,9 @@ def unturned(demo):
     orbited where the setting orbits it.
     """
     _, E = settings.default_camera()
-    return settings.orbit(E, demo.attrs.get("theta", 0.0), demo.attrs.get("phi", 0.0))
+    orbited = settings.orbit(E, demo.attrs.get("theta", 0.0), demo.attrs.get("phi", 0.0))
+    loose = {k: demo.attrs[k] for k in ("roll", "pan", "tilt", "distance") if k in demo.attrs}
+    return settings.loosened(orbited, **loose)
 
 
 def config_for(args, config, recordings):

@@ -2,6 +2,8 @@
 by their orbit and from above. Nothing is simulated or rendered.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from matplotlib.patches import Rectangle
 
@@ -19,8 +21,8 @@ def trained(turn_spread):
         clean = recipe.is_clean("train", 0, i)
         condition = recipe.drawn("train", 0, i, 0, clean)
         rng = np.random.default_rng([i, 1])
-        (theta, phi, turn), *_ = recipe.views(rng, "train", turn_spread, 1)
-        found.append(settings.Condition(theta, phi, turn=turn, places=condition.places))
+        (view,) = recipe.views(rng, "train", turn_spread, 1, recipe.LOOSE_CAMERA["train"])
+        found.append(replace(view, places=condition.places))
     return found
 
 

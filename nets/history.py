@@ -31,7 +31,7 @@ class HistoryConfig(VolumeConfig):
         low=0,
     )
     finger_heads: bool = flag(
-        True, "the heads have weights of their own for open and for closed fingers"
+        True, "the heads have weights of their own for each state of --fingers"
     )
     # in use
     feedback: str = flag(
@@ -56,8 +56,8 @@ def feedback_steps(feedback):
 
 
 class FingerLinear(nn.Module):
-    """A linear layer with weights of its own for open and for closed fingers (n_states=2), or one
-    for both (n_states=1).
+    """A linear layer with weights of its own for each of n_states of the fingers, see
+    policy.finger_state, or one for all (n_states=1).
 
     Open fingers over the bowl ask for a descent, closed ones for the way to the plate. As one input
     among thousands they lost against an image that is like no training image; as a switch they have
@@ -68,11 +68,11 @@ class FingerLinear(nn.Module):
         super().__init__()
         self.n_states, self.linear = n_states, nn.Linear(inputs, n_states * outputs)
 
-    def forward(self, x, closed):
-        """x (N,inputs), closed (N,) in {0, 1} -> (N,outputs)."""
+    def forward(self, x, state):
+        """x (N,inputs), state (N,) in {0, 1, 2} -> (N,outputs)."""
         # (N,n_states,outputs), of which each row picks one; with one state that is always state 0
         y = self.linear(x).unflatten(-1, (self.n_states, -1))
-        return y[torch.arange(len(x), device=x.device), closed * (self.n_states - 1)]
+        return y[torch.arange(len(x), device=x.device), state.clamp(max=self.n_states - 1)]
 
 
 def padded_rows(mask, n):

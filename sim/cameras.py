@@ -76,6 +76,10 @@ class Agentview:
                     f"{self.task.key} has another"
                 )
             self.set_camera(settings.orbit(E, condition.theta, condition.phi))
+        c = condition
+        if (c.roll, c.pan, c.tilt, c.distance) != (0.0, 0.0, 0.0, 1.0):
+            E = settings.loosened(self.camera()[1], c.roll, c.pan, c.tilt, c.distance)
+            self.set_camera(E)
 
     def render(self, camera="agentview"):
         """(S,S,3) uint8 RGB, upright: MuJoCo's rows come bottom first."""

@@ -22,12 +22,13 @@ DIRECTIONS, GOLDEN = 24, np.pi * (3 - 5**0.5)
 class MovedMidway:
     """Sets the scene's bowl ASIDE, once, in a direction that is drawn by the episode's index.
 
-    purpose: one of settings.PURPOSES. `row`: None before, then what episodes record, {"step",
+    purpose: one of settings.PURPOSES; seed: of the draw.
+    `row`: None before, then what episodes record, {"step",
     "from", "to"}, positions (2,) m; {"step", "from", "to": None} where no direction was free.
     """
 
-    def __init__(self, purpose, index):
-        rng = np.random.default_rng(settings.random_seed(purpose, 0, index))
+    def __init__(self, purpose, index, seed=0):
+        rng = np.random.default_rng(settings.random_seed(purpose, seed, index))
         self.angles = rng.uniform(0, 2 * np.pi) + GOLDEN * np.arange(DIRECTIONS)
         self.row = None
 

@@ -26,8 +26,12 @@ PLATE_RISE = -0.004
 STRAY = 0.02  # metres off the line above which a descent is broken off and the hover repeated
 # see `rim_angle`; from -75 to 75 deg the arm reaches, and grasps, every rim point
 RIM_GAIN, RIM_LIMIT = 2.0, np.radians(60)
+SHUT = 0.02  # metres between the fingers: below, they are closed when an episode begins
 TURNED = np.radians(5)  # rotation error above which the gripper still has to turn
-PHASES = ("rise", "hover", "descend", "close", "lift", "carry", "lower", "open", "retract", "done")
+PHASES = (
+    *("rise", "hover", "reopen", "descend", "close", "lift", "carry", "lower", "open"),
+    *("retract", "done"),
+)
 
 
 def servo_action(eef_pos, target, gripper, gain=2.0, rotation=None, eef_rot=None):
@@ -69,7 +73,8 @@ def rim_angle(pick, place):
 
 class PickPlaceExpert:
     """rise - hover - descend - close - lift - carry - lower - open - retract, by the task's (On
-    object target) goal.
+    object target) goal. Where the fingers are closed at first, upon nothing, they open above the
+    object: on the way a closed gripper cannot drop anything that it does hold.
 
     Call `plan(scene)` at an episode's start, then `act(scene, eef_pos)` at each control step ->
     (target (3,) m, gripper). `rotation` (3,3) is the orientation that the gripper turns to
@@ -85,6 +90,8 @@ class PickPlaceExpert:
         self.pick, self.place = scene.pick, scene.place
         self.surface = PLATE_RISE if self.place in scene.objects else 0.0
         self.phase, self.count, self.grip = "rise", 0, None
+        shut = scene.observe(image=False).gripper_width < SHUT
+        self.approaching = CLOSE if shut else OPEN
         return self
 
     @property
@@ -112,9 +119,15 @@ class PickPlaceExpert:
         # approach
         if phase == "rise":  # over obstacles first: a bowl on the cabinet is approached from above
             target = np.array([eef[0], eef[1], above[2]])
-            return target, OPEN, "hover" if eef[2] > above[2] - 0.02 else None
+            return target, self.approaching, "hover" if eef[2] > above[2] - 0.02 else None
         if phase == "hover":
-            return above, OPEN, "descend" if near(above, 0.010) else None
+            there = "descend" if self.approaching == OPEN else "reopen"
+            return above, self.approaching, there if near(above, 0.010) else None
+        if phase == "reopen":
+            if self.count == 0:
+                self.held = eef.copy()
+            self.approaching = OPEN
+            return self.held, OPEN, "descend" if self.count >= GRIPPER_STEPS else None
         if phase == "descend":
             if np.linalg.norm((eef - grasp)[:2]) > STRAY:
                 return above, OPEN, "rise"

@@ -49,10 +49,10 @@ LAYOUTS = {
     "position": Layout("position", "test"),
     "val_position": Layout("position", "val"),
     # the verdict's
-    "verdict_shifted": Layout("in_dist", "test", shift_seed=70_000_000),
+    "verdict_shifted": Layout("in_dist", "test", shift_seed=80_000_000),
     "verdict_viewpoint": Layout("views", "test", verdict.views),
     "verdict_viewpoint_low": Layout("views", "test", verdict.low_views),
-    "verdict_viewpoint_shifted": Layout("views", "test", verdict.views, shift_seed=70_000_000),
+    "verdict_viewpoint_shifted": Layout("views", "test", verdict.views, shift_seed=80_000_000),
     "verdict_position": Layout("places", "test", lambda: verdict.positions("test")),
     "moved_midway": Layout("in_dist", "test", moved=True),
     "val_verdict_viewpoint": Layout("views", "val", verdict.val_views),
@@ -101,7 +101,9 @@ def event(layout, index):
     found = LAYOUTS[layout]
     if not found.moved:
         return None
-    return MovedMidway("val_moved_midway" if found.part == "val" else "moved_midway", index)
+    if found.part == "val":
+        return MovedMidway("val_moved_midway", index)
+    return MovedMidway("moved_midway", index, verdict.SECOND_DRAW)
 
 
 def episode_state(scene, layout, index, split=None):

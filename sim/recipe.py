@@ -4,7 +4,8 @@ Bowl and plate stand anywhere in the training half of the table, each drawn by i
 neither tells where the other is. Half of the demonstrations are in the clean scene, half in the
 full one: there the cookies are drawn like the plate, ramekin and second bowl stay near their usual
 places, which tells the two bowls apart. Each demonstration has a camera of its own, orbited by up
-to THETA["train"] degrees in any direction, then turned about the robot's base.
+to THETA["train"] degrees in any direction, nearer or farther and turned in place, then turned about
+the robot's base. Half begin with a grasp that fails, which the expert makes good.
 
     y, m      -0.22 .. -0.07 | -0.05 .. 0.00 | 0.00 .. 0.26
     is for    the test       | validation    | training
@@ -12,6 +13,8 @@ to THETA["train"] degrees in any direction, then turned about the robot's base.
 Nothing of the test side is trained on. Joint layouts of a test are drawn again, see `held_out`.
 What is drawn depends on part, --seed, index and attempt alone.
 """
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -61,10 +64,17 @@ STOVE = np.array([[-0.375, -0.255], [-0.16, -0.04]])
 # 5 cm from where the init states have it, give or take 1.5 cm
 HELD_OUT = ((USUAL, 0.08), (SWAPPED, 0.05), (VAL_SWAP, 0.05))
 BASE = (-0.66, 0.0)  # of the robot, metres
-# defaults of the flags by which collect_demos.py varies start and camera further, by part
+# A camera is also put there as by hand: degrees of roll, of pan and of tilt, times the distance.
+# Orbits alone keep the pivot in the middle of every image, upright and at one scale: a policy then
+# learns images where it should learn rays.
+ROLL, PAN, DISTANCE = 6.0, 3.0, (0.9, 1.15)
+# defaults of the flags by which collect_demos.py varies start, camera and attempts, by part
 START_SPREAD = {"train": 0.3, "val": 0.0}
 TURN_SPREAD = {"train": 40.0, "val": 0.0}
-N_DEMOS = {"train": 96, "val": 24}
+LOOSE_CAMERA = {"train": 1.0, "val": 0.0}
+# share of demonstrations that begin with a grasp that fails, see sim/mistakes.py
+MISTAKE_RATE = {"train": 0.5, "val": 0.0}
+N_DEMOS = {"train": 192, "val": 24}
 PURPOSE = {"train": "recipe", "val": "val_recipe"}
 
 
@@ -163,16 +173,21 @@ def apart(places, clean):
     return True
 
 
-def views(rng, part, turn_spread, n):
-    """n candidates for a demonstration's camera, drawn in this order -> [(theta, phi, turn)].
+def views(rng, part, turn_spread, n, loose=0.0):
+    """n candidates for a demonstration's camera, drawn in this order -> [settings.Condition].
 
-    theta, phi: degrees, of settings.orbit; turn: degrees about the robot's base, up to
-    +- turn_spread. Validation views that decode badly are left out, see settings.decode_error.
+    turn_spread: degrees about the robot's base, up to +-; loose: share of ROLL, PAN and DISTANCE by
+    which it is put as by hand. Validation views that decode badly are left out, see
+    settings.decode_error.
     """
     found = []
     while len(found) < n:
         theta, phi = rng.uniform(*THETA[part]), rng.uniform(0, 360)
-        turn = rng.uniform(-turn_spread, turn_spread)
+        view = settings.Condition(theta, phi, turn=rng.uniform(-turn_spread, turn_spread))
+        if loose:
+            roll, pan, tilt = loose * np.array([ROLL, PAN, PAN]) * rng.uniform(-1, 1, 3)
+            distance = float(rng.uniform(*DISTANCE)) ** loose
+            view = replace(view, roll=roll, pan=pan, tilt=tilt, distance=distance)
         if part == "train" or not settings.why_excluded(settings.Condition(theta, phi)):
-            found.append((theta, phi, turn))
+            found.append(view)
     return found

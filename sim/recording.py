@@ -14,7 +14,7 @@ from formats import hdf5, libero_hdf5, smith300
 from formats.parts import part_path
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import atomic_path
-from sim import recipe, settings
+from sim import mistakes, recipe, settings
 from sim.expert import servo_action
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
 from sim.variants import STAY_STEPS, new_account, new_expert
@@ -214,16 +214,16 @@ class ExpertWorker:
         scene, spread, base = self.scene, self.args.turn_spread, self.scene.position_of_base()[:2]
         of_recipe = self.args.setting == "recipe"
         if of_recipe:
-            found = recipe.views(rng, self.args.part, spread, VIEWS)
+            views = recipe.views(rng, self.args.part, spread, VIEWS, self.args.loose_camera)
+            found = [replace(view, places=condition.places) for view in views]
         else:
             turns = rng.uniform(-spread, spread, VIEWS) if spread else [0.0]
-            found = [(condition.theta, condition.phi, turn) for turn in turns]
-        for theta, phi, turn in found:
-            # from the task's own view: orbited, then turned
-            view = replace(condition, theta=theta, phi=phi, turn=float(turn))
+            found = [replace(condition, turn=float(turn)) for turn in turns]
+        for view in found:
+            # from the task's own view: orbited and put as by hand, then turned
             scene.set_view(view)
-            if turn:
-                scene.set_camera(settings.turned(scene.camera()[1], turn, base))
+            if view.turn:
+                scene.set_camera(settings.turned(scene.camera()[1], view.turn, base))
             seen = self.in_view() and (not of_recipe or self.unhidden())
             if seen or not spread and not of_recipe:
                 return view
@@ -271,6 +271,9 @@ class ExpertWorker:
         recorder.condition = self.aim(rng, condition)
         if recorder.condition is None:
             return "views_refused"
+        mistaken = rng.random() < self.args.mistake_rate
+        if mistaken and not self.mistake(rng, recorder):
+            return "mistakes_that_succeeded"
         expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
         account = new_account(scene, self.args.variant)
         # one control step: ask the expert, perhaps push, record, carry out
@@ -299,6 +302,22 @@ class ExpertWorker:
         held_open = scene.observe(image=False).gripper_width > OPEN_WIDTH
         good = expert.done and account.done(STAY_STEPS) and held_open
         return recorder if good else "failed_demos"
+
+    def mistake(self, rng, recorder):
+        """Record a failing attempt, see sim/mistakes.py -> False if it does not fail.
+
+        All its frames are `perturbed`: they are context, and nothing is learnt from them.
+        """
+        scene = self.scene
+        rest = scene.position(scene.pick)[2]
+        for target, gripper in mistakes.attempt(scene, rng):
+            eef = scene.observe(image=False).eef_pos
+            action = servo_action(eef, target, gripper)
+            recorder.add(action, action, True)
+            scene.step(action)
+            if scene.position(scene.pick)[2] > rest + mistakes.LIFTED:
+                return False
+        return True
 
     def close(self):
         self.scenes.close()

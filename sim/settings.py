@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from camera import extrinsics_from_mujoco, intrinsics, look_at, project, quantise
-from rot_utils import quat_to_matrix
+from rot_utils import quat_to_matrix, rotvec_to_matrix
 from runtime import UserError
 
 THETAS, PHIS = np.linspace(0, 25, 8), 45.0 * np.arange(8)  # degrees
@@ -62,7 +62,7 @@ PURPOSES = (
 VARIED = {
     "viewpoint": ("theta", "phi"),
     "position": ("dx", "dy"),
-    "recipe": ("theta", "phi", "turn"),
+    "recipe": ("theta", "phi", "turn", "roll", "pan", "tilt", "distance"),
     "views": ("theta", "phi"),
 }
 # settings whose scene is the full one unless another is asked for
@@ -102,7 +102,8 @@ DECODE_LIMIT = 0.03  # metres
 class Condition:
     """What differs from the task as LIBERO has it: the camera's orbit in degrees, the objects'
     common shift in metres; the camera's turn about the robot's base in degrees, the places of
-    objects by themselves, ((name, x, y), ...) in metres.
+    objects by themselves, ((name, x, y), ...) in metres. roll, pan, tilt in degrees and distance,
+    a factor: see `loosened`.
     """
 
     theta: float = 0.0
@@ -111,6 +112,10 @@ class Condition:
     dy: float = 0.0
     turn: float = 0.0
     places: tuple = ()
+    roll: float = 0.0
+    pan: float = 0.0
+    tilt: float = 0.0
+    distance: float = 1.0
 
     def described(self, setting):
         """The numbers that a setting varies, {name: value}, as demonstrations and episodes record
@@ -154,7 +159,7 @@ def orbit(E, theta, phi):
     """
     # columns of R: the image's right, the image's down and the view direction, in the world
     R, position, (theta, phi) = E[:3, :3], E[:3, 3], np.radians([theta, phi])
-    pivot = position + R[:, 2] * (PIVOT_HEIGHT - position[2]) / R[2, 2]
+    pivot = _pivot(E)
     sideways = np.cos(phi) * R[:, 1] + np.sin(phi) * R[:, 0]
     # on the sphere about the pivot, by theta from the old place in the direction of phi
     moved = np.eye(4)
@@ -164,6 +169,24 @@ def orbit(E, theta, phi):
     # E's own roll is kept
     moved[:3, :3] = look_at(moved[:3, 3], pivot)[:3, :3] @ look_at(position, pivot)[:3, :3].T @ R
     return moved
+
+
+def loosened(E, roll=0.0, pan=0.0, tilt=0.0, distance=1.0):
+    """Camera-to-world E (4,4) as a hand would put it there: `distance` times as far from the pivot
+    of `orbit`, and turned in place by degrees: roll about its view direction, then pan to the
+    image's right and tilt down.
+    """
+    pivot, moved = _pivot(E), E.copy()
+    moved[:3, 3] = pivot + distance * (E[:3, 3] - pivot)
+    # about the camera's own axes: x right, y down, z forward
+    for axis, degrees in ((2, roll), (1, pan), (0, -tilt)):
+        moved[:3, :3] = moved[:3, :3] @ rotvec_to_matrix(np.radians(degrees) * np.eye(3)[axis])
+    return moved
+
+
+def _pivot(E):
+    """The point (3,) m of a camera's axis at PIVOT_HEIGHT."""
+    return E[:3, 3] + E[:3, 2] * (PIVOT_HEIGHT - E[2, 3]) / E[2, 2]
 
 
 def turned(E, degrees, axis):

@@ -74,7 +74,10 @@ def test_held_out_demonstrations_are_of_both_scenes():
 def test_views_keep_to_their_angles():
     """Training, validation and test views share no angle."""
     rng = np.random.default_rng(0)
-    train, val = (np.array(recipe.views(rng, part, 40, 200)) for part in ("train", "val"))
+    train, val = (
+        np.array([(c.theta, c.phi, c.turn) for c in recipe.views(rng, part, 40, 200)])
+        for part in ("train", "val")
+    )
     assert train[:, 0].max() < 9 < 10.5 < val[:, 0].min() < val[:, 0].max() < 12.5
     assert np.abs(train[:, 2]).max() <= 40 and np.ptp(train[:, 2]) > 70
     assert np.histogram(train[:, 1], 8, (0, 360))[0].min() > 10

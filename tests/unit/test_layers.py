@@ -125,9 +125,11 @@ BESIDE = {
     "sim.layouts": {"sim.events", "sim.placement", "sim.settings", "sim.verdict"},
     "sim.decisions": {"sim.workers"},
     "sim.recipe": {"sim.settings"},
+    "sim.mistakes": {"sim.expert", "sim.libero_env"},
     "sim.recording": {
         "sim.expert",
         "sim.libero_env",
+        "sim.mistakes",
         "sim.recipe",
         "sim.settings",
         "sim.variants",
