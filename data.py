@@ -5,7 +5,7 @@ trajectory, or as much later as it takes to have moved by `min_travel`. It is cl
 gripper change, and that change is the gripper's label. Some frames are left out:
 
 - those inside a gripper's hold, at which no decision is ever taken;
-- those whose way to the first waypoint was disturbed by a push;
+- those whose way to the first waypoint was disturbed by a push, or is of an attempt that fails;
 - those that stand still with no change to come: after the last release they would teach a fixed
   point, and a policy that mistakes a hover for it never moves again;
 - the retreat after the last release (unless `retreat`): without memory, rising from the placed bowl
@@ -121,7 +121,8 @@ def waypoint_labels(demo, stride, n_window, retreat=False, min_travel=0.0, stay=
     # wrong.
     # number of pushed frames before each frame
     pushes = np.concatenate([[0], np.cumsum(demo.perturbed)])
-    mask = pushes[target] == pushes[frames][:, None]  # no pushed frame in [i, target)
+    # no pushed frame in [i, target), nor i itself where the target is no way off
+    mask = (pushes[target] == pushes[frames][:, None]) & ~demo.perturbed[:, None]
     held = held_frames(demo)
     still = np.linalg.norm(demo.ee_pos[target[:, 0]] - demo.ee_pos, axis=1) < STILL
     # at the change frame itself the old command still is

@@ -183,7 +183,7 @@ def test_labels_equal_those_of_a_plain_loop(seed):
         for k in range(n_window):
             t = min(i + (k + 1) * stride, end)
             assert target[i, k] == t and gripper[i, k] == command[t]
-            assert mask[i, k] == (not demo.perturbed[i:t].any())
+            assert mask[i, k] == (not demo.perturbed[i : max(t, i + 1)].any())
         held = any(t < i < t + GRIPPER_STEPS for t in changes)
         still = target[i, 0] == i and i not in changes
         retreat = changes and not command[changes[-1]] and i > changes[-1]

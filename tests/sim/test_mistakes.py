@@ -1,0 +1,100 @@
+"""Demonstrations that begin with a grasp that fails: it fails, and the expert makes it good."""
+
+import numpy as np
+import pytest
+from conftest import SIZE
+from helpers import run
+
+import collect_demos
+from data import waypoint_labels
+from formats.dataset import open_dataset
+from runtime import UserError
+from sim import mistakes
+from sim.expert import PickPlaceExpert, servo_action
+from sim.libero_env import CLOSE, OPEN
+
+
+def settled(scene, index=0):
+    """Put the scene into an init state."""
+    scene.begin_episode(scene.init_states()[index])
+
+
+def attempted(scene, seed):
+    """Carry an attempt out -> the largest height (m) that the bowl was lifted by."""
+    rest, heights = scene.position(scene.pick)[2], [0.0]
+    for target, gripper in mistakes.attempt(scene, np.random.default_rng(seed)):
+        scene.step(servo_action(scene.observe(image=False).eef_pos, target, gripper))
+        heights.append(scene.position(scene.pick)[2] - rest)
+    return max(heights)
+
+
+def test_attempts_miss_the_bowl_and_end_at_any_place(scene):
+    """Most miss, so that few are drawn again; they end from the grasp to the plate, most with
+    closed fingers that hold nothing.
+    """
+    ends, widths, lifted = [], [], []
+    for seed in range(8):
+        settled(scene)
+        bowl, plate = scene.position(scene.pick), scene.position(scene.place)
+        lifted.append(attempted(scene, seed) > mistakes.LIFTED)
+        now = scene.observe(image=False)
+        ends.append((now.eef_pos - bowl)[:2] @ (plate - bowl)[:2] / np.sum((plate - bowl)[:2] ** 2))
+        widths.append(now.gripper_width)
+    assert sum(lifted) <= 2
+    assert min(ends) < 0.2 and max(ends) > 0.8
+    assert sum(width < 0.003 for width in widths) >= 4
+
+
+def test_the_expert_goes_back_with_closed_fingers_and_opens_above_the_bowl(scene):
+    """On the way they stay closed: whatever they may hold is not dropped."""
+    settled(scene)
+    # an attempt that ends with closed fingers on the way to the plate
+    seed = next(s for s in range(20) if 1.3 < end_of(s) < 2)
+    assert attempted(scene, seed) < mistakes.LIFTED
+    expert, opened_at = PickPlaceExpert().plan(scene), None
+    for _ in range(expert.max_steps):
+        eef = scene.observe(image=False).eef_pos
+        target, gripper = expert.act(scene, eef)
+        if expert.done:
+            break
+        if opened_at is None and gripper == OPEN:
+            opened_at = eef - scene.position(scene.pick) - expert.offset
+        assert opened_at is not None or gripper == CLOSE
+        scene.step(servo_action(eef, target, gripper))
+    assert np.linalg.norm(opened_at[:2]) < 0.02 and opened_at[2] > 0.08
+    assert expert.done and scene.success()
+
+
+def end_of(seed):
+    """How far an attempt of a seed gets, see mistakes.attempt: it is drawn after the grasp."""
+    rng = np.random.default_rng(seed)
+    if rng.random() < 0.5:
+        rng.uniform(size=3)
+    else:
+        rng.normal(size=2), rng.uniform()
+    return rng.uniform(0, 2.5)
+
+
+def test_nothing_is_learnt_from_the_attempt(tmp_path):
+    """Its frames are in the file, as context for policies with a history, and train nothing."""
+    run(
+        f"collect_demos.py --n_demos 1 --image_size {SIZE} --push_rate 0 --mistake_rate 1 "
+        "--clean_scene --render fast --workers 1 --out mistakes.hdf5",
+        cwd=tmp_path,
+    )
+    (demo,) = open_dataset(tmp_path / "mistakes.hdf5", int(SIZE)).demos
+    attempt = int(np.argmin(demo.perturbed))  # the first frame that is the expert's
+    assert attempt > 30 and not demo.perturbed[attempt:].any()
+    _, _, _, usable = waypoint_labels(demo, 5, 1, min_travel=0.02)
+    assert not usable[:attempt].any() and usable[attempt:].sum() > 30
+
+
+@pytest.mark.parametrize("flags", ["--grasp rim", "--variant lift_once", "--grasp planned"])
+def test_no_other_expert_makes_a_mistake_good(flags):
+    with pytest.raises(UserError, match="--mistake_rate 0.5: only the grasp `side`"):
+        collect_demos.main(["--mistake_rate", "0.5", *flags.split()])
+
+
+def test_loose_cameras_are_the_recipes():
+    with pytest.raises(UserError, match="--loose_camera: only --setting recipe"):
+        collect_demos.main(["--loose_camera", "1"])
