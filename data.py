@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 
 import camera
 from formats.demos import GRIPPER_STEPS, next_waypoint
-from nets.backbone import feature_cache
+from formats.stamp import images_stamp
+from nets.feature_cache import Group, feature_cache
 from rot_utils import circular_mean, matrix_to_euler, rotvec_to_matrix, wrap_angle
 from runtime import UserError
 
@@ -172,7 +173,7 @@ class WaypointDataset(Dataset):
         needed = self.label(config, frame_stride)
         # images are read only where the cache lacks their features, so they are given as a call
         groups = [
-            (demo.key, partial(demo.images, frames))
+            Group(demo.key, partial(demo.images, frames), partial(images_stamp, demo, frames))
             for demo, frames in zip(demos, needed)
             if len(frames)
         ]

@@ -16,7 +16,8 @@ class Demonstrations(ABC):
 
     A format is one file with a subclass that has `format`, `accepts`, `read` and `images`, and a
     line in `formats.dataset.FORMATS`; `many_tasks` where it may hold several, `check` where more is
-    to be checked than in every format. What every format then has:
+    to be checked than in every format, `files` so that images are not read again and again. What
+    every format then has:
 
     path; format, its name; attributes {key: value}, what the dataset says of itself (its task,
     command, versions ...); demos, a list of Demo, which hold the calibration (K, E) and the number
@@ -61,6 +62,12 @@ class Demonstrations(ABC):
 
         Called from several threads. Raises UserError where one is damaged.
         """
+
+    def files(self, demo):
+        """Paths of all files that a Demo's images depend on, in an order of their own; None where
+        they are not known. Features are then looked up by the images' bytes, see `formats.stamp`.
+        """
+        return None
 
     def __len__(self):
         return len(self.demos)

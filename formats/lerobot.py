@@ -106,6 +106,12 @@ class LeRobotFolder(Demonstrations):
             stored = read_embedded(episode, frames, self.image, self.shape, demo.image_size)
         return upright(stored, self.orientation)
 
+    def files(self, demo):
+        episode = self.episodes[demo.name]
+        # where an episode's images begin, and how they are stored, its metadata say
+        said = sorted(p for p in (self.path / "meta").rglob("*") if p.is_file())
+        return [*said, episode.file, *filter(None, [episode.video])]
+
     def check(self):
         super().check()
         remedy = 'set "image_orientation": "{}" in ' + f"{self.path / 'meta' / 'cameras.json'}"

@@ -66,6 +66,7 @@ class LiberoFile(Demonstrations):
             check_number(self.path, names, attributes)
             ours = "format" in attributes
             found = [read_demo(self.path, file, name, image_size, ours) for name in names[:limit]]
+            self.elsewhere = {d.name for d in found if images_elsewhere(file, d.name)}
         return found, attributes
 
     def images(self, demo, frames):
@@ -74,6 +75,9 @@ class LiberoFile(Demonstrations):
             # image n is of frame n * image_stride
             stored = [i // demo.image_stride for i in frames]
             return read_images(self.path, file, demo.name, stored)
+
+    def files(self, demo):
+        return None if demo.name in self.elsewhere else [self.path]
 
 
 def check_number(path, names, attributes):
@@ -264,6 +268,12 @@ def image_shape(path, group, name, image_size):
             f"with `python collect_demos.py --replay {path} --image_size {image_size}`"
         )
     return shape[0], shape[1]
+
+
+def images_elsewhere(file, name):
+    """True if a demonstration's images lie in another file, to which this one links."""
+    images = file[f"data/{name}/{IMAGE}"]
+    return images.file.filename != file.filename or images.is_virtual or bool(images.external)
 
 
 def read_images(path, file, name, indices):

@@ -78,6 +78,10 @@ class EpisodeFolder(Demonstrations):
     def images(self, demo, frames):
         return read_frames(self.path / demo.name, frames, demo.image_size)
 
+    def files(self, demo):
+        source = frame_files(self.path / demo.name)
+        return [source] if isinstance(source, Path) else source
+
 
 def episode_folders(path):
     """Episode folders of a dataset in alphabetical order. Raises UserError for no folder, a foreign

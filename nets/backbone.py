@@ -1,4 +1,4 @@
-"""Frozen image features by name, and their cache on disk.
+"""Frozen image features by name. `nets.feature_cache` keeps them on disk.
 
 | name | input | maps |
 |---|---|---|
@@ -17,19 +17,15 @@ import hashlib
 import logging
 import os
 import socket
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from nets.fusion import with_fused_norms, with_onednn, without_tail
-from runtime import UserError, atomic_path
+from runtime import UserError
 
 # our short names -> timm's; a name that is not listed is passed to timm as it is
 TIMM_NAMES = {
@@ -329,51 +325,6 @@ class Backbone(nn.Module):
         return [tokens.transpose(1, 2).unflatten(2, (side, side)).half()]
 
 
-def cached_features(backbone, images, folder="cache/features"):
-    """Images (N,S,S,3) uint8 -> their features, computed once and then read from the cache: a list
-    of read-only memmaps (N,C,H,W) float16.
-
-    A CPU takes images one by one, as in use: batches round differently. A GPU takes GPU_BATCH at a
-    time. The key is the images' bytes and the backbone's identity. An entry is written atomically,
-    so a killed computation leaves none.
-    """
-    key = hashlib.blake2b(np.ascontiguousarray(images), digest_size=12).hexdigest()
-    # one file for each map
-    paths = [
-        Path(folder) / backbone.identity / f"{key}.{i}.npy" for i in range(len(backbone.channels))
-    ]
-    # a missing or damaged map makes all of the entry computed anew
-    found = [stored_maps(path, len(images), c) for path, c in zip(paths, backbone.channels)]
-    if any(maps is None for maps in found):
-        batch = 1 if backbone.device.type == "cpu" else GPU_BATCH
-        # each map goes to the CPU at once: a GPU holds one batch of features
-        chunks = [
-            [m.cpu().numpy() for m in backbone(torch.from_numpy(images[i : i + batch]))]
-            for i in range(0, len(images), batch)
-        ]
-        for i, path in enumerate(paths):
-            with atomic_path(path) as scratch, open(scratch, "wb") as file:
-                np.save(file, np.concatenate([c[i] for c in chunks]))
-        found = [np.load(p, mmap_mode="r") for p in paths]
-    return found
-
-
-def stored_maps(path, n, channels):
-    """A cache entry as a read-only memmap (N,C,H,W) float16.
-
-    None where the file is missing, cut short or of another shape.
-    """
-    try:
-        maps = np.load(path, mmap_mode="r")
-    except Exception:  # OSError, ValueError, EOFError: it depends on where the file ends
-        return None
-    return (
-        maps
-        if maps.ndim == 4 and maps.shape[:2] == (n, channels) and maps.dtype == np.float16
-        else None
-    )
-
-
 @contextlib.contextmanager
 def each_on_one_thread():
     """While inside, every torch operation runs on one thread.
@@ -387,34 +338,3 @@ def each_on_one_thread():
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def feature_cache(backbone, groups, folder="cache/features", progress=True):
-    """Features of many groups of images, through the cache: {name: maps}.
-
-    groups: iterable of (name, callable returning images (N,S,S,3) uint8); a group is a
-    demonstration. maps: as of `cached_features`.
-    """
-    groups = list(groups)
-    on_cpu = backbone.device.type == "cpu"
-    threads = os.cpu_count() if on_cpu else 2  # on a GPU one reads images while the other computes
-    with (
-        each_on_one_thread() if on_cpu else contextlib.nullcontext(),
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(
-            total=len(groups),
-            desc=f"features of {backbone.name}",
-            unit="demo",
-            disable=not progress,
-        ) as bar,
-    ):
-        found, images, start = {}, 0, time.perf_counter()
-        maps = pool.map(lambda group: cached_features(backbone, group[1](), folder), groups)
-        # each result is assigned to found[name], in the groups' order
-        for (name, _), found[name] in zip(groups, maps):
-            images += len(found[name][0])
-            bar.set_postfix_str(
-                f"{images / (time.perf_counter() - start):.0f} images/s", refresh=False
-            )
-            bar.update()
-        return found

@@ -189,7 +189,9 @@ def random_windows(config, folder, n_demos=2, steps=60):
         return np.stack([number(f).view(np.uint8) for f in frames])
 
     # as much of a dataset's source as WindowDataset asks for
-    source = SimpleNamespace(path="random", fingerprint="random", images=images)
+    source = SimpleNamespace(
+        path="random", fingerprint="random", images=images, files=lambda demo: None
+    )
     # 2 m up, looking straight down; OpenCV axes, so y and z are turned over
     E = np.diag([1.0, -1.0, -1.0, 1.0])
     E[:3, 3] = 0, 0, 2.0

@@ -1,5 +1,5 @@
-"""Frozen features: shipped weights load, the cache holds exactly the live numbers, missing weights
-are said clearly."""
+"""Frozen features: shipped weights load, and give what the network gives; missing weights are said
+clearly."""
 
 import json
 
@@ -15,8 +15,6 @@ from nets.backbone import (
     Backbone,
     _shipped_weights,
     _size_options,
-    cached_features,
-    feature_cache,
     resolve_backbone,
 )
 from nets.convolution import OneDnnConvolution, has_onednn
@@ -31,23 +29,6 @@ def pictures(n=11, size=SIZE, seed=0):
     coarse = torch.from_numpy(rng.uniform(0, 255, (n, 3, 8, 8)))
     fine = torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(0, 255).byte()
     return fine.permute(0, 2, 3, 1).numpy().copy()
-
-
-class Counting:
-    """A backbone that counts how often it is run."""
-
-    def __init__(self, backbone):
-        self.backbone, self.calls = backbone, 0
-        self.name, self.channels, self.identity = (
-            backbone.name,
-            backbone.channels,
-            backbone.identity,
-        )
-        self.device = backbone.device
-
-    def __call__(self, images):
-        self.calls += 1
-        return self.backbone(images)
 
 
 @pytest.fixture(scope="module")
@@ -133,78 +114,6 @@ def test_backbone_is_frozen(backbone):
     assert not any(p.requires_grad for p in backbone.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, during)) and not before[0].requires_grad
     assert backbone.identity.startswith(f"efficientnet_lite0-{SIZE}px-")
-
-
-def test_cached_features_equal_live_ones_and_are_read_the_second_time(backbone, tmp_path):
-    """Training sees exactly the numbers that the robot will see, and computes them once."""
-    counting, images = Counting(backbone), pictures()
-    first = cached_features(counting, images, tmp_path)
-    assert counting.calls == len(images)  # one by one on a CPU, as a policy sees them
-    live = [
-        torch.cat(m)
-        for m in zip(*(backbone(torch.from_numpy(images[i : i + 1])) for i in range(len(images))))
-    ]
-    for cached, now in zip(first, live):
-        assert cached.dtype == np.float16 and torch.equal(torch.from_numpy(np.array(cached)), now)
-    second = cached_features(counting, images, tmp_path)
-    assert counting.calls == len(images)
-    assert all(np.array_equal(a, b) for a, b in zip(first, second))
-
-
-def test_one_pixel_makes_another_cache_entry(backbone, tmp_path):
-    """Other images never get an old entry, however small the difference."""
-    counting, images = Counting(backbone), pictures(2)
-    cached_features(counting, images, tmp_path)
-    images[1, 3, 4, 2] ^= 1
-    cached_features(counting, images, tmp_path)
-    assert counting.calls == 4 and len(list(tmp_path.rglob("*.npy"))) == 2 * len(backbone.channels)
-
-
-def test_another_backbone_makes_another_cache_entry(backbone, tmp_path):
-    """Another backbone's entry is never used."""
-    counting, other, images = Counting(backbone), Counting(backbone), pictures(2)
-    other.identity += "-other"
-    cached_features(counting, images, tmp_path)
-    cached_features(other, images, tmp_path)
-    assert (counting.calls, other.calls) == (2, 2)
-
-
-def test_a_killed_computation_leaves_no_entry(backbone, tmp_path):
-    """Features are on disk wholly or not at all."""
-
-    def dies(images):
-        if dies.calls:
-            raise KeyboardInterrupt
-        dies.calls += 1
-        return backbone(images)
-
-    dies.calls, dies.channels, dies.identity, dies.device = (
-        0,
-        backbone.channels,
-        backbone.identity,
-        backbone.device,
-    )
-    with pytest.raises(KeyboardInterrupt):
-        cached_features(dies, pictures(), tmp_path)
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
-def test_features_come_back_under_their_demos_name(backbone, tmp_path):
-    """Many demos: each name gets its own images' features."""
-    a, b = pictures(2, seed=1), pictures(3, seed=2)
-    maps = feature_cache(backbone, [("a", lambda: a), ("b", lambda: b)], tmp_path, progress=False)
-    assert [len(maps["a"][0]), len(maps["b"][0])] == [2, 3]
-    np.testing.assert_array_equal(maps["b"][1], cached_features(backbone, b, tmp_path)[1])
-
-
-def test_equal_demos_do_not_race(backbone, tmp_path):
-    """The same images under several names (a demo stored twice) share one entry, also when threads
-    write it at once."""
-    for seed in range(5):
-        images = pictures(1, seed=seed)
-        wanted = [(name, lambda images=images: images) for name in "abcd"]
-        maps = feature_cache(backbone, wanted, tmp_path, progress=False)
-        assert all(np.array_equal(maps[name][0], maps["a"][0]) for name in "bcd")
 
 
 # -- weights

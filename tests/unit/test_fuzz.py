@@ -22,7 +22,7 @@ from figures import report
 from formats import smith300
 from formats.dataset import open_dataset
 from harness import checkpoint, records
-from nets import backbone as features
+from nets import feature_cache as features
 from registry import look_up
 from runtime import UserError, append_jsonl, write_json
 from study import matrix_table

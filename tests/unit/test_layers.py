@@ -31,6 +31,7 @@ LAYERS = [
 # What a file may import from its own package.
 BESIDE = {
     "nets.backbone": {"nets.fusion"},
+    "nets.feature_cache": {"nets.backbone"},
     "nets.fusion": {"nets.convolution"},
     "nets.history": {"nets.volume"},
     "nets.layers_voxel": {"nets.layers_voxel_triton", "nets.maps"},
