@@ -20,6 +20,8 @@
     python collect_demos.py --replay FOLDER --task_ids 0,3 --out REPLAYED
     # every task of a suite, a file each
     python collect_demos.py --task_suite libero_object --task_ids all --n_demos 20
+    # every second one picks what another task's sentence says in this scene, see docs/suites.md
+    python collect_demos.py --task_suite libero_spatial --task_ids all --instruction_of other
     # the expert's success rate on every task
     python collect_demos.py --survey libero_spatial
 
@@ -40,9 +42,9 @@ from formats import lerobot_writer, libero_hdf5
 from formats.dataset import open_dataset
 from formats.parts import check_replaceable, gather, merge, part_path, readable
 from runtime import UserError, command_line, read_json, run_script, write_json
-from sim import recipe, settings
+from sim import collected, instructions, recipe, settings
 from sim.cameras import RENDERS
-from sim.expert import EXPERTS, default_grasp
+from sim.expert import EXPERTS
 from sim.libero_env import Scene
 from sim.placement import JOINT_JITTER
 from sim.recording import ExpertWorker
@@ -86,6 +88,7 @@ NOT_REPLAYED = (
     "push_rate",
     "layout_spread",
     "video",
+    *("instruction_of", "instruction_share"),
 )
 
 
@@ -130,6 +133,8 @@ def default_number(args):
 def asked_of(args, mujoco):
     """The settings that decide what demonstrations hold."""
     asked = {k: v for k, v in vars(args).items() if k not in FREE}
+    if args.instruction_of is None:  # folders from before it was there go on
+        del asked["instruction_of"], asked["instruction_share"]
     return {**asked, "mujoco": mujoco}  # one file, one physics
 
 
@@ -198,6 +203,10 @@ def file_attributes(args, task, made_with, simulated):
         "split": args.split or "",
         "render": args.render,
     }
+    # each demonstration says which sentence
+    if args.instruction_of is not None:
+        of_this_program["instruction_of"] = args.instruction_of
+        of_this_program["instruction_share"] = args.instruction_share
     # of the recipe each demonstration says it
     if args.clean_scene is not None:
         of_this_program["clean_scene"] = args.clean_scene
@@ -225,7 +234,7 @@ def replay(args):
     files = files_of(args.replay, chosen)
     if len(files) == 1 and args.task_ids is None and files == [Path(p) for p in args.replay]:
         args.replay = str(files[0])
-        args.out = args.out or f"data/{file_name(args)}"
+        args.out = args.out or f"data/{collected.file_name(args)}"
         return collect(args)
     if args.task_suite:
         raise UserError("--task_suite: each replayed file names its own task; leave it out")
@@ -259,6 +268,8 @@ def collect(args, again=False):
     task = find_task(args.task_suite, args.task_id)
     if args.setting == "recipe" and not args.replay:
         recipe.check_task(task)
+    if not args.replay:
+        collected.check_told(args, task)
     # every demonstration is recorded into its own file, all are joined at the end
     folder = out.with_name(out.name + ".parts")
     if (
@@ -428,6 +439,19 @@ def build_parser():
         help="the task, or lift_once, see sim/variants.py",
     )
     parser.add_argument(
+        "--instruction_of",
+        type=instructions.of_task,
+        metavar="N|other",
+        help="do what this task's sentence says in the scene; other: the sentence that names the "
+        "scene's other object (also with --survey)",
+    )
+    parser.add_argument(
+        "--instruction_share",
+        type=flags.positive,
+        default=0.5,
+        help="share of the demonstrations that --instruction_of is for; the others are the task's",
+    )
+    parser.add_argument(
         "--format",
         default="libero",
         choices=("libero", "smith300", "lerobot"),
@@ -479,9 +503,15 @@ def collect_tasks(args):
         raise UserError("--task_ids: does not go with --show; give --task_id")
     chosen = range(number_of_tasks(suite)) if args.task_ids == "all" else args.task_ids
     tasks = [find_task(suite, index) for index in chosen]
-    folder = Path(args.out or f"data/{suite}")
+    told = "" if args.instruction_of is None else f"_told_{args.instruction_of}"
+    folder = Path(args.out or f"data/{suite}{told}")
     claim(folder, args, simulator_versions()["mujoco"])
     for task in tasks:
+        try:
+            instructions.request(task, args.instruction_of)
+        except UserError as nothing_to_say:
+            print(f"{task.key}: skipped, {nothing_to_say}")
+            continue
         out = folder / (task.key + (".hdf5" if args.format == "libero" else ""))
         if out.exists() and not args.overwrite:
             there = len(open_dataset(out))
@@ -499,90 +529,20 @@ def collect_tasks(args):
 
 def collect_task(args):
     """Collect, replay or show one task, with the flags filled in that were not given."""
-    args.grasp = args.grasp or usual_grasp(args)
+    args.grasp = args.grasp or collected.usual_grasp(args)
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
-    args.frame_stride = chosen_stride(args)
+    args.frame_stride = collected.chosen_stride(args)
     if not args.replay:
         args.split = settings.resolve_split(args.setting, args.split)
         if args.clean_scene is None:
             args.clean_scene = settings.clean_by_default(args.setting)
-    fill_spreads(args)
+    collected.fill_spreads(args)
     if args.show:
         return show(args)
     if args.replay:
         return replay(args)
-    args.out = args.out or f"data/{file_name(args)}"
+    args.out = args.out or f"data/{collected.file_name(args)}"
     collect(args)
-
-
-def fill_spreads(args):
-    """Set --start_spread, --turn_spread, --loose_camera and --mistake_rate where they were not
-    given: nothing is varied, but by the recipe. Raises UserError for a --layout_spread beside its
-    places, a loose camera without it, mistakes that no expert makes good.
-    """
-    of_recipe = args.setting == "recipe" and not args.replay
-    if of_recipe and args.layout_spread:
-        raise UserError(
-            f"--layout_spread {args.layout_spread}: --setting recipe draws each object's place "
-            "from a whole half of the table; leave it out"
-        )
-    if args.loose_camera and not of_recipe:
-        raise UserError("--loose_camera: only --setting recipe has it; give that, or leave it out")
-    if args.mistake_rate and (args.grasp, args.variant) != ("side", "task"):
-        raise UserError(
-            f"--mistake_rate {args.mistake_rate}: only the grasp `side` of the task itself makes a "
-            f"mistake good, this is {args.grasp!r} of {args.variant!r}; leave it out"
-        )
-    for name, usual in (
-        ("start_spread", recipe.START_SPREAD),
-        ("turn_spread", recipe.TURN_SPREAD),
-        ("loose_camera", recipe.LOOSE_CAMERA),
-        ("mistake_rate", recipe.MISTAKE_RATE),
-    ):
-        if getattr(args, name) is None:
-            setattr(args, name, usual[args.part] if of_recipe else 0.0)
-
-
-def usual_grasp(args):
-    """The grasp where none was given: the task's, and `side` for a replay, which needs none."""
-    if args.replay:
-        return "side"
-    task = find_task(args.task_suite or "libero_spatial", args.task_id)
-    return default_grasp(task, args.variant)
-
-
-def chosen_stride(args):
-    """Every how many frames an image is stored. The default is what training reads, and every
-    frame with `--grasp rim`, whose study of rotations looks at all of them.
-
-    Raises UserError for a stride above 1 with smith300 and lerobot, which hold every frame.
-    """
-    if args.format == "libero":
-        return args.frame_stride or (1 if args.grasp == "rim" else 2)
-    if (args.frame_stride or 1) > 1:
-        raise UserError(
-            f"--frame_stride {args.frame_stride}: a {args.format} episode holds every frame; "
-            "leave it out, or give --format libero"
-        )
-    return 1
-
-
-def file_name(args):
-    """Name of the dataset where --out is not given: its task and what differs from the defaults."""
-    words = [f"{args.task_suite or 'libero_spatial'}_{args.task_id}"]
-    if args.replay:
-        words = [Path(args.replay).stem, "replayed"]
-    if args.grasp != usual_grasp(args):
-        words.append(args.grasp)
-    if args.variant != "task":
-        words.append(args.variant)
-    if args.setting != "in_dist":
-        words.append(args.setting)
-        if args.split != settings.SPLITS[args.setting][0]:
-            words.append(args.split)
-    if args.part != "train":
-        words.append("val")
-    return "_".join(words) + (".hdf5" if args.format == "libero" else f"_{args.format}")
 
 
 if __name__ == "__main__":

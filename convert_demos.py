@@ -29,6 +29,13 @@ def convert(files, out, video, overwrite):
         found, attributes = lerobot_writer.sources_of(path)
         sources += found
         said.append(attributes)
+    if len({(a.get("task_suite"), a.get("task_id")) for a in said}) > 1 and any(
+        "instruction_of" in a for a in said
+    ):
+        raise UserError(
+            "several files, some with other tasks' sentences (instruction_of): of one dataset of "
+            "theirs nobody could tell whose scene a sentence was said in; convert each by itself"
+        )
     # what holds of every file holds of the dataset
     common = {k: v for k, v in said[0].items() if all(a.get(k) == v for a in said)}
     bar = lambda demos: tqdm(demos, desc=f"writing {out}", unit="demo")

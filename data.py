@@ -242,15 +242,17 @@ class WaypointDataset(Dataset):
         self.mask = torch.from_numpy(mask.astype(np.float32))
 
     def samples_by_task(self):
-        """Indices (N,) of the samples of each task, in the order of its first demonstration."""
-        by_task = {}
+        """Indices (N,) of the samples of each task, and of each sentence where a task's scene is
+        told several, in the order of its first demonstration.
+        """
+        by_request = {}
         for d, demo in enumerate(self.demos):
-            by_task.setdefault(demo.group, []).append(d)
-        found = {task: np.flatnonzero(np.isin(self.demo, d)) for task, d in by_task.items()}
-        if empty := [task for task, samples in found.items() if not len(samples)]:
+            by_request.setdefault(demo.request, []).append(d)
+        found = {asked: np.flatnonzero(np.isin(self.demo, d)) for asked, d in by_request.items()}
+        if empty := [asked for asked, samples in found.items() if not len(samples)]:
             raise UserError(
-                f"{paths_of(self.demos)}: no usable frame of task {empty[0]!r}, all are pushed or "
-                "in gripper holds; collect more demonstrations of it"
+                f"{paths_of(self.demos)}: no usable frame of task {empty[0][0]!r}, all are pushed "
+                "or in gripper holds; collect more demonstrations of it"
             )
         return list(found.values())
 

@@ -44,7 +44,7 @@ from tqdm import tqdm
 import flags
 from figures import plots
 from harness.metrics import ERROR
-from harness.records import check_stamp, newest_checkpoint, read_episodes, scored_rows
+from harness.records import check_stamp, newest_checkpoint, read_episodes
 from harness.remote import ServerLost
 from harness.summary import place_of, print_summary, summarise
 from runtime import UserError, append_jsonl, run_script, write_json
@@ -90,6 +90,7 @@ class EvalWorker:
         self.args, self.reference = args, reference or {}
         task = find_task(args.task_suite, args.task_id)
         self.said = instructions.spoken(args, task)
+        self.request = instructions.request(task, args.instruction_of)
         if args.plus:
             # an episode's index is its variant's among those of the task
             self.variants = plus.chosen(task.suite, args.plus, [task])[task.index]
@@ -191,11 +192,12 @@ class EvalWorker:
         }
 
     def scene_of(self, task):
-        """The Scene of a Task, which says what the flags say."""
+        """The Scene of a Task, which says and asks for what the flags say."""
         args = self.args
         scene = Scene(
             image_size=args.image_size, clean=args.clean_scene, render=args.render, task=task
         )
+        scene.ask_for(self.request)
         scene.instruction = self.said.get("instruction", scene.instruction)
         return scene
 
@@ -314,7 +316,8 @@ def add_task_flags(group):
         "--instruction_of",
         type=instructions.of_task,
         metavar="N|other",
-        help="say this task's sentence; other: that of the scene's other object",
+        help="say this task's sentence, and count what it asks for; other: that of the scene's "
+        "other object",
     )
     add(
         "--grasp",
@@ -418,8 +421,9 @@ def prepare(args, network=None):
     args.task_id = args.task_id or 0
     args.variant = args.variant or "task"
     task = find_task(args.task_suite, args.task_id)
-    instructions.spoken(args, task)  # refuses what it cannot say there
-    args.grasp = args.grasp or default_grasp(task, args.variant)
+    # refuses what it cannot say there
+    request = instructions.request(task, args.instruction_of)
+    args.grasp = args.grasp or default_grasp(request.task if request else task, args.variant)
     refuse_without_meaning(args)
     args.render = args.render or "exact"  # of a policy that was trained on no images
     args.split = settings.resolve_split(setting, args.split)
@@ -475,8 +479,8 @@ def run_episodes(args, network, where):
     # crashed episodes of an earlier run are tried again
     rows = {
         r["episode"]: r
-        for r in scored_rows(read_episodes(args.out, place_of(args)))
-        if r["episode"] < args.n_episodes
+        for r in read_episodes(args.out, place_of(args))
+        if "crash" not in r and r["episode"] < args.n_episodes
     }
     jobs = [i for i in range(args.n_episodes) if i not in rows]
     bar = tqdm(
@@ -503,7 +507,7 @@ def run_episodes(args, network, where):
         rows[outcome.job] = row = {**row_of(outcome, args), **where}
         append_jsonl(args.out / "episodes.jsonl", row)
         give_up_if_hopeless(list(rows.values()), args.out)
-        scored = [r["success"] for r in scored_rows(rows.values())]
+        scored = [r["success"] for r in rows.values() if "crash" not in r]
         bar.set_postfix_str(f"success {sum(scored)}/{len(scored)}", refresh=False)
         bar.update()
     bar.close()
@@ -546,7 +550,7 @@ def row_of(outcome, args):
 
 def give_up_if_hopeless(rows, folder):
     """Raise UserError once HOPELESS episodes all crashed, or all ended in a policy's error."""
-    episodes, scored = folder / "episodes.jsonl", scored_rows(rows)
+    episodes, scored = folder / "episodes.jsonl", [r for r in rows if "crash" not in r]
     if not scored and len(rows) >= HOPELESS:
         raise UserError(
             f"the first {len(rows)} episodes all crashed, the last with {rows[-1]['crash']} "

@@ -498,6 +498,7 @@ def provenance(args, found, recipe):
     about["versions"] = demo_files.simulated_with(said)
     about["renderer"] = demo_files.drawn_by(said)
     typed = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    sentences = found.recordings.sentences
     return {
         "args": {**typed, "dataset": named(args.dataset)},
         "config": dataclasses.asdict(found.config),
@@ -507,7 +508,8 @@ def provenance(args, found, recipe):
         "seed": recipe.seed,
         "dataset": about,
         "datasets": found.recordings.described(),
-        "tasks": {d.group: d.instruction for d in found.recordings.demos},
+        "tasks": {task: words[0] for task, words in sentences.items()},
+        **({"sentences": sentences} if any(len(w) > 1 for w in sentences.values()) else {}),
         "turned": found.recordings.turned(),
         "train_demos": recipe.train_demos,
         "val_demos": recipe.val_demos,
@@ -551,8 +553,9 @@ def announce(trainer, resume):
     """Say what is trained on what, and for how long."""
     folder, parameters = trainer.folder, trainer.save_info["parameters"]
     if trainer.policy.reader:
-        tasks = trainer.save_info["tasks"]
-        print(f"{len(tasks)} tasks, told by --text {trainer.policy.config.text}")
+        tasks, sentences = trainer.save_info["tasks"], trainer.save_info.get("sentences", {})
+        more = f", {sum(map(len, sentences.values()))} sentences in their scenes" * bool(sentences)
+        print(f"{len(tasks)} tasks{more}, told by --text {trainer.policy.config.text}")
     print(f"{folder}: {parameters:,} parameters, step {trainer.step}\n{trainer.recipe}")
     # of policies with a 1D rotation target
     basis = getattr(trainer.train_set, "basis", None)

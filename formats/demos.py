@@ -61,11 +61,12 @@ class Demo:
     def instruction(self):
         """What was asked for, in words; "" where its dataset does not say.
 
-        A LeRobot dataset says it of each episode, others of all. LIBERO's own files hold it in
-        their `problem_info`, a JSON text.
+        A LeRobot dataset says it of each episode, others of all but those demonstrations to which
+        another task's sentence was said. LIBERO's own files hold it in their `problem_info`, a JSON
+        text.
         """
         said = self.source.attributes
-        words = self.attrs.get("task") or said.get("language")
+        words = self.attrs.get("task") or self.attrs.get("language") or said.get("language")
         if words:
             return str(words)
         try:
@@ -77,6 +78,13 @@ class Demo:
     def group(self):
         """What its task is called: the key of a LIBERO task, else the instruction, else ""."""
         return self.task or self.instruction
+
+    @property
+    def request(self):
+        """What is asked for and where: (group, instruction). By it demonstrations are divided, and
+        drawn equally often: in one scene one sentence may name another object than the next.
+        """
+        return self.group, self.instruction
 
     def images(self, frames):
         """Images (N,S,S,3) uint8 RGB, upright, of N frames, S = image_size. Reads these alone.
@@ -178,17 +186,19 @@ def next_waypoint(positions, end, stride, min_travel=0.0):
 
 
 def split_demos(demos, val_fraction=0.15):
-    """(train, validation) lists, split by demo: every k-th demo of each task validates, at least
-    one.
+    """(train, validation) lists, split by demo: every k-th demo of each task and sentence
+    validates, at least one.
     """
-    by_task = {}
+    by_request = {}
     for i, demo in enumerate(demos):
-        by_task.setdefault(demo.group, []).append(i)
+        by_request.setdefault(demo.request, []).append(i)
     held_out = set()
-    for task, numbers in by_task.items():
+    for (task, words), numbers in by_request.items():
         n = len(numbers)
         if n < 2:
-            of_task = f" of task {task!r}" if len(by_task) > 1 else ""
+            of_task = f" of task {task!r}" if len(by_request) > 1 else ""
+            if sum(group == task for group, _ in by_request) > 1:
+                of_task += f" told {words!r}"
             raise UserError(
                 f"{n} demonstration{of_task}: training needs at least 2, one of them for "
                 f"validation; {RECOLLECT}"

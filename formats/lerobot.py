@@ -254,14 +254,16 @@ class LeRobotFolder(Demonstrations):
         said = read_json(file, "LeRobot dataset", AGAIN) if file.exists() else {}
         tasks = Counter(d.attrs["task"] for d in found)
         attributes = {"num_demos": len(found), **said}
+        # where other tasks' sentences are said, the scene is the dataset's
+        placed = {"task_suite", "task_id", "instruction_of"} <= said.keys()
         if len(tasks) == 1:
             instruction = next(iter(tasks))
             attributes["language"] = instruction
-            if place := find_task(instruction):
+            if not placed and (place := find_task(instruction)):
                 attributes["task_suite"], attributes["task_id"] = place
         else:
-            # of several tasks each episode says its own
-            for key in ("language", "task_suite", "task_id"):
+            # of several tasks each episode says its own; in one scene each its own sentence
+            for key in ("language", *(() if placed else ("task_suite", "task_id"))):
                 attributes.pop(key, None)
         return attributes
 

@@ -96,8 +96,13 @@ def sources_of(path):
                 f"{path}: data, attribute 'language' is missing, the instruction that LeRobot asks "
                 f"for; add it, or {RECOLLECT}"
             )
+        # a demonstration may be of another sentence than its file
+        said = {
+            name: hdf5.attributes(path, hdf5.group(path, file["data"], name, RECOLLECT), RECOLLECT)
+            for name in names
+        }
     kept = {k: v for k, v in attributes.items() if k not in NOT_COPIED}
-    return [(path, name, instruction) for name in names], kept
+    return [(path, name, said[name].get("language") or instruction) for name in names], kept
 
 
 def _instruction_of(text):

@@ -65,6 +65,14 @@ class Mixture:
         """Names of the tasks among the demonstrations, in their order."""
         return list(dict.fromkeys(demo.group for demo in self.demos))
 
+    @property
+    def sentences(self):
+        """{task: its instructions}, in the order of the demonstrations: several where other tasks'
+        sentences are said in its scene.
+        """
+        requests = dict.fromkeys(demo.request for demo in self.demos)
+        return {task: [words for group, words in requests if group == task] for task in self.tasks}
+
     def turned(self):
         """{task: the largest angle in degrees by which a demonstration turns its gripper away from
         where it began}.

@@ -124,6 +124,8 @@ def stamp_of(args, info):
     for name in ("instruction", "instruction_of", "text_weights", "plus"):
         if getattr(args, name) is None:
             del asked[name]
+    if args.instruction_of is not None:
+        asked["judged"] = "named object"  # not so in folders from before it was
     if not args.margin:
         del asked["margin"]
     # and for --render

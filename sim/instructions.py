@@ -2,16 +2,31 @@
 sentence names another object than the task does.
 
 In LIBERO-Spatial every scene has two bowls, and the sentence of another task names the second one
-by where it stands.
+by where it stands. A Request is what such a sentence asks for in the scene: a Scene that is asked
+for it (`Scene.ask_for`) has LIBERO's predicate judge the named bowl, and the expert pick it.
 """
 
 import argparse
+from dataclasses import dataclass
 
 from runtime import UserError
 from sim.simulator import parsed_bddl
-from sim.tasks import find_task, number_of_tasks
+from sim.tasks import Task, find_task, number_of_tasks
 
 OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sentence asks for in a scene.
+
+    task: whose sentence it is; named: name of the scene's object that it is about; goal: LIBERO's
+    (predicate, object, place), which is the task's own, of that object.
+    """
+
+    task: Task
+    named: str
+    goal: tuple
 
 
 def _placed(task):
@@ -50,7 +65,7 @@ def spoken_task(task, asked):
         if found is None:
             raise UserError(
                 f"--instruction_of other: no sentence of {task.suite} names another object in the "
-                f"scene of {task.key}; leave it out, or give --instruction"
+                f"scene of {task.key}; leave it out, or choose another task"
             )
         return found
     found = find_task(task.suite, asked)
@@ -60,6 +75,43 @@ def spoken_task(task, asked):
             f"{task.key}; give --instruction_of other"
         )
     return found
+
+
+def request(task, asked):
+    """The Request of another task's sentence in a Task's scene. asked: as of `spoken_task`, None
+    for the scene's own sentence, which is no request. Raises UserError as `spoken_task` does.
+    """
+    if asked is None:
+        return None
+    said = spoken_task(task, asked)
+    named = named_object(task, said)
+    # where to, the sentence's own task says: its bowl may have another number in this scene
+    predicate, _, *place = parsed_bddl(said.bddl)["goal_state"][0]
+    return Request(said, named, (predicate, named, *place))
+
+
+def is_told(index, share):
+    """Whether the demonstration of this index is one of those to which another sentence is said.
+    share: of all demonstrations; at 0.5 every second one, 1, 3, 5, ...
+    """
+    return int((index + 1) * share) > int(index * share)
+
+
+def attributes(request):
+    """What a demonstration says of the Request that it was recorded for. It is read again by
+    `Demo.instruction` and by `request_of`.
+    """
+    return {"language": request.task.language, "instruction_of": request.task.index}
+
+
+def request_of(task, attributes, where):
+    """The Request that a demonstration in a Task's scene says it was recorded for, None for the
+    task's own sentence. attributes: its own; where: file and demonstration, for the message.
+    """
+    index = attributes.get("instruction_of")
+    if not isinstance(index, int | None):
+        raise UserError(f"{where}: attribute 'instruction_of' is {index!r}, no task's number")
+    return request(task, index)
 
 
 def of_task(text):
@@ -76,10 +128,15 @@ def spoken(args, task):
     """
     if args.instruction is not None:
         return {"instruction": args.instruction}
-    if args.instruction_of is None:
-        return {}
-    said = spoken_task(task, args.instruction_of)
-    return {"instruction": said.language, "named": named_object(task, said)}
+    return said(task, args.instruction_of)
+
+
+def said(task, asked):
+    """What rows record of another task's sentence: {"instruction", "named"}, {} for none. asked: as
+    of `request`.
+    """
+    found = request(task, asked)
+    return {"instruction": found.task.language, "named": found.named} if found else {}
 
 
 def check(args, config):
@@ -89,7 +146,9 @@ def check(args, config):
     given = [n for n in ("instruction", "instruction_of") if getattr(args, n) is not None]
     if len(given) == 2:
         raise UserError("--instruction and --instruction_of: give one of them")
-    if not given or args.policy == "remote":
+    # these two are told by the scene's goal
+    knowing = given == ["instruction_of"] and args.policy in ("expert", "oracle")
+    if not given or knowing or args.policy == "remote":
         return
     if config is None:
         raise UserError(f"--{given[0]}: --policy {args.policy} listens to nothing; leave it out")

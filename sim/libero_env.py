@@ -77,7 +77,6 @@ class Scene(Agentview, Placement):
         OffScreenRenderEnv, ControlEnv = libero()[2:]
         self.task = task or find_task(task_suite, task_id)
         self.image_size, self.clean = image_size, clean
-        self.instruction = self.task.language  # as observations say it
         self.physics, self.quality = physics, render  # both are set up anew after each reset
         np.random.seed(seed)  # fixtures are placed by NumPy's global generator
         bddl = clean_bddl(self.task) if clean else self.task.bddl
@@ -96,9 +95,8 @@ class Scene(Agentview, Placement):
             )
         self.env.reset()
         self._after_build()
-        # (On object target) names both; a goal with one argument, as (Open drawer), has neither
-        goal = self.env.env.parsed_problem["goal_state"]
-        self.pick, self.place = (goal[0][1], goal[0][2]) if len(goal[0]) == 3 else (None, None)
+        self.own_goals = self.env.env.parsed_problem["goal_state"]
+        self.ask_for()
         self.nominal_z, self.leaning = self._nominal_rest()
 
     @property
@@ -120,6 +118,26 @@ class Scene(Agentview, Placement):
         self.default_camera = np.array(model.cam_pos[index]), np.array(model.cam_quat[index])
         self.default_joints = np.array(self.robot.controller.initial_joint)
         self.posture = None
+
+    def ask_for(self, request=None):
+        """Ask for what a Request of sim/instructions.py says, None for the scene's own task.
+
+        Of it are from now on what observations say (`instruction`), `pick` and `place`, and what
+        LIBERO's predicate judges. asked: the Task whose sentence is said. Raises UserError where
+        the scene has not all that the goal names.
+        """
+        goals = self.own_goals if request is None else [list(request.goal)]
+        there = self.env.env.object_states_dict
+        if lacking := [name for goal in goals for name in goal[1:] if name not in there]:
+            raise UserError(
+                f"{request.task.language!r}: the scene of {self.task.key} has no {lacking[0]}"
+                + ("; give --no-clean_scene" if self.clean else "")
+            )
+        self.asked = self.task if request is None else request.task
+        self.instruction = self.asked.language
+        self.env.env.parsed_problem["goal_state"] = goals
+        # (On object target) names both; a goal with one argument, as (Open drawer), has neither
+        self.pick, self.place = goals[0][1:] if len(goals[0]) == 3 else (None, None)
 
     def use_physics(self, name):
         """Step with "lean", the loop of sim/physics.py, or with "robosuite"'s own: the same numbers

@@ -41,6 +41,10 @@ PREFERRED = {
     "libero_goal_6": "top 0",
     "libero_goal_8": "+y 0",
 }
+# The same where another task's sentence is said: (scene, whose sentence). Without an entry it is
+# that task's own. On this cabinet the bowl is at the end of the arm's reach: "+y 0" missed in 1 of
+# 5 init states, 0 to 4.
+PREFERRED_TOLD = {("libero_spatial_7", "libero_spatial_9"): "+y 30"}
 # Tasks whose published demonstrations and results are by the plain grasp `side` of sim/expert.py.
 SIDE_TASKS = ("libero_spatial_0", "libero_goal_1", "libero_goal_4")
 

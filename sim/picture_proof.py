@@ -23,7 +23,7 @@ from PIL import Image
 import camera
 import flags
 from formats.dataset import open_dataset
-from formats.libero_cameras import find_task, scene_of_task
+from formats.libero_cameras import scene_of_task
 from formats.pictures import ORIENTATIONS, TURNED, orientation_instead, upright
 from rot_utils import matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError, run_script
@@ -284,10 +284,11 @@ def prove(recordings, groups, scene_of=Scene):
                 f"{recordings.path}: the hand is never well inside the image by the camera of "
                 f"{instruction!r}; is it that of another scene?"
             )
-        suite, index = find_task(instruction)
+        # of the scene: the sentence may be another task's
+        suite, _, index = demos[0].task.rpartition("_")
         # drawn as the recording was: stoves of the fast render have another colour
         how = {"clean": bool(about.get("clean_scene")), "render": about.get("render", "exact")}
-        scene = scene_of(suite, index, image_size=side, **how)
+        scene = scene_of(suite, int(index), image_size=side, **how)
         try:
             scene.set_state(scene.init_states()[0])
             missed, hands, fixed = compare(scene, poses)

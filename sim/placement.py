@@ -78,7 +78,9 @@ class Placement:
         rng = np.random.default_rng([*seed, 20])  # a stream apart from that of the sampler
         self.reset(seed)
         movable = [n for n in (self.pick, self.place) if n in self.objects]
-        state = self._settle(self.state(), movable)
+        # asked for another object, the task's own has to stand as it does when it is asked for
+        own = [n for n in self.own_goals[0][1:2] if n in self.objects]
+        state = self._settle(self.state(), dict.fromkeys([*movable, *own]))
         if state is None:
             return None
         if spread > 0:

@@ -9,7 +9,7 @@ from rot_utils import rotation_angle
 from runtime import UserError
 from sim.libero_env import OPEN
 from sim.manoeuvres import Drag, LayBottle, OpenDrawer, TurnKnob
-from sim.object_facts import DRAGGED, PREFERRED, PREFERRED_ASIDE, kind
+from sim.object_facts import DRAGGED, PREFERRED, PREFERRED_ASIDE, PREFERRED_TOLD, kind
 from sim.pick_place import PickPlace
 from sim.tasks import unperturbed
 
@@ -29,13 +29,13 @@ CLOSED = -0.1  # metres of a drawer's slide above which it has to be opened firs
 
 
 def stages(scene):
-    """The stages [Stage] that a scene's task takes. Raises UserError for one that the expert
-    cannot do.
+    """The stages [Stage] that what a scene is asked for takes. Raises UserError where the expert
+    cannot do it.
     """
     goals = scene.env.env.parsed_problem["goal_state"]
     predicate, *names = goals[0]
-    task = unperturbed(scene.task).key
-    preferred = PREFERRED.get(task)
+    here, task = unperturbed(scene.task).key, unperturbed(scene.asked).key
+    preferred = PREFERRED_TOLD.get((here, task), PREFERRED.get(task))
     if len(goals) == 1 and predicate == "open" and names[0].startswith("wooden_cabinet"):
         return [OpenDrawer(scene, *cabinet_drawer(names[0]))]
     if len(goals) == 1 and predicate == "turnon":

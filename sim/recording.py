@@ -14,9 +14,10 @@ from formats import hdf5, libero_hdf5, smith300
 from formats.parts import part_path
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import atomic_path
-from sim import mistakes, recipe, settings
+from sim import instructions, mistakes, recipe, settings
 from sim.expert import servo_action
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
+from sim.tasks import find_task
 from sim.variants import STAY_STEPS, new_account, new_expert
 
 DISPLACE_STEPS = 60  # control steps of the way to a displaced start
@@ -124,6 +125,8 @@ class ExpertWorker:
     def __init__(self, args, folder):
         self.args, self.folder, self.scenes = args, Path(folder), Scenes(args)
         self.conditions = settings.conditions(args.setting, args.part, args.split)
+        task = find_task(args.task_suite, args.task_id)
+        self.request = instructions.request(task, args.instruction_of)
 
     def run(self, index):
         """Try seeds of this index until one gives a good demonstration -> Counter of what was
@@ -134,6 +137,8 @@ class ExpertWorker:
         if clean is None:  # half of the recipe's demonstrations each
             clean = recipe.is_clean(args.part, args.seed, index)
         self.scene = self.scenes[clean]
+        told = self.request is not None and instructions.is_told(index, args.instruction_share)
+        self.scene.ask_for(self.request if told else None)
         for attempt in range(ATTEMPTS):
             seed, condition = self.lay_out(index, attempt)
             if condition is None:
@@ -155,6 +160,7 @@ class ExpertWorker:
                     pick=self.scene.pick or "",
                     place=self.scene.place or "",
                     setting=args.setting,
+                    **(instructions.attributes(self.request) if told else {}),
                     **self.described(recorder.condition),
                 )
             return counts

@@ -17,7 +17,7 @@ from formats import hdf5, libero_hdf5
 from formats.demos import simulated_with
 from formats.parts import part_path
 from runtime import UserError, fits
-from sim import settings
+from sim import instructions, settings
 from sim.recording import Recorder, Scenes
 from sim.simulator import simulator_versions
 from sim.tasks import task_of_bddl
@@ -31,11 +31,15 @@ REPLAY_FORM = {
     "part?": str,
     "bddl_file_name?": str,
     "clean_scene?": (bool, int),
+    "instruction_of?": (str, int),
+    "instruction_share?": float,
 }
 
 # The premise of a replay: from its states a file's first image looks as it was stored, by the mean
 # difference in grey levels (0-255), and the EEF is where it was, in m.
 GREY, EEF_OFF = 12.0, 0.01
+# what a demonstration says of another task's sentence, see sim/instructions.py
+TOLD = ("language", "instruction_of")
 # entry of a finished file: the settings that it was replayed with
 SETTINGS = "replay_settings"
 
@@ -118,6 +122,9 @@ def take_from_replayed(args):
     args.setting = attributes.get("setting", "in_dist")
     args.split = attributes.get("split") or None
     args.part = attributes.get("part", "train")  # validation conditions stay what they are
+    # each demonstration says which sentence
+    args.instruction_of = attributes.get("instruction_of")
+    args.instruction_share = attributes.get("instruction_share", args.instruction_share)
     # of the recipe each demonstration says it
     if args.clean_scene is None and args.setting != "recipe":
         args.clean_scene = bool(attributes.get("clean_scene", False))
@@ -155,11 +162,13 @@ class ReplayWorker:
             attributes = hdf5.attributes(path, group, REPLAYED)
             kept = {
                 k: attributes[k]
-                for k in ("setting", "clean_scene", *vars(settings.Condition()))
+                for k in ("setting", "clean_scene", *TOLD, *vars(settings.Condition()))
                 if k in attributes
             }
         # a dataset of the recipe has demonstrations of both scenes
         self.scene = self.scenes[bool(kept.get("clean_scene", self.args.clean_scene))]
+        where = f"{path}: data/{name}"
+        self.scene.ask_for(instructions.request_of(self.scene.task, kept, where))
         # every array has a row for each state
         for key, value in rows.items():
             if len(value) != len(states):

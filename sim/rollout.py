@@ -128,6 +128,7 @@ def expert_path(scene, state, cache="cache/expert_paths", grasp="side", variant=
         [
             scene.task.key,
             *["clean"] * scene.clean,
+            *([f"told_{scene.asked.index}"] if scene.asked != scene.task else []),
             *[n for n in (grasp, variant) if n not in ("side", "task")],
         ]
     )

@@ -12,6 +12,7 @@ from camera import project
 from figures.pages import markdown_table
 from harness.statistics import wilson
 from runtime import UserError, command_line, fits, read_json, versions, write_json
+from sim import instructions
 from sim.expert import default_grasp
 from sim.libero_env import OPEN_WIDTH, Scene
 from sim.rollout import expert_episode, expert_version
@@ -27,11 +28,11 @@ class SurveyWorker:
     """Runs the expert from the states of one task per job, without rendering.
 
     states: numbers of init states, or of random layouts. grasp: as of sim/expert.py, or None for
-    each task's own.
+    each task's own. asked: whose sentence the expert follows, see `instructions.spoken_task`.
     """
 
-    def __init__(self, states, layouts, grasp):
-        self.states, self.layouts, self.grasp = states, layouts, grasp
+    def __init__(self, states, layouts, grasp, asked=None):
+        self.states, self.layouts, self.grasp, self.asked = states, layouts, grasp, asked
 
     def run(self, job):
         """Job (suite, task index) -> its episodes [dict], or the sentence that says why the expert
@@ -39,8 +40,9 @@ class SurveyWorker:
         """
         # nothing is rendered: the expert reads object poses from the simulator
         scene = Scene(*job, rendering=False)
-        grasp = self.grasp or default_grasp(scene.task)
         try:
+            scene.ask_for(instructions.request(scene.task, self.asked))
+            grasp = self.grasp or default_grasp(scene.asked)
             new_expert(grasp).plan(scene)
             return [self.episode(scene, grasp, number) for number in self.states]
         except UserError as reason:
@@ -79,9 +81,11 @@ class SurveyWorker:
         pass
 
 
-def table_row(task, outcome):
-    """A task's row of the results. outcome: episodes [dict], or a sentence."""
-    row = {"task_id": task.index, "task": task.name}
+def table_row(task, outcome, said=None):
+    """A task's row of the results. outcome: episodes [dict], or a sentence; said: another task's
+    sentence, as eval.py's rows record it.
+    """
+    row = {"task_id": task.index, "task": task.name, **(said or {})}
     if isinstance(outcome, str):
         return {**row, "successes": None, "why": outcome}
     wins, n = sum(e["success"] for e in outcome), len(outcome)
@@ -103,7 +107,7 @@ def survey(args):
     each task: the same command goes on from there.
 
     args: collect_demos.py's, of which survey, n_tasks, n_demos (states a task), first_state,
-    layouts, grasp, workers and timeout (seconds that a task may take) count.
+    layouts, grasp, instruction_of, workers and timeout (seconds that a task may take) count.
     """
     suite, states = args.survey, range(args.first_state, args.first_state + (args.n_demos or 50))
     # an unknown suite, or one with fewer tasks, is said before a simulator starts
@@ -115,19 +119,21 @@ def survey(args):
                 f"--n_demos {len(states)}: from --first_state {states.start} on {suite} has "
                 f"{max(0, available - states.start)} init states a task"
             )
-    name = "_".join(
-        ["expert", suite, *[w for w in (args.grasp, args.layouts) if w not in (None, "benchmark")]]
-    )
+    asked = args.instruction_of
+    told = None if asked is None else f"told_{asked}"
+    words = [w for w in (args.grasp, args.layouts, told) if w not in (None, "benchmark")]
+    name = "_".join(["expert", suite, *words])
     path = Path("results") / f"{name}.json"
     made_by = {
         "states": [states.start, states.stop],
         "layouts": args.layouts,
         "grasp": args.grasp,
         "expert": expert_version(),
+        **({} if asked is None else {"instruction_of": asked}),
     }
     rows = finished(path, made_by)
     jobs = [(suite, task.index) for task in tasks if task.index not in rows]
-    worker = (states, args.layouts, args.grasp)
+    worker = (states, args.layouts, args.grasp, asked)
     # recycle=1: each task gets a fresh process; results come as they finish
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(jobs), desc="survey")
     for outcome in run_jobs(
@@ -136,7 +142,9 @@ def survey(args):
         index = outcome.job[1]
         # a table that lacks a task's numbers says why: the last line of its error
         error = outcome.error and outcome.error.strip().splitlines()[-1]
-        rows[index] = table_row(tasks[index], error or outcome.result)
+        result = error or outcome.result
+        said = {} if isinstance(result, str) else instructions.said(tasks[index], asked)
+        rows[index] = table_row(tasks[index], result, said)
         table = [rows[i] for i in sorted(rows)]
         write_json(
             path,
@@ -168,7 +176,7 @@ def printed(rows, tasks):
         lines.append(
             [
                 task.index,
-                task.language,
+                row.get("instruction", task.language),
                 f"{row['successes']}/{row['n']}",
                 f"{low:.2f}-{high:.2f}",
                 f"{row['mean_steps']:.0f}",
