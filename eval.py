@@ -44,7 +44,7 @@ from tqdm import tqdm
 import flags
 from figures import plots
 from harness.metrics import ERROR
-from harness.records import check_stamp, newest_checkpoint, read_episodes
+from harness.records import check_stamp, newest_checkpoint, read_episodes, scored_rows
 from harness.remote import ServerLost
 from harness.summary import place_of, print_summary, summarise
 from runtime import UserError, append_jsonl, run_script, write_json
@@ -479,8 +479,8 @@ def run_episodes(args, network, where):
     # crashed episodes of an earlier run are tried again
     rows = {
         r["episode"]: r
-        for r in read_episodes(args.out, place_of(args))
-        if "crash" not in r and r["episode"] < args.n_episodes
+        for r in scored_rows(read_episodes(args.out, place_of(args)))
+        if r["episode"] < args.n_episodes
     }
     jobs = [i for i in range(args.n_episodes) if i not in rows]
     bar = tqdm(
@@ -507,7 +507,7 @@ def run_episodes(args, network, where):
         rows[outcome.job] = row = {**row_of(outcome, args), **where}
         append_jsonl(args.out / "episodes.jsonl", row)
         give_up_if_hopeless(list(rows.values()), args.out)
-        scored = [r["success"] for r in rows.values() if "crash" not in r]
+        scored = [r["success"] for r in scored_rows(rows.values())]
         bar.set_postfix_str(f"success {sum(scored)}/{len(scored)}", refresh=False)
         bar.update()
     bar.close()
@@ -550,7 +550,7 @@ def row_of(outcome, args):
 
 def give_up_if_hopeless(rows, folder):
     """Raise UserError once HOPELESS episodes all crashed, or all ended in a policy's error."""
-    episodes, scored = folder / "episodes.jsonl", [r for r in rows if "crash" not in r]
+    episodes, scored = folder / "episodes.jsonl", scored_rows(rows)
     if not scored and len(rows) >= HOPELESS:
         raise UserError(
             f"the first {len(rows)} episodes all crashed, the last with {rows[-1]['crash']} "

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from camera import project
+from harness.records import scored_rows
 from runtime import atomic_path
 
 SHEET_LIMIT = 200_000  # bytes of a contact sheet, so that results can be committed
@@ -281,9 +282,7 @@ def sheet_from_strips(folder, rows, most=14):
     strips/*.png.
     """
     # failures first (False sorts first), then by number
-    rows = sorted(
-        (r for r in rows if "crash" not in r), key=lambda r: (r["released"], r["episode"])
-    )
+    rows = sorted(scored_rows(rows), key=lambda r: (r["released"], r["episode"]))
     found = [(r, folder / "strips" / f"{r['episode']:03d}.png") for r in rows]
     found = [(r, image) for r, p in found if (image := readable_image(p)) is not None][:most]
     if not found:

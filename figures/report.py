@@ -14,7 +14,7 @@ import flags
 from figures import plots
 from figures.pages import STYLE, embed, figure, html_table, markdown_table, percent, rate
 from harness.metrics import EARLY, within
-from harness.records import read_config, read_episodes, read_metrics, read_summary
+from harness.records import read_config, read_metrics, read_summary, scored_episodes
 from runtime import atomic_path, run_script
 
 RATES = ("released", "success")
@@ -34,7 +34,7 @@ def with_early_rates(folder):
     summary = read_summary(folder)
     if f"success_{EARLY}_rate" in summary or not summary["n"]:
         return summary
-    rows = [r for r in read_episodes(folder) if "crash" not in r]
+    rows = scored_episodes(folder).values()
     # only where every episode of the summary has its row
     if len(rows) == summary["n"]:
         for name in RATES:

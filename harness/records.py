@@ -151,11 +151,18 @@ def read_episodes(folder, layout=None):
     return rows
 
 
+def scored_rows(rows):
+    """Rows of episodes that ran, of rows among which some may have crashed: a crash is the
+    simulator's or its worker's, and says nothing about the policy.
+    """
+    return [row for row in rows if "crash" not in row]
+
+
 def scored_episodes(folder):
     """{episode: row} of an evaluation's episodes that did not crash. One that crashed and was tried
     again has its last row.
     """
-    return {r["episode"]: r for r in read_episodes(folder) if "crash" not in r}
+    return {row["episode"]: row for row in scored_rows(read_episodes(folder))}
 
 
 def check_stamp(folder, asked):

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 
 from harness.metrics import EARLY, ERROR, LIFT_OUTCOMES, OUTCOMES, within
+from harness.records import scored_rows
 from harness.statistics import wilson
 from runtime import command_line, git_commit
 
@@ -31,8 +32,7 @@ def summarise(rows, args, info):
 
     args: of eval.py; info: of the checkpoint, or {} where no checkpoint acts.
     """
-    # a crash is the simulator's or its worker's, and says nothing about the policy
-    scored = [r for r in rows if "crash" not in r]
+    scored = scored_rows(rows)
     n, lifting = len(scored), args.variant == "lift_once"
     outcomes = (*(LIFT_OUTCOMES if lifting else OUTCOMES), ERROR)
     # episodes that --stop_stalled ended, and how often the bowl was lifted (lift_once)

@@ -19,7 +19,7 @@ from sim import recipe, settings
 N = 50  # positions; episodes of each column
 SECOND_DRAW = 1  # the seed of what is drawn; that of the first draw was 0
 # positions of the test at whose first attempt the expert fails, so that they are drawn again
-DRAWN_AGAIN = {}
+DRAWN_AGAIN = {49: 1}
 # degrees, as far in phi as can be from both older sets, and between those of the first draw
 THETAS = (16.1, 17.9, 19.6, 21.4, 23.2, 24.9)
 PHIS = 11.25 + 22.5 * np.arange(16)

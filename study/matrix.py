@@ -4,6 +4,10 @@ from typing import NamedTuple
 
 # of training, the same for every row whatever its machine
 STEPS = {"small": 2500, "full": 10_000}
+# flags of an evaluation or a collection that leave an episode's result as it is
+INCIDENTAL = {"--workers", "--timeout", "--n_episodes", "--n_videos", "--trace"}
+# flags that say where a command runs and where its files lie
+PLACES = {"--out", "--device", "--wandb", "--backbone_weights"}
 
 
 class Row(NamedTuple):

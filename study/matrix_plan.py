@@ -11,11 +11,11 @@ from formats import hdf5
 from registry import look_up
 from runtime import UserError, read_json
 from study.graph import Node
-from study.matrix import COLUMNS, OWN_DEMOS, ROWS, STEPS
+from study.matrix import COLUMNS, INCIDENTAL, OWN_DEMOS, ROWS, STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
-# flags that leave an episode's result as it is
-INCIDENTAL = re.compile(r" --(workers|timeout|n_episodes|n_videos) \S+| --trace(?= |$)")
+# in a command line: such a flag with its value, where it has one
+INCIDENTAL_FLAG = re.compile(rf" ({'|'.join(sorted(INCIDENTAL))})( (?!--)\S+)?(?= |$)")
 # what is read of a run's config.json and of an evaluation's summary.json
 TRAINED = {"command": str, "dataset": {"command?": str}, "args": {"max_steps": int}}
 EVALUATED = {"command": str, "n": int, "crashes": int, "trained": ({"command": str}, None)}
@@ -45,7 +45,7 @@ def same(stored, command):
     """
     # stored with quotes, and as older versions stored it
     asked = (typed(command), " ".join(typed_words(command)))
-    return INCIDENTAL.sub("", stored) in [INCIDENTAL.sub("", text) for text in asked]
+    return INCIDENTAL_FLAG.sub("", stored) in [INCIDENTAL_FLAG.sub("", text) for text in asked]
 
 
 def refuse(what, stored, command):

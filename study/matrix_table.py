@@ -19,7 +19,7 @@ from harness.metrics import EARLY, ERROR, OUTCOMES, within
 from harness.records import read_tabled, scored_episodes
 from harness.statistics import holm, paired_comparison, seeds_interval
 from runtime import UserError, atomic_path, read_jsonl, write_json
-from study.matrix import RECIPES
+from study.matrix import INCIDENTAL, PLACES, RECIPES
 
 FILES = ("table.json", "table.md", "table.png", "report.html", "verdict.png")
 MARKS = "<!-- matrix -->", "<!-- /matrix -->"
@@ -37,16 +37,6 @@ NAMES = {  # of the rows that the verdict's picture has a line for
     "d": "D, volume head",
 }
 MEANS = ("steps", "jerk_mm", "third_difference_mm", *NEAR, "path_length_ratio")
-INCIDENTAL = {
-    "--out",
-    "--workers",
-    "--n_videos",
-    "--trace",
-    "--n_episodes",
-    "--device",
-    "--wandb",
-    "--backbone_weights",
-}
 BUDGET = {"--max_steps", "--max_minutes"}  # of a training: in columns of their own
 
 
@@ -108,14 +98,14 @@ def made_otherwise(folder, summary, asked):
     # a folder with another name than its --out was copied or renamed by hand
     place = flags_of(summary["command"]).get("--out", "")
     why = [] if Path(place).name == Path(folder).name else [f"copied from {place or 'elsewhere'}"]
-    if found := differing(summary["command"], evaluation, INCIDENTAL):
+    if found := differing(summary["command"], evaluation, INCIDENTAL | PLACES):
         why.append(f"evaluation with {found}")
     trained = (summary["trained"] or {}).get("command")
     if training and trained:
         # a resumed training stores --resume FOLDER instead of its flags: its folder has to fit
         resumed = flags_of(trained).get("--resume")
         same = resumed and Path(resumed).name == Path(flags_of(training)["--out"]).name
-        if found := "" if same else differing(trained, training, INCIDENTAL | BUDGET):
+        if found := "" if same else differing(trained, training, PLACES | INCIDENTAL | BUDGET):
             why.append(f"training with {found}")
     return "; ".join(why)
 

@@ -115,8 +115,8 @@ def recipe_demos(tmp_path_factory):
 
 
 def test_a_demonstration_is_what_was_drawn(recipe_demos):
-    """One of each scene; objects stand where the attributes say, the camera is orbited and turned
-    as they say, and it sees bowl and plate.
+    """One of each scene; objects stand where the attributes say, the camera is orbited, put as by
+    hand and turned as they say, and it sees bowl and plate.
     """
     found = open_dataset(recipe_demos, int(SIZE))
     assert "clean_scene" not in found.attributes and found.attributes["setting"] == "recipe"
@@ -135,7 +135,9 @@ def test_a_demonstration_is_what_was_drawn(recipe_demos):
             np.testing.assert_allclose(places[name], asked[name], atol=1e-4)
             np.testing.assert_allclose(stands, asked[name], atol=0.011)
         E = settings.orbit(settings.default_camera()[1], demo.attrs["theta"], demo.attrs["phi"])
-        turned = settings.turned(E, demo.attrs["turn"], [-0.66, 0.0])
+        hand = {k: demo.attrs[k] for k in ("roll", "pan", "tilt", "distance")}
+        assert hand["distance"] != 1 and all(hand.values())
+        turned = settings.turned(settings.loosened(E, **hand), demo.attrs["turn"], [-0.66, 0.0])
         np.testing.assert_allclose(demo.E, turned, atol=1e-3)
 
 

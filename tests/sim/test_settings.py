@@ -104,6 +104,20 @@ def test_the_first_demonstrations_cover_the_conditions(setting, split):
         assert abs(np.mean(few) - np.mean(all_)) < 0.15 * np.ptp(all_)
 
 
+def test_a_loosened_camera_is_where_a_hand_put_it():
+    """Nearer or farther on its own axis, then turned about its own axes."""
+    _, E = settings.default_camera()
+    far = settings.loosened(E, distance=1.2)
+    pivot = E[:3, 3] + E[:3, 2] * (settings.PIVOT_HEIGHT - E[2, 3]) / E[2, 2]
+    np.testing.assert_allclose(far[:3, 3] - pivot, 1.2 * (E[:3, 3] - pivot))
+    np.testing.assert_allclose(far[:3, :3], E[:3, :3])
+    # panned to the right: the old view direction is on the image's left, x < 0
+    for how, x, y in (({"pan": 3.0}, -1, 0), ({"tilt": 3.0}, 0, -1), ({"roll": 3.0}, 0, 0)):
+        seen = settings.loosened(E, **how)[:3, :3].T @ E[:3, 2]
+        np.testing.assert_allclose(seen[:2], np.sin(np.radians(3)) * np.array([x, y]), atol=1e-9)
+    np.testing.assert_allclose(settings.loosened(settings.loosened(E, 5.0), -5.0), E, atol=1e-12)
+
+
 def test_an_orbit_keeps_the_distance_and_the_gaze():
     """Theta 0 is the default camera.
 

@@ -503,11 +503,14 @@ def test_a_demonstration_turned_back_shows_the_same_through_another_camera(tmp_p
 
 
 def test_turn_back_undoes_the_turn_of_a_camera_that_was_orbited_too(tmp_path):
-    """The recipe orbits a camera, then turns it: the world goes back by the turn alone."""
+    """The recipe orbits a camera, puts it as by hand, then turns it: the world goes back by the
+    turn alone.
+    """
     path = write_synthetic_demos(tmp_path / NAME, n_demos=1, size=32)
     demo = open_dataset(path).demos[0]
-    orbited = settings.orbit(settings.default_camera()[1], 8, 30)
-    attrs = {"theta": 8.0, "phi": 30.0}
+    hand = {"roll": 4.0, "pan": -2.0, "tilt": 1.0, "distance": 1.1}
+    orbited = settings.loosened(settings.orbit(settings.default_camera()[1], 8, 30), **hand)
+    attrs = {"theta": 8.0, "phi": 30.0, **hand}
     turned = dataclasses.replace(demo, E=settings.turned(orbited, 35, [-0.66, 0.0]), attrs=attrs)
     back = demos.turned_back(turned, train.unturned(turned))
     np.testing.assert_allclose(back.E, orbited, atol=1e-9)

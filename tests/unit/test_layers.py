@@ -175,7 +175,7 @@ BESIDE = {
     },
     "harness.outcomes": {"harness.metrics"},
     "harness.sessions": {"harness.checkpoint"},
-    "harness.summary": {"harness.metrics", "harness.statistics"},
+    "harness.summary": {"harness.metrics", "harness.records", "harness.statistics"},
     "harness.validation": {"harness.metrics"},
     "figures.heldout": {"figures.plots"},
     "figures.plots_rates": {"figures.plots"},

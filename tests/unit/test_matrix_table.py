@@ -13,7 +13,7 @@ import run_matrix
 from figures import plots_rates
 from harness.statistics import mcnemar, wilson
 from runtime import UserError, append_jsonl
-from study import matrix_table
+from study import matrix, matrix_plan, matrix_table
 from study.matrix import RECIPES
 
 
@@ -160,7 +160,7 @@ def test_budgets_and_places_are_no_other_command():
         "python train.py --seed 0 --model_type para --dataset b/position.hdf5 "
         "--max_steps 1000000 --max_minutes 8 --out b/runs/x"
     )
-    ignored = matrix_table.INCIDENTAL | matrix_table.BUDGET
+    ignored = matrix.PLACES | matrix.INCIDENTAL | matrix_table.BUDGET
     assert matrix_table.differing(same, asked, ignored) == ""
     for other in (
         same + " --mirror",
@@ -168,6 +168,24 @@ def test_budgets_and_places_are_no_other_command():
         same + " --seed 1",
     ):
         assert matrix_table.differing(other, asked, ignored)
+
+
+@pytest.mark.parametrize("flag", sorted(matrix.INCIDENTAL))
+def test_plan_and_table_agree_on_flags_that_change_no_episode(flag):
+    """An evaluation that took another --timeout is done for the plan, and unmarked in the table."""
+    value = "" if flag == "--trace" else " 9"
+    for asked in ("python eval.py --seed 0 --out x", "python eval.py --out x --seed 0"):
+        for made in (f"{asked} {flag}{value}", asked.replace(" --", f" {flag}{value} --", 1)):
+            assert matrix_plan.same(made, asked.split())
+            assert matrix_table.made_otherwise("x", row_of(made), (asked, None)) == ""
+            more = f"{made} --clean_scene"
+            assert not matrix_plan.same(more, asked.split())
+            assert matrix_table.made_otherwise("x", row_of(more), (asked, None))
+
+
+def row_of(command):
+    """As much of a summary as says which command made it."""
+    return {"command": command, "trained": None}
 
 
 def test_a_quoted_command_asks_for_the_same_as_an_unquoted_one():
