@@ -1,16 +1,36 @@
 #!/usr/bin/env bash
-# A task that asks for memory: docs/memory_task.md.
+# A task that asks for memory: docs/memory_task.md. Every step resumes; some 7 core hours.
+# `runs/memory_task.sh 0` makes seed 0 alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
 
-python collect_demos.py --variant lift_once --n_demos 40 --out data/lift_once.hdf5
-python eval.py --policy expert --variant lift_once --n_episodes 20
-python train.py --model_type autoregressive --dataset data/lift_once.hdf5 --max_steps 1667 \
-  --backbone efficientnet_lite0 --out runs/once_a
-python train.py --model_type para --dataset data/lift_once.hdf5 --max_steps 750 \
-  --backbone efficientnet_lite0 --out runs/once_para
-for name in a para; do
-  python eval.py --ckpt runs/once_$name/checkpoint.safetensors --teleport --zero_rotation \
-    --max_steps 600 --n_episodes 10 --n_videos 2 --out results/lift_once_$name
+demos=data/lift_once.hdf5
+python collect_demos.py --variant lift_once --n_demos 40 --render fast --out $demos
+python eval.py --policy expert --variant lift_once --n_episodes 50 --n_videos 0 \
+  --out results/lift_once/expert
+
+# name, policy, flags: A, B and C with a history of 8 decisions, and of this one alone
+rows="para:para:
+a:autoregressive:
+a_now:autoregressive:--context 1
+b:voxel_ar:
+b_now:voxel_ar:--context 1
+c:voxel_ar_rel:
+c_now:voxel_ar_rel:--context 1"
+
+for seed in ${1:-0 1 2}; do
+  while IFS=: read -r name policy flags; do
+    out=runs/lift_once/$name-s$seed
+    # shellcheck disable=SC2086  # flags are several words
+    if [ -f $out/state.safetensors ]; then
+      [ -f $out/done ] || python train.py --resume $out
+    else
+      python train.py --model_type "$policy" $flags --preset small --backbone efficientnet_lite0 \
+        --dataset $demos --max_steps 2000 --seed "$seed" --wandb off --out $out
+    fi < /dev/null
+    touch $out/done
+    python eval.py --ckpt $out/checkpoint.safetensors --teleport --zero_rotation --max_steps 600 \
+      --n_episodes 50 --n_videos 1 --out results/lift_once/$name-s"$seed" < /dev/null
+  done <<< "$rows"
 done
