@@ -347,14 +347,32 @@ def made_once(tmp_path_factory, name, make):
     return pickle.loads(stored.read_bytes())
 
 
-@pytest.fixture(scope="module")
-def scene():
-    """The default task in the real simulator, clean, with small images."""
+@pytest.fixture(scope="session")
+def only_scene():
+    """The scene of `scene`, which costs 4 s of CPU and is built once in a process; its state, its
+    fixtures and its attributes when it was new.
+    """
     from sim.libero_env import Scene
 
     made = Scene(image_size=112, clean=True)
-    yield made
+    yield made, made.state(), made.fixtures(), dict(vars(made))
     made.close()
+
+
+@pytest.fixture(scope="module")
+def scene(only_scene):
+    """The default task in the real simulator, clean, with small images. Every file finds it as it
+    was built: model, cameras, the robot's start, fixtures, state and attributes are put back.
+    """
+    made, state, fixtures, attributes = only_scene
+    for name in vars(made).keys() - attributes.keys():
+        delattr(made, name)
+    for name in ("image_size", "instruction", "physics", "quality"):
+        setattr(made, name, attributes[name])
+    made.reset([0])
+    made.set_fixtures(fixtures)
+    made.set_state(state)
+    return made
 
 
 @pytest.fixture(scope="session")
