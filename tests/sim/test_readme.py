@@ -47,7 +47,7 @@ MODEL = {
     ),
 }
 SMALL = {
-    "collect_demos.py": ["--n_demos", "1", "--image_size", SIZE, "--push_rate", "0"],
+    "collect_demos.py": shlex.split(f"--n_demos 1 --image_size {SIZE} --push_rate 0 --render fast"),
     "eval.py": shlex.split("--n_episodes 1 --n_videos 0 --workers 1 --clean_scene --max_steps 12"),
     "figures.report": [],
     "study.bench": ["--rounds", "1", "--quick"],
@@ -156,7 +156,9 @@ def smaller(words):
     if script == "eval.py" and ("--task_ids" in words or "--plus" in words):
         return [*full, "--task_ids", "2"]
     if script == "collect_demos.py":
-        return [*SMALL[script], "--out", "fresh.hdf5", "--clean_scene"]
+        # LeRobot's episodes hold an image of every frame
+        few = [] if "lerobot" in words else ["--frame_stride", "20"]
+        return [*SMALL[script], *few, "--out", "fresh.hdf5", "--clean_scene"]
     if "--policy" in words:
         # the expert takes as long as it takes
         limited = SMALL[script] if "expert" not in words else SMALL[script][:-2]
