@@ -29,7 +29,18 @@ import flags
 from runtime import UserError, command_line, git_commit, run_script, versions
 from study import matrix_table
 from study.graph import Local, Ray, pending, run_graph
-from study.matrix import ATTEMPTS, CELLS, COLUMNS, OWN_DEMOS, RECIPE, REFERENCE, ROWS, STEPS
+from study.matrix import (
+    ATTEMPTS,
+    CELLS,
+    COLUMNS,
+    OWN_DEMOS,
+    RECIPE,
+    REFERENCE,
+    ROWS,
+    STEPS,
+    WITHOUT,
+    Column,
+)
 from study.matrix_plan import Plan, typed, typed_words
 
 # flags that --help shows, in this order
@@ -75,7 +86,7 @@ def add_comparison_flags(group):
         "--rows",
         nargs="+",
         choices=list(ROWS),
-        default=[r for r in ROWS if r != "expert" and r not in (*ATTEMPTS, *RECIPE)],
+        default=[r for r in ROWS if r != "expert" and r not in (*ATTEMPTS, *RECIPE, *WITHOUT)],
         metavar="ROW",
         help=f"policies, of {', '.join(ROWS)}",
     )
@@ -173,7 +184,8 @@ def parse_args(argv=None):
     args = build_parser().parse_args(argv)
     # SETTING, SETTING_SPLIT and SETTING_starts of every column
     known = [c.demos(own) for c in COLUMNS.values() for own in ("", *OWN_DEMOS)]
-    known += sorted({row.setting for row in ROWS.values() if row.setting})
+    settings = sorted({row.setting for row in ROWS.values() if row.setting})
+    known += [Column(s, {}).demos(own) for s in settings for own in ("", *OWN_DEMOS)]
     args.dataset = assignments(args.dataset, known, "--dataset")
     row_flags = assignments(args.row_flags, ROWS, "--row_flags")
     args.row_flags = {name: shlex.split(text) for name, text in row_flags.items()}

@@ -25,6 +25,11 @@ class Row(NamedTuple):
     setting: str = ""
 
 
+def _without(flags, *words):
+    """Flags () of a row without some words."""
+    return tuple(flag for flag in flags if flag not in words)
+
+
 class Column(NamedTuple):
     """What is trained on, a --setting of collect_demos.py; what is tested, layouts of eval.py with
     their numbers of episodes.
@@ -116,6 +121,30 @@ RECIPE = {  # one training of each policy on the recipe's demonstrations, for al
     "d_recipe": Row("dino_volume_kv", (*RECIPE_FLAGS, "--rays"), setting="recipe"),
 }
 ROWS.update(RECIPE)
+# the recipe without one of its parts, for column `val_verdict`; they run only where asked for
+WITHOUT = {
+    # in its demonstrations, see OWN_DEMOS
+    **{
+        f"{name}_without_{part}": RECIPE[name]._replace(demos=f"without_{part}")
+        for name in ("para_recipe", "c_recipe")
+        for part in ("mistakes", "hand", "turns", "starts")
+    },
+    # in its training
+    **{
+        f"{name}_without_{part}": RECIPE[name]._replace(flags=_without(RECIPE[name].flags, *words))
+        for name, part, *words in (
+            ("para_recipe", "shifts", "--shift_aug", "128"),
+            ("para_recipe", "fingers", "--fingers", "3"),
+            ("para_recipe", "dilations", "--dilations", "1,2,4,8,16"),
+            ("para_recipe", "rays", "--rays"),
+            ("c_recipe", "shifts", "--shift_aug", "128"),
+            ("c_recipe", "fingers", "--fingers", "3"),
+            ("c_recipe", "dilations", "--dilations", "1,2,4,8,16"),
+            ("c_recipe", "turn_back", "--turn_back"),
+        )
+    },
+}
+ROWS.update(WITHOUT)
 # plain rows, and the same policy trained with the recipe; before it, with what `position` taught
 RECIPES = {
     "para": ("para_recipe", "para_turned"),
@@ -146,6 +175,17 @@ COLUMNS = {
             "moved_midway": 50,
         },
     ),
+    # what is tuned on in their place
+    "val_verdict": Column(
+        "in_dist",
+        {
+            "val_shifted": 24,
+            "val_verdict_viewpoint_shifted": 24,
+            "val_verdict_position": 24,
+            "val_verdict_swap": 24,
+            "val_moved_midway": 24,
+        },
+    ),
     # plate and cookie box have changed places
     "pro_swap": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_swap"),
     # bowls and plate look different
@@ -157,6 +197,11 @@ OWN_DEMOS = {  # flags of their collection; the name of the dataset ends in thei
     "starts": ("--start_spread", "0.3"),  # the arm starts elsewhere
     # and is seen from elsewhere about the robot's base
     "turns": ("--start_spread", "0.3", "--turn_spread", "40"),
+    # the recipe's without grasps that fail, cameras put as by hand, turned cameras, other starts
+    "without_mistakes": ("--mistake_rate", "0"),
+    "without_hand": ("--loose_camera", "0"),
+    "without_turns": ("--turn_spread", "0"),
+    "without_starts": ("--start_spread", "0"),
 }
 # dict.fromkeys: each name once, in the order of the columns
 CELLS = list(

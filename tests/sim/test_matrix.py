@@ -12,6 +12,7 @@ import run_matrix
 from runtime import UserError, write_json
 from sim import layouts
 from study.graph import pending
+from study.matrix import RECIPE, WITHOUT
 
 # -- which commands, and what counts as done
 
@@ -359,3 +360,21 @@ def test_matrix_runs_resumes_and_tables(collected, tmp_path):
     rows = (tmp_path / "out" / "nodes.jsonl").read_text()
     again = run(*flags, "--rows", "para", "--row_flags", "para=--grid 14 --width 8", cwd=tmp_path)
     assert (tmp_path / "out" / "nodes.jsonl").read_text() == rows and "| para |" in again.stdout
+
+
+def test_the_recipe_is_tried_without_each_of_its_parts(tmp_path):
+    """One part is missing in each row: a flag of its training, or of its demonstrations."""
+    rows = ["para_recipe", "para_recipe_without_fingers", "para_recipe_without_hand"]
+    nodes = plan(f"--out {tmp_path} --columns val_verdict --rows {' '.join(rows)}")
+    commands = [
+        shlex.join(nodes[f"train-{row}-{data}-s0"].command)
+        for row, data in zip(rows, ("recipe", "recipe", "recipe_without_hand"))
+    ]
+    whole, fingers, hand = (set(c.split()) for c in commands)
+    assert whole - fingers == {"--fingers", "3", *(w for w in whole if rows[0] in w)}
+    assert "--loose_camera 0" in shlex.join(nodes["collect-recipe_without_hand"].command)
+    assert whole ^ hand == {w for w in whole ^ hand if "recipe" in w}
+    usual = run_matrix.build_parser().get_default("rows")
+    assert len(WITHOUT) == 16 and not set(WITHOUT) & set(usual)
+    for name, row in WITHOUT.items():
+        assert row != RECIPE[name.split("_without")[0]]
