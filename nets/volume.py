@@ -188,11 +188,15 @@ class VolumeGeometry(InstructedPolicy):
     def cell_rays(self, batch):
         """What each cell's ray tells of the camera: (B,4,H,W) float32, of single frames (B,...).
 
-        Channels 0 and 1: where the ray passes the EEF's height, x and y from the EEF, in units of
-        10 cm, clamped at 1 m. Channels 2 and 3: how far along x and y it gets with a metre of
-        height. They tell a moved camera from the default one: which way "up" goes through cells and
-        height bins depends on it. Rays that hardly descend, above the horizon of anything on a
-        table, are taken as descending by STEEP.
+        Channels 0 and 1: where the ray passes the EEF's height, to the right of the EEF and ahead
+        of it, in units of 10 cm, clamped at 1 m. Channels 2 and 3: the same parts of the ray's
+        direction, times 4. They tell a moved camera from the default one: which way "up" goes
+        through cells and height bins depends on it. Rays that hardly descend, above the horizon of
+        anything on a table, are taken as descending by STEEP.
+
+        Right and ahead are the camera's, so that turning the world with the camera changes nothing.
+        Told in the world's x and y, a policy trained on one half of the table knew where that is,
+        and went there whatever it saw.
         """
         (K, E), eef = self.cameras(batch, 4), batch["eef_pos"][:, None, None]
         cells = torch.arange(self.config.side, device=K.device, dtype=K.dtype)
@@ -203,7 +207,14 @@ class VolumeGeometry(InstructedPolicy):
         slope = direction[..., :2] / direction[..., 2:].clamp(max=-STEEP)
         # from the camera's position E[:3, 3] along the ray to the EEF's height
         passed = E[..., :2, 3] + slope * (eef[..., 2:] - E[..., 2:3, 3]) - eef[..., :2]
-        return torch.cat([10 * passed.clamp(-1, 1), slope], -1).permute(0, 3, 1, 2).float()
+        # rows: the camera's right along the floor, and ahead, a quarter turn from it (B,1,1,2,2)
+        right = F.normalize(E[..., :2, 0], dim=-1)
+        axes = torch.stack([right, torch.stack([-right[..., 1], right[..., 0]], -1)], -2)
+        passed, along = (
+            (axes @ vectors[..., None])[..., 0]
+            for vectors in (passed, F.normalize(direction, dim=-1)[..., :2])
+        )
+        return torch.cat([10 * passed.clamp(-1, 1), 4 * along], -1).permute(0, 3, 1, 2).float()
 
     # -- losses and decoding -----------------------------------------------------------------------
 

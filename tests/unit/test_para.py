@@ -9,7 +9,7 @@ import camera
 from formats.dataset import open_dataset
 from model import ParaConfig, TrajectoryHeatmapPredictor
 from registry import look_up
-from sim.settings import orbit
+from sim.settings import orbit, turned
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def fitted(synthetic_demos, backbone, tmp_path_factory):
     return policy, batch
 
 
-def test_a_cell_knows_where_its_ray_passes_and_rises(fitted):
+def test_a_cell_knows_where_its_ray_passes_and_goes(fitted):
     """The ray features equal points that the same cells decode to, at the EEF's height and one
-    height bin above.
+    height bin above, along the camera's right and ahead of it.
     """
     policy, batch = fitted
     rays, grid = policy.cell_rays(batch), policy.config.grid
@@ -57,15 +57,34 @@ def test_a_cell_knows_where_its_ray_passes_and_rises(fitted):
             batch["eef_pos"][i, 2], *policy.height_range, policy.config.n_height_bins
         )
         low, high = at(height), at(height + 1)
-        rise = (high - low)[..., :2] / (high - low)[..., 2:]
+        # the floor's axes as the camera has them: right, and where it looks
+        right, look = single["E"][:2, 0], single["E"][:2, 2]
+        axes = torch.stack([right / right.norm(), look / look.norm()])
+        going = (low - high) / (low - high).norm(dim=-1, keepdim=True)
         table = low[..., :2].norm(dim=-1) < 0.4  # farther cells are clamped
-        torch.testing.assert_close(
-            rays[i, 2:].permute(1, 2, 0)[table], rise[table].float(), atol=1e-4, rtol=1e-4
-        )
-        from_eef = 10 * (low - batch["eef_pos"][i])[..., :2]
-        torch.testing.assert_close(
-            rays[i, :2].permute(1, 2, 0)[table], from_eef[table].float(), atol=1e-4, rtol=1e-4
-        )
+        for channels, vectors in (
+            (rays[i, 2:], 4 * going),
+            (rays[i, :2], 10 * (low - batch["eef_pos"][i])),
+        ):
+            torch.testing.assert_close(
+                channels.permute(1, 2, 0)[table],
+                (vectors[..., :2] @ axes.T)[table].float(),
+                atol=2e-4,
+                rtol=1e-4,
+            )
+
+
+def test_rays_do_not_tell_where_in_the_world_the_camera_looks(fitted):
+    """Turned about the vertical with all that is seen, a camera has the same rays: that training
+    was on one half of the table cannot be told by them.
+    """
+    policy, batch = fitted
+    turn = torch.from_numpy(turned(np.eye(4), 70, [-0.66, 0.0]))
+    eef = batch["eef_pos"] @ turn[:3, :3].T + turn[:3, 3]
+    moved = {**batch, "E": turn @ batch["E"], "eef_pos": eef}
+    torch.testing.assert_close(
+        policy.cell_rays(moved), policy.cell_rays(batch), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_rays_are_finite_above_the_horizon(fitted):
