@@ -49,10 +49,10 @@ LAYOUTS = {
     "position": Layout("position", "test"),
     "val_position": Layout("position", "val"),
     # the verdict's
-    "verdict_shifted": Layout("in_dist", "test", shift_seed=80_000_000),
+    "verdict_shifted": Layout("in_dist", "test", shift_seed=81_000_000),
     "verdict_viewpoint": Layout("views", "test", verdict.views),
     "verdict_viewpoint_low": Layout("views", "test", verdict.low_views),
-    "verdict_viewpoint_shifted": Layout("views", "test", verdict.views, shift_seed=80_000_000),
+    "verdict_viewpoint_shifted": Layout("views", "test", verdict.views, shift_seed=81_000_000),
     "verdict_position": Layout("places", "test", lambda: verdict.positions("test")),
     "moved_midway": Layout("in_dist", "test", moved=True),
     "val_verdict_viewpoint": Layout("views", "val", verdict.val_views),
@@ -60,6 +60,7 @@ LAYOUTS = {
         "views", "val", verdict.val_views, shift_seed=90_000_000
     ),
     "val_verdict_position": Layout("places", "val", lambda: verdict.positions("val")),
+    "val_verdict_far": Layout("places", "val", lambda: verdict.positions("far")),
     "val_verdict_swap": Layout("swap", "val", verdict.val_swaps),
     "val_moved_midway": Layout("in_dist", "val", moved=True),
 }
@@ -103,7 +104,7 @@ def event(layout, index):
         return None
     if found.part == "val":
         return MovedMidway("val_moved_midway", index)
-    return MovedMidway("moved_midway", index, verdict.SECOND_DRAW)
+    return MovedMidway("moved_midway", index, verdict.DRAW)
 
 
 def episode_state(scene, layout, index, split=None):

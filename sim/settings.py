@@ -57,6 +57,7 @@ PURPOSES = (
     "moved_midway",
     "val_moved_midway",
     "plus_order",
+    "val_verdict_far",
 )
 # numbers of a Condition that a setting varies
 VARIED = {

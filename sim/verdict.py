@@ -3,11 +3,11 @@ their place. NumPy only.
 
 Views lie between those of `viewpoint` and `val_viewpoint`, on both angles. Positions lie on the
 test side of the table, see sim/recipe.py, bowl and plate each by itself. Validation has the
-outermost training views, the strip between the two sides, and an exchange of plate and cookies at
-other places than the test's.
+outermost training views, the strip between the two sides, places as far beyond the training side
+as the test's are on the other, and an exchange of plate and cookies at other places than the
+test's.
 
-This is the second draw. On the first, `results/verdict_first`, one seed of the recipe without
-mistakes and loose cameras was evaluated; then the recipe was changed, so the test is another.
+This is the third draw, as the recipe was changed after looks at the first two, see docs/verdict.md.
 """
 
 import functools
@@ -17,11 +17,11 @@ import numpy as np
 from sim import recipe, settings
 
 N = 50  # positions; episodes of each column
-SECOND_DRAW = 1  # the seed of what is drawn; that of the first draw was 0
+DRAW = 2  # the seed of what is drawn; those before were 0 and 1
 # positions of the test at whose first attempt the expert fails, so that they are drawn again
-DRAWN_AGAIN = {49: 1}
-# degrees, as far in phi as can be from both older sets, and between those of the first draw
-THETAS = (16.1, 17.9, 19.6, 21.4, 23.2, 24.9)
+DRAWN_AGAIN = {13: 1, 43: 1}
+# degrees, as far in phi as can be from both older sets, and between those of the draws before
+THETAS = (15.75, 17.45, 19.15, 20.95, 22.75, 24.5)
 PHIS = 11.25 + 22.5 * np.arange(16)
 VAL_THETAS, VAL_PHIS = (10.8, 11.5, 12.2), 45.0 * np.arange(8)
 # metres by which objects of the validated exchange stand beside their places, +- in x and in y:
@@ -56,12 +56,15 @@ def val_views():
 
 @functools.cache
 def positions(part):
-    """N layouts of bowl and plate, on the test side or, with part "val", on the strip."""
-    if part == "val":
-        draws = [_rng("val_verdict_position", i) for i in range(N)]
+    """N layouts of bowl and plate, on the test side or, with part "val" or "far", on one of the
+    strips beside the training side.
+    """
+    if part != "test":
+        purpose = {"val": "val_verdict_position", "far": "val_verdict_far"}[part]
+        draws = [_rng(purpose, i) for i in range(N)]
     else:
         again = DRAWN_AGAIN.get
-        draws = [_rng("verdict_position", i, again(i, 0), SECOND_DRAW) for i in range(N)]
+        draws = [_rng("verdict_position", i, again(i, 0), DRAW) for i in range(N)]
     return [recipe.layout(rng, part, clean=True) for rng in draws]
 
 

@@ -20,15 +20,16 @@ from sim.rollout import BlindAgent, run_episode
 K, DEFAULT = settings.default_camera()
 PAIR = (recipe.BOWL, recipe.PLATE)
 SETS = {
-    "verdict_viewpoint": "5ee7323bfdc9",
-    "verdict_viewpoint_low": "e5310eae2c79",
-    "verdict_position": "39190ae17114",
+    "verdict_viewpoint": "5b10b5f3b0a4",
+    "verdict_viewpoint_low": "6d03e1d75e47",
+    "verdict_position": "452a08afea58",
     "val_verdict_viewpoint": "2e39adb1b9b5",
     "val_verdict_position": "72c205874787",
+    "val_verdict_far": "008e98f9e868",
     "val_verdict_swap": "7a8f0b111e07",
 }
 # metres by which bowl and plate are moved in `verdict_shifted` episode 7
-SHIFTED_7 = [[-0.00098, 0.04266], [0.04689, 0.00387]]
+SHIFTED_7 = [[0.01576, -0.04208], [0.04584, 0.01061]]
 
 
 def digest(conditions):
@@ -76,6 +77,7 @@ def test_positions_are_apart():
     )
     for some, others, least in (
         (demos, test, 7),
+        (demos, pairs(verdict.positions("far")), 2),
         (val, test, 2),
         (demos, pairs([usual(recipe.SWAPPED)]), 5),
         (demos, pairs([usual(recipe.USUAL)]), 8),
