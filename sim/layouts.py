@@ -60,7 +60,6 @@ LAYOUTS = {
         "views", "val", verdict.val_views, shift_seed=90_000_000
     ),
     "val_verdict_position": Layout("places", "val", lambda: verdict.positions("val")),
-    "val_verdict_far": Layout("places", "val", lambda: verdict.positions("far")),
     "val_verdict_swap": Layout("swap", "val", verdict.val_swaps),
     "val_moved_midway": Layout("in_dist", "val", moved=True),
 }

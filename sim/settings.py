@@ -57,7 +57,6 @@ PURPOSES = (
     "moved_midway",
     "val_moved_midway",
     "plus_order",
-    "val_verdict_far",
 )
 # numbers of a Condition that a setting varies
 VARIED = {

@@ -3,9 +3,8 @@ their place. NumPy only.
 
 Views lie between those of `viewpoint` and `val_viewpoint`, on both angles. Positions lie on the
 test side of the table, see sim/recipe.py, bowl and plate each by itself. Validation has the
-outermost training views, the strip between the two sides, places as far beyond the training side
-as the test's are on the other, and an exchange of plate and cookies at other places than the
-test's.
+outermost training views, the strip between the two sides, and an exchange of plate and cookies at
+other places than the test's.
 
 This is the third draw, as the recipe was changed after looks at the first two, see docs/verdict.md.
 """
@@ -56,12 +55,9 @@ def val_views():
 
 @functools.cache
 def positions(part):
-    """N layouts of bowl and plate, on the test side or, with part "val" or "far", on one of the
-    strips beside the training side.
-    """
-    if part != "test":
-        purpose = {"val": "val_verdict_position", "far": "val_verdict_far"}[part]
-        draws = [_rng(purpose, i) for i in range(N)]
+    """N layouts of bowl and plate, on the test side or, with part "val", on the strip."""
+    if part == "val":
+        draws = [_rng("val_verdict_position", i) for i in range(N)]
     else:
         again = DRAWN_AGAIN.get
         draws = [_rng("verdict_position", i, again(i, 0), DRAW) for i in range(N)]

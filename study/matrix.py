@@ -182,7 +182,6 @@ COLUMNS = {
             "val_shifted": 24,
             "val_verdict_viewpoint_shifted": 24,
             "val_verdict_position": 24,
-            "val_verdict_far": 24,
             "val_verdict_swap": 24,
             "val_moved_midway": 24,
         },

@@ -25,7 +25,6 @@ SETS = {
     "verdict_position": "452a08afea58",
     "val_verdict_viewpoint": "2e39adb1b9b5",
     "val_verdict_position": "72c205874787",
-    "val_verdict_far": "008e98f9e868",
     "val_verdict_swap": "7a8f0b111e07",
 }
 # metres by which bowl and plate are moved in `verdict_shifted` episode 7
@@ -77,7 +76,6 @@ def test_positions_are_apart():
     )
     for some, others, least in (
         (demos, test, 7),
-        (demos, pairs(verdict.positions("far")), 2),
         (val, test, 2),
         (demos, pairs([usual(recipe.SWAPPED)]), 5),
         (demos, pairs([usual(recipe.USUAL)]), 8),
