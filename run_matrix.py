@@ -11,7 +11,7 @@
     # only the trainings, 16 at a time on a GPU; the same without --until goes on from them
     python run_matrix.py --until train --jobs 16
     # only the table, from what is there; into a page too
-    python run_matrix.py --table --readme docs/results.md
+    python run_matrix.py --table --readme docs/first_matrix.md
 
 Every step is one of the repository's own commands, with its log in OUT/logs. A step whose results
 are complete and were made by the same flags is not done again, so that the same command goes on

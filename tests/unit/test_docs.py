@@ -34,6 +34,22 @@ def test_the_readme_fits_on_three_screens():
     assert len(text.splitlines()) <= 230 and len(text.encode()) <= 14_000
 
 
+def test_the_page_of_hypotheses_stays_readable():
+    """At most 120 lines of 110 characters: tables belong on the pages that it links to."""
+    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize("script", ["matrix.sh", "verdict.sh"])
+def test_a_scripts_last_step_finds_the_place_of_its_table(script):
+    """The page that a script of hours ends with has the marks between which its table goes."""
+    from study.matrix_table import MARKS
+
+    (page,) = re.findall(r"--readme (\S+)", (ROOT / "runs" / script).read_text())
+    lines = (ROOT / page).read_text().splitlines()
+    assert [line for line in lines if line in MARKS] == list(MARKS)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_to_files_and_headings(page):
     """A moved file or a renamed heading leaves no dead link behind."""
