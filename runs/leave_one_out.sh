@@ -5,7 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
 
-rows=$(python -c "from study.matrix import WITHOUT; print(*WITHOUT)")
-# shellcheck disable=SC2086  # rows are several words
 python run_matrix.py --out runs/leave_one_out --columns val_verdict --train_steps 2000 --n_demos 96 \
-  --n_episodes 24 --collect_flags "--render fast" --rows para_recipe c_recipe $rows
+  --n_episodes 24 --collect_flags "--render fast" --rows para_recipe \
+  para_recipe_without_mistakes para_recipe_without_hand para_recipe_without_turns \
+  para_recipe_without_starts para_recipe_without_shifts para_recipe_without_fingers \
+  para_recipe_without_dilations para_recipe_without_rays \
+  c_recipe c_recipe_without_mistakes c_recipe_without_hand c_recipe_without_turns \
+  c_recipe_without_starts c_recipe_without_shifts c_recipe_without_fingers \
+  c_recipe_without_dilations c_recipe_without_turn_back

@@ -10,7 +10,7 @@ python collect_demos.py --variant lift_once --n_demos 40 --render fast --out $de
 python eval.py --policy expert --variant lift_once --n_episodes 50 --n_videos 0 \
   --out results/lift_once/expert
 
-# name, policy, flags: A, B and C with a history of 8 decisions, and of this one alone
+# name, policy, context: A, B and C with a history of 8 decisions, and of this one alone
 rows="para:para:
 a:autoregressive:
 a_now:autoregressive:--context 1
@@ -20,17 +20,17 @@ c:voxel_ar_rel:
 c_now:voxel_ar_rel:--context 1"
 
 for seed in ${1:-0 1 2}; do
-  while IFS=: read -r name policy flags; do
+  while IFS=: read -r -u 3 name policy context; do
     out=runs/lift_once/$name-s$seed
-    # shellcheck disable=SC2086  # flags are several words
+    # shellcheck disable=SC2086  # context is two words
     if [ -f $out/state.safetensors ]; then
       [ -f $out/done ] || python train.py --resume $out
     else
-      python train.py --model_type "$policy" $flags --preset small --backbone efficientnet_lite0 \
-        --dataset $demos --max_steps 2000 --seed "$seed" --wandb off --out $out
-    fi < /dev/null
+      python train.py --model_type "$policy" $context --preset small --backbone efficientnet_lite0 \
+        --dataset $demos --max_steps 2000 --seed $seed --wandb off --out $out
+    fi
     touch $out/done
     python eval.py --ckpt $out/checkpoint.safetensors --teleport --zero_rotation --max_steps 600 \
-      --n_episodes 50 --n_videos 1 --out results/lift_once/$name-s"$seed" < /dev/null
-  done <<< "$rows"
+      --n_episodes 50 --n_videos 1 --out results/lift_once/$name-s$seed
+  done 3<<< "$rows"
 done

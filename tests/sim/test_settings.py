@@ -197,7 +197,8 @@ def collected_seed(part, seed, index):
         worker = recording.ExpertWorker.__new__(recording.ExpertWorker)
         worker.args = collect_demos.build_parser().parse_args(["--part", part, "--seed", str(seed)])
         worker.scenes, worker.conditions = {True: scene, False: scene}, [settings.Condition()]
-        scene.common_shift = lambda condition: None
+        worker.request = None
+        scene.common_shift = scene.ask_for = lambda _: None
         worker.run(index)
 
     return asked_seed(ask)

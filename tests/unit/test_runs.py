@@ -15,8 +15,11 @@ import train
 from registry import look_up
 
 SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
-PLAIN = re.compile(r"\$\{?(layout|head|name)\}?")  # of a loop
-VALUES = {"layout": "shifted", "head": "new", "name": "a"}
+PLAIN = re.compile(r"\$\{?(layout|head|name|policy|context|seed)\}?")  # of a loop
+VALUES = {
+    **{"layout": "shifted", "head": "new", "name": "a", "seed": "0"},
+    **{"policy": "autoregressive", "context": "--context 1"},
+}
 
 
 def commands(path):
