@@ -21,7 +21,8 @@ def fill_spreads(args):
         )
     if args.loose_camera and not of_recipe:
         raise UserError("--loose_camera: only --setting recipe has it; give that, or leave it out")
-    if args.mistake_rate and (args.grasp, args.variant) != ("side", "task"):
+    makes_good = (args.grasp, args.variant) == ("side", "task")
+    if args.mistake_rate and not makes_good:
         raise UserError(
             f"--mistake_rate {args.mistake_rate}: only the grasp `side` of the task itself makes a "
             f"mistake good, this is {args.grasp!r} of {args.variant!r}; leave it out"
@@ -33,7 +34,8 @@ def fill_spreads(args):
         ("mistake_rate", recipe.MISTAKE_RATE),
     ):
         if getattr(args, name) is None:
-            setattr(args, name, usual[args.part] if of_recipe else 0.0)
+            usable = of_recipe and (makes_good or name != "mistake_rate")
+            setattr(args, name, usual[args.part] if usable else 0.0)
 
 
 def usual_grasp(args):

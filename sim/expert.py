@@ -101,6 +101,12 @@ class PickPlaceExpert:
     def _go(self, phase):
         self.phase, self.count = phase, 0
 
+    def _stand(self, eef):
+        """Where the EEF was when the phase began (3,): there it stands while the fingers move."""
+        if self.count == 0:
+            self.held = eef.copy()
+        return self.held
+
     def act(self, scene, eef_pos, eef_rot=None):
         """Target position (3,) and gripper (-1 opens, +1 closes) for the next control step."""
         # A phase whose end is reached commands nothing: the next one answers in the same step.
@@ -124,23 +130,19 @@ class PickPlaceExpert:
             there = "descend" if self.approaching == OPEN else "reopen"
             return above, self.approaching, there if near(above, 0.010) else None
         if phase == "reopen":
-            if self.count == 0:
-                self.held = eef.copy()
             self.approaching = OPEN
-            return self.held, OPEN, "descend" if self.count >= GRIPPER_STEPS else None
+            return self._stand(eef), OPEN, "descend" if self.count >= GRIPPER_STEPS else None
         if phase == "descend":
             if np.linalg.norm((eef - grasp)[:2]) > STRAY:
                 return above, OPEN, "rise"
             # after 25 control steps the gripper closes wherever it is
             return grasp, OPEN, "close" if near(grasp, 0.004) or self.count > 25 else None
         if phase == "close":
-            # stand still where the phase began until the fingers have closed
-            if self.count == 0:
-                self.held = eef.copy()
+            held = self._stand(eef)
             if self.count >= GRIPPER_STEPS:
-                self.top = self.held + np.array([0, 0, LIFT])
+                self.top = held + np.array([0, 0, LIFT])
                 return self.top, CLOSE, "lift"
-            return self.held, CLOSE, None
+            return held, CLOSE, None
         if phase == "lift":
             return self.top, CLOSE, "carry" if near(self.top, 0.015) else None
         # transport: the targets are such that the bowl, not the EEF, ends at the goal's centre
@@ -160,12 +162,11 @@ class PickPlaceExpert:
             return release, CLOSE, "open" if near(release, 0.004) or self.count > 25 else None
         # release: stand still until the fingers are open, then go straight up
         if phase == "open":
-            if self.count == 0:
-                self.held = eef.copy()
+            held = self._stand(eef)
             if self.count >= GRIPPER_STEPS:
-                self.top = self.held + np.array([0, 0, RETRACT])
+                self.top = held + np.array([0, 0, RETRACT])
                 return self.top, OPEN, "retract"
-            return self.held, OPEN, None
+            return held, OPEN, None
         if phase == "retract":
             return self.top, OPEN, "done" if near(self.top, 0.010) else None
         return eef, OPEN, None

@@ -9,7 +9,7 @@ import collect_demos
 from data import waypoint_labels
 from formats.dataset import open_dataset
 from runtime import UserError
-from sim import mistakes
+from sim import collected, mistakes
 from sim.expert import PickPlaceExpert, servo_action
 from sim.libero_env import CLOSE, OPEN
 
@@ -98,3 +98,12 @@ def test_no_other_expert_makes_a_mistake_good(flags):
 def test_loose_cameras_are_the_recipes():
     with pytest.raises(UserError, match="--loose_camera: only --setting recipe"):
         collect_demos.main(["--loose_camera", "1"])
+
+
+def test_the_recipe_makes_no_mistakes_that_its_expert_cannot_make_good():
+    """--setting recipe with another grasp: its own rate of mistakes is not taken over."""
+    for grasp, rate in (("side", 0.5), ("planned", 0.0)):
+        words = ["--setting", "recipe", "--grasp", grasp]
+        args = collect_demos.build_parser().parse_args(words)
+        collected.fill_spreads(args)
+        assert args.mistake_rate == rate and args.loose_camera == 1
