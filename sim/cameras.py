@@ -5,7 +5,7 @@ import numpy as np
 from camera import extrinsics_from_mujoco, intrinsics
 from rot_utils import matrix_to_quat
 from runtime import UserError
-from sim import settings
+from sim import moved_cameras, settings
 
 # exact: LIBERO's picture, byte for byte. fast: 0.3 of its cost, without reflections (on the
 # stove's top) and without smoothed edges. A policy is trained and evaluated on the same one.
@@ -80,6 +80,8 @@ class Agentview:
         if (c.roll, c.pan, c.tilt, c.distance) != (0.0, 0.0, 0.0, 1.0):
             E = settings.loosened(self.camera()[1], c.roll, c.pan, c.tilt, c.distance)
             self.set_camera(E)
+        if c.moved:
+            self.set_camera(moved_cameras.moved(self.camera()[1], c.moved))
 
     def render(self, camera="agentview"):
         """(S,S,3) uint8 RGB, upright: MuJoCo's rows come bottom first."""

@@ -21,11 +21,11 @@ def fill_spreads(args):
         )
     if args.loose_camera and not of_recipe:
         raise UserError("--loose_camera: only --setting recipe has it; give that, or leave it out")
-    makes_good = (args.grasp, args.variant) == ("side", "task")
+    makes_good = args.grasp != "rim" and args.variant == "task"
     if args.mistake_rate and not makes_good:
         raise UserError(
-            f"--mistake_rate {args.mistake_rate}: only the grasp `side` of the task itself makes a "
-            f"mistake good, this is {args.grasp!r} of {args.variant!r}; leave it out"
+            f"--mistake_rate {args.mistake_rate}: only the grasps `side` and `planned` of the task "
+            f"itself make a mistake good, this is {args.grasp!r} of {args.variant!r}; leave it out"
         )
     for name, usual in (
         ("start_spread", recipe.START_SPREAD),

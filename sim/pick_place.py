@@ -17,6 +17,7 @@ FINGERTIP = 0.0125  # below the EEF
 SIDES = 0.005  # room that the open gripper has where it lets go
 LIFTED = 0.03  # above its rest an object is held
 SLIPPED = 0.04  # in the fingers, sideways: then the object was lost
+MET = 0.003  # between fingers that closed upon nothing, which meet at 1 mm
 ASIDE = 0.03  # from a point on the table at which an object counts as put there
 
 
@@ -61,8 +62,16 @@ class PickPlace(Stage):
         self.passed = self.boxes.skyline(self.at, self.goal())
 
         turn = self.grasp.rotation
+        # fingers that met hold nothing: they open above the object, as closed ones drop nothing
+        width = scene.observe(image=False).gripper_width
+        way, back = (CLOSE, "return") if width < MET else (OPEN, None)
+        reopened = [
+            KeyPose(back, self._over_object, CLOSE, turn),
+            KeyPose("reopen", None, OPEN, turn),
+        ]
         return [
-            KeyPose("rise", np.array([*eef[:2], self.hover]), OPEN, turn),
+            KeyPose("rise", np.array([*eef[:2], self.hover]), way, turn),
+            *(reopened if back else ()),
             KeyPose("hover", self._over_object, OPEN, turn),
             KeyPose("descend", lambda: self.at, OPEN, turn, tight=True),
             KeyPose("close", None, CLOSE, turn),

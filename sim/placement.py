@@ -72,8 +72,9 @@ class Placement:
         object was thrown).
 
         jitter: standard deviation of the arm's joints in rad. spread: further uniform shift of the
-        task's own objects, +- metres in x and y, each by itself. offsets: {name: (dx, dy)} metres,
-        added to that. seed: as of `reset`.
+        task's own objects, +- metres in x and y, each by itself; half as far on a fixture, not at
+        all in one. What an object stands on moves along. offsets: {name: (dx, dy)} metres, added to
+        that. seed: as of `reset`.
         """
         rng = np.random.default_rng([*seed, 20])  # a stream apart from that of the sampler
         self.reset(seed)
@@ -83,15 +84,31 @@ class Placement:
         state = self._settle(self.state(), dict.fromkeys([*movable, *own]))
         if state is None:
             return None
+        pair = []
         if spread > 0:
-            offsets = {
-                n: rng.uniform(-spread, spread, 2) + (offsets or {}).get(n, 0) for n in movable
-            }
+            draws = {n: rng.uniform(-spread, spread, 2) for n in movable}
+            room = {n: self._room_on_support(n) for n in movable}
+            offsets = {n: room[n] * draws[n] + (offsets or {}).get(n, 0) for n in movable}
+            carried = self._carried(movable)
+            offsets.update({carried[n]: offsets[n] for n in carried})
+            pair = [*carried, *carried.values()]
         if offsets:
-            state = self.shift_objects(state, offsets)
+            state = self.shift_objects(state, offsets, pair)
             if state is None:
                 return None
         return self._with_start(state, rng, jitter)
+
+    def _carried(self, names):
+        """{an object: the object that it stands on, which moves along with it}."""
+        supports = {n: self.stands_on(n)[1] for n in names}
+        return {n: support for n, support in supports.items() if support in self.objects}
+
+    def _room_on_support(self, name):
+        """The share of a shift that an object makes: it may not fall off a fixture."""
+        predicate, support = self.stands_on(name)
+        if support is None or support in self.objects:
+            return 1.0
+        return 0.0 if predicate == "in" else 0.5
 
     def _with_start(self, state, rng, jitter):
         """Let the arm of a state (S,) start near its usual pose, and set the state -> the state.
@@ -241,7 +258,7 @@ class Placement:
         on_fixtures = [n for n in movable if supports[n][1] and supports[n][1] not in self.objects]
         # a drawer leaves no room; on a stove or a cabinet there may be some
         free = [n for n in movable if n not in on_fixtures or supports[n][0] != "in"]
-        carried = {n: supports[n][1] for n in movable if supports[n][1] in self.objects}
+        carried = self._carried(movable)
         on_tables = [n for n in free if n not in on_fixtures]
         # the second only where it is another one
         for moved in dict.fromkeys([tuple(free), tuple(on_tables)]):

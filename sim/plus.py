@@ -25,15 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
-from camera import extrinsics_from_mujoco
 from formats.libero_cameras import SCENES, scene_of_task
-from rot_utils import matrix_to_quat, quat_to_matrix, rotvec_to_matrix
+from rot_utils import quat_to_matrix
 from runtime import UserError
-from sim import settings
+from sim import moved_cameras, settings
 from sim.tasks import find_task, number_of_tasks
 
 KINDS = ("camera", "robot", "robot_joints", "layout")
-PIVOT = np.array([0.0, 0.0, 0.8])  # metres; the camera tilts about it and moves away from it
 UNMOVED = (0, 0, 100, 0, 0)  # H, V, S, R, U of LIBERO's own camera
 NAME = re.compile(
     r"(?P<task>.+?)(_moved)?"
@@ -242,29 +240,7 @@ def agentview(variant, instruction):
     LIBERO's cameras is moved.
     """
     position, (w, *xyz) = SCENES[scene_of_task(instruction)]
-    position, R = np.array(position), quat_to_matrix(unit([*xyz, w]))
+    position, R = np.array(position), quat_to_matrix(moved_cameras.unit([*xyz, w]))
     turned, tilted, percent, pan, pitch = variant.view
-    if tilted:
-        turn = rotvec_to_matrix(np.radians([0.0, -tilted, 0.0]))
-        position, R = rounded(PIVOT + turn @ (position - PIVOT), turn @ R)
-    turn = rotvec_to_matrix(np.radians([0.0, 0.0, turned]))
-    position, R = rounded(turn @ position, turn @ R)
-    if percent != 100:
-        position, R = rounded(PIVOT + percent / 100 * (position - PIVOT), R)
-    if pan:
-        position, R = rounded(position, rotvec_to_matrix(np.radians([0.0, 0.0, pan])) @ R)
-    if pitch:
-        position, R = rounded(position, rotvec_to_matrix(np.radians([0.0, -pitch, 0.0])) @ R)
-    return extrinsics_from_mujoco(position, R)
-
-
-def rounded(position, R):
-    """A camera's pose as LIBERO-Plus writes it after each change: four digits of position and
-    quaternion.
-    """
-    return position.round(4), quat_to_matrix(unit(matrix_to_quat(R).round(4)))
-
-
-def unit(quat):
-    """A quaternion (4,) of length 1."""
-    return np.array(quat) / np.linalg.norm(quat)
+    view = (turned, tilted, percent / 100, pan, pitch)
+    return moved_cameras.at(position, R, view, moved_cameras.to_four_digits)

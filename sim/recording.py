@@ -14,7 +14,7 @@ from formats import hdf5, libero_hdf5, smith300
 from formats.parts import part_path
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import atomic_path
-from sim import instructions, mistakes, recipe, settings
+from sim import instructions, mistakes, moved_cameras, recipe, settings
 from sim.expert import servo_action
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
 from sim.tasks import find_task
@@ -144,6 +144,8 @@ class ExpertWorker:
             if condition is None:
                 counts["bad_resets"] += 1
                 continue
+            # apart by task too: a suite's files would all have the same cameras
+            self.view_rng = np.random.default_rng([*seed, 11, args.task_id])
             recorder = self.record(np.random.default_rng([*seed, 7]), condition)
             if isinstance(recorder, str):
                 counts[recorder] += 1
@@ -219,6 +221,8 @@ class ExpertWorker:
         """
         scene, spread, base = self.scene, self.args.turn_spread, self.scene.position_of_base()[:2]
         of_recipe = self.args.setting == "recipe"
+        if self.args.setting == "cameras":
+            return self.move_camera()
         if of_recipe:
             views = recipe.views(rng, self.args.part, spread, VIEWS, self.args.loose_camera)
             found = [replace(view, places=condition.places) for view in views]
@@ -235,6 +239,23 @@ class ExpertWorker:
                 return view
         scene.set_view(condition)
         return None if of_recipe else condition
+
+    def move_camera(self):
+        """Put the camera at the first of VIEWS of sim/moved_cameras.py that shows object and goal,
+        else where the task has it -> settings.Condition.
+        """
+        scene, of_task = self.scene, settings.Condition(moved=moved_cameras.AS_IT_IS)
+        points = [scene.position(n) for n in (scene.pick, scene.place) if n]
+        for view in moved_cameras.drawn(self.view_rng, VIEWS):
+            found = settings.Condition(moved=view)
+            scene.set_view(found)
+            if not points:
+                return found
+            u, v, _ = project(np.stack(points), *scene.camera())
+            if min(u.min(), v.min()) > 0 and max(u.max(), v.max()) < scene.image_size:
+                return found
+        scene.set_view(of_task)
+        return of_task
 
     def in_view(self):
         """True if the camera shows EEF, object and goal, and not at the image's edge."""
@@ -278,6 +299,7 @@ class ExpertWorker:
         if recorder.condition is None:
             return "views_refused"
         mistaken = rng.random() < self.args.mistake_rate
+        mistaken = mistaken and mistakes.can_fail(scene, self.args.grasp)
         if mistaken and not self.mistake(rng, recorder):
             return "mistakes_that_succeeded"
         expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
@@ -316,9 +338,12 @@ class ExpertWorker:
         """
         scene = self.scene
         rest = scene.position(scene.pick)[2]
-        for target, gripper in mistakes.attempt(scene, rng):
-            eef = scene.observe(image=False).eef_pos
-            action = servo_action(eef, target, gripper)
+        plan = mistakes.plan_of(scene, self.args.grasp)
+        for target, gripper in mistakes.attempt(scene, rng, plan):
+            now = scene.observe(image=False)
+            action = servo_action(
+                now.eef_pos, target, gripper, rotation=plan.rotation, eef_rot=now.eef_rot
+            )
             recorder.add(action, action, True)
             scene.step(action)
             if scene.position(scene.pick)[2] > rest + mistakes.LIFTED:

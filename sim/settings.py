@@ -9,6 +9,7 @@ only.
                image's left half, 128 positions, tested on 20 of the right half. `near_far`: on the
                half near the robot, tested on the far half
     recipe     bowl, plate and camera of each demonstration drawn by themselves, see sim/recipe.py
+    cameras    any task, each demonstration's camera drawn by itself, see sim/moved_cameras.py
 
 Nothing is trained in the settings `views`, `places` and `swap`: they are those of sim/verdict.py.
 
@@ -38,6 +39,7 @@ SPLITS = {
     "viewpoint": ("outer", "hemisphere"),
     "position": ("left_right", "near_far"),
     "recipe": (None,),
+    "cameras": (None,),
 }
 PARTS = ("train", "val", "test")
 # what random numbers are for; a purpose's place is part of its seeds: append, never reorder
@@ -64,9 +66,10 @@ VARIED = {
     "position": ("dx", "dy"),
     "recipe": ("theta", "phi", "turn", "roll", "pan", "tilt", "distance"),
     "views": ("theta", "phi"),
+    "cameras": ("moved",),
 }
 # settings whose scene is the full one unless another is asked for
-FULL_SCENES = ("in_dist", "swap")
+FULL_SCENES = ("in_dist", "swap", "cameras")
 
 # LIBERO's tabletop scenes: agentview, and the expert's path on libero_spatial task 0 (metres)
 FOVY, CAMERA_POSITION = 45.0, np.array([0.6586131746834771, 0.0, 1.6103500240372423])
@@ -103,7 +106,7 @@ class Condition:
     """What differs from the task as LIBERO has it: the camera's orbit in degrees, the objects'
     common shift in metres; the camera's turn about the robot's base in degrees, the places of
     objects by themselves, ((name, x, y), ...) in metres. roll, pan, tilt in degrees and distance,
-    a factor: see `loosened`.
+    a factor: see `loosened`. moved: a view of sim/moved_cameras.py, () for the task's own.
     """
 
     theta: float = 0.0
@@ -116,6 +119,7 @@ class Condition:
     pan: float = 0.0
     tilt: float = 0.0
     distance: float = 1.0
+    moved: tuple = ()
 
     def described(self, setting):
         """The numbers that a setting varies, {name: value}, as demonstrations and episodes record
@@ -316,10 +320,11 @@ def resolve_split(setting, split=None):
 
 def conditions(setting, part, split=None):
     """The conditions of one of PARTS, in their fixed order -> list of Condition. Raises UserError
-    for an unknown split. Those of the recipe are drawn by index, see sim/recipe.py.
+    for an unknown split. Those of `recipe` and `cameras` are drawn by
+    index, see there.
     """
     split = resolve_split(setting, split)
-    if setting in ("in_dist", "recipe"):
+    if setting in ("in_dist", "recipe", "cameras"):
         return [Condition()]
     if setting == "position":
         return spread(_positions(part, split))

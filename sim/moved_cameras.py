@@ -1,0 +1,82 @@
+"""Cameras that stand elsewhere, for any scene: agentview turned about the table, tilted, farther
+away, turned in place, as LIBERO-Plus moves it. NumPy only.
+
+    collect_demos.py --setting cameras
+
+draws one of these for each demonstration, from the whole ranges below; a share of them keeps the
+task's own view. Whoever trains on them and tests on LIBERO-Plus's cameras is tested inside the
+training range, not beyond it.
+"""
+
+import numpy as np
+
+from camera import extrinsics_from_mujoco
+from rot_utils import matrix_to_quat, quat_to_matrix, rotvec_to_matrix
+
+PIVOT = np.array([0.0, 0.0, 0.8])  # metres; the camera tilts about it and moves away from it
+# degrees about the world's vertical, up to +-; degrees upwards; times the distance from PIVOT;
+# degrees in place, up to +-, about the vertical and about the world's y
+TURNED, TILTED, AWAY, IN_PLACE = 75.0, 15.0, 2.0, 10.0
+AS_IT_IS = (0.0, 0.0, 1.0, 0.0, 0.0)  # the task's own view
+# share of the demonstrations that keep the task's view; of the others, the share that is tilted,
+# that is farther away, and that is turned in place
+UNMOVED, VARIED = 0.2, 0.5
+
+
+def drawn(rng, n):
+    """n views (turned, tilted, distance, pan, pitch), drawn in this order."""
+    views = []
+    for _ in range(n):
+        turned, tilted = rng.uniform(-TURNED, TURNED), rng.uniform(0, TILTED)
+        distance, (pan, pitch) = rng.uniform(1, AWAY), rng.uniform(-IN_PLACE, IN_PLACE, 2)
+        is_tilted, is_away, is_in_place = rng.random(3) < VARIED
+        view = (
+            turned,
+            tilted if is_tilted else 0.0,
+            distance if is_away else 1.0,
+            *((pan, pitch) if is_in_place else (0.0, 0.0)),
+        )
+        views.append(tuple(round(float(x), 4) for x in view))
+    return [AS_IT_IS] * n if rng.random() < UNMOVED else views
+
+
+def moved(E, view):
+    """Camera-to-world E (4,4), moved by a view (turned, tilted, distance, pan, pitch)."""
+    # MuJoCo's camera looks along -z with y up
+    return at(E[:3, 3], E[:3, :3] @ np.diag([1.0, -1.0, -1.0]), view)
+
+
+def at(position, R, view, rounded=lambda position, R: (position, R)):
+    """Camera-to-world (4,4) of MuJoCo's camera at position (3,) m with axes R (3,3), moved by a
+    view. rounded: what becomes of a pose after each change.
+    """
+    turned, tilted, distance, pan, pitch = view
+    if tilted:
+        turn = about("y", -tilted)
+        position, R = rounded(PIVOT + turn @ (position - PIVOT), turn @ R)
+    turn = about("z", turned)
+    position, R = rounded(turn @ position, turn @ R)
+    if distance != 1:
+        position, R = rounded(PIVOT + distance * (position - PIVOT), R)
+    if pan:
+        position, R = rounded(position, about("z", pan) @ R)
+    if pitch:
+        position, R = rounded(position, about("y", -pitch) @ R)
+    return extrinsics_from_mujoco(position, R)
+
+
+def about(axis, degrees):
+    """Rotation (3,3) about an axis of the world."""
+    return rotvec_to_matrix(np.radians(degrees) * np.eye(3)["xyz".index(axis)])
+
+
+def to_four_digits(position, R):
+    """A camera's pose as LIBERO-Plus writes it after each change: four digits of position and
+    quaternion.
+    """
+    return position.round(4), quat_to_matrix(unit(matrix_to_quat(R).round(4)))
+
+
+def unit(quat):
+    """A quaternion (4,) of length 1."""
+    return np.array(quat) / np.linalg.norm(quat)
