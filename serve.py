@@ -80,7 +80,7 @@ class Episode:
         if self.is_new(request, eef):
             self.begin(request)
         self.eef, self.prompt = eef, request.get("prompt")
-        while self.servo.due(eef):
+        while self.servo.due(eef, rotation):
             self.servo.follow(self.decide(observation), eef, rotation)
         found = []
         while len(found) < self.args.chunk:

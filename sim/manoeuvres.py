@@ -40,7 +40,8 @@ class OpenDrawer(Stage):
     """
 
     TILT = 80  # degrees; at 45 and less the hand hits the cabinet before the fingers hold
-    PULL, ENOUGH = 0.165, 0.142  # the way of the hand, and how far open counts
+    # the way of the hand, up to the drawer's stop, and how far open counts
+    PULL, ENOUGH = 0.155, 0.142
     TRAVEL = 1.20  # height at which the gripper turns, clear of everything
 
     def __init__(self, scene, cabinet, level):

@@ -17,7 +17,7 @@ WIDEST = 0.072  # that the fingers go around
 # Objects that are too wide to be gripped: dragged over the table by their rim.
 DRAGGED = ("plate",)
 # the EEF's place at such a rim: from the object's axis, and over its origin
-DRAG_RADIUS, DRAG_HEIGHT = 0.062, 0.0135
+DRAG_RADIUS, DRAG_HEIGHT = 0.062, 0.0115
 
 # The grasp of each task, by its name in sim/grasps.py: one with yaw 0 where it has room in all init
 # states 0 to 9, else the one with most. Choosing anew in each layout would teach two where two are

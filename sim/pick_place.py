@@ -11,6 +11,7 @@ from sim.libero_env import CLOSE, OPEN
 
 # above grasp, above where the gripper closed, above where it let go (at least, at most)
 HOVER, LIFT, RETRACT = 0.10, 0.14, (0.05, 0.10)
+LIFT_ASIDE = 0.05  # the same where the object only stands aside
 RELEASE = 0.012  # above the surface at which the object is let go
 PASSING = 0.025  # height between what is carried and what it passes
 FINGERTIP = 0.0125  # below the EEF
@@ -93,7 +94,8 @@ class PickPlace(Stage):
 
     def _carried(self):
         """Height of the EEF while the object is carried."""
-        return max(self.at[2] + LIFT, self.passed + self.hang + PASSING)
+        lift = LIFT if isinstance(self.place, str) else LIFT_ASIDE
+        return max(self.at[2] + lift, self.passed + self.hang + PASSING)
 
     def _over_grasp(self):
         return np.array([*self.at[:2], self._carried()])

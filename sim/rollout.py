@@ -451,7 +451,7 @@ def run_episode(
     decisions, beyond, thumbs, failure, stalled = 0, 0, [], None, False
     while not episode.over:
         # one control step on the way that was decided on
-        if not servo.due(episode.eef):
+        if not servo.due(episode.eef, episode.eef_rot):
             target, rotation = servo.step()
             episode.gripper = servo.gripper
             episode.step(target, rotation)

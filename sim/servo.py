@@ -1,8 +1,8 @@
 """The servo: a policy's waypoint becomes one target a control step, until the next decision is due.
 
-It drives towards the waypoint, changes the gripper only near the waypoint that asks for it, and
-holds still while the fingers move. It sees positions alone, so that it works for a simulator here
-and for one behind a socket (serve.py).
+It drives towards the waypoint, changes the gripper only near the waypoint that asks for it or where
+the arm gets no nearer, and holds still while the fingers move. It sees the EEF alone, so that
+it works for a simulator here and for one behind a socket (serve.py).
 """
 
 import numpy as np
@@ -20,6 +20,12 @@ FLIP_DISTANCE = 0.012
 # metres within which a waypoint of a predicted trajectory counts as passed: half of the
 # min_travel that training keeps between waypoints
 REACHED = 0.01
+# metres at which a gripper that is commanded a rotation closes, if a drive gets it there: a knob, a
+# drawer's bar and a plate's rim leave the fingers less room than a bowl
+CLOSING_TOLERANCE = 0.002
+# drives in a row that do not bring the EEF nearer, by so many metres, to where the gripper is to
+# change; then it changes where the arm stands, if that is near enough (metres)
+STALLED_DRIVES, PROGRESS, STALLED_DISTANCE = 2, 0.002, 0.03
 
 
 def ahead(waypoint, eef, gripper, eef_rot=None):
@@ -67,6 +73,8 @@ class Servo:
         # where it goes to, for how many more control steps, and whether that is a drive or a hold
         self.target = self.rotation = None
         self.left, self.driving = 0, False
+        # metres to the waypoint when the drive began; drives to a change that came no nearer to it
+        self.began, self.stalled = np.inf, 0
 
     def follow(self, waypoint, eef, eef_rot):
         """Take on a decision -> the waypoint of its trajectory that is driven to, see `ahead`.
@@ -78,22 +86,48 @@ class Servo:
         self.target = self.waypoint.position
         self.rotation = None if self.zero_rotation else self.waypoint.rotation
         self.left, self.driving = self.steps_a_drive, True
+        self.began = np.linalg.norm(self.target - eef)
         return self.waypoint
 
-    def due(self, eef):
+    def due(self, eef, eef_rot=None):
         """True where a decision is due, the last one being carried out. eef (3,) m: the
-        end-effector now."""
+        end-effector now; eef_rot (3,3): without it, only positions say whether it has arrived."""
         if self.driving:
             away = np.linalg.norm(self.waypoint.position - eef)
-            arrived = self.teleport and away < SERVO_TOLERANCE
+            arrived = self.teleport and self._arrived(away, eef_rot)
             if arrived or not self.left:
                 self._end_drive(eef, away, arrived)
         return not self.left
 
+    def _arrived(self, away, eef_rot):
+        """Whether the EEF, `away` metres from the waypoint, is near enough. A gripper that is
+        commanded a rotation has turned before its fingers move, and closes only close by.
+        """
+        if self.rotation is None or self.waypoint.gripper == self.gripper:
+            return away < SERVO_TOLERANCE
+        if eef_rot is not None and rotation_angle(self.rotation, eef_rot) > TURNED:
+            return False
+        closing = self.waypoint.gripper != OPEN
+        return away < (CLOSING_TOLERANCE if closing else SERVO_TOLERANCE)
+
+    def _changes(self, away):
+        """Whether the gripper changes now, a drive having ended `away` metres from where it is to:
+        near there, or where drives bring the EEF no nearer any more, as at the end of its reach.
+        """
+        if self.waypoint.gripper == self.gripper or self.began - away > PROGRESS:
+            self.stalled = 0
+        else:
+            self.stalled += 1
+        if self.waypoint.gripper == self.gripper:
+            return False
+        out_of_reach = self.teleport and self.stalled >= STALLED_DRIVES
+        return away < (STALLED_DISTANCE if out_of_reach else FLIP_DISTANCE)
+
     def _end_drive(self, eef, away, arrived):
         driven = self.steps_a_drive - self.left
         self.left, self.driving = 0, False
-        if self.waypoint.gripper != self.gripper and away < FLIP_DISTANCE:
+        if self._changes(away):
+            self.stalled = 0
             # the EEF stands still while the fingers move
             self.gripper = self.waypoint.gripper
             self.target, self.rotation, self.left = eef, None, GRIPPER_STEPS

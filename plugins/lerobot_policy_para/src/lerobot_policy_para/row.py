@@ -24,7 +24,7 @@ class Row:
         Raises PolicyError for a waypoint that is not finite.
         """
         eef, eef_rot = observation.eef_pos, observation.eef_rot
-        while self.servo.due(eef):
+        while self.servo.due(eef, eef_rot):
             answer = self.decide(observation)
             check_waypoint(answer)
             self.servo.follow(answer, eef, eef_rot)
