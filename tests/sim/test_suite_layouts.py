@@ -64,3 +64,29 @@ def test_a_bowl_in_the_drawer_stays_and_is_replayed_blindly(scene_of):
     nothing = Handling(scene)
     nothing.note()
     assert nothing.touched is None and nothing.lifted is None
+
+
+@pytest.mark.parametrize(
+    "task, along, stays",
+    [(3, "cookies_1", None), (4, None, "akita_black_bowl_1")],
+)
+def test_a_spread_layout_takes_along_what_the_bowl_stands_on(scene_of, task, along, stays):
+    """--layout_spread moved the bowl of libero_spatial 3 off its box: no layout was good. What lies
+    in a drawer has no room to be moved.
+    """
+    scene = scene_of(task)
+    seed = next(
+        random_seed("train", 0, i)
+        for i in range(30)
+        if scene.random_layout(random_seed("train", 0, i), spread=0.06) is not None
+    )
+    usual, spread = scene.random_layout(seed), scene.random_layout(seed, spread=0.06)
+    place = lambda state, name: state[scene._address(name)][:2]
+    shift = lambda name: place(spread, name) - place(usual, name)
+    bowl = scene.pick
+    assert np.linalg.norm(shift("plate_1")) > 0.005
+    if along:
+        assert np.linalg.norm(shift(bowl)) > 0.005
+        np.testing.assert_allclose(shift(bowl), shift(along), atol=0.006)
+    if stays:
+        assert np.linalg.norm(shift(stays)) < 0.006

@@ -90,7 +90,7 @@ BESIDE = {
         "sim.simulator",
         "sim.variants",
     },
-    "sim.cameras": {"sim.settings"},
+    "sim.cameras": {"sim.moved_cameras", "sim.settings"},
     "sim.check_setup": {"sim.renderer", "sim.simulator"},
     "sim.collected": {
         "sim.expert",
@@ -119,7 +119,7 @@ BESIDE = {
         "sim.object_facts",
     },
     "sim.pick_place": {"sim.clearance", "sim.grasps", "sim.keyposes", "sim.libero_env"},
-    "sim.plus": {"sim.settings", "sim.tasks"},
+    "sim.plus": {"sim.moved_cameras", "sim.settings", "sim.tasks"},
     "sim.planned_expert": {
         "sim.libero_env",
         "sim.manoeuvres",
@@ -133,12 +133,19 @@ BESIDE = {
     "sim.layouts": {"sim.events", "sim.placement", "sim.settings", "sim.verdict"},
     "sim.decisions": {"sim.workers"},
     "sim.recipe": {"sim.settings"},
-    "sim.mistakes": {"sim.expert", "sim.libero_env"},
+    "sim.mistakes": {
+        "sim.clearance",
+        "sim.expert",
+        "sim.libero_env",
+        "sim.pick_place",
+        "sim.planned_expert",
+    },
     "sim.recording": {
         "sim.expert",
         "sim.instructions",
         "sim.libero_env",
         "sim.mistakes",
+        "sim.moved_cameras",
         "sim.recipe",
         "sim.settings",
         "sim.tasks",

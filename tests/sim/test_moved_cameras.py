@@ -1,0 +1,79 @@
+"""Demonstrations of any task from moved cameras: where they stand, and that a demonstration says
+so.
+"""
+
+import numpy as np
+import pytest
+from conftest import SIZE
+from helpers import run
+
+from camera import project
+from formats.dataset import open_dataset
+from sim import moved_cameras as cameras
+from sim.libero_env import Scene
+from sim.settings import Condition
+
+DRAWN = [cameras.drawn(np.random.default_rng(seed), 1)[0] for seed in range(400)]
+MOVED = np.array([view for view in DRAWN if view != cameras.AS_IT_IS])
+
+
+def test_the_ranges_are_those_that_are_written_down():
+    """All of each range is used, and nothing beyond it; a fifth keep the task's own view."""
+    turned, tilted, distance, pan, pitch = MOVED.T
+    assert 0.15 < 1 - len(MOVED) / len(DRAWN) < 0.25
+    for values, low, high in (
+        (turned, -cameras.TURNED, cameras.TURNED),
+        (tilted, 0, cameras.TILTED),
+        (distance, 1, cameras.AWAY),
+        (pan, -cameras.IN_PLACE, cameras.IN_PLACE),
+        (pitch, -cameras.IN_PLACE, cameras.IN_PLACE),
+    ):
+        assert low <= values.min() < low + 0.05 * (high - low)
+        assert high - 0.05 * (high - low) < values.max() <= high
+    # each kind of change is in half of them
+    for values, still in ((tilted, 0), (distance, 1), (pan, 0)):
+        assert 0.4 < np.mean(values != still) < 0.6
+
+
+@pytest.mark.parametrize("view", [(30.0, 0.0, 1.0, 0.0, 0.0), (-75.0, 15.0, 2.0, 10.0, -10.0)])
+def test_a_camera_stands_where_its_view_says(scene, view):
+    """Turned about the vertical through the world's origin, as far as before and twice as far."""
+    scene.set_view(Condition(moved=cameras.AS_IT_IS))
+    _, before = scene.camera()
+    scene.set_view(Condition(moved=view))
+    _, after = scene.camera()
+    scene.set_view(Condition())
+    np.testing.assert_allclose(scene.camera()[1], before, atol=1e-6)
+    far = lambda E: np.linalg.norm(E[:3, 3] - cameras.PIVOT)
+    assert far(after) == pytest.approx(view[2] * far(before), abs=1e-4)
+    angle = np.degrees(np.arctan2(*after[1::-1, 3])) - np.degrees(np.arctan2(*before[1::-1, 3]))
+    assert angle == pytest.approx(view[0], abs=1e-3)
+
+
+def test_a_demonstration_says_its_camera(tmp_path):
+    """Two tasks of a suite: every demonstration has its own, stored as a view and as K and E that
+    agree; object and goal are in the picture. The files do not share their cameras.
+    """
+    run(
+        "collect_demos.py --task_suite libero_spatial --task_ids 2,3 --setting cameras --n_demos 4 "
+        f"--image_size {SIZE} --push_rate 0 --frame_stride 4 --render fast --workers 2 --out both",
+        cwd=tmp_path,
+    )
+    views = []
+    for index in (2, 3):
+        demos = open_dataset(tmp_path / "both" / f"libero_spatial_{index}.hdf5", int(SIZE)).demos
+        scene = Scene("libero_spatial", index, int(SIZE), rendering=False)
+        try:
+            scene.set_state(scene.init_states()[0])
+            own = scene.camera()[1]
+            for demo in demos:
+                view = tuple(demo.attrs["moved"])
+                np.testing.assert_allclose(cameras.moved(own, view), demo.E, atol=1e-4)
+                u, v, _ = project(demo.ee_pos[[0, -1]], demo.K, demo.E)
+                # the last pose is above the plate
+                assert 0 < u[-1] < int(SIZE)
+                views.append(view)
+        finally:
+            scene.close()
+    moved = [view for view in views if view != cameras.AS_IT_IS]
+    assert len(set(moved)) == len(moved) > 3
