@@ -8,6 +8,8 @@
     python collect_demos.py --setting viewpoint --show views.png
     # one dataset for every column: bowl, plate, camera and start each drawn by itself
     python collect_demos.py --setting recipe --n_demos 192 --render fast
+    # any task, each demonstration's camera drawn by itself
+    python collect_demos.py --task_suite libero_object --task_ids all --setting cameras
     # grasps around the rim: yaw varies with the objects; the same as real-robot episodes
     python collect_demos.py --grasp rim --layout_spread 0.05
     python collect_demos.py --grasp rim --format smith300
@@ -95,9 +97,7 @@ NOT_REPLAYED = (
 def show(args):
     """Draw every condition of a setting, rendered, into one picture."""
     if args.setting == "in_dist":
-        raise UserError(
-            "--show: in_dist has one condition only; give --setting viewpoint, position or recipe"
-        )
+        raise UserError("--show: in_dist has one condition only; give another --setting")
     if args.setting == "recipe":
         plots_recipe.draw(args.show, args.turn_spread)
         print(args.show)
@@ -108,7 +108,7 @@ def show(args):
     scene.begin_episode(scene.init_states()[0])
     plots_settings.PICTURES[args.setting](scene, args.split, args.show)
     scene.close()
-    for part in settings.PARTS:
+    for part in settings.PARTS if args.setting != "cameras" else ():
         n_conditions = len(settings.conditions(args.setting, part, args.split))
         print(f"{args.setting} {args.split}, {part}: {n_conditions} conditions")
     for part, c, why in settings.excluded(args.split) if args.setting == "viewpoint" else ():

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from camera import project
 from figures import plots
-from sim import settings
+from sim import moved_cameras, settings
 
 COLOURS = {
     "train": (0, 170, 110),
@@ -101,4 +101,19 @@ def positions(scene, split, path):
     plots.write_png(whole, path)
 
 
-PICTURES = {"viewpoint": views, "position": positions}
+def cameras(scene, split, path):
+    """Cameras of the setting `cameras`, as demonstrations draw them, in rows of eight."""
+    rng = np.random.default_rng(settings.random_seed("train", 0, 0))
+    columns, n = 8, 32
+    sheet = Image.new("RGB", (columns * TILE, n // columns * (TILE + CAPTION)), "white")
+    for i in range(n):
+        view = moved_cameras.drawn(rng, 1)[0]
+        scene.set_view(settings.Condition(moved=view))
+        turned, tilted, distance, pan, pitch = view
+        caption = f"{turned:.0f} {tilted:.0f} x{distance:.2f} {pan:.0f} {pitch:.0f}"
+        at = (i % columns * TILE, i // columns * (TILE + CAPTION))
+        sheet.paste(tile(scene.render(), "train", caption), at)
+    plots.write_png(sheet, path, colors=80)
+
+
+PICTURES = {"viewpoint": views, "position": positions, "cameras": cameras}
