@@ -144,8 +144,9 @@ def check(args, config):
     without one.
     """
     given = [n for n in ("instruction", "instruction_of") if getattr(args, n) is not None]
-    if len(given) == 2:
-        raise UserError("--instruction and --instruction_of: give one of them")
+    given += ["plus language"] if args.plus == "language" else []
+    if len(given) > 1:
+        raise UserError(f"--{' and --'.join(given)}: give one of them")
     # these two are told by the scene's goal
     knowing = given == ["instruction_of"] and args.policy in ("expert", "oracle")
     if not given or knowing or args.policy == "remote":

