@@ -84,7 +84,7 @@ class PickPlaceExpert:
 
     rotation, offset = None, GRASP
     max_steps = 250  # control steps of an episode at most
-    log = ()  # words for a report, see PlannedExpert
+    log, by_its_side = (), True  # see PlannedExpert
 
     def plan(self, scene):
         self.pick, self.place = scene.pick, scene.place

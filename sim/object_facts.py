@@ -21,13 +21,14 @@ DRAG_RADIUS, DRAG_HEIGHT = 0.062, 0.0115
 
 # The grasp of each task, by its name in sim/grasps.py: one with yaw 0 where it has room in all init
 # states 0 to 9, else the one with most. Choosing anew in each layout would teach two where two are
-# about as good. The bowl of libero_spatial_5 leans on its ramekin, and has its own rule there.
+# about as good. Where the bowl of libero_spatial_5 leans on its ramekin, it has its own rule.
 PREFERRED = {
     "libero_spatial_0": "-y 0",
     "libero_spatial_1": "+y 0",
     "libero_spatial_2": "+y 0",
     "libero_spatial_3": "+y 0",
     "libero_spatial_4": "+y 45 high",
+    "libero_spatial_5": "+y 0 high",
     "libero_spatial_6": "+y 90",
     "libero_spatial_7": "+y 0",
     "libero_spatial_8": "-y 0",
@@ -55,3 +56,15 @@ PREFERRED_ASIDE = {"libero_goal_3": "+y 0"}
 def kind(name):
     """The kind of an object: akita_black_bowl for akita_black_bowl_1."""
     return name.rsplit("_", 1)[0]
+
+
+def preferred_grasp(here, asked):
+    """The name of the grasp for a task whose sentence is said in a scene, None where there is none.
+    here, asked: keys of the scene's task and of the sentence's.
+    """
+    return PREFERRED_TOLD.get((here, asked), PREFERRED.get(asked))
+
+
+def side_of(grasp):
+    """Which side a grasp's name says: "-y", "+y", or "top"."""
+    return grasp.split()[0]

@@ -9,11 +9,12 @@ from rot_utils import rotation_angle
 from runtime import UserError
 from sim.libero_env import OPEN
 from sim.manoeuvres import Drag, LayBottle, OpenDrawer, TurnKnob
-from sim.object_facts import DRAGGED, PREFERRED, PREFERRED_ASIDE, PREFERRED_TOLD, kind
+from sim.object_facts import DRAGGED, PREFERRED_ASIDE, kind, preferred_grasp, side_of
 from sim.pick_place import PickPlace
 from sim.tasks import unperturbed
 
 TRIES = 3  # of each stage
+SIDES = ("-y", "+y", "top")  # first words of grasps' names, other words are manoeuvres and failures
 STRAY = 0.02  # metres off the line above which a way down is broken off and begun again
 # metres at which a pose is reached, and control steps after which it is left anyway
 TIGHT, LOOSE = 0.004, 0.012
@@ -34,8 +35,7 @@ def stages(scene):
     """
     goals = scene.env.env.parsed_problem["goal_state"]
     predicate, *names = goals[0]
-    here, task = unperturbed(scene.task).key, unperturbed(scene.asked).key
-    preferred = PREFERRED_TOLD.get((here, task), PREFERRED.get(task))
+    task, preferred = unperturbed(scene.asked).key, preferred_of(scene)
     if len(goals) == 1 and predicate == "open" and names[0].startswith("wooden_cabinet"):
         return [OpenDrawer(scene, *cabinet_drawer(names[0]))]
     if len(goals) == 1 and predicate == "turnon":
@@ -59,6 +59,11 @@ def stages(scene):
             aside = PickPlace(scene, pick, MEANWHILE, PREFERRED_ASIDE.get(task))
             return [aside, OpenDrawer(scene, cabinet, level), placing]
     return [placing]
+
+
+def preferred_of(scene):
+    """The name of the grasp that is preferred for what a scene is asked for, or None."""
+    return preferred_grasp(unperturbed(scene.task).key, unperturbed(scene.asked).key)
 
 
 def cabinet_drawer(region):
@@ -91,6 +96,15 @@ class PlannedExpert:
     @property
     def rotation(self):
         return self.poses[self.index].rotation
+
+    @property
+    def by_its_side(self):
+        """Whether it has gripped by the preferred grasp's side alone, so far. A policy that is
+        shown two sides of one rim has to guess, with the object in its fingers, where it hangs.
+        """
+        preferred = preferred_of(self.scene)
+        gripped = [word for word in self.log if word.split()[0] in SIDES]
+        return preferred is None or {side_of(word) for word in gripped} <= {side_of(preferred)}
 
     def _try(self, eef):
         """Plan the current stage from here."""

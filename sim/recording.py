@@ -288,7 +288,7 @@ class ExpertWorker:
 
     def record(self, rng, condition):
         """Run the expert from the current state -> Recorder, or why there is none: "views_refused",
-        "failed_demos".
+        "failed_demos", "other_sides" of the object gripped than the task's own.
         """
         scene, recorder = self.scene, Recorder(self.scene, self.args.frame_stride)
         scene.begin_episode(scene.state())
@@ -304,6 +304,8 @@ class ExpertWorker:
             return "mistakes_that_succeeded"
         expert, push, pushing = new_expert(self.args.grasp, self.args.variant).plan(scene), None, 0
         account = new_account(scene, self.args.variant)
+        if not expert.by_its_side:
+            return "other_sides"
         # one control step: ask the expert, perhaps push, record, carry out
         for _ in range(expert.max_steps):
             now = scene.observe(image=False)
@@ -328,8 +330,9 @@ class ExpertWorker:
             pushing = max(0, pushing - 1)
         # a demonstration counts only if the task is done and the gripper has let go
         held_open = scene.observe(image=False).gripper_width > OPEN_WIDTH
-        good = expert.done and account.done(STAY_STEPS) and held_open
-        return recorder if good else "failed_demos"
+        if not (expert.done and account.done(STAY_STEPS) and held_open):
+            return "failed_demos"
+        return recorder if expert.by_its_side else "other_sides"
 
     def mistake(self, rng, recorder):
         """Record a failing attempt, see sim/mistakes.py -> False if it does not fail.
