@@ -169,8 +169,8 @@ def test_a_survey_tells_of_each_episode():
 
 
 def test_demonstrations_grip_by_one_side(tmp_path):
-    """The bowl of libero_spatial 5 was gripped by -y in 9 of 20 and by +y in 11: a policy carried it
-    as if by the other, and let go 6 cm beside the plate. Those of the other side are drawn again.
+    """The bowl of libero_spatial 5 was gripped by -y in 9 of 20 and by +y in 11: a policy carried
+    it as if by the other, and let go 6 cm beside the plate. Those are drawn again.
     """
     run(
         "collect_demos.py --task_suite libero_spatial --task_id 5 --n_demos 3 --image_size 64 "
