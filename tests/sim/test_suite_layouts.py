@@ -89,4 +89,6 @@ def test_a_spread_layout_takes_along_what_the_bowl_stands_on(scene_of, task, alo
         assert np.linalg.norm(shift(bowl)) > 0.005
         np.testing.assert_allclose(shift(bowl), shift(along), atol=0.006)
     if stays:
-        assert np.linalg.norm(shift(stays)) < 0.006
+        # it is not shifted, and slides by a centimetre when it settles once more
+        assert scene._room_on_support(stays) == 0
+        assert np.linalg.norm(shift(stays)) < 0.02
