@@ -34,11 +34,9 @@ from torch import nn
 import flags
 from rot_utils import euler_to_matrix
 from runtime import UserError
-from waypoint import Waypoint
+from waypoint import MET, Waypoint
 
 HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
-# metres: below, they have met, with nothing between them; a rim leaves 3.3 to 9 mm
-MET = 0.003
 ROTATION_MARGIN = 0.02  # radians beyond the training data's angles that the bins still cover
 # layers whose weights weight decay is for
 DECAYING = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# metres between the fingers: below, they have met, and hold nothing; a rim leaves 3.3 to 9 mm
+MET = 0.003
+
 
 @dataclass
 class Waypoint:

@@ -30,6 +30,21 @@ def tile(image, part, caption):
     return canvas
 
 
+def in_rows(tiles):
+    """Tiles in rows of as many as there are phis."""
+    return [tiles[i : i + len(settings.PHIS)] for i in range(0, len(tiles), len(settings.PHIS))]
+
+
+def write_sheet(rows, path):
+    """Rows of tiles as a PNG."""
+    size = (len(settings.PHIS) * TILE, len(rows) * (TILE + CAPTION))
+    sheet = Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (x * TILE, y * (TILE + CAPTION)))
+    plots.write_png(sheet, path, colors=80)
+
+
 def views(scene, split, path):
     """Every view of the viewpoint setting. A row a theta, its phis ascending: green trains, red
     tests, grey is excluded; the last row, blue, validates."""
@@ -46,13 +61,7 @@ def views(scene, split, path):
         scene.set_view(c)
         image = tile(scene.render(), part, f"{part} {theta:.1f}, {phi:.1f} deg")
         (rows[theta] if on_grid(c) else others).append(image)
-    columns = len(settings.PHIS)
-    rows = [*rows.values(), *(others[i : i + columns] for i in range(0, len(others), columns))]
-    sheet = Image.new("RGB", (columns * TILE, len(rows) * (TILE + CAPTION)), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            sheet.paste(image, (x * TILE, y * (TILE + CAPTION)))
-    plots.write_png(sheet, path, colors=80)
+    write_sheet([*rows.values(), *in_rows(others)], path)
 
 
 def positions(scene, split, path):
@@ -104,16 +113,14 @@ def positions(scene, split, path):
 def cameras(scene, split, path):
     """Cameras of the setting `cameras`, as demonstrations draw them, in rows of eight."""
     rng = np.random.default_rng(settings.random_seed("train", 0, 0))
-    columns, n = 8, 32
-    sheet = Image.new("RGB", (columns * TILE, n // columns * (TILE + CAPTION)), "white")
-    for i in range(n):
+    tiles = []
+    for _ in range(32):
         view = moved_cameras.drawn(rng, 1)[0]
         scene.set_view(settings.Condition(moved=view))
         turned, tilted, distance, pan, pitch = view
         caption = f"{turned:.0f} {tilted:.0f} x{distance:.2f} {pan:.0f} {pitch:.0f}"
-        at = (i % columns * TILE, i // columns * (TILE + CAPTION))
-        sheet.paste(tile(scene.render(), "train", caption), at)
-    plots.write_png(sheet, path, colors=80)
+        tiles.append(tile(scene.render(), "train", caption))
+    write_sheet(in_rows(tiles), path)
 
 
 PICTURES = {"viewpoint": views, "position": positions, "cameras": cameras}

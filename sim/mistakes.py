@@ -58,15 +58,12 @@ def can_fail(scene, grasp):
 
 def _planned(scene):
     stage = stages(scene)[0]
-    eef = scene.observe(image=False).eef_pos
-    # the way to the object, which stays above all that stands there
-    hover = {pose.phase: pose for pose in stage.poses(eef)}["hover"].position()
-    turn, table = stage.grasp.rotation, table_height(scene)
-    boxes = Boxes(scene)
+    stage.poses(scene.observe(image=False).eef_pos)  # it chooses the grasp, and the heights
+    turn, table, boxes = stage.grasp.rotation, table_height(scene), Boxes(scene)
     return Plan(
         stage.at,
-        hover[2],
-        stage._carried(),
+        stage.hover,
+        stage.carried_height(),
         stage.goal()[:2] + stage.grasp.offset[:2],
         # an empty gripper: as far above what is there as the object's foot would be
         max(stage.at[2], boxes.surface(stage.goal()[:2]) + stage.hang) + RELEASE,
@@ -75,14 +72,13 @@ def _planned(scene):
     )
 
 
-def attempt(scene, rng, plan=None):
+def attempt(scene, rng, plan):
     """An attempt at picking scene.pick that misses -> iterator over (target (3,) m, gripper
     command), one for each control step. Step the scene between them.
 
-    plan: a Plan, that of the grasp `side` where it is not given. It ends right after the fingers
+    plan: a Plan. It ends right after the fingers
     have closed, on the way up, on the way to the goal, or there, with the fingers opened again.
     """
-    plan = plan or plan_of(scene, "side")
     if rng.random() < 0.5:
         angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(*BESIDE)
         off = np.array([far * np.cos(angle), far * np.sin(angle), rng.uniform(0, 0.01)])

@@ -8,6 +8,7 @@ from sim.clearance import Boxes, clearance, table_height, up
 from sim.grasps import choose
 from sim.keyposes import KeyPose, Stage
 from sim.libero_env import CLOSE, OPEN
+from waypoint import MET
 
 # above grasp, above where the gripper closed, above where it let go (at least, at most)
 HOVER, LIFT, RETRACT = 0.10, 0.14, (0.05, 0.10)
@@ -18,7 +19,6 @@ FINGERTIP = 0.0125  # below the EEF
 SIDES = 0.005  # room that the open gripper has where it lets go
 LIFTED = 0.03  # above its rest an object is held
 SLIPPED = 0.04  # in the fingers, sideways: then the object was lost
-MET = 0.003  # between fingers that closed upon nothing, which meet at 1 mm
 ASIDE = 0.03  # from a point on the table at which an object counts as put there
 
 
@@ -92,20 +92,20 @@ class PickPlace(Stage):
         self.at = self.scene.position(self.pick) + self.grasp.offset
         return np.array([*self.at[:2], self.hover])
 
-    def _carried(self):
+    def carried_height(self):
         """Height of the EEF while the object is carried."""
         lift = LIFT if isinstance(self.place, str) else LIFT_ASIDE
         return max(self.at[2] + lift, self.passed + self.hang + PASSING)
 
     def _over_grasp(self):
-        return np.array([*self.at[:2], self._carried()])
+        return np.array([*self.at[:2], self.carried_height()])
 
     def _over_goal(self):
-        return np.array([*self.release[:2], self._carried()])
+        return np.array([*self.release[:2], self.carried_height()])
 
     def _over_release(self):
         # as high as it carried: higher up the camera loses it where things stand high
-        return self.held + up(np.clip(self._carried() - self.held[2], *RETRACT))
+        return self.held + up(np.clip(self.carried_height() - self.held[2], *RETRACT))
 
     def _let_go(self):
         """Where the EEF lets go (3,): the object's own axis over the goal, its foot just above the

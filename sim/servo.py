@@ -114,11 +114,9 @@ class Servo:
         """Whether the gripper changes now, a drive having ended `away` metres from where it is to:
         near there, or where drives bring the EEF no nearer any more, as at the end of its reach.
         """
-        if self.waypoint.gripper == self.gripper or self.began - away > PROGRESS:
-            self.stalled = 0
-        else:
-            self.stalled += 1
-        if self.waypoint.gripper == self.gripper:
+        changing = self.waypoint.gripper != self.gripper
+        self.stalled = self.stalled + 1 if changing and self.began - away <= PROGRESS else 0
+        if not changing:
             return False
         out_of_reach = self.teleport and self.stalled >= STALLED_DRIVES
         return away < (STALLED_DISTANCE if out_of_reach else FLIP_DISTANCE)

@@ -320,8 +320,7 @@ def resolve_split(setting, split=None):
 
 def conditions(setting, part, split=None):
     """The conditions of one of PARTS, in their fixed order -> list of Condition. Raises UserError
-    for an unknown split. Those of `recipe` and `cameras` are drawn by
-    index, see there.
+    for an unknown split. Those of `recipe` and `cameras` are drawn by index, see there.
     """
     split = resolve_split(setting, split)
     if setting in ("in_dist", "recipe", "cameras"):

@@ -20,11 +20,18 @@ def settled(scene, index=0):
     scene.begin_episode(scene.init_states()[index])
 
 
-def attempted(scene, seed):
+def drive(scene, target, gripper, rotation=None):
+    """One control step towards a target (3,) m, and a rotation (3,3)."""
+    now = scene.observe(image=False)
+    scene.step(servo_action(now.eef_pos, target, gripper, rotation=rotation, eef_rot=now.eef_rot))
+
+
+def attempted(scene, seed, grasp="side"):
     """Carry an attempt out -> the largest height (m) that the bowl was lifted by."""
     rest, heights = scene.position(scene.pick)[2], [0.0]
-    for target, gripper in mistakes.attempt(scene, np.random.default_rng(seed)):
-        scene.step(servo_action(scene.observe(image=False).eef_pos, target, gripper))
+    plan = mistakes.plan_of(scene, grasp)
+    for target, gripper in mistakes.attempt(scene, np.random.default_rng(seed), plan):
+        drive(scene, target, gripper, plan.rotation)
         heights.append(scene.position(scene.pick)[2] - rest)
     return max(heights)
 
@@ -74,19 +81,9 @@ def test_the_planned_expert_makes_a_failing_grasp_good():
     try:
         settled(scene)
         assert mistakes.can_fail(scene, "planned")
-        plan = mistakes.plan_of(scene, "planned")
-        rest = scene.position(scene.pick)[2]
         # one that ends with closed fingers
-        for target, gripper in mistakes.attempt(scene, np.random.default_rng(1), plan):
-            now = scene.observe(image=False)
-            scene.step(
-                servo_action(
-                    now.eef_pos, target, gripper, rotation=plan.rotation, eef_rot=now.eef_rot
-                )
-            )
-        now = scene.observe(image=False)
-        assert scene.position(scene.pick)[2] < rest + mistakes.LIFTED
-        assert now.gripper_width < 0.003
+        assert attempted(scene, 1, "planned") < mistakes.LIFTED
+        assert scene.observe(image=False).gripper_width < 0.003
         expert, opened_at, phases = PlannedExpert().plan(scene), None, []
         while not expert.done and len(phases) < expert.max_steps:
             now = scene.observe(image=False)
@@ -94,11 +91,7 @@ def test_the_planned_expert_makes_a_failing_grasp_good():
             phases.append(expert.phase)
             if opened_at is None and gripper == OPEN:
                 opened_at = now.eef_pos - scene.position(scene.pick)
-            scene.step(
-                servo_action(
-                    now.eef_pos, target, gripper, rotation=expert.rotation, eef_rot=now.eef_rot
-                )
-            )
+            drive(scene, target, gripper, expert.rotation)
         # high up already, there is nothing to rise over
         assert [p for p in dict.fromkeys(phases) if p != "rise"][:2] == ["return", "reopen"]
         assert np.linalg.norm(opened_at[:2]) < 0.08 and opened_at[2] > 0.1
