@@ -20,6 +20,8 @@
     # official states, re-rendered, cameras added; a folder of files, or some of its tasks
     python collect_demos.py --replay OFFICIAL.hdf5 --image_size 448
     python collect_demos.py --replay FOLDER --task_ids 0,3 --out REPLAYED
+    # the same demonstrations before other cameras; another --seed, others again
+    python collect_demos.py --replay FOLDER --setting cameras --seed 1 --out MOVED
     # every task of a suite, a file each
     python collect_demos.py --task_suite libero_object --task_ids all --n_demos 20
     # every second one picks what another task's sentence says in this scene, see docs/suites.md
@@ -135,6 +137,8 @@ def asked_of(args, mujoco):
     asked = {k: v for k, v in vars(args).items() if k not in FREE}
     if args.instruction_of is None:  # folders from before it was there go on
         del asked["instruction_of"], asked["instruction_share"]
+    if not args.moved_anew:  # likewise
+        del asked["moved_anew"]
     return {**asked, "mujoco": mujoco}  # one file, one physics
 
 
@@ -469,6 +473,7 @@ def build_parser():
     )
     parser.add_argument("--seed", type=flags.whole, default=0)
     parser.add_argument("--overwrite", action="store_true")
+    parser.set_defaults(moved_anew=False)  # --replay --setting cameras
     return parser
 
 
@@ -481,6 +486,8 @@ def main(argv=None):
         return survey(args)
     # flags at other than their defaults that a replay would ignore
     useless = [f"--{k}" for k in NOT_REPLAYED if getattr(args, k) != parser.get_default(k)]
+    if args.setting == "cameras":  # which draws them anew
+        useless = [name for name in useless if name != "--setting"]
     if args.replay and useless:
         raise UserError(
             "--replay re-renders recorded states into an HDF5 file: "

@@ -188,12 +188,17 @@ def next_waypoint(positions, end, stride, min_travel=0.0):
 def split_demos(demos, val_fraction=0.15):
     """(train, validation) lists, split by demo: every k-th demo of each task and sentence
     validates, at least one.
+
+    Demonstrations with the same actions are one, seen from several cameras (`collect_demos.py
+    --replay --setting cameras`): they are trained on or held out together.
     """
-    by_request = {}
+    by_request = {}  # {request: {actions: numbers of its demonstrations}}
     for i, demo in enumerate(demos):
-        by_request.setdefault(demo.request, []).append(i)
+        same = by_request.setdefault(demo.request, {})
+        same.setdefault(np.ascontiguousarray(demo.actions).tobytes(), []).append(i)
     held_out = set()
-    for (task, words), numbers in by_request.items():
+    for (task, words), same in by_request.items():
+        numbers = list(same.values())
         n = len(numbers)
         if n < 2:
             of_task = f" of task {task!r}" if len(by_request) > 1 else ""
@@ -206,7 +211,8 @@ def split_demos(demos, val_fraction=0.15):
         # evenly spread over the file, whose conditions may come in blocks
         every = min(n, max(2, round(1 / val_fraction)))
         # demonstrations k - 1, 2 k - 1, ... validate
-        held_out.update(numbers[every - 1 :: every])
+        for views in numbers[every - 1 :: every]:
+            held_out.update(views)
     return (
         [d for i, d in enumerate(demos) if i not in held_out],
         [d for i, d in enumerate(demos) if i in held_out],

@@ -23,6 +23,8 @@ from sim.variants import STAY_STEPS, new_account, new_expert
 DISPLACE_STEPS = 60  # control steps of the way to a displaced start
 # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
 IN_VIEW = 0.1
+# share of the image by which object and goal may lie outside the picture of a moved camera
+BEYOND = 0.1
 OUTLINE = 0.7  # share of an object's radius at which it may not be hidden
 VIEWS = 50  # that are drawn for a demonstration
 ATTEMPTS = 30  # at a good demonstration
@@ -119,6 +121,33 @@ class Scenes:
             scene.close()
 
 
+def view_seed(seed, task_index):
+    """Seed of the cameras of --setting cameras. seed: words of a demonstration.
+
+    task_index: apart by task too, a suite's files would all have the same cameras.
+    """
+    return [*seed, 11, task_index]
+
+
+def move_camera(scene, rng):
+    """Put the camera at the first of VIEWS of sim/moved_cameras.py that shows object and goal, or
+    just misses them (BEYOND), else where the task has it -> settings.Condition.
+    """
+    of_task = settings.Condition(moved=moved_cameras.AS_IT_IS)
+    points = [scene.position(n) for n in (scene.pick, scene.place) if n]
+    for view in moved_cameras.drawn(rng, VIEWS):
+        found = settings.Condition(moved=view)
+        scene.set_view(found)
+        if not points:
+            return found
+        u, v, _ = project(np.stack(points), *scene.camera())
+        side, beyond = scene.image_size, BEYOND * scene.image_size
+        if min(u.min(), v.min()) > -beyond and max(u.max(), v.max()) < side + beyond:
+            return found
+    scene.set_view(of_task)
+    return of_task
+
+
 class ExpertWorker:
     """Records one scripted demonstration per job (an index) into its own file."""
 
@@ -144,8 +173,7 @@ class ExpertWorker:
             if condition is None:
                 counts["bad_resets"] += 1
                 continue
-            # apart by task too: a suite's files would all have the same cameras
-            self.view_rng = np.random.default_rng([*seed, 11, args.task_id])
+            self.view_rng = np.random.default_rng(view_seed(seed, args.task_id))
             recorder = self.record(np.random.default_rng([*seed, 7]), condition)
             if isinstance(recorder, str):
                 counts[recorder] += 1
@@ -222,7 +250,7 @@ class ExpertWorker:
         scene, spread, base = self.scene, self.args.turn_spread, self.scene.position_of_base()[:2]
         of_recipe = self.args.setting == "recipe"
         if self.args.setting == "cameras":
-            return self.move_camera()
+            return move_camera(scene, self.view_rng)
         if of_recipe:
             views = recipe.views(rng, self.args.part, spread, VIEWS, self.args.loose_camera)
             found = [replace(view, places=condition.places) for view in views]
@@ -239,23 +267,6 @@ class ExpertWorker:
                 return view
         scene.set_view(condition)
         return None if of_recipe else condition
-
-    def move_camera(self):
-        """Put the camera at the first of VIEWS of sim/moved_cameras.py that shows object and goal,
-        else where the task has it -> settings.Condition.
-        """
-        scene, of_task = self.scene, settings.Condition(moved=moved_cameras.AS_IT_IS)
-        points = [scene.position(n) for n in (scene.pick, scene.place) if n]
-        for view in moved_cameras.drawn(self.view_rng, VIEWS):
-            found = settings.Condition(moved=view)
-            scene.set_view(found)
-            if not points:
-                return found
-            u, v, _ = project(np.stack(points), *scene.camera())
-            if min(u.min(), v.min()) > 0 and max(u.max(), v.max()) < scene.image_size:
-                return found
-        scene.set_view(of_task)
-        return of_task
 
     def in_view(self):
         """True if the camera shows EEF, object and goal, and not at the image's edge."""

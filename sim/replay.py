@@ -18,7 +18,7 @@ from formats.demos import simulated_with
 from formats.parts import part_path
 from runtime import UserError, fits
 from sim import instructions, settings
-from sim.recording import Recorder, Scenes
+from sim.recording import Recorder, Scenes, move_camera, view_seed
 from sim.simulator import simulator_versions
 from sim.tasks import task_of_bddl
 
@@ -38,6 +38,8 @@ REPLAY_FORM = {
 # The premise of a replay: from its states a file's first image looks as it was stored, by the mean
 # difference in grey levels (0-255), and the EEF is where it was, in m.
 GREY, EEF_OFF = 12.0, 0.01
+# settings whose recordings `--setting cameras` shows from other cameras
+MOVABLE = ("in_dist", "cameras")
 # what a demonstration says of another task's sentence, see sim/instructions.py
 TOLD = ("language", "instruction_of")
 # entry of a finished file: the settings that it was replayed with
@@ -119,7 +121,14 @@ def take_from_replayed(args):
         args.task_suite, args.task_id = task.suite, task.index
     args.n_demos = min(n_demos, args.n_demos or n_demos)
     args.variant = attributes.get("variant", args.variant)
-    args.setting = attributes.get("setting", "in_dist")
+    recorded = attributes.get("setting", "in_dist")
+    if args.setting == "cameras" and recorded not in MOVABLE:
+        raise UserError(
+            f"{path}: is of --setting {recorded}, whose cameras are its own; --replay --setting "
+            "cameras moves those of recordings before the task's own view or before moved ones"
+        )
+    args.moved_anew = args.setting == "cameras"  # else as recorded
+    args.setting = "cameras" if args.moved_anew else recorded
     args.split = attributes.get("split") or None
     args.part = attributes.get("part", "train")  # validation conditions stay what they are
     # each demonstration says which sentence
@@ -132,8 +141,10 @@ def take_from_replayed(args):
 
 
 class ReplayWorker:
-    """Re-renders one demonstration of an existing file from its stored states. The camera is the
-    stored one, or the task's where the file has none.
+    """Re-renders one demonstration of an existing file from its stored states.
+
+    The camera is the stored one, or the task's where the file has none; with `--setting cameras`
+    another one, drawn by --seed, number of the demonstration and task.
     """
 
     def __init__(self, args, folder):
@@ -192,6 +203,8 @@ class ReplayWorker:
         self.scene.set_camera(E)
         if seen:
             check_premise(self.scene, states[min(1, len(states) - 1)], seen, f"{path}: data/{name}")
+        if self.args.moved_anew:
+            kept.update(self.elsewhere(index, states[0]))
         recorder = Recorder(self.scene, self.args.frame_stride)
         for state, action, done, pushed in zip(states, actions, executed, perturbed):
             self.scene.set_state(state)
@@ -205,6 +218,16 @@ class ReplayWorker:
             **kept,
         )
         return Counter(not_successful_at_the_end=int(not self.scene.success()))
+
+    def elsewhere(self, index, state):
+        """Draw a demonstration's new camera and put it there -> the attributes that say so.
+
+        state (S,): the demonstration's first one.
+        """
+        self.scene.set_state(state)
+        seed = view_seed([self.args.seed, index], self.args.task_id)
+        found = move_camera(self.scene, np.random.default_rng(seed))
+        return {**found.described("cameras"), "setting": "cameras"}
 
     def close(self):
         self.scenes.close()

@@ -2,6 +2,9 @@
 so.
 """
 
+import shutil
+
+import h5py
 import numpy as np
 import pytest
 from conftest import SIZE
@@ -9,6 +12,7 @@ from helpers import run
 
 from camera import project
 from formats.dataset import open_dataset
+from formats.demos import split_demos
 from sim import moved_cameras as cameras
 from sim.libero_env import Scene
 from sim.settings import Condition
@@ -50,18 +54,25 @@ def test_a_camera_stands_where_its_view_says(scene, view):
     assert angle == pytest.approx(view[0], abs=1e-3)
 
 
-def test_a_demonstration_says_its_camera(tmp_path):
-    """Two tasks of a suite: every demonstration has its own, stored as a view and as K and E that
-    agree; object and goal are in the picture. The files do not share their cameras.
-    """
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Folder of two tasks' demonstrations with moved cameras."""
+    folder = tmp_path_factory.mktemp("cameras")
     run(
         "collect_demos.py --task_suite libero_spatial --task_ids 2,3 --setting cameras --n_demos 4 "
         f"--image_size {SIZE} --push_rate 0 --frame_stride 4 --render fast --workers 2 --out both",
-        cwd=tmp_path,
+        cwd=folder,
     )
+    return folder / "both"
+
+
+def test_a_demonstration_says_its_camera(both):
+    """Two tasks of a suite: every demonstration has its own, stored as a view and as K and E that
+    agree; object and goal are in the picture. The files do not share their cameras.
+    """
     views = []
     for index in (2, 3):
-        demos = open_dataset(tmp_path / "both" / f"libero_spatial_{index}.hdf5", int(SIZE)).demos
+        demos = open_dataset(both / f"libero_spatial_{index}.hdf5", int(SIZE)).demos
         scene = Scene("libero_spatial", index, int(SIZE), rendering=False)
         try:
             scene.set_state(scene.init_states()[0])
@@ -77,3 +88,33 @@ def test_a_demonstration_says_its_camera(tmp_path):
             scene.close()
     moved = [view for view in views if view != cameras.AS_IT_IS]
     assert len(set(moved)) == len(moved) > 3
+
+
+def test_a_replay_shows_the_same_demonstration_from_elsewhere(both, tmp_path):
+    """The same states and commands, another camera that is said and stored, its picture. Both are
+    trained on or held out together; a file whose cameras are its setting's own is refused.
+    """
+    command = (
+        f"collect_demos.py --image_size {SIZE} --frame_stride 4 --render fast --workers 1 "
+        "--setting cameras --seed 1 --out again.hdf5 --replay"
+    )
+    path = both / "libero_spatial_2.hdf5"
+    run(f"{command} {path} --n_demos 3", cwd=tmp_path)
+    files = [open_dataset(p, int(SIZE)) for p in (path, tmp_path / "again.hdf5")]
+    for old, new in zip(files[0].demos, files[1].demos):
+        np.testing.assert_array_equal(old.states, new.states)
+        np.testing.assert_allclose(old.ee_pos, new.ee_pos, atol=1e-3)
+        assert old.instruction == new.instruction
+        assert tuple(old.attrs["moved"]) != tuple(new.attrs["moved"])
+        assert np.abs(old.E - new.E).max() > 0.05
+        assert np.abs(old.images([0])[0].astype(int) - new.images([0])[0]).mean() > 5
+    train, held_out = split_demos([d for file in files for d in file.demos], 0.3)
+    numbers = [{int(d.name.split("_")[1]) for d in part} for part in (train, held_out)]
+    assert numbers == [{0, 1, 3}, {2}] and len(held_out) == 2
+
+    own = shutil.copy(path, tmp_path / "own.hdf5")
+    with h5py.File(own, "r+") as file:
+        file["data"].attrs["setting"] = "recipe"
+    refused = run(f"{command} {own}", cwd=tmp_path, ok=False)
+    assert refused.returncode == 2
+    assert "--setting recipe, whose cameras are its own" in refused.stderr

@@ -421,6 +421,10 @@ class Numbered(int):
 
     request = "", ""
 
+    @property
+    def actions(self):
+        return np.full((2, 7), float(self))
+
 
 @pytest.mark.parametrize("n", [2, 3, 7, 20, 48])
 @pytest.mark.parametrize("fraction", [0.05, 0.15, 0.5])

@@ -135,7 +135,7 @@ def test_folders_from_before_go_on(tmp_path):
     """Flags that were not there, and are not given, are no other settings."""
     parse = lambda words: collect_demos.build_parser().parse_args(words.split())
     plain = collect_demos.asked_of(parse(""), "3.3")
-    assert not {"instruction_of", "instruction_share"} & plain.keys()
+    assert not {"instruction_of", "instruction_share", "moved_anew"} & plain.keys()
     assert collect_demos.asked_of(parse("--instruction_of 2"), "3.3")["instruction_share"] == 0.5
 
 
