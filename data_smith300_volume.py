@@ -44,8 +44,12 @@ class VolumeDataset(WaypointDataset):
 
 
 def basis_file(demos, config):
-    """Where the basis of demonstrations is: `config.basis`, or beside the dataset of the first."""
-    return config.basis or basis_path(demos[0].source.path)
+    """Where the basis of demonstrations is: `config.basis`, or beside one of their datasets."""
+    if config.basis:
+        return config.basis
+    # one of several datasets has it, and a part of a split may begin with another
+    places = list(dict.fromkeys(basis_path(demo.source.path) for demo in demos))
+    return next((place for place in places if place.exists()), places[0])
 
 
 def find_basis(demos, config):

@@ -3,8 +3,10 @@
     python precompute_rotation_pca.py --dataset data/libero_spatial_0_rim.hdf5   # LIBERO's HDF5
     python precompute_rotation_pca.py --dataset data/izzy                        # smith300 folder
     python precompute_rotation_pca.py --dataset data/izzy --space euler
+    python precompute_rotation_pca.py --dataset data/libero_goal                 # all of a folder
 
-Writes rotation_pca_basis.npz beside the dataset (inside it, where it is a folder) and
+Writes rotation_pca_basis.npz beside the dataset (inside it, where it is a folder; of several, that
+of the first one, where train.py looks for it) and
 rotation_pca_basis.png. If one axis explains less than 0.85 of the variance, nothing is written and
 the exit code is 3: a 1D target would throw away real motion.
 """
@@ -17,8 +19,8 @@ import numpy as np
 
 import flags
 from figures import plots_rotation
-from formats.dataset import open_dataset
 from formats.demos import split_demos
+from formats.mixture import datasets_in, open_mixture
 from rot_utils import (
     EV_GATE,
     NEAR_SINGULAR,
@@ -95,9 +97,9 @@ class Rotations(NamedTuple):
     unseen: np.ndarray  # (M,3,3) of those held out
 
 
-def read_rotations(dataset, n_demos, val_fraction):
-    """The Rotations of a dataset's first `n_demos` demonstrations, or of all (None)."""
-    demos, held_out = split_demos(open_dataset(dataset, limit=n_demos).demos, val_fraction)
+def read_rotations(datasets, n_demos, val_fraction):
+    """The Rotations of each dataset's first `n_demos` demonstrations, or of all (None)."""
+    demos, held_out = split_demos(open_mixture(datasets, limit=n_demos).demos, val_fraction)
     # frames of all demonstrations of a part, stacked
     known, unseen = (
         rotvec_to_matrix(np.concatenate([demo.ee_ori for demo in part]))
@@ -147,7 +149,7 @@ def say_how_it_fits(found, basis, space):
         )
 
 
-def refusal(dataset, bases, space):
+def refusal(named, bases, space):
     """Why a basis that does not pass the gate is not written, and what to do."""
     ratio = {name: basis.ev_ratio[0] for name, basis in bases.items()}
     other = next(name for name in SPACES if name != space)
@@ -160,7 +162,7 @@ def refusal(dataset, bases, space):
             "what the table says"
         )
     return (
-        f"error: {dataset}: one axis explains {ratio[space]:.3f} of the rotations' variance in "
+        f"error: {named}: one axis explains {ratio[space]:.3f} of the rotations' variance in "
         f"{space}, at least {EV_GATE} is needed; nothing is written; {advice}"
     )
 
@@ -183,23 +185,27 @@ def write(path, found, bases, space):
 
 
 def precompute(dataset, space="so3", allow_low_ev=False, n_demos=None, val_fraction=0.15, out=None):
-    """Fit both spaces, print the table, pass the gate, write basis and picture -> exit code."""
-    path = Path(out) if out else basis_path(dataset)
+    """Fit both spaces, print the table, pass the gate, write basis and picture -> exit code.
+
+    dataset: paths, as train.py takes them.
+    """
+    path = Path(out) if out else basis_path(datasets_in(dataset[0])[0])
+    named = " ".join(map(str, dataset))
     check_replaceable(path)
     found = read_rotations(dataset, n_demos, val_fraction)
     provenance = {
-        "dataset": Path(dataset).name,
+        "dataset": " ".join(Path(one).name for one in dataset),
         "val_fraction": val_fraction,
         "allow_low_ev": allow_low_ev,
     }
     bases = fit_bases(found, provenance)
-    print(f"{dataset}: {len(found.demos)} demonstrations, {len(found.known)} frames")
+    print(f"{named}: {len(found.demos)} demonstrations, {len(found.known)} frames")
     print(table(bases, found.known, space))
     say_how_it_fits(found, bases[space], space)
     # the gate: below it one axis is no fair account of how the gripper turns
     ev = float(bases[space].ev_ratio[0])
     if ev < EV_GATE and not allow_low_ev:
-        print(refusal(dataset, bases, space), file=sys.stderr)
+        print(refusal(named, bases, space), file=sys.stderr)
         return GATE_EXIT
     if ev < EV_GATE:
         print(
@@ -214,13 +220,13 @@ def precompute(dataset, space="so3", allow_low_ev=False, n_demos=None, val_fract
 def build_parser():
     parser = flags.Parser(__doc__)
     add = parser.add_argument
-    what = "LIBERO-format HDF5 file, or smith300 folder"
-    add("--dataset", type=Path, required=True, help=what)
+    what = "datasets of any format, or folders of some; all that will be trained on"
+    add("--dataset", type=Path, nargs="+", required=True, help=what)
     what = "so3: log map at the Frechet mean; euler: unwrapped about the mean"
     add("--space", default="so3", choices=SPACES, help=what)
     what = "write it even if the gate is not passed; recorded in the basis"
     add("--allow_low_ev", action="store_true", help=what)
-    add("--n_demos", type=flags.count, help="use only the first N demonstrations")
+    add("--n_demos", type=flags.count, help="use only the first N demonstrations of each")
     what = "share of demonstrations that train.py will hold out: the basis is fitted without them"
     add("--val_fraction", type=flags.fraction, default=0.15, help=what)
     add("--out", type=flags.new_file(".npz"), help="write the basis here instead")

@@ -189,13 +189,15 @@ def split_demos(demos, val_fraction=0.15):
     """(train, validation) lists, split by demo: every k-th demo of each task and sentence
     validates, at least one.
 
-    Demonstrations with the same actions are one, seen from several cameras (`collect_demos.py
+    Demonstrations with the same states are one, seen from several cameras (`collect_demos.py
     --replay --setting cameras`): they are trained on or held out together.
     """
-    by_request = {}  # {request: {actions: numbers of its demonstrations}}
+    by_request = {}  # {request: {what happened: numbers of its demonstrations}}
     for i, demo in enumerate(demos):
+        # a replay reads positions anew, which are then not the same to the last bit
+        happened = demo.states if demo.states.size else demo.ee_pos
         same = by_request.setdefault(demo.request, {})
-        same.setdefault(np.ascontiguousarray(demo.actions).tobytes(), []).append(i)
+        same.setdefault(np.ascontiguousarray(happened).tobytes(), []).append(i)
     held_out = set()
     for (task, words), same in by_request.items():
         numbers = list(same.values())

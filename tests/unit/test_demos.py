@@ -422,8 +422,8 @@ class Numbered(int):
     request = "", ""
 
     @property
-    def actions(self):
-        return np.full((2, 7), float(self))
+    def states(self):
+        return np.full((2, 9), float(self))
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 20, 48])

@@ -12,6 +12,8 @@ from helpers import run
 
 from data_smith300_volume import VolumeDataset, find_basis
 from formats.dataset import open_dataset
+from formats.demos import split_demos
+from formats.mixture import open_mixture
 from model_dino_volume_kv_full import DinoVolumeKVFullConfig
 from precompute_rotation_pca import build_parser, precompute
 from rot_utils import BASIS_FILE, euler_to_matrix, fingerprint, load_basis, matrix_to_rotvec
@@ -89,6 +91,35 @@ def test_validation_demonstrations_stay_unseen(tmp_path, capsys):
         VolumeDataset.check_split(demos[:2], config)
     with pytest.raises(UserError, match="not the 4"):  # as a basis of an earlier version was fitted
         VolumeDataset.check_split(demos, config)
+
+
+def test_several_datasets_have_one_basis(tmp_path, capsys):
+    """A folder of files and one more: the basis knows all of them, lies where a training on them
+    looks for it, and its axis is that of all. What one lacks is said of that file.
+    """
+    (tmp_path / "suite").mkdir()
+    paths = [tmp_path / "suite" / f"libero_spatial_{i}.hdf5" for i in range(2)]
+    paths.append(tmp_path / "other.hdf5")
+    for i, path in enumerate(paths):
+        write_synthetic_demos(path, n_demos=3 + i)
+    given = [tmp_path / "suite", paths[2]]
+    assert script("--dataset", *given) == 0
+    assert left(tmp_path / "suite") == [BASIS_FILE, "rotation_pca_basis.png"]
+    train, held_out = split_demos(open_mixture(given).demos)
+    basis = find_basis(train, DinoVolumeKVFullConfig())
+    # a part that begins in another folder finds it too
+    assert find_basis([*train[::-1], *held_out], DinoVolumeKVFullConfig()).low == basis.low
+    VolumeDataset.check_split(train, DinoVolumeKVFullConfig())
+    assert basis.provenance["demos"] == len(train) < 12
+    assert basis.provenance["dataset"] == "suite other.hdf5"
+    # alone the first file is foreign to nothing, yet not what the basis was fitted to
+    with pytest.raises(UserError, match="which are not the"):
+        VolumeDataset.check_split(open_dataset(paths[0]).demos, DinoVolumeKVFullConfig())
+    for path in paths:
+        several_axes(path)
+    capsys.readouterr()
+    assert script("--dataset", *given) == 3
+    assert f"{given[0]} {given[1]}: one axis explains" in capsys.readouterr().err
 
 
 def test_the_gate_stops(tmp_path, capsys):
