@@ -265,7 +265,7 @@ def add_policy_flags(group):
         help="whose decisions",
     )
     add("--backbone_weights", type=Path, help="local file of backbone weights")
-    add("--text_weights", type=Path, help="local folder of the text model, of --text clip")
+    add("--text_weights", type=Path, help="local folder of the frozen text model, see --text")
     add("--device", default="auto", help="of the network: auto, cpu, cuda or cuda:N")
     add("--feedback", help="with a history: measured, predicted or hybrid:N (the checkpoint's)")
     sampled = "with a history: sample the waypoint"

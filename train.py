@@ -139,7 +139,7 @@ def add_data_flags(group):
     what = "turn each demonstration's world back by what its camera was turned (--turn_spread)"
     add("--turn_back", action="store_true", help=what)
     add("--backbone_weights", type=Path, help="local file of backbone weights")
-    add("--text_weights", type=Path, help="local folder of the text model, for --text clip")
+    add("--text_weights", type=Path, help="local folder of the frozen text model, see --text")
     default = Path("cache/features")
     add("--cache", type=flags.new_folder, default=default, help="folder of cached features")
     what = "compute the features that this training needs, and stop"
@@ -339,7 +339,7 @@ def told(config, recordings, args):
     words = config.vocabulary or vocabulary_of(sentences)
     config = dataclasses.replace(config, text=text, vocabulary=words if text == "learned" else "")
     reader = reader_of(config, args.text_weights)
-    if text == "clip":
+    if text != "learned":
         config = dataclasses.replace(config, text_features=reader.features)
     return config, reader
 

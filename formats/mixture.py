@@ -15,6 +15,8 @@ from runtime import UserError
 
 # attributes that all datasets have in common, with what holds where a dataset does not say
 ALIKE = {"render": "exact", "variant": "task", "setting": "in_dist", "split": ""}
+# the task's own view is one of those that `cameras` draws; together they are of `cameras`
+DRAWN_TOO = {"in_dist": "cameras"}
 RENDER_AGAIN = "collect one of them again with the other's"
 
 
@@ -39,7 +41,7 @@ class Mixture:
         for other in self.datasets[1:]:
             for name, usual in ALIKE.items():
                 ours, theirs = (str(d.attributes.get(name, usual)) for d in (first, other))
-                if ours != theirs:
+                if not alike(ours, theirs):
                     raise UserError(
                         f"--dataset {other.path}: its {name} is {theirs or 'none'}, that of "
                         f"{first.path} is {ours or 'none'}, and one training takes one; "
@@ -58,7 +60,10 @@ class Mixture:
         said = [dataset.attributes for dataset in self.datasets]
         # compared as text: NumPy's arrays and numbers have no single truth
         same = lambda key: all(key in s and str(s[key]) == str(said[0][key]) for s in said)
-        return {**{key: said[0][key] for key in said[0] if same(key)}, "num_demos": len(self.demos)}
+        found = {key: said[0][key] for key in said[0] if same(key)}
+        if len({str(s.get("setting", ALIKE["setting"])) for s in said}) > 1:
+            found["setting"] = DRAWN_TOO[ALIKE["setting"]]
+        return {**found, "num_demos": len(self.demos)}
 
     @property
     def tasks(self):
@@ -109,6 +114,11 @@ class Mixture:
             }
             for d in self.datasets
         ]
+
+
+def alike(ours, theirs):
+    """True for two values of an attribute that go together."""
+    return ours == theirs or theirs == DRAWN_TOO.get(ours) or ours == DRAWN_TOO.get(theirs)
 
 
 def datasets_in(path):

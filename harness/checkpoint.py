@@ -170,9 +170,9 @@ def load_policy(path, device="cpu", weights=None, backbone=None, text_weights=No
     """Rebuild a checkpoint's policy, ready to act -> (policy, info, extra tensors).
 
     weights: local backbone weights; backbone: one already made, attached instead of a new one;
-    text_weights: of the frozen text model, for --text clip. Raises UserError if the file is damaged
-    or foreign, if tensors are missing or of another shape, or if the weights of the backbone or of
-    the text model are not those it was trained on.
+    text_weights: of the frozen text model, of --text clip, sentence. Raises UserError if the file
+    is damaged or foreign, if tensors are missing or of another shape, or if the weights of the
+    backbone or of the text model are not those it was trained on.
     """
     tensors, info = load_tensors(path)
     check_header(path, info)

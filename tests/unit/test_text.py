@@ -1,6 +1,7 @@
 """Instructions: sentences become numbers, policies follow them, checkpoints keep the words."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -24,8 +25,10 @@ from nets.text import (
     NO_WORD,
     UNKNOWN,
     ClipReader,
+    SentenceReader,
     TextEncoder,
     WordReader,
+    installed_mini_lm,
     reader_of,
     reads,
     vocabulary_of,
@@ -347,6 +350,60 @@ def test_frozen_text_is_trained_on_and_its_weights_are_asked_for(
     save_file(tensors, other / "open_clip_model.safetensors")
     with pytest.raises(UserError, match="was trained on the sentences' features open_clip-16-"):
         load(other)
+
+
+def test_the_sentence_model_is_the_published_one():
+    """Installed by the requirements. Its weights are those of the hub, by their hash; a sentence is
+    nearer to one of the same meaning in other words than to another task's.
+    """
+    folder = installed_mini_lm()
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert digest == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    reader = SentenceReader()
+    assert reader.features == 384 and reader.identity.startswith("sentence_transformers-384-")
+    said, meant, other = (
+        reader(sentence)
+        for sentence in (
+            "put the wine bottle on top of the cabinet",
+            "set the bottle of wine onto the cupboard",
+            "turn on the stove",
+        )
+    )
+    assert said.norm() == pytest.approx(1, abs=1e-5)
+    assert said @ meant > 0.7 > 0.5 > said @ other
+
+
+def test_the_sentence_model_is_trained_with(suite, tmp_path, backbone):
+    """--text sentence needs no folder. The checkpoint goes on without one, and another model's
+    features are refused.
+    """
+    config, reader = resolved([suite], text="sentence")
+    assert (config.text, config.text_features) == ("sentence", 384)
+    config = small_config(look_up("para"), text="sentence", text_features=384)
+    policy = look_up("para").policy(config, backbone.channels).attach(backbone, reader)
+    path = tmp_path / "sentence.safetensors"
+    checkpoint.save_policy(path, policy, "para", {"step": 1})
+    loaded = checkpoint.load_policy(path, backbone=backbone)[0]
+    assert torch.equal(loaded.reader(TWO[0]), reader(TWO[0]))
+    # what a policy hears are the vectors, apart for two sentences and alike for one
+    heard = [loaded.text(loaded.instructed(words)["instruction"]) for words in (*TWO[:2], TWO[0])]
+    assert torch.equal(heard[0], heard[2]) and not torch.allclose(heard[0], heard[1], atol=1e-2)
+    with pytest.raises(UserError, match="--text_weights .*modules.json is not there"):
+        checkpoint.load_policy(path, backbone=backbone, text_weights=tmp_path)
+    (tmp_path / "modules.json").write_text("{}")
+    with pytest.raises(UserError, match="no model that sentence-transformers can load"):
+        SentenceReader(tmp_path)
+
+
+def test_frozen_features_drop_out_in_training_alone():
+    """As words do: now and then one counts for nothing."""
+    encoder = TextEncoder(small_config(look_up("para"), text="sentence", text_features=8))
+    features = torch.randn(2, 8)
+    assert torch.equal(encoder(features), encoder(features))
+    none = encoder(features, lambda shape: torch.ones(shape))
+    assert torch.equal(none, encoder(features))
+    all_gone = encoder(features, lambda shape: torch.zeros(shape))
+    assert torch.equal(all_gone[0], all_gone[1]) and not torch.equal(all_gone, none)
 
 
 def test_a_folder_without_a_text_model_is_refused(tmp_path):
