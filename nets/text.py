@@ -245,7 +245,7 @@ class TextEncoder(nn.Module):
         if draw is not None and self.dropout > 0:
             dropped = draw(instruction.shape) < self.dropout
         if not self.words:
-            # a suite's sentences are alike (cosines of 0.9 to 0.98): of unit vectors little is left
+            # a suite's sentences are alike (cosines to 0.996): of unit vectors little is left
             features = layer_norm(instruction.float(), instruction.shape[-1:])
             return self.layer(torch.where(dropped, 0.0, features))
         there = instruction != NO_WORD  # (B,W)
