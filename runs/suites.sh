@@ -31,6 +31,8 @@ train() {
 train fixed 10000 data/spatial_fixed
 train moved 12000 data/spatial_fixed data/spatial_moved_1 data/spatial_moved_2
 
+python eval.py --policy blind --task_suite libero_spatial --task_ids all --layout shifted --n_episodes 10 \
+  --render fast --out runs/suites/blind_spatial/shifted
 make plus
 for name in fixed moved; do
   out=runs/suites/para_spatial_$name
