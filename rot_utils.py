@@ -335,12 +335,12 @@ def save_basis(path, basis):
         )
 
 
-def fingerprint(rotvec):
-    """Digest (hex) of one demonstration's axis-angle vectors (T,3).
+def fingerprint(rows):
+    """Digest (hex) of one demonstration's rows (T,N), to five digits.
 
-    By it a basis knows the demonstrations that it was computed from.
+    By that of its axis-angle vectors a basis knows the demonstrations that it was computed from.
     """
-    rounded = np.round(np.asarray(rotvec, dtype=float), 5) + 0.0  # + 0.0: no negative zeros
+    rounded = np.round(np.asarray(rows, dtype=float), 5) + 0.0  # + 0.0: no negative zeros
     return hashlib.blake2b(rounded.tobytes(), digest_size=8).hexdigest()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rot_utils import matrix_to_rotvec, rotvec_to_matrix
+from rot_utils import fingerprint, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError
 
 # control steps that opening or closing takes; frames inside such a hold are no training samples
@@ -197,7 +197,7 @@ def split_demos(demos, val_fraction=0.15):
         # a replay reads positions anew, which are then not the same to the last bit
         happened = demo.states if demo.states.size else demo.ee_pos
         same = by_request.setdefault(demo.request, {})
-        same.setdefault(np.ascontiguousarray(happened).tobytes(), []).append(i)
+        same.setdefault(fingerprint(happened), []).append(i)
     held_out = set()
     for (task, words), same in by_request.items():
         numbers = list(same.values())

@@ -15,8 +15,9 @@ from runtime import UserError
 
 # attributes that all datasets have in common, with what holds where a dataset does not say
 ALIKE = {"render": "exact", "variant": "task", "setting": "in_dist", "split": ""}
-# the task's own view is one of those that `cameras` draws; together they are of `cameras`
-DRAWN_TOO = {"in_dist": "cameras"}
+# settings that differ in their cameras alone: the task's own view is one of those that `cameras`
+# draws, so together they are of `cameras`
+CAMERAS_ALONE = {"in_dist", "cameras"}
 RENDER_AGAIN = "collect one of them again with the other's"
 
 
@@ -41,7 +42,7 @@ class Mixture:
         for other in self.datasets[1:]:
             for name, usual in ALIKE.items():
                 ours, theirs = (str(d.attributes.get(name, usual)) for d in (first, other))
-                if not alike(ours, theirs):
+                if ours != theirs and not {ours, theirs} <= CAMERAS_ALONE:
                     raise UserError(
                         f"--dataset {other.path}: its {name} is {theirs or 'none'}, that of "
                         f"{first.path} is {ours or 'none'}, and one training takes one; "
@@ -62,7 +63,7 @@ class Mixture:
         same = lambda key: all(key in s and str(s[key]) == str(said[0][key]) for s in said)
         found = {key: said[0][key] for key in said[0] if same(key)}
         if len({str(s.get("setting", ALIKE["setting"])) for s in said}) > 1:
-            found["setting"] = DRAWN_TOO[ALIKE["setting"]]
+            found["setting"] = "cameras"
         return {**found, "num_demos": len(self.demos)}
 
     @property
@@ -114,11 +115,6 @@ class Mixture:
             }
             for d in self.datasets
         ]
-
-
-def alike(ours, theirs):
-    """True for two values of an attribute that go together."""
-    return ours == theirs or theirs == DRAWN_TOO.get(ours) or ours == DRAWN_TOO.get(theirs)
 
 
 def datasets_in(path):

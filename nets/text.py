@@ -16,6 +16,7 @@ The mean forgets the order of words; no two sentences of LIBERO's suites differ 
 import hashlib
 import re
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -98,19 +99,33 @@ class WordReader:
 class FrozenReader:
     """Sentences as unit vectors (D,) of a frozen text model, each computed once.
 
-    model: a torch module, whose tensors give the reader its identity. Subclasses have
-    `features_of`.
+    folder: as the hub has it, with the weights; nothing is downloaded. Subclasses say which module
+    reads such models, the library's name and the file that each of its folders has; `load` gives
+    the model, `features_of` a sentence's vector. Raises UserError where the folder holds no model.
     """
 
-    library = None  # that reads the model
+    module = library = marker = None
 
-    def __init__(self, model):
-        self.model, self.known = model.eval().requires_grad_(False), {}
+    def __init__(self, folder):
+        folder, self.known = Path(folder), {}
+        if not (folder / self.marker).is_file():
+            raise UserError(
+                f"--text_weights {folder}: {folder / self.marker} is not there; give the folder "
+                f"of a model for {self.library} with its weights, or use --text learned"
+            )
+        module = import_module(self.module)  # here: it takes seconds
+        try:
+            self.model = self.load(module, folder).eval().requires_grad_(False)
+        except Exception as error:  # of the library's, torch's and JSON's many kinds
+            raise UserError(
+                f"--text_weights {folder}: holds no model that {self.library} can load "
+                f"({one_line(error)}); download it again, or use --text learned"
+            ) from error
         digest = hashlib.blake2b(digest_size=6)
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
         self.features = len(self(""))
-        self.identity = f"{self.library}-{self.features}-{digest.hexdigest()}"
+        self.identity = f"{self.module}-{self.features}-{digest.hexdigest()}"
 
     @torch.inference_mode()
     def __call__(self, sentence):
@@ -120,69 +135,37 @@ class FrozenReader:
 
 
 class ClipReader(FrozenReader):
-    """Sentences as a text model has them that open_clip reads, CLIP or SigLIP.
+    """Sentences as a text model has them that open_clip reads, CLIP or SigLIP."""
 
-    folder: as the hub has it, with open_clip_config.json and the weights; nothing is downloaded.
-    Raises UserError where the folder holds no such model.
-    """
+    module = library = "open_clip"
+    marker = "open_clip_config.json"
 
-    library = "open_clip"
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        config = self.folder / "open_clip_config.json"
-        if not config.is_file():
-            raise UserError(
-                f"--text_weights {folder}: {config} is not there; give a folder of an open_clip "
-                "model with its weights, or use --text learned"
-            )
-        import open_clip  # here: it takes seconds
-
-        try:
-            name = f"local-dir:{self.folder}"
-            model = open_clip.create_model(name, require_pretrained=True)
-            self.tokenize = open_clip.get_tokenizer(name)
-        except Exception as error:  # of open_clip's, torch's and JSON's many kinds
-            raise UserError(
-                f"--text_weights {folder}: holds no model that open_clip can load "
-                f"({one_line(error)}); download it again, or use --text learned"
-            ) from error
+    def load(self, open_clip, folder):
+        name = f"local-dir:{folder}"
+        model = open_clip.create_model(name, require_pretrained=True)
+        self.tokenize = open_clip.get_tokenizer(name)
         # the towers that turn images into features are not asked
         model.visual = None
-        super().__init__(model)
+        return model
 
     def features_of(self, sentence):
         return self.model.encode_text(self.tokenize([sentence]), normalize=True)[0]
 
 
 class SentenceReader(FrozenReader):
-    """Sentences as a sentence-transformers model has them.
-
-    folder: as the hub has it, with modules.json and the weights; None for the installed
-    all-MiniLM-L6-v2 (Reimers and Gurevych 2019; github UKPLab/sentence-transformers). Nothing is
-    downloaded. Raises UserError where the folder holds no such model.
+    """Sentences as a sentence-transformers model has them, by default the installed
+    all-MiniLM-L6-v2 (Reimers and Gurevych 2019; github UKPLab/sentence-transformers).
     """
 
-    library = "sentence_transformers"
+    module, library, marker = "sentence_transformers", "sentence-transformers", "modules.json"
 
     def __init__(self, folder=None):
-        given, folder = folder is not None, Path(folder or installed_mini_lm())
-        named = f"--text_weights {folder}" if given else f"--text sentence: {folder}"
-        if not (folder / "modules.json").is_file():
-            raise UserError(
-                f"{named}: {folder / 'modules.json'} is not there; give a folder of a "
-                "sentence-transformers model with its weights, or use --text learned"
-            )
-        from sentence_transformers import SentenceTransformer  # here: it takes seconds
+        super().__init__(folder or installed_mini_lm())
 
-        try:
-            model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-        except Exception as error:  # of transformers', torch's and JSON's many kinds
-            raise UserError(
-                f"{named}: holds no model that sentence-transformers can load "
-                f"({one_line(error)}); download it again, or use --text learned"
-            ) from error
-        super().__init__(model)
+    def load(self, sentence_transformers, folder):
+        return sentence_transformers.SentenceTransformer(
+            str(folder), device="cpu", local_files_only=True
+        )
 
     def features_of(self, sentence):
         return self.model.encode(
@@ -241,18 +224,21 @@ class TextEncoder(nn.Module):
         """draw: gives random numbers in [0, 1) of a shape, in training; None where nothing drops
         out.
         """
-        dropped = torch.zeros_like(instruction, dtype=torch.bool)
-        if draw is not None and self.dropout > 0:
-            dropped = draw(instruction.shape) < self.dropout
         if not self.words:
             # a suite's sentences are alike (cosines to 0.996): of unit vectors little is left
             features = layer_norm(instruction.float(), instruction.shape[-1:])
-            return self.layer(torch.where(dropped, 0.0, features))
+            return self.layer(self.dropped_out(features, 0.0, draw))
         there = instruction != NO_WORD  # (B,W)
-        instruction = torch.where(dropped, UNKNOWN, instruction)
+        instruction = self.dropped_out(instruction, UNKNOWN, draw)
         vectors = self.table[instruction.clamp(min=0)] * there[..., None]  # (B,W,C)
         mean = vectors.sum(1) / there.sum(1, keepdim=True)
         return self.layer(mean)
+
+    def dropped_out(self, numbers, instead, draw):
+        """Numbers (B,W), now and then one exchanged for `instead`; see `forward`."""
+        if draw is None or self.dropout == 0:
+            return numbers
+        return torch.where(draw(numbers.shape) < self.dropout, instead, numbers)
 
 
 class Film(nn.Module):

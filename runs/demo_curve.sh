@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Success against demonstrations a task, docs/suites.md: PARA and ACT on LIBERO-Spatial, 1, 2, 5, 10 and 20 of each
 # task, plain and as runs/suites.sh varies them. Each training holds out one more of each task. Every step
-# resumes; some twenty hours on two cores.
+# resumes; an estimated twenty hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LIBERO-Spatial by one model, docs/suites.md: demonstrations of both bowls, PARA trained (a) on the task's own
 # camera alone and (b) also on the same demonstrations from moved cameras, and every column of both. Every step
-# resumes; some seven hours on two cores.
+# resumes; an estimated seven hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate

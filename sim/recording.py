@@ -129,6 +129,15 @@ def view_seed(seed, task_index):
     return [*seed, 11, task_index]
 
 
+def shows(scene, points, margin):
+    """True if the camera has all of N points (3,) m further inside its picture than `margin`, a
+    share of its side; below 0 they may lie outside by so much.
+    """
+    u, v, _ = project(np.stack(points), *scene.camera())
+    low, high = margin * scene.image_size, (1 - margin) * scene.image_size
+    return min(u.min(), v.min()) > low and max(u.max(), v.max()) < high
+
+
 def move_camera(scene, rng):
     """Put the camera at the first of VIEWS of sim/moved_cameras.py that shows object and goal, or
     just misses them (BEYOND), else where the task has it -> settings.Condition.
@@ -140,9 +149,7 @@ def move_camera(scene, rng):
         scene.set_view(found)
         if not points:
             return found
-        u, v, _ = project(np.stack(points), *scene.camera())
-        side, beyond = scene.image_size, BEYOND * scene.image_size
-        if min(u.min(), v.min()) > -beyond and max(u.max(), v.max()) < side + beyond:
+        if shows(scene, points, -BEYOND):
             return found
     scene.set_view(of_task)
     return of_task
@@ -271,18 +278,8 @@ class ExpertWorker:
     def in_view(self):
         """True if the camera shows EEF, object and goal, and not at the image's edge."""
         scene = self.scene
-        # (N,3) m in the world
-        points = np.stack(
-            [
-                scene.observe(image=False).eef_pos,
-                *(scene.position(n) for n in (scene.pick, scene.place) if n),
-            ]
-        )
-        u, v, _ = project(points, *scene.camera())
-        return (
-            min(u.min(), v.min()) > IN_VIEW * scene.image_size
-            and max(u.max(), v.max()) < (1 - IN_VIEW) * scene.image_size
-        )
+        things = [scene.position(n) for n in (scene.pick, scene.place) if n]
+        return shows(scene, [scene.observe(image=False).eef_pos, *things], IN_VIEW)
 
     def unhidden(self):
         """True if nothing, such as the cabinet, stands before the object or the goal."""

@@ -15,6 +15,7 @@ from PIL import Image
 
 from formats import hdf5, libero_hdf5
 from formats.demos import simulated_with
+from formats.mixture import CAMERAS_ALONE
 from formats.parts import part_path
 from runtime import UserError, fits
 from sim import instructions, settings
@@ -38,8 +39,6 @@ REPLAY_FORM = {
 # The premise of a replay: from its states a file's first image looks as it was stored, by the mean
 # difference in grey levels (0-255), and the EEF is where it was, in m.
 GREY, EEF_OFF = 12.0, 0.01
-# settings whose recordings `--setting cameras` shows from other cameras
-MOVABLE = ("in_dist", "cameras")
 # what a demonstration says of another task's sentence, see sim/instructions.py
 TOLD = ("language", "instruction_of")
 # entry of a finished file: the settings that it was replayed with
@@ -122,7 +121,7 @@ def take_from_replayed(args):
     args.n_demos = min(n_demos, args.n_demos or n_demos)
     args.variant = attributes.get("variant", args.variant)
     recorded = attributes.get("setting", "in_dist")
-    if args.setting == "cameras" and recorded not in MOVABLE:
+    if args.setting == "cameras" and recorded not in CAMERAS_ALONE:
         raise UserError(
             f"{path}: is of --setting {recorded}, whose cameras are its own; --replay --setting "
             "cameras moves those of recordings before the task's own view or before moved ones"
