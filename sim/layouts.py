@@ -4,7 +4,7 @@
 `viewpoint` and `viewpoint_shifted` are these two, each episode seen from the next of the test views
 of sim/settings.py. `position` takes the test positions in turn, with the same few random layouts at
 each. `val`, `val_shifted` and so on are random layouts, views and positions apart from all of
-these, for tuning.
+these, for tuning; in `val_cameras` each episode's camera is drawn as demonstrations draw theirs.
 
 `verdict_...` are fresh sets of the same kinds, see sim/verdict.py. `verdict_position` moves bowl
 and plate each by itself, `verdict_viewpoint_low` has the views that a grid decodes badly. In
@@ -15,7 +15,9 @@ and plate each by itself, `verdict_viewpoint_low` has the views that a grid deco
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sim import settings, verdict
+import numpy as np
+
+from sim import moved_cameras, settings, verdict
 from sim.events import MovedMidway
 from sim.placement import JOINT_JITTER
 
@@ -42,6 +44,7 @@ LAYOUTS = {
     "shifted": Layout("in_dist", "test", shift_seed=3_000),
     "val": Layout("in_dist", "val"),
     "val_shifted": Layout("in_dist", "val", shift_seed=90_000_000),
+    "val_cameras": Layout("cameras", "val"),
     "viewpoint": Layout("viewpoint", "test"),
     "viewpoint_shifted": Layout("viewpoint", "test", shift_seed=3_000),
     "val_viewpoint": Layout("viewpoint", "val"),
@@ -129,7 +132,13 @@ def episode_state(scene, layout, index, split=None):
         state = first_valid(scene, *draw, scene.common_shift(condition), condition.place_of)
     if found.shift_seed is not None:
         state = scene.shifted_layout(state, found.shift_seed + index)
-    scene.set_view(condition)  # last: a random layout rebuilds the model
+    # the camera last: a random layout rebuilds the model
+    if found.setting == "cameras":
+        seed = moved_cameras.view_seed(
+            settings.random_seed("val_cameras", 0, index), scene.task.index
+        )
+        return state, moved_cameras.put(scene, np.random.default_rng(seed), unmoved=0.0)
+    scene.set_view(condition)
     return state, condition
 
 

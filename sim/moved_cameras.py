@@ -10,8 +10,9 @@ training range, not beyond it.
 
 import numpy as np
 
-from camera import extrinsics_from_mujoco
+from camera import extrinsics_from_mujoco, project
 from rot_utils import matrix_to_quat, quat_to_matrix, rotvec_to_matrix
+from sim.settings import Condition
 
 PIVOT = np.array([0.0, 0.0, 0.8])  # metres; the camera tilts about it and moves away from it
 # degrees about the world's vertical, up to +-; degrees upwards; times the distance from PIVOT;
@@ -21,10 +22,14 @@ AS_IT_IS = (0.0, 0.0, 1.0, 0.0, 0.0)  # the task's own view
 # share of the demonstrations that keep the task's view; of the others, the share that is tilted,
 # that is farther away, and that is turned in place
 UNMOVED, VARIED = 0.2, 0.5
+# share of the image by which object and goal may lie outside; views that are drawn to find such
+BEYOND, DRAWS = 0.1, 50
 
 
-def drawn(rng, n):
-    """n views (turned, tilted, distance, pan, pitch), drawn in this order."""
+def drawn(rng, n, unmoved=UNMOVED):
+    """n views (turned, tilted, distance, pan, pitch), drawn in this order; with probability
+    `unmoved` all are the task's own.
+    """
     views = []
     for _ in range(n):
         turned, tilted = rng.uniform(-TURNED, TURNED), rng.uniform(0, TILTED)
@@ -37,7 +42,39 @@ def drawn(rng, n):
             *((pan, pitch) if is_in_place else (0.0, 0.0)),
         )
         views.append(tuple(round(float(x), 4) for x in view))
-    return [AS_IT_IS] * n if rng.random() < UNMOVED else views
+    return [AS_IT_IS] * n if rng.random() < unmoved else views
+
+
+def view_seed(seed, task_index):
+    """Seed of an episode's or demonstration's cameras. seed: its words.
+
+    task_index: apart by task too, a suite's files would all have the same cameras.
+    """
+    return [*seed, 11, task_index]
+
+
+def put(scene, rng, unmoved=UNMOVED):
+    """Put the camera at the first of DRAWS views that shows object and goal, or just misses them
+    (BEYOND), else where the task has it -> settings.Condition. unmoved: see `drawn`.
+    """
+    of_task = Condition(moved=AS_IT_IS)
+    points = [scene.position(n) for n in (scene.pick, scene.place) if n]
+    for view in drawn(rng, DRAWS, unmoved):
+        found = Condition(moved=view)
+        scene.set_view(found)
+        if not points or shows(scene, points, -BEYOND):
+            return found
+    scene.set_view(of_task)
+    return of_task
+
+
+def shows(scene, points, margin):
+    """True if the camera has all of N points (3,) m further inside its picture than `margin`, a
+    share of its side; below 0 they may lie outside by so much.
+    """
+    u, v, _ = project(np.stack(points), *scene.camera())
+    low, high = margin * scene.image_size, (1 - margin) * scene.image_size
+    return min(u.min(), v.min()) > low and max(u.max(), v.max()) < high
 
 
 def moved(E, view):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from camera import project
 from formats import hdf5, libero_hdf5, smith300
 from formats.parts import part_path
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
@@ -23,8 +22,6 @@ from sim.variants import STAY_STEPS, new_account, new_expert
 DISPLACE_STEPS = 60  # control steps of the way to a displaced start
 # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
 IN_VIEW = 0.1
-# share of the image by which object and goal may lie outside the picture of a moved camera
-BEYOND = 0.1
 OUTLINE = 0.7  # share of an object's radius at which it may not be hidden
 VIEWS = 50  # that are drawn for a demonstration
 ATTEMPTS = 30  # at a good demonstration
@@ -121,40 +118,6 @@ class Scenes:
             scene.close()
 
 
-def view_seed(seed, task_index):
-    """Seed of the cameras of --setting cameras. seed: words of a demonstration.
-
-    task_index: apart by task too, a suite's files would all have the same cameras.
-    """
-    return [*seed, 11, task_index]
-
-
-def shows(scene, points, margin):
-    """True if the camera has all of N points (3,) m further inside its picture than `margin`, a
-    share of its side; below 0 they may lie outside by so much.
-    """
-    u, v, _ = project(np.stack(points), *scene.camera())
-    low, high = margin * scene.image_size, (1 - margin) * scene.image_size
-    return min(u.min(), v.min()) > low and max(u.max(), v.max()) < high
-
-
-def move_camera(scene, rng):
-    """Put the camera at the first of VIEWS of sim/moved_cameras.py that shows object and goal, or
-    just misses them (BEYOND), else where the task has it -> settings.Condition.
-    """
-    of_task = settings.Condition(moved=moved_cameras.AS_IT_IS)
-    points = [scene.position(n) for n in (scene.pick, scene.place) if n]
-    for view in moved_cameras.drawn(rng, VIEWS):
-        found = settings.Condition(moved=view)
-        scene.set_view(found)
-        if not points:
-            return found
-        if shows(scene, points, -BEYOND):
-            return found
-    scene.set_view(of_task)
-    return of_task
-
-
 class ExpertWorker:
     """Records one scripted demonstration per job (an index) into its own file."""
 
@@ -180,7 +143,7 @@ class ExpertWorker:
             if condition is None:
                 counts["bad_resets"] += 1
                 continue
-            self.view_rng = np.random.default_rng(view_seed(seed, args.task_id))
+            self.view_rng = np.random.default_rng(moved_cameras.view_seed(seed, args.task_id))
             recorder = self.record(np.random.default_rng([*seed, 7]), condition)
             if isinstance(recorder, str):
                 counts[recorder] += 1
@@ -257,7 +220,7 @@ class ExpertWorker:
         scene, spread, base = self.scene, self.args.turn_spread, self.scene.position_of_base()[:2]
         of_recipe = self.args.setting == "recipe"
         if self.args.setting == "cameras":
-            return move_camera(scene, self.view_rng)
+            return moved_cameras.put(scene, self.view_rng)
         if of_recipe:
             views = recipe.views(rng, self.args.part, spread, VIEWS, self.args.loose_camera)
             found = [replace(view, places=condition.places) for view in views]
@@ -279,7 +242,7 @@ class ExpertWorker:
         """True if the camera shows EEF, object and goal, and not at the image's edge."""
         scene = self.scene
         things = [scene.position(n) for n in (scene.pick, scene.place) if n]
-        return shows(scene, [scene.observe(image=False).eef_pos, *things], IN_VIEW)
+        return moved_cameras.shows(scene, [scene.observe(image=False).eef_pos, *things], IN_VIEW)
 
     def unhidden(self):
         """True if nothing, such as the cabinet, stands before the object or the goal."""

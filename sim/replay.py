@@ -18,8 +18,8 @@ from formats.demos import simulated_with
 from formats.mixture import CAMERAS_ALONE
 from formats.parts import part_path
 from runtime import UserError, fits
-from sim import instructions, settings
-from sim.recording import Recorder, Scenes, move_camera, view_seed
+from sim import instructions, moved_cameras, settings
+from sim.recording import Recorder, Scenes
 from sim.simulator import simulator_versions
 from sim.tasks import task_of_bddl
 
@@ -224,8 +224,8 @@ class ReplayWorker:
         state (S,): the demonstration's first one.
         """
         self.scene.set_state(state)
-        seed = view_seed([self.args.seed, index], self.args.task_id)
-        found = move_camera(self.scene, np.random.default_rng(seed))
+        seed = moved_cameras.view_seed([self.args.seed, index], self.args.task_id)
+        found = moved_cameras.put(self.scene, np.random.default_rng(seed))
         return {**found.described("cameras"), "setting": "cameras"}
 
     def close(self):

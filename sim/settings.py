@@ -59,6 +59,7 @@ PURPOSES = (
     "moved_midway",
     "val_moved_midway",
     "plus_order",
+    "val_cameras",
 )
 # numbers of a Condition that a setting varies
 VARIED = {

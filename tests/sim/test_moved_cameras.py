@@ -13,6 +13,7 @@ from helpers import run
 from camera import project
 from formats.dataset import open_dataset
 from formats.demos import split_demos
+from sim import layouts
 from sim import moved_cameras as cameras
 from sim.libero_env import Scene
 from sim.settings import Condition
@@ -118,3 +119,23 @@ def test_a_replay_shows_the_same_demonstration_from_elsewhere(both, tmp_path):
     refused = run(f"{command} {own}", cwd=tmp_path, ok=False)
     assert refused.returncode == 2
     assert "--setting recipe, whose cameras are its own" in refused.stderr
+
+
+def test_cameras_to_tune_on_are_as_demonstrations_draw_them():
+    """Each episode of val_cameras has a camera of its own, another one in each task, the same
+    whatever was played before, never the task's own; its row says which.
+    """
+    seen = {}
+    for task in (0, 2):
+        scene = Scene("libero_spatial", task, int(SIZE), rendering=False)
+        try:
+            for index in (0, 1, 0):
+                _, condition = layouts.episode_state(scene, "val_cameras", index)
+                assert seen.setdefault((task, index), condition) == condition
+                assert condition.described("cameras") == {"moved": condition.moved}
+                points = [scene.position(n) for n in (scene.pick, scene.place)]
+                assert cameras.shows(scene, points, -cameras.BEYOND)
+        finally:
+            scene.close()
+    views = {condition.moved for condition in seen.values()}
+    assert len(views) == len(seen) and cameras.AS_IT_IS not in views

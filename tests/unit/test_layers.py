@@ -130,7 +130,14 @@ BESIDE = {
     "sim.picture_proof": {"sim.libero_env", "sim.simulator"},
     "sim.protocol": {"sim.libero_env", "sim.tasks"},
     "sim.events": {"sim.expert", "sim.settings"},
-    "sim.layouts": {"sim.events", "sim.placement", "sim.settings", "sim.verdict"},
+    "sim.layouts": {
+        "sim.events",
+        "sim.moved_cameras",
+        "sim.placement",
+        "sim.settings",
+        "sim.verdict",
+    },
+    "sim.moved_cameras": {"sim.settings"},
     "sim.decisions": {"sim.workers"},
     "sim.recipe": {"sim.settings"},
     "sim.mistakes": {
@@ -154,6 +161,7 @@ BESIDE = {
     "sim.remote": {"sim.rollout"},
     "sim.replay": {
         "sim.instructions",
+        "sim.moved_cameras",
         "sim.recording",
         "sim.settings",
         "sim.simulator",
