@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import canonical
 import flags
 from rot_utils import euler_to_matrix
 from runtime import UserError
@@ -74,6 +75,12 @@ class PolicyConfig:
         "any timm model",
     )
     image_size: int = flag(448, "image side, pixels", kind=flags.pixels)
+    canonical_view: str = flag(
+        "",
+        "turn and zoom every image to one view of the workspace, see canonical.py: fit, that of "
+        "the camera that most training demonstrations have, or 'x y z scale' in metres and pixels "
+        "a metre (images as they are)",
+    )
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
     fingers: int = flag(
         2,
@@ -150,6 +157,8 @@ class Policy(nn.Module):
     def __init__(self, config):
         super().__init__()
         flags.check_fields(config)
+        if config.canonical_view:
+            canonical.parsed(config.canonical_view)
         self.config = config
         self._backbone = []  # in a list, so that the frozen features are no part of the state dict
         self.reader = None  # of instructions, see nets/text.py
@@ -306,6 +315,17 @@ class Policy(nn.Module):
         """
         return self.predict(batch)
 
+    def camera_of(self, observation):
+        """The camera that this policy sees an observation with -> (K (3,3), E (4,4), warp), see
+        canonical.py.
+        """
+        c, K, E = self.config, np.asarray(observation.K), np.asarray(observation.E)
+        return canonical.camera_of(K, E, c.image_size, c.canonical_view)
+
+    def image_of(self, observation):
+        """An observation's image (S,S,3) uint8 as this policy sees it."""
+        return canonical.warped(observation.image, self.camera_of(observation)[2])
+
     @torch.inference_mode()
     def features(self, images):
         """Images (B,S,S,3) uint8 -> the backbone's maps [(B,C,H,W)] on this device.
@@ -323,11 +343,13 @@ class Policy(nn.Module):
     def act(self, observation, maps=None):
         """Observation -> Waypoint.
 
-        maps [(1,C,H,W)]: the observation's features, where a caller has computed them already.
+        maps [(1,C,H,W)]: features of `image_of` the observation, where a caller has computed them
+        already.
         """
         device = next(self.parameters()).device
         start = time.perf_counter()
-        maps = self.features(observation.image[None]) if maps is None else maps
+        maps = self.features(self.image_of(observation)[None]) if maps is None else maps
+        K, E, _ = self.camera_of(observation)
         middle = time.perf_counter()
         # float64, as camera geometry is computed; a batch of one: (1,...)
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
@@ -335,9 +357,9 @@ class Policy(nn.Module):
             {
                 "features": maps,
                 "eef_pos": tensor(observation.eef_pos),
-                "K": tensor(observation.K),
+                "K": tensor(K),
                 "gripper_width": tensor(observation.gripper_width),
-                "E": tensor(observation.E),
+                "E": tensor(E),
                 **self.instructed(getattr(observation, "instruction", "")),
             }
         )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
+import canonical
 import flags
 from figures import heldout, plots
 from formats import demos as demo_files
@@ -287,7 +288,9 @@ def prepare(args, config_class, device, progress):
         # validation stays unmirrored
         train_demos = train_demos + [demo_files.mirrored(demo) for demo in train_demos]
 
-    # "auto" becomes a name here, which the checkpoint stores
+    # "fit" becomes a view and "auto" a name here, which the checkpoint stores
+    view = canonical.resolved(config.canonical_view, train_demos)
+    config = dataclasses.replace(config, canonical_view=view)
     asked = config.backbone
     config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
     fast = recordings.attributes.get("render") == "fast"

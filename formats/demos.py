@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+import canonical
 from rot_utils import fingerprint, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError
 
@@ -37,6 +38,7 @@ class Demo:
     attrs: dict
     source: object = None  # the interface.Demonstrations that it is of, which has its images
     mirrored: bool = False  # images are turned left to right where they are read
+    warp: tuple = ()  # of canonical.py: images are warped so where they are read
     image_stride: int = 1  # every k-th frame has an image: 0, k, 2k, ...
 
     def __len__(self):
@@ -45,7 +47,7 @@ class Demo:
     @property
     def key(self):
         """What tells a demonstration from every other: every file has a demo_0."""
-        return self.source.fingerprint, self.name, self.mirrored
+        return self.source.fingerprint, self.name, self.mirrored, *self.warp
 
     @property
     def task(self):
@@ -99,7 +101,9 @@ class Demo:
                 f"{self.image_stride} or a multiple of it, or collect with --frame_stride 1"
             )
         images = self.source.images(self, [int(i) for i in frames])
-        return np.ascontiguousarray(images[:, :, ::-1]) if self.mirrored else images
+        if self.mirrored:
+            images = np.ascontiguousarray(images[:, :, ::-1])
+        return np.stack([canonical.warped(i, self.warp) for i in images]) if self.warp else images
 
 
 def mirrored(demo):
@@ -132,6 +136,14 @@ def mirrored(demo):
         K=K,
         E=E,
     )
+
+
+def seen_as(demo, view):
+    """A Demo as it looks in a canonical view, "" for its own: camera, and images where they are
+    read. One that looks so already is given back as it is.
+    """
+    K, E, warp = canonical.camera_of(demo.K, demo.E, demo.image_size, view)
+    return replace(demo, K=K, E=E, warp=warp) if warp else demo
 
 
 def turned_back(demo, E):

@@ -16,6 +16,8 @@ import os
 import time
 from pathlib import Path
 
+import canonical
+
 # Seconds for which a file is not trusted after it was written: file systems count time in ticks,
 # of up to two seconds, and a second change within one would leave no trace.
 SETTLED = 2.0
@@ -46,11 +48,11 @@ def images_stamp(demo, frames):
 
 @functools.cache
 def reader():
-    """Hash of what makes images of files: this package and the libraries that decode. A change of
-    either may change the images. Found once.
+    """Hash of what makes images of files: this package, canonical.py and the libraries that decode.
+    A change of any may change the images. Found once.
     """
     digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(canonical.__file__)):
         digest.update(path.read_bytes())
     for name in DECODERS:
         try:

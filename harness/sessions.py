@@ -91,7 +91,7 @@ class PolicySessions:
             return [self._act(*request) for request in requests]
         # GPU: one backbone call for all images, then each session with its row of the maps
         try:
-            maps = self._features([observation.image for _, observation in requests])
+            maps = self._features([s.image_of(observation) for s, observation in requests])
         except Exception:
             return [traceback.format_exc()] * len(requests)
         # maps [(1,C,H,W)] of the i-th
