@@ -104,7 +104,7 @@ def turned_to(E, point):
 
 
 def warped(image, warp):
-    """Image (S,S,3) uint8 as the camera of `camera_of` sees it, bicubic; UNSEEN where the old one
+    """Image (S,S,3) uint8 as the camera of `camera_of` sees it, bilinear; UNSEEN where the old one
     did not look.
     """
     if not warp:
@@ -120,7 +120,7 @@ def warped(image, warp):
             (size, size),
             Image.Transform.PERSPECTIVE,
             (H / H[2, 2]).ravel()[:8],
-            Image.Resampling.BICUBIC,
+            Image.Resampling.BILINEAR,
             fillcolor=UNSEEN,
         )
     )
