@@ -3,6 +3,7 @@ so.
 """
 
 import shutil
+from collections import namedtuple
 
 import h5py
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from conftest import SIZE
 from helpers import run
 
+import canonical
 from camera import project
 from formats.dataset import open_dataset
 from formats.demos import split_demos
@@ -53,6 +55,44 @@ def test_a_camera_stands_where_its_view_says(scene, view):
     assert far(after) == pytest.approx(view[2] * far(before), abs=1e-4)
     angle = np.degrees(np.arctan2(*after[1::-1, 3])) - np.degrees(np.arctan2(*before[1::-1, 3]))
     assert angle == pytest.approx(view[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "view", [(0.0, 0.0, 1.0, 9.0, -7.0), (-40.0, 10.0, 1.8, 0.0, 0.0), (60.0, 5.0, 1.3, -6.0, 8.0)]
+)
+def test_a_warped_picture_is_what_the_simulator_shows_from_there(scene, view):
+    """A moved camera's image, turned and zoomed to the task's own view, against the simulator's
+    picture by a camera that stands there, looks so and has that focal length.
+    """
+    scene.set_view(Condition())
+    before = namedtuple("Demo", "K E ee_pos")(*scene.camera(), np.array([[0.0, 0.0, 0.93]]))
+    one = canonical.fitted([before])
+    scene.set_view(Condition(moved=view))
+    K, E = scene.camera()
+    new_K, new_E, warp = canonical.camera_of(K, E, scene.image_size, one)
+    old = scene.render()
+    warped, seen = (
+        canonical.warped(image, warp).astype(float) for image in (old, np.ones_like(old))
+    )
+    index = scene.sim.model.camera_name2id("agentview")
+    own = scene.sim.model.cam_fovy[index]
+    try:
+        scene.sim.model.cam_fovy[index] = np.degrees(
+            2 * np.arctan(scene.image_size / 2 / new_K[0, 0])
+        )
+        scene.set_camera(new_E)
+        np.testing.assert_allclose(scene.camera()[0], new_K)
+        there = scene.render().astype(float)
+    finally:
+        scene.sim.model.cam_fovy[index] = own
+        scene.set_view(Condition())
+    inside = (seen == 1).all(-1)
+    assert inside.mean() > 0.4
+    apart = lambda image: np.abs(image - there)[inside].mean()
+    # what is left is the light, which MuJoCo has shine where the camera looks
+    assert apart(warped) < 0.35 * apart(old.astype(float))
+    for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
+        assert apart(np.roll(warped, step, axis)) > 1.05 * apart(warped)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, agentview, observations_of
+from conftest import SIZE, agentview, observations_of, write_synthetic_demos
 from helpers import run, train_flags
 from test_contract import Case, answers, same
 
@@ -214,11 +214,12 @@ def test_a_text_that_is_no_view_is_refused(view):
         entry.policy(entry.config(image_size=SIZE, canonical_view=view), [8])
 
 
-def test_train_fits_it_and_the_checkpoint_keeps_it(synthetic_demos, tmp_path):
+def test_train_fits_it_and_the_checkpoint_keeps_it(tmp_path):
     """The view that was found, not the word: whoever loads the policy has no demonstrations."""
-    flags = train_flags(synthetic_demos, tmp_path / "run", 2)
+    path = write_synthetic_demos(tmp_path / "demos.hdf5", size=112)
+    flags = train_flags(path, tmp_path / "run", 2)
     run(*flags, "--model_type", "para", "--canonical_view", "fit", cwd=tmp_path)
     policy, _, _ = load_policy(tmp_path / "run" / "checkpoint.safetensors")
-    demos = open_dataset(synthetic_demos).demos
-    assert seen_as(demos[0], policy.config.canonical_view) is demos[0]
+    view, demo = policy.config.canonical_view, open_dataset(path).demos[0]
+    assert canonical.parsed(view) and seen_as(demo, view) is demo
     assert PolicyConfig().canonical_view == ""

@@ -14,7 +14,7 @@ from conftest import ROOT
 # Files and packages, from the ground up. "model" stands for model.py and every model_*.py, "data"
 # likewise.
 LAYERS = [
-    {"flags", "runtime", "rot_utils", "camera", "waypoint"},
+    {"flags", "runtime", "rot_utils", "camera", "canonical", "waypoint"},
     {"policy"},
     {"formats", "nets"},
     {"model", "data"},
