@@ -50,6 +50,7 @@ def init_from(policy, path):
     print(f"  re-initialised: {listed(report['fresh'], state)}")
     if heights:
         warn_of_heights(heights, fitting["height_range"].tolist())
+    warn_of_view(info["config"].get("canonical_view", ""), policy.config.canonical_view)
     return report
 
 
@@ -86,6 +87,16 @@ def warn_of_heights(ours, kept):
         print(
             f"  warning: heights here span {ours[0]:.3f} to {ours[1]:.3f} m, the checkpoint's bins "
             f"{kept[0]:.3f} to {kept[1]:.3f} m: waypoints beyond are clamped"
+        )
+
+
+def warn_of_view(theirs, ours):
+    """Warn where images are seen in another view than the checkpoint's."""
+    if theirs != ours:
+        keep = f"--canonical_view '{theirs}'" if theirs else "no --canonical_view"
+        print(
+            f"  warning: images are seen in the view '{ours}' here, by the checkpoint in "
+            f"'{theirs}'; {keep} keeps the checkpoint's"
         )
 
 

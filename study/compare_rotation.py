@@ -26,7 +26,7 @@ from data import waypoint_labels
 from figures import plots_rotation
 from figures.pages import markdown_table
 from formats.dataset import open_dataset
-from formats.demos import split_demos
+from formats.demos import seen_as, split_demos
 from harness.checkpoint import load_policy
 from harness.records import read_metrics
 from harness.validation import decision_frames, to_pixels
@@ -256,10 +256,11 @@ def training_record(folder):
 
 
 def held_out(info, policy):
-    """The demonstrations that a run has held out for validation."""
+    """The demonstrations that a run has held out for validation, as its policy sees them."""
     args = info["args"]
     demos = open_dataset(args["dataset"], policy.config.image_size, args.get("n_demos")).demos
-    return split_demos(demos, args["val_fraction"])[1]
+    held = split_demos(demos, args["val_fraction"])[1]
+    return [seen_as(demo, policy.config.canonical_view) for demo in held]
 
 
 def measure(policy, demos, features):
@@ -427,6 +428,7 @@ def compare(args, runs):
             # features are computed once
             if backbone is None:
                 backbone, val = policy.backbone, held_out(info, policy)
+                view = policy.config.canonical_view
                 demos, basis, dataset = (
                     val[: args.n_episodes],
                     load_basis(basis_path(val[0].source.path)),
@@ -441,6 +443,11 @@ def compare(args, runs):
                 raise UserError(
                     f"{folder}: was trained on {info['args']['dataset']}, the runs before on "
                     f"{dataset}; compare runs on one dataset"
+                )
+            elif policy.config.canonical_view != view:
+                raise UserError(
+                    f"{folder}: its --canonical_view is {policy.config.canonical_view!r}, that of "
+                    f"the runs before {view!r}; compare runs of one view"
                 )
             row, found = measure(policy, demos, features)
             rows.append(row)

@@ -14,7 +14,8 @@ import canonical
 from camera import look_at
 from formats.dataset import open_dataset
 from formats.demos import mirrored, seen_as
-from harness.checkpoint import load_policy
+from harness.checkpoint import load_policy, save_policy
+from harness.finetune import init_from
 from harness.sessions import PolicySessions
 from harness.validation import free_run
 from policy import PolicyConfig
@@ -166,6 +167,12 @@ def case(request, synthetic_demos, backbone, tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def para(synthetic_demos, backbone, tmp_path_factory):
+    """PARA with images as they are."""
+    return Case("para", synthetic_demos, backbone, tmp_path_factory.mktemp("para"))
+
+
 def test_data_have_the_view(case):
     """Cameras, and the features of the images that they see."""
     batch, (point, _) = case.batch(), canonical.parsed(VIEW)
@@ -202,6 +209,16 @@ def test_a_policy_sees_every_observation_in_its_view(case):
         free_run(policy, case.demos[1], case.config)["predicted"],
         free_run(policy, case.dataset.demos[1], case.config)["predicted"],
     )
+
+
+@pytest.mark.parametrize("ours", [VIEW, ""])
+def test_finetuning_in_another_view_is_said(ours, para, capsys, tmp_path):
+    """The weights fit whatever the view is, so only a word tells that images look otherwise."""
+    path = tmp_path / "theirs.safetensors"
+    save_policy(path, para.policy(), "para", {"step": 1})
+    config = dataclasses.replace(para.config, canonical_view=ours)
+    init_from(para.entry.policy(config, para.backbone.channels).attach(para.backbone), path)
+    assert ("--canonical_view" in capsys.readouterr().out) == bool(ours)
 
 
 @pytest.mark.parametrize("view", ["fi", "1 2 3", "0 0 0.9 -5", "0 0 nan 500", "0 0 0.9 500 2"])
