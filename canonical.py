@@ -41,20 +41,31 @@ def parsed(view):
 
 
 def fitted(demos):
-    """The view of the camera that most demonstrations have, of several the first.
-
-    The point is where its axis meets the lowest height that the EEF reaches, about where things
-    are handled; the EEF's mean position, where the axis does not.
+    """The view of the camera that most demonstrations have, of several the first, at the lowest
+    height that the EEF reaches: about where things are handled. Where that camera's axis does not
+    get there, at the EEF's mean position.
     """
     # a simulator repeats a camera to the last digits but one
     cameras = [(*demo.K.ravel().round(3), *demo.E.ravel().round(5)) for demo in demos]
     common, _ = Counter(cameras).most_common(1)[0]
     K, E = (getattr(demos[cameras.index(common)], name) for name in "KE")
-    positions, (axis, centre) = np.concatenate([d.ee_pos for d in demos]), (E[:3, 2], E[:3, 3])
-    drop = centre[2] - positions[:, 2].min()
-    falls = drop > 0 and -axis[2] > STEEP
-    point = centre + drop / -axis[2] * axis if falls else positions.mean(0)
-    scale = K[1, 1] / np.linalg.norm(point - centre)
+    positions = np.concatenate([demo.ee_pos for demo in demos])
+    point = along_axis(E, positions[:, 2].min())
+    return view_of(K, E, positions.mean(0) if point is None else point)
+
+
+def along_axis(E, height):
+    """The point (3,) m at which the axis of camera-to-world E (4,4) meets a height, None where it
+    does not.
+    """
+    axis, centre = E[:3, 2], E[:3, 3]
+    drop = centre[2] - height
+    return centre + drop / -axis[2] * axis if drop > 0 and -axis[2] > STEEP else None
+
+
+def view_of(K, E, point):
+    """The view of a point (3,) m, at the scale that the camera K (3,3), E (4,4) has there."""
+    scale = K[1, 1] / np.linalg.norm(point - E[:3, 3])
     return " ".join(f"{x:.6f}" for x in (*point, scale))
 
 

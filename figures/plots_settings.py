@@ -5,6 +5,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
+import canonical
 from camera import project
 from figures import plots
 from sim import moved_cameras, settings
@@ -111,16 +112,25 @@ def positions(scene, split, path):
 
 
 def cameras(scene, split, path):
-    """Cameras of the setting `cameras`, as demonstrations draw them, in rows of eight."""
+    """Cameras of the setting `cameras`, as demonstrations draw them, in rows of eight; below each
+    row the same images in one view, see canonical.py.
+    """
     rng = np.random.default_rng(settings.random_seed("train", 0, 0))
-    tiles = []
+    # the task's own view, at the height of what is picked
+    K, E = scene.camera()
+    one = canonical.view_of(K, E, canonical.along_axis(E, scene.position(scene.subject)[2]))
+    own, seen = [], []
     for _ in range(32):
         view = moved_cameras.drawn(rng, 1)[0]
         scene.set_view(settings.Condition(moved=view))
         turned, tilted, distance, pan, pitch = view
         caption = f"{turned:.0f} {tilted:.0f} x{distance:.2f} {pan:.0f} {pitch:.0f}"
-        tiles.append(tile(scene.render(), "train", caption))
-    write_sheet(in_rows(tiles), path)
+        image, (K, E) = scene.render(), scene.camera()
+        _, _, warp = canonical.camera_of(K, E, len(image), one)
+        own.append(tile(image, "train", caption))
+        seen.append(tile(canonical.warped(image, warp), "unused", f"{turned:.0f} {tilted:.0f}"))
+    eights = [range(i, i + 8) for i in range(0, 32, 8)]
+    write_sheet(in_rows([t[i] for eight in eights for t in (own, seen) for i in eight]), path)
 
 
 PICTURES = {"viewpoint": views, "position": positions, "cameras": cameras}

@@ -3,7 +3,6 @@ so.
 """
 
 import shutil
-from collections import namedtuple
 
 import h5py
 import numpy as np
@@ -65,8 +64,8 @@ def test_a_warped_picture_is_what_the_simulator_shows_from_there(scene, view):
     picture by a camera that stands there, looks so and has that focal length.
     """
     scene.set_view(Condition())
-    before = namedtuple("Demo", "K E ee_pos")(*scene.camera(), np.array([[0.0, 0.0, 0.93]]))
-    one = canonical.fitted([before])
+    K, E = scene.camera()
+    one = canonical.view_of(K, E, canonical.along_axis(E, 0.93))
     scene.set_view(Condition(moved=view))
     K, E = scene.camera()
     new_K, new_E, warp = canonical.camera_of(K, E, scene.image_size, one)
