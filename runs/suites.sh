@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # LIBERO-Spatial by one model, docs/suites.md: demonstrations of both bowls, PARA trained (a) on the task's own
 # camera alone and (b) also on the same demonstrations from moved cameras, all seen in one view, and every column
-# of both. Every step
-# resumes; an estimated seven hours on two cores.
+# of both. Every step resumes; an estimated seven hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
@@ -15,22 +14,22 @@ for seed in 1 2; do
     --frame_stride 3 --render fast --out data/spatial_moved_$seed
 done
 
-# train NAME STEPS FLAGS...
+# train NAME STEPS VIEW DATASETS...
 train() {
-  local out=runs/para_spatial_$1 steps=$2
-  shift 2
+  local out=runs/para_spatial_$1 steps=$2 view=$3
+  shift 3
   [ -f $out/done ] && return
   if [ -f $out/state.safetensors ]; then
     python train.py --resume $out
   else
-    python train.py --model_type para --preset small --backbone efficientnet_lite0 "$@" \
-      --frame_stride 3 --max_steps $steps --shift_aug 128 --fingers 3 --dilations 1,2,4,8,16 --rays --margin 8 \
+    python train.py --model_type para --preset small --backbone efficientnet_lite0 --dataset "$@" \
+      --canonical_view "$view" --frame_stride 3 --max_steps $steps --shift_aug 128 --fingers 3 --dilations 1,2,4,8,16 --rays --margin 8 \
       --n_rot_bins 64 --rotation_weight 0.3 --wandb off --out $out
   fi
   touch $out/done
 }
-train fixed 10000 --dataset data/spatial_fixed
-train moved 12000 --dataset data/spatial_fixed data/spatial_moved_1 data/spatial_moved_2 --canonical_view fit
+train fixed 10000 "" data/spatial_fixed
+train moved 12000 fit data/spatial_fixed data/spatial_moved_1 data/spatial_moved_2
 
 python eval.py --policy blind --task_suite libero_spatial --task_ids all --layout shifted --n_episodes 10 \
   --render fast --out runs/suites/blind_spatial/shifted
