@@ -38,7 +38,7 @@ class Demo:
     attrs: dict
     source: object = None  # the interface.Demonstrations that it is of, which has its images
     mirrored: bool = False  # images are turned left to right where they are read
-    warp: tuple = ()  # of canonical.py: images are warped so where they are read
+    warp: tuple = ()  # of canonical.py: images are warped so where they are read, once mirrored
     image_stride: int = 1  # every k-th frame has an image: 0, k, 2k, ...
 
     def __len__(self):
@@ -143,7 +143,11 @@ def seen_as(demo, view):
     read. One that looks so already is given back as it is.
     """
     K, E, warp = canonical.camera_of(demo.K, demo.E, demo.image_size, view)
-    return replace(demo, K=K, E=E, warp=warp) if warp else demo
+    if not warp:
+        return demo
+    if demo.warp:  # seen in another view before: from the new pixels to that one's to the image's
+        warp = tuple((np.reshape(demo.warp, (3, 3)) @ np.reshape(warp, (3, 3))).ravel())
+    return replace(demo, K=K, E=E, warp=warp)
 
 
 def turned_back(demo, E):

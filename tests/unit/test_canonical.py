@@ -154,6 +154,16 @@ def test_a_mirrored_demonstration_is_warped_after_its_reflection(synthetic_demos
     np.testing.assert_array_equal(seen.images([0])[0], canonical.warped(image, seen.warp))
 
 
+def test_of_two_views_the_last_one_counts(synthetic_demos):
+    """Seen in another view before, a demonstration looks as if it had not been."""
+    demo = open_dataset(synthetic_demos).demos[0]
+    demo = before(demo, turned(demo.E, 3, 8, 0))
+    twice, once = seen_as(seen_as(demo, "0 0 1 70"), VIEW), seen_as(demo, VIEW)
+    np.testing.assert_allclose(twice.E, once.E)
+    apart = np.abs(twice.images([0])[0].astype(int) - once.images([0])[0])
+    assert apart.max() <= 1  # a last digit of the warp
+
+
 @pytest.fixture(scope="module", params=list(REGISTRY))
 def case(request, synthetic_demos, backbone, tmp_path_factory):
     """A policy in one view, and demonstrations before cameras that are turned in place."""
