@@ -22,6 +22,7 @@ from runtime import UserError
 FIT = "fit"  # instead of a view: find it
 STILL = 0.05  # pixels: an image whose corners would move by less is left as it is
 STEEP = 0.02  # sine of the angle from the vertical within which a view direction tells no upright
+HORIZON = 1e-6  # metres of depth for one at the new camera's: less is not before the old one
 # RGB of what the camera does not see: ImageNet's mean, 0 after the backbone's normalisation
 UNSEEN = (124, 116, 104)
 
@@ -50,22 +51,18 @@ def fitted(demos):
     common, _ = Counter(cameras).most_common(1)[0]
     K, E = (getattr(demos[cameras.index(common)], name) for name in "KE")
     positions = np.concatenate([demo.ee_pos for demo in demos])
-    point = along_axis(E, positions[:, 2].min())
-    return view_of(K, E, positions.mean(0) if point is None else point)
+    return view_of(K, E, positions[:, 2].min(), positions.mean(0))
 
 
-def along_axis(E, height):
-    """The point (3,) m at which the axis of camera-to-world E (4,4) meets a height, None where it
-    does not.
+def view_of(K, E, height, otherwise):
+    """The view that the camera K (3,3), E (4,4) has of the point at which its axis meets a height
+    in metres, of `otherwise` (3,) m where it does not.
     """
     axis, centre = E[:3, 2], E[:3, 3]
     drop = centre[2] - height
-    return centre + drop / -axis[2] * axis if drop > 0 and -axis[2] > STEEP else None
-
-
-def view_of(K, E, point):
-    """The view of a point (3,) m, at the scale that the camera K (3,3), E (4,4) has there."""
-    scale = K[1, 1] / np.linalg.norm(point - E[:3, 3])
+    meets = drop > 0 and -axis[2] > STEEP
+    point = centre + drop / -axis[2] * axis if meets else otherwise
+    scale = K[1, 1] / np.linalg.norm(point - centre)
     return " ".join(f"{x:.6f}" for x in (*point, scale))
 
 
@@ -74,9 +71,10 @@ def resolved(view, demos):
 
     Raises UserError for a text that is no view.
     """
-    if not view or view == FIT:
-        return view and fitted(demos)
-    parsed(view)
+    if view == FIT:
+        return fitted(demos)
+    if view:
+        parsed(view)
     return view
 
 
@@ -94,11 +92,16 @@ def camera_of(K, E, size, view):
     zoomed = np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1.0]])
     # of the new image's pixels (u, v, 1): their rays in the world, and where the old one has them
     warp = K @ E[:3, :3].T @ at[:3, :3] @ np.linalg.inv(zoomed)
-    corners = np.array([[0, size, 0, size], [0, 0, size, size], [1.0, 1, 1, 1]])
+    corners = corners_of(size)
     old = warp @ corners
     if (old[2] > 0).all() and np.abs(old[:2] / old[2] - corners[:2]).max() < STILL:
         return K, E, ()
     return zoomed, at, tuple(warp.ravel())
+
+
+def corners_of(size):
+    """An image's corners as columns (u, v, 1), pixels (3,4)."""
+    return np.array([[0, size, 0, size], [0, 0, size, size], [1.0, 1, 1, 1]])
 
 
 def turned_to(E, point):
@@ -121,10 +124,10 @@ def warped(image, warp):
     if not warp:
         return image
     size, H = len(image), np.reshape(warp, (3, 3))
-    u, v = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
-    # behind the old camera, or at its horizon, there is no pixel; Pillow divides by this
-    behind = H[2, 0] * u + H[2, 1] * v + H[2, 2] <= 1e-6
-    if abs(H[2, 2]) < 1e-9:  # Pillow's last number is 1
+    # at the old camera's horizon or behind it there is no pixel, and Pillow divides by this number,
+    # which is least at a corner
+    whole = (H[2] @ corners_of(size)).min() > HORIZON
+    if not whole and abs(H[2, 2]) < 1e-9:  # Pillow's last number is 1
         H = H + np.diag([0, 0, 1e-9])
     new = np.array(
         Image.fromarray(image).transform(
@@ -135,5 +138,7 @@ def warped(image, warp):
             fillcolor=UNSEEN,
         )
     )
-    new[behind] = UNSEEN
+    if not whole:
+        u, v = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5)
+        new[H[2, 0] * u + H[2, 1] * v + H[2, 2] <= HORIZON] = UNSEEN
     return new

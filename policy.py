@@ -348,8 +348,9 @@ class Policy(nn.Module):
         """
         device = next(self.parameters()).device
         start = time.perf_counter()
-        maps = self.features(self.image_of(observation)[None]) if maps is None else maps
-        K, E, _ = self.camera_of(observation)
+        K, E, warp = self.camera_of(observation)
+        if maps is None:
+            maps = self.features(canonical.warped(observation.image, warp)[None])
         middle = time.perf_counter()
         # float64, as camera geometry is computed; a batch of one: (1,...)
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]

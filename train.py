@@ -289,10 +289,9 @@ def prepare(args, config_class, device, progress):
         train_demos = train_demos + [demo_files.mirrored(demo) for demo in train_demos]
 
     # "fit" becomes a view and "auto" a name here, which the checkpoint stores
-    view = canonical.resolved(config.canonical_view, train_demos)
-    config = dataclasses.replace(config, canonical_view=view)
-    asked = config.backbone
-    config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
+    asked, view = config.backbone, canonical.resolved(config.canonical_view, train_demos)
+    name = resolve_backbone(asked, args.backbone_weights)
+    config = dataclasses.replace(config, canonical_view=view, backbone=name)
     fast = recordings.attributes.get("render") == "fast"
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights, fused=fast)
     backbone = backbone.to(device)

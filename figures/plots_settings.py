@@ -117,16 +117,16 @@ def cameras(scene, split, path):
     """
     rng = np.random.default_rng(settings.random_seed("train", 0, 0))
     # the task's own view, at the height of what is picked
-    K, E = scene.camera()
-    one = canonical.view_of(K, E, canonical.along_axis(E, scene.position(scene.subject)[2]))
+    subject = scene.position(scene.subject)
+    one = canonical.view_of(*scene.camera(), subject[2], subject)
     own, seen = [], []
     for _ in range(32):
         view = moved_cameras.drawn(rng, 1)[0]
         scene.set_view(settings.Condition(moved=view))
         turned, tilted, distance, pan, pitch = view
         caption = f"{turned:.0f} {tilted:.0f} x{distance:.2f} {pan:.0f} {pitch:.0f}"
-        image, (K, E) = scene.render(), scene.camera()
-        _, _, warp = canonical.camera_of(K, E, len(image), one)
+        image = scene.render()
+        _, _, warp = canonical.camera_of(*scene.camera(), len(image), one)
         own.append(tile(image, "train", caption))
         seen.append(tile(canonical.warped(image, warp), "unused", f"{turned:.0f} {tilted:.0f}"))
     eights = [range(i, i + 8) for i in range(0, 32, 8)]

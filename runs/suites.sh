@@ -23,8 +23,8 @@ train() {
     python train.py --resume $out
   else
     python train.py --model_type para --preset small --backbone efficientnet_lite0 --dataset "$@" \
-      --canonical_view "$view" --frame_stride 3 --max_steps $steps --shift_aug 128 --fingers 3 --dilations 1,2,4,8,16 --rays --margin 8 \
-      --n_rot_bins 64 --rotation_weight 0.3 --wandb off --out $out
+      --canonical_view "$view" --frame_stride 3 --max_steps $steps --shift_aug 128 --fingers 3 \
+      --dilations 1,2,4,8,16 --rays --margin 8 --n_rot_bins 64 --rotation_weight 0.3 --wandb off --out $out
   fi
   touch $out/done
 }

@@ -22,8 +22,8 @@ AS_IT_IS = (0.0, 0.0, 1.0, 0.0, 0.0)  # the task's own view
 # share of the demonstrations that keep the task's view; of the others, the share that is tilted,
 # that is farther away, and that is turned in place
 UNMOVED, VARIED = 0.2, 0.5
-# share of the image by which object and goal may lie outside; views that are drawn to find such
-BEYOND, DRAWS = 0.1, 50
+BEYOND = 0.1  # share of the image by which object and goal may lie outside
+VIEWS = 50  # that are drawn for a demonstration or an episode
 
 
 def drawn(rng, n, unmoved=UNMOVED):
@@ -54,12 +54,12 @@ def view_seed(seed, task_index):
 
 
 def put(scene, rng, unmoved=UNMOVED):
-    """Put the camera at the first of DRAWS views that shows object and goal, or just misses them
+    """Put the camera at the first of VIEWS views that shows object and goal, or just misses them
     (BEYOND), else where the task has it -> settings.Condition. unmoved: see `drawn`.
     """
     of_task = Condition(moved=AS_IT_IS)
     points = [scene.position(n) for n in (scene.pick, scene.place) if n]
-    for view in drawn(rng, DRAWS, unmoved):
+    for view in drawn(rng, VIEWS, unmoved):
         found = Condition(moved=view)
         scene.set_view(found)
         if not points or shows(scene, points, -BEYOND):

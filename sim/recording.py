@@ -16,6 +16,7 @@ from runtime import atomic_path
 from sim import instructions, mistakes, moved_cameras, recipe, settings
 from sim.expert import servo_action
 from sim.libero_env import OPEN, OPEN_WIDTH, Scene
+from sim.moved_cameras import VIEWS
 from sim.tasks import find_task
 from sim.variants import STAY_STEPS, new_account, new_expert
 
@@ -23,7 +24,6 @@ DISPLACE_STEPS = 60  # control steps of the way to a displaced start
 # share of the image, along its edges, in which a turned camera may not show EEF, object or goal
 IN_VIEW = 0.1
 OUTLINE = 0.7  # share of an object's radius at which it may not be hidden
-VIEWS = 50  # that are drawn for a demonstration
 ATTEMPTS = 30  # at a good demonstration
 PUSHABLE = ("rise", "hover", "descend", "lift", "carry", "lower", "retract")  # not in gripper holds
 

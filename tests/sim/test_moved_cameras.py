@@ -64,8 +64,7 @@ def test_a_warped_picture_is_what_the_simulator_shows_from_there(scene, view):
     picture by a camera that stands there, looks so and has that focal length.
     """
     scene.set_view(Condition())
-    K, E = scene.camera()
-    one = canonical.view_of(K, E, canonical.along_axis(E, 0.93))
+    one = canonical.view_of(*scene.camera(), 0.93, None)
     scene.set_view(Condition(moved=view))
     K, E = scene.camera()
     new_K, new_E, warp = canonical.camera_of(K, E, scene.image_size, one)
