@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# LIBERO-Spatial by one model, docs/suites.md: demonstrations of both bowls, PARA trained (a) on the task's own
-# camera alone and (b) also on the same demonstrations from moved cameras, all seen in one view, and every column
-# of both. Every step resumes; an estimated seven hours on two cores.
+# Whole suites, one model each, docs/suites.md. LIBERO-Spatial: demonstrations of both bowls, PARA trained (a) on
+# the task's own camera alone and (b) also on the same demonstrations from moved cameras, all seen in one view, and
+# every column of both. LIBERO-Object and LIBERO-Goal: the task's own camera, the benchmark.
+# Every step resumes; an estimated eleven hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
 
-python collect_demos.py --task_suite libero_spatial --task_ids all --n_demos 40 --instruction_of other \
-  --grasp planned --start_jitter 0.12 --layout_spread 0.06 --mistake_rate 0.4 \
-  --frame_stride 3 --render fast --out data/spatial_fixed
+varied="--grasp planned --start_jitter 0.12 --layout_spread 0.06 --mistake_rate 0.4 --frame_stride 3 --render fast"
+python collect_demos.py --task_suite libero_spatial --task_ids all --n_demos 40 --instruction_of other $varied \
+  --out data/spatial_fixed
+for name in object goal; do
+  python collect_demos.py --task_suite libero_$name --task_ids all --n_demos 20 $varied --out data/$name
+done
 for seed in 1 2; do
   python collect_demos.py --replay data/spatial_fixed --setting cameras --seed $seed \
     --frame_stride 3 --render fast --out data/spatial_moved_$seed
@@ -16,7 +20,7 @@ done
 
 # train NAME STEPS VIEW DATASETS...
 train() {
-  local out=runs/para_spatial_$1 steps=$2 view=$3
+  local out=runs/para_$1 steps=$2 view=$3
   shift 3
   [ -f $out/done ] && return
   if [ -f $out/state.safetensors ]; then
@@ -28,8 +32,10 @@ train() {
   fi
   touch $out/done
 }
-train fixed 10000 "" data/spatial_fixed
-train moved 12000 fit data/spatial_fixed data/spatial_moved_1 data/spatial_moved_2
+train spatial_fixed 10000 "" data/spatial_fixed
+train spatial_moved 12000 fit data/spatial_fixed data/spatial_moved_1 data/spatial_moved_2
+train object 6000 "" data/object
+train goal 6000 "" data/goal
 
 python eval.py --policy blind --task_suite libero_spatial --task_ids all --layout shifted --n_episodes 10 \
   --render fast --out runs/suites/blind_spatial/shifted
@@ -43,4 +49,8 @@ for name in fixed moved; do
   for kind in camera robot layout language; do
     python eval.py $flags --plus $kind --out $out/plus_$kind
   done
+done
+for name in object goal; do
+  python eval.py --ckpt runs/para_$name/checkpoint.safetensors --task_ids all --teleport \
+    --out runs/suites/para_$name/benchmark
 done
