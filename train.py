@@ -150,8 +150,7 @@ def add_data_flags(group):
 def add_training_flags(group):
     """How long, how fast, and from which weights on."""
     add = group.add_argument
-    what = "steps of the whole training (the preset's)"
-    add("--max_steps", type=flags.count, default=500, help=what)
+    add("--max_steps", type=flags.count, default=500, help="steps in all (the preset's)")
     add("--max_minutes", action=RefuseMinutes, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     what = "samples a step, over all processes (the preset's)"
     add("--batch_size", type=flags.count, default=16, help=what)
@@ -160,7 +159,7 @@ def add_training_flags(group):
     add("--warmup", type=flags.whole, default=30, help=what)
     add("--weight_decay", type=flags.not_negative, default=0.01, help="of AdamW")
     add("--clip", type=flags.positive, default=1.0, help="largest gradient norm")
-    what = "steps between validations (100, or the preset's)"
+    what = "steps between validations (the preset's, more where there would be over ten)"
     add("--val_every", type=flags.count, default=100, help=what)
     what = "frames that a validation looks at, a third as many windows"
     add("--val_samples", type=flags.count, default=400, help=what)
@@ -236,6 +235,9 @@ def with_preset(parser, argv):
         preset = "full" if choose_device(args.device).startswith("cuda") else "small"
     # what is typed wins over the preset: it is read again, over other defaults
     parser.set_defaults(**look_up(args.model_type).config.presets[preset])
+    every, steps = parser.get_default("val_every"), parser.parse_args(argv).max_steps
+    often = max(10, parser.get_default("max_steps") // every)  # validations are no more than this
+    parser.set_defaults(val_every=max(every, steps // often))
     args = parser.parse_args(argv)
     args.preset = preset
     print(f"--preset {preset}")

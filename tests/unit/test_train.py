@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train
 from harness import checkpoint, trainer
 from harness.recipe import Recipe
-from registry import REGISTRY
+from registry import REGISTRY, look_up
 from runtime import Distributed, UserError, choose_precision, write_json
 
 
@@ -45,6 +45,25 @@ def test_every_preset_names_its_own_steps_and_rate(name, preset):
     assert {"max_steps", "lr"} <= config.presets[preset].keys()
     small, full = (config.presets[p]["max_steps"] for p in ("small", "full"))
     assert full > small and args.max_steps == config.presets[preset]["max_steps"]
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_longer_training_validates_no_more_often(name):
+    """A validation costs as much as some hundred steps: a training beyond the preset's has ten,
+    or as many as the preset has.
+
+    A shorter one keeps the preset's interval, and what is typed is taken as it is.
+    """
+    preset = look_up(name).config.presets["small"]
+    steps, usual = preset["max_steps"], preset["val_every"]
+
+    def every(*typed):
+        return train.parse_args(["--model_type", name, "--preset", "small", *typed])[0].val_every
+
+    assert every() == every("--max_steps", "20") == usual
+    longer = 10 * steps
+    assert longer // every("--max_steps", str(longer)) == max(10, steps // usual)
+    assert every("--max_steps", str(longer), "--val_every", "7") == 7
 
 
 def test_a_budget_in_minutes_is_refused(tmp_path):
