@@ -22,7 +22,7 @@ $(STAMP): requirements.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 		{ echo "error: no venv module; install it: sudo apt-get install -y python3.11-venv" >&2; exit 2; }
 # a disk that fills up half way leaves only pip's "No space left on device"
-	@test -d $(VENV)/lib/python3.11/site-packages/torch || $(PY) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(free < 9 and f"error: the environment takes 8 GB and {free:.1f} GB are free where this folder lies; make room, or clone onto another disk")'
+	@test -d $(VENV)/lib/python3.11/site-packages/torch || $(PY) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(free < 12 and f"error: the environment takes 8 GB, and downloads 4 more until it is installed; {free:.1f} GB are free here: make room, or clone onto another disk")'
 	@echo "installing the pinned requirements (about 3 minutes, 8 GB)"
 # bytecode on all cores, where pip takes one; some packages hold files that are no Python 3.11
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement requirements.txt
