@@ -25,7 +25,10 @@ td.rate { font-weight: 600; }
 small { color: var(--soft); font-weight: 400; }
 img { max-width: 100%; }
 video { width: 300px; background: #000; border-radius: 4px; }
-figure { display: inline-block; margin: .4rem .6rem .4rem 0; }
+/* as wide as its film, a longer caption breaks: films stand side by side */
+figure {
+  display: inline-block; width: min-content; vertical-align: top; margin: .4rem .6rem .4rem 0;
+}
 figcaption { font-size: .82rem; color: var(--soft); }
 pre {
   background: #eef2f5; padding: .7rem; overflow-x: auto; font-size: .82rem;
