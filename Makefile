@@ -22,8 +22,10 @@ $(STAMP): requirements.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
 		{ echo "error: no venv module; install it: sudo apt-get install -y python3.11-venv" >&2; exit 2; }
 # a disk that fills up half way leaves only pip's "No space left on device"
-	@test -d $(VENV)/lib/python3.11/site-packages/torch || $(PY) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(free < 12 and f"error: the environment takes 8 GB, and downloads 4 more until it is installed; {free:.1f} GB are free here: make room, or clone onto another disk")'
-	@echo "installing the pinned requirements (about 3 minutes, 8 GB)"
+	@test -d $(VENV)/lib/python3.11/site-packages/torch || \
+		$(PY) -c 'import shutil, sys; sys.exit(shutil.disk_usage(".").free < 12e9)' || \
+		{ echo "error: less than 12 GB are free here (df -h .): the environment takes 9 GB, pip's downloads more; make room, or clone onto another disk" >&2; exit 2; }
+	@echo "installing the pinned requirements (about 3 minutes, 9 GB)"
 # bytecode on all cores, where pip takes one; some packages hold files that are no Python 3.11
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement requirements.txt
 	@$(PY) -m compileall -q -j 0 $(VENV)/lib/python3.11/site-packages >/dev/null || true

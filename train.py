@@ -159,7 +159,7 @@ def add_training_flags(group):
     add("--warmup", type=flags.whole, default=30, help=what)
     add("--weight_decay", type=flags.not_negative, default=0.01, help="of AdamW")
     add("--clip", type=flags.positive, default=1.0, help="largest gradient norm")
-    what = "steps between validations (the preset's, more where there would be over ten)"
+    what = "steps between validations (the preset's, more in a longer training)"
     add("--val_every", type=flags.count, default=100, help=what)
     what = "frames that a validation looks at, a third as many windows"
     add("--val_samples", type=flags.count, default=400, help=what)
