@@ -123,7 +123,7 @@ class PixelTrunk(VolumeGeometry):
             x = films.pop(0)(x)
         x = mark_cell(x, self.cells(batch["eef_pos"], batch), self.eef_vector(batch))
         if self.gripper_embedding is not None:
-            state = finger_state(batch["gripper_width"], c.fingers)
+            state = finger_state(batch["gripper_width"], c)
             fingers = self.gripper_embedding[state]  # (B,C)
             x = x + fingers[..., None, None].to(x.dtype)
         if self.rays is not None:
@@ -147,7 +147,7 @@ class PixelTrunk(VolumeGeometry):
         low = bins.floor().long().clamp(max=max(0, last - 1))
         share = (bins - low).to(table.dtype)[:, None]
         # row of the table: always 0 where the fingers have no say (G = 1)
-        state = finger_state(batch["gripper_width"], self.config.fingers).clamp(max=len(table) - 1)
+        state = finger_state(batch["gripper_width"], self.config).clamp(max=len(table) - 1)
         return (1 - share) * table[state, low] + share * table[state, (low + 1).clamp(max=last)]
 
     def at_cells(self, features, cells):

@@ -227,7 +227,7 @@ class ActPolicy(InstructedPolicy):
         for maps, project in zip(self.normalised(pooled), self.project):
             x = x + project(maps)  # (B,d,H,W)
         x = x.flatten(2).transpose(1, 2)  # (B,N,d), N = side^2
-        fingers = finger_numbers(batch["gripper_width"], self.config.fingers)
+        fingers = finger_numbers(batch["gripper_width"], self.config)
         # one token of EEF and fingers, one of the camera, one of the instruction
         others = [self.state(torch.cat([self.scaled(self.noised(batch["eef_pos"])), fingers], -1))]
         if self.config.camera_token:
@@ -312,7 +312,10 @@ class ActPolicy(InstructedPolicy):
         """
         if not self.config.ensemble:
             return self.predict(batch)
-        eef, closed = batch["eef_pos"][0], int(fingers_closed(batch["gripper_width"])[0])
+        eef, closed = (
+            batch["eef_pos"][0],
+            int(fingers_closed(batch["gripper_width"], self.config)[0]),
+        )
         passed = 0
         if self.path is not None:
             passed = int((self.path - eef).norm(dim=-1).argmin())

@@ -249,7 +249,7 @@ class AutoregressivePolicy(HistoryPolicy):
         anchor = eef[..., 1:] if c.anchor == "frame" else self.newest(eef[..., 1:], batch)
         # shares since the frame before (B,T,3)
         moved = eef - torch.cat([self.share(before), eef[:, :-1]], 1)
-        fingers = finger_numbers(batch["gripper_width"], c.fingers)
+        fingers = finger_numbers(batch["gripper_width"], c)
         # (B,T,d); moves are told in tenths of the height range and of the image
         state = self.state(
             torch.cat([fourier(eef[..., 0], SPACE_FREQUENCIES), 10 * moved, fingers], -1)
@@ -333,7 +333,7 @@ class AutoregressivePolicy(HistoryPolicy):
     def head(self, features, patches, query, eef, widths, cameras):
         """N frames -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None. eef (N,3) coordinates,
         widths (N,) m between the fingers, cameras {"K" (N,3,3), "E" (N,4,4)}; others as above."""
-        c, state = self.config, finger_state(widths, self.config.fingers)
+        c, state = self.config, finger_state(widths, self.config)
         if c.head == "mlp":
             cells = self.cell_head(self.cell_hidden(query), state).view(-1, 2, 1, c.side, c.side)
             heights = self.height_head(query, state).view(-1, 2, c.n_height_bins, 1, 1)

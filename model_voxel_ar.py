@@ -255,7 +255,7 @@ class VoxelPolicy(HistoryPolicy):
         code = lv.encode_position(positions, self.waves).to(self.positional.weight.dtype)
         # metres since the frame before, 0 at the first; as inputs in units of 10 cm
         moved = (eef - torch.cat([eef[:, :1], eef[:, :-1]], 1)).float()
-        state = self.state(torch.cat([10 * moved, finger_numbers(widths, self.config.fingers)], -1))
+        state = self.state(torch.cat([10 * moved, finger_numbers(widths, self.config)], -1))
         state = state[b]
         age = t[:, None] - torch.arange(T, device=rows.device)  # (N,S), negative in the future
         tokens = (
@@ -312,7 +312,7 @@ class VoxelPolicy(HistoryPolicy):
             flat(eef if self.config.noisy_mark else batch["eef_pos"]),
             {k: flat(batch[k]) for k in "KE"},
         )
-        fingers = finger_state(flat(batch["gripper_width"]), self.config.fingers)
+        fingers = finger_state(flat(batch["gripper_width"]), self.config)
         return self.readout(query, image, table, anchor, cells, fingers), query, maps
 
     def readout(self, query, image, table, anchor, cells, fingers):

@@ -37,7 +37,6 @@ from rot_utils import euler_to_matrix
 from runtime import UserError
 from waypoint import MET, Waypoint
 
-HALF_OPEN = 0.04  # metres between the fingers: below, they are measured closed
 ROTATION_MARGIN = 0.02  # radians beyond the training data's angles that the bins still cover
 # layers whose weights weight decay is for
 DECAYING = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -86,6 +85,11 @@ class PolicyConfig:
         2,
         "states of the fingers that are told apart: open, closed and, of 3, closed upon nothing",
         choices=(2, 3),
+    )
+    open_width: float = flag(
+        0.04,
+        "metres between the fingers from which they count as open: more than what they hold",
+        above=0,
     )
     min_travel: float = flag(
         0.02,
@@ -497,27 +501,27 @@ def bins_of(value, low, high, n_bins):
     return ((value - low) / (high - low) * n_bins).floor().long().clamp(0, n_bins - 1)
 
 
-def fingers_closed(widths):
-    """Widths between the fingers in m -> 1 where they are measured closed, else 0; long, of the
-    same shape.
+def fingers_closed(widths, config):
+    """Widths between the fingers in m -> 1 where they are measured closed, nearer than
+    `config.open_width`, else 0; long, of the same shape.
     """
-    return (widths < HALF_OPEN).long()
+    return (widths < config.open_width).long()
 
 
-def finger_state(widths, n):
-    """Widths between the fingers in m -> 0 open, 1 closed and, of n = 3 states, 2 where they have
-    met: they hold nothing. long, of the same shape.
+def finger_state(widths, config):
+    """Widths between the fingers in m -> 0 open, 1 closed and, of `config.fingers` = 3 states, 2
+    where they have met: they hold nothing. long, of the same shape.
     """
-    closed = fingers_closed(widths)
-    return closed + (widths < MET).long() if n == 3 else closed
+    closed = fingers_closed(widths, config)
+    return closed + (widths < MET).long() if config.fingers == 3 else closed
 
 
-def finger_numbers(widths, n):
-    """Widths between the fingers (...) in m -> (...,n-1) float, what the fingers tell of n states:
-    whether they are closed and, of 3, whether they have met.
+def finger_numbers(widths, config):
+    """Widths between the fingers (...) in m -> (...,n-1) float, what the fingers tell of n =
+    `config.fingers` states: whether they are closed and, of 3, whether they have met.
     """
-    state = finger_state(widths, n)
-    return torch.stack([state >= k for k in range(1, n)], -1).float()
+    state = finger_state(widths, config)
+    return torch.stack([state >= k for k in range(1, config.fingers)], -1).float()
 
 
 def check_heads(config):

@@ -24,7 +24,7 @@ from figures import heldout, plots
 from formats import demos as demo_files
 from formats.mixture import open_mixture
 from harness import finetune
-from harness.margin import said_of_margin
+from harness.hints import hints
 from harness.proof import prove_pictures
 from harness.recipe import Recipe
 from harness.records import RESUME, read_metrics
@@ -302,7 +302,7 @@ def prepare(args, config_class, device, progress):
         dataset_class(demos, config, backbone, args.frame_stride, args.cache, progress, reader)
         for demos in (train_demos, val_demos)
     )
-    if progress and (sentence := said_of_margin(train_set)):
+    for sentence in hints(train_set) if progress else []:
         print(sentence)
     return Prepared(
         config,

@@ -283,6 +283,6 @@ class VolumeGeometry(InstructedPolicy):
         distance = (points - batch["eef_pos"].double()[:, None, None, None]).norm(dim=-1)
         reached = distance < 0.75 * self.config.min_travel  # (N,Z,H,W)
         # the command that the fingers show; with the other one, any place is an answer
-        command = fingers_closed(batch["gripper_width"])
+        command = fingers_closed(batch["gripper_width"], self.config)
         same = F.one_hot(command, logits.shape[1]).bool()[..., None, None, None]  # (N,2,1,1,1)
         return logits.masked_fill(reached[:, None] & same, -torch.inf)

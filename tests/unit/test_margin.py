@@ -10,7 +10,7 @@ from test_contract import Case, answers, loss, predict
 
 import camera
 from figures import plots
-from harness.margin import cells_beyond, said_of_margin
+from harness.hints import cells_beyond, said_of_margin
 from registry import REGISTRY
 from waypoint import Waypoint
 

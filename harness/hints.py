@@ -1,8 +1,16 @@
-"""Waypoints that the image does not show, and the margin of cells that would hold them."""
+"""What the training data says about flags: waypoints beyond the image, things wider than closed
+fingers are taken for.
+"""
 
 import numpy as np
 
 import camera
+from data import gripper_segments, held_frames
+
+
+def hints(dataset):
+    """Sentences on the data that `dataset` (of data.py) is made of and on flags that suit it."""
+    return [s for s in (said_of_margin(dataset), said_of_fingers(dataset)) if s]
 
 
 def cells_beyond(dataset):
@@ -44,4 +52,32 @@ def said_of_margin(dataset):
     return (
         f"{share} lie beyond the image, by up to {pixels:.0f} px: --margin {int(np.ceil(farthest))}"
         f" holds them; with --margin {config.margin} {fate}"
+    )
+
+
+def widest_held(demo):
+    """Metres between fingers that are closed upon something: the widest grip's median, 0 where
+    there is none. The frames in which they still close are left out.
+    """
+    closed, changes = gripper_segments(demo.actions)
+    widths = np.abs(demo.gripper_states).sum(-1)
+    still = ~held_frames(demo)
+    grips = [s for s in np.split(np.arange(len(demo)), changes) if len(s) and closed[s[0]]]
+    return max((np.median(widths[s[still[s]]]) for s in grips if still[s].any()), default=0.0)
+
+
+def said_of_fingers(dataset):
+    """One sentence on closed fingers that are taken for open ones, as what they hold is wide: in
+    how many demonstrations, and what --open_width would tell them apart. None where there are none.
+    """
+    widest = np.array([widest_held(demo) for demo in dataset.demos])
+    asked = dataset.config.open_width
+    taken = widest >= asked
+    if not taken.any():
+        return None
+    # the next whole millimetre above all that is held
+    enough = (np.floor(1000 * widest.max()) + 1) / 1000
+    return (
+        f"{taken.sum()} of {len(widest)} demonstrations hold something at least {asked:g} m wide, "
+        f"which --open_width {asked:g} takes for open fingers; --open_width {enough:g} does not"
     )
