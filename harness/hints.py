@@ -5,7 +5,7 @@ fingers are taken for.
 import numpy as np
 
 import camera
-from data import gripper_segments, held_frames
+from formats.checks import settled_widths
 
 
 def hints(dataset):
@@ -55,22 +55,12 @@ def said_of_margin(dataset):
     )
 
 
-def widest_held(demo):
-    """Metres between fingers that are closed upon something: the widest grip's median, 0 where
-    there is none. The frames in which they still close are left out.
-    """
-    closed, changes = gripper_segments(demo.actions)
-    widths = np.abs(demo.gripper_states).sum(-1)
-    still = ~held_frames(demo)
-    grips = [s for s in np.split(np.arange(len(demo)), changes) if len(s) and closed[s[0]]]
-    return max((np.median(widths[s[still[s]]]) for s in grips if still[s].any()), default=0.0)
-
-
 def said_of_fingers(dataset):
     """One sentence on closed fingers that are taken for open ones, as what they hold is wide: in
     how many demonstrations, and what --open_width would tell them apart. None where there are none.
     """
-    widest = np.array([widest_held(demo) for demo in dataset.demos])
+    # between closed fingers, once they have settled
+    widest = np.array([settled_widths(demo)[1].max(initial=0.0) for demo in dataset.demos])
     asked = dataset.config.open_width
     taken = widest >= asked
     if not taken.any():
