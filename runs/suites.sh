@@ -18,7 +18,7 @@ for seed in 1 2; do
     --frame_stride 3 --render fast --out data/spatial_moved_$seed
 done
 
-# train NAME STEPS VIEW DATASETS...
+# train NAME STEPS VIEW DATASETS... [FLAGS...]
 train() {
   local out=runs/para_$1 steps=$2 view=$3
   shift 3
@@ -35,7 +35,8 @@ train() {
 train spatial_fixed 10000 "" data/spatial_fixed
 train spatial_moved 12000 fit data/spatial_fixed data/spatial_moved_1 data/spatial_moved_2
 train object 6000 "" data/object
-train goal 6000 "" data/goal
+# its drawer task has 300 steps for three stages, and holds bars that are wider than 4 cm
+train goal 6000 "" data/goal --waypoint_stride 8 --open_width 0.07
 
 python eval.py --policy blind --task_suite libero_spatial --task_ids all --layout shifted --n_episodes 10 \
   --render fast --out runs/suites/blind_spatial/shifted
