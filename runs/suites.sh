@@ -51,6 +51,13 @@ for name in fixed moved; do
     python eval.py $flags --plus $kind --out $out/plus_$kind
   done
 done
+# bounds that need no training
+for name in spatial object goal; do
+  for bound in oracle blind; do
+    python eval.py --policy $bound --task_suite libero_$name --task_ids all --n_episodes 10 --teleport --margin 4 \
+      --waypoint_stride 8 --grasp planned --render fast --n_videos 0 --out runs/suites/${bound}_$name/benchmark
+  done
+done
 for name in object goal; do
   python eval.py --ckpt runs/para_$name/checkpoint.safetensors --task_ids all --teleport \
     --out runs/suites/para_$name/benchmark
