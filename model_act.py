@@ -312,10 +312,8 @@ class ActPolicy(InstructedPolicy):
         """
         if not self.config.ensemble:
             return self.predict(batch)
-        eef, closed = (
-            batch["eef_pos"][0],
-            int(fingers_closed(batch["gripper_width"], self.config)[0]),
-        )
+        eef = batch["eef_pos"][0]
+        closed = int(fingers_closed(batch["gripper_width"], self.config)[0])
         passed = 0
         if self.path is not None:
             passed = int((self.path - eef).norm(dim=-1).argmin())

@@ -2,7 +2,7 @@
 # Whole suites, one model each, docs/suites.md. LIBERO-Spatial: demonstrations of both bowls, PARA trained (a) on
 # the task's own camera alone and (b) also on the same demonstrations from moved cameras, all seen in one view, and
 # every column of both. LIBERO-Object and LIBERO-Goal: the task's own camera, the benchmark.
-# Every step resumes; an estimated nine hours on two cores.
+# Every step resumes; an estimated ten hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
