@@ -8,7 +8,7 @@
     python eval.py --policy oracle --teleport --zero_rotation
     # every task of a suite, see docs/suites.md
     python eval.py --task_suite libero_spatial --task_ids all --teleport
-    # LIBERO-Plus's cameras, robot starts, layouts: see docs/suites.md
+    # LIBERO-Plus's cameras, robot starts, layouts: see docs/libero_plus.md
     python eval.py --plus camera --task_suite libero_spatial --teleport --n_episodes 50
     # a task that asks for memory, see sim/variants.py
     python eval.py --policy expert --variant lift_once

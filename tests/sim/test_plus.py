@@ -30,7 +30,7 @@ def test_missing_files_are_an_error_with_its_remedy(monkeypatch):
     """
     plus.wheel.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="not installed; run `make plus`, see docs/suites.md"):
+    with pytest.raises(UserError, match="not installed; run `make plus`, see docs/libero_plus.md"):
         plus.agree(flags("--plus camera"))
 
 
