@@ -24,7 +24,7 @@
     python collect_demos.py --replay FOLDER --setting cameras --seed 1 --out MOVED
     # every task of a suite, a file each
     python collect_demos.py --task_suite libero_object --task_ids all --n_demos 20
-    # every second one picks what another task's sentence says in this scene, see docs/instructions.md
+    # every second one picks what another task's sentence says here, see docs/instructions.md
     python collect_demos.py --task_suite libero_spatial --task_ids all --instruction_of other
     # the expert's success rate on every task
     python collect_demos.py --survey libero_spatial

@@ -56,7 +56,8 @@ def wheel():
     folder = Path(found.origin).parent / "liberoplus" if found and found.origin else None
     if folder is None or not (folder / "bddl_files").is_dir():
         raise UserError(
-            "--plus: LIBERO-Plus's files are not installed; run `make plus`, see docs/libero_plus.md"
+            "--plus: LIBERO-Plus's files are not installed; run `make plus`, see "
+            "docs/libero_plus.md"
         )
     return folder
 
