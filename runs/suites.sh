@@ -66,6 +66,7 @@ for name in object goal; do
     --out runs/suites/para_$name/benchmark
 done
 for name in spatial object goal; do
-  python eval.py --ckpt runs/para_thirty/checkpoint.safetensors --task_suite libero_$name --task_ids all --teleport \
-    --out runs/suites/para_thirty/$name
+  flags="--ckpt runs/para_thirty/checkpoint.safetensors --task_suite libero_$name --task_ids all --teleport"
+  python eval.py $flags --layout val --n_episodes 5 --out runs/suites/para_thirty/val_$name
+  python eval.py $flags --out runs/suites/para_thirty/$name
 done
