@@ -43,6 +43,13 @@ def look_at(position, target):
     return E
 
 
+def lowered(E, metres):
+    """Camera-to-world E (4,4) with the world's zero so many metres higher: heights become less."""
+    E = np.array(E, dtype=float)
+    E[2, 3] -= metres
+    return E
+
+
 def fault(K, E, size=None):
     """What is wrong with a camera: (message, "K" or "E"), or None.
 

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 import camera
-from formats.demos import GRIPPER_STEPS, next_waypoint, seen_as
+from formats.demos import GRIPPER_STEPS, next_waypoint, seen_by
 from formats.stamp import images_stamp
 from nets.feature_cache import Group, feature_cache
 from rot_utils import circular_mean, matrix_to_euler, rotvec_to_matrix, wrap_angle
@@ -161,7 +161,7 @@ class WaypointDataset(Dataset):
         progress=True,
         reader=None,
     ):
-        demos = [seen_as(demo, config.canonical_view) for demo in demos]
+        demos = [seen_by(demo, config) for demo in demos]
         self.demos, self.config, self.backbone = demos, config, backbone
         self.resident = []  # features on a GPU, see `hold`
         # cameras by demonstration (D,3,3), (D,4,4): one camera films a whole demonstration

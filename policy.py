@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import camera
 import canonical
 import flags
 from rot_utils import euler_to_matrix
@@ -79,6 +80,12 @@ class PolicyConfig:
         "turn and zoom every image to one view of the workspace, see canonical.py: fit, that of "
         "the camera that most training demonstrations have, or 'x y z scale' in metres and pixels "
         "a metre (images as they are)",
+    )
+    heights: str = flag(
+        "world",
+        "what heights are measured from: the world's zero, or the surface that a scene's objects "
+        "stand on, for scenes on tables and on the floor together",
+        ("world", "support"),
     )
     waypoint_stride: int = flag(5, "control steps between waypoints; at 1 nothing moves")
     fingers: int = flag(
@@ -324,7 +331,21 @@ class Policy(nn.Module):
         canonical.py.
         """
         c, K, E = self.config, np.asarray(observation.K), np.asarray(observation.E)
+        E = camera.lowered(E, self.support_of(observation))
         return canonical.camera_of(K, E, c.image_size, c.canonical_view)
+
+    def support_of(self, observation):
+        """Height in m that this policy counts an observation's heights from. Raises UserError where
+        it needs the support, and the observation has none.
+        """
+        if self.config.heights == "world":
+            return 0.0
+        if observation.support is None:
+            raise UserError(
+                "the policy measures heights from what the objects stand on (--heights support), "
+                "which this observation does not say; give its `support` in metres"
+            )
+        return float(observation.support)
 
     def image_of(self, observation):
         """An observation's image (S,S,3) uint8 as this policy sees it."""
@@ -356,12 +377,13 @@ class Policy(nn.Module):
         if maps is None:
             maps = self.features(canonical.warped(observation.image, warp)[None])
         middle = time.perf_counter()
+        up = np.array([0.0, 0.0, self.support_of(observation)])
         # float64, as camera geometry is computed; a batch of one: (1,...)
         tensor = lambda x: torch.as_tensor(np.asarray(x), dtype=torch.float64, device=device)[None]
         out = self.decide(
             {
                 "features": maps,
-                "eef_pos": tensor(observation.eef_pos),
+                "eef_pos": tensor(observation.eef_pos - up),
                 "K": tensor(K),
                 "gripper_width": tensor(observation.gripper_width),
                 "E": tensor(E),
@@ -369,7 +391,7 @@ class Policy(nn.Module):
             }
         )
         # of the one observation: (T,3), (T,), (T,3,3)
-        position = out["position"][0].double().cpu().numpy()
+        position = out["position"][0].double().cpu().numpy() + up
         # -1 opens and +1 closes, as robosuite's actions have it, from {0, 1}
         grippers = np.where(out["gripper"][0].cpu().numpy() > 0, 1.0, -1.0)
         rotations = out["rotation"][0].double().cpu().numpy() if self.turns else None

@@ -29,7 +29,7 @@ from websockets.sync.server import serve
 
 import camera
 import flags
-from formats.libero_cameras import FOVY, camera_of_task
+from formats.libero_cameras import FOVY, camera_of_task, support_of_task
 from harness.records import newest_checkpoint
 from harness.remote import MAX_BYTES, AnswerError, pack, unpack
 from rot_utils import matrix_to_quat, rotvec_to_matrix
@@ -134,7 +134,10 @@ def observation_of(request, size, view):
     joints = np.zeros(7)  # no policy reads them
     quat = matrix_to_quat(rotation)
     said = str(request.get("prompt", ""))
-    return Observation(upright, state[:3], rotation, quat, state[6:], joints, K, E, said)
+    support = support_of_task(said)
+    if "observation/support" in request:
+        support = float(array(request, "observation/support", ()))
+    return Observation(upright, state[:3], rotation, quat, state[6:], joints, K, E, said, support)
 
 
 def array(request, key, shape):

@@ -282,16 +282,16 @@ def prepare(args, config_class, device, progress):
     if progress and not args.resume and not args.trust_pictures:
         prove_pictures(recordings.datasets, args.task, args.n_demos)
 
-    # the same demonstrations in a moved world, and their reflections beside them
+    # the same demonstrations in a moved world; reflections are not validated on
     if args.turn_back:
         train_demos = [demo_files.turned_back(demo, unturned(demo)) for demo in train_demos]
         val_demos = [demo_files.turned_back(demo, unturned(demo)) for demo in val_demos]
     if args.mirror:
-        # validation stays unmirrored
         train_demos = train_demos + [demo_files.mirrored(demo) for demo in train_demos]
 
     # "fit" becomes a view and "auto" a name here, which the checkpoint stores
-    asked, view = config.backbone, canonical.resolved(config.canonical_view, train_demos)
+    measured = [demo_files.measured(demo, config.heights) for demo in train_demos]
+    asked, view = config.backbone, canonical.resolved(config.canonical_view, measured)
     name = resolve_backbone(asked, args.backbone_weights)
     config = dataclasses.replace(config, canonical_view=view, backbone=name)
     fast = recordings.attributes.get("render") == "fast"

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+import camera
 import canonical
+from formats.libero_cameras import PROBLEMS, SUPPORTS, scene_of, scene_of_task
 from rot_utils import fingerprint, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError
 
@@ -39,6 +41,7 @@ class Demo:
     source: object = None  # the interface.Demonstrations that it is of, which has its images
     mirrored: bool = False  # images are turned left to right where they are read
     warp: tuple = ()  # of canonical.py: images are warped so where they are read, once mirrored
+    lowered: float = None  # metres by which heights were lowered, see `measured`
     image_stride: int = 1  # every k-th frame has an image: 0, k, 2k, ...
 
     def __len__(self):
@@ -69,12 +72,33 @@ class Demo:
         """
         said = self.source.attributes
         words = self.attrs.get("task") or self.attrs.get("language") or said.get("language")
-        if words:
-            return str(words)
+        return str(words) if words else self._problem("language_instruction")
+
+    def _problem(self, key):
+        """An entry of `problem_info`, LIBERO's own, as text; "" where there is none."""
         try:
-            return str(json.loads(said["problem_info"])["language_instruction"])
+            return str(json.loads(self.source.attributes["problem_info"])[key])
         except (KeyError, TypeError, ValueError):
             return ""
+
+    @property
+    def support(self):
+        """Height in m of the surface that its scene's objects stand on: what its dataset says, as
+        `support`, or that of its LIBERO task. None where neither is known.
+        """
+        said = self.source.attributes
+        if (stated := self.attrs.get("support", said.get("support"))) is not None:
+            if not isinstance(stated, (int, float)) or not np.isfinite(stated):
+                raise UserError(
+                    f"{self.source.path}: {self.name}: support is {stated!r}, a height in metres "
+                    "is expected; mend the attribute"
+                )
+            return float(stated)
+        if "task_suite" in said and "task_id" in said:
+            kind = scene_of(str(said["task_suite"]), int(said["task_id"]))
+        else:
+            kind = scene_of_task(self.instruction)
+        return SUPPORTS.get(kind or PROBLEMS.get(self._problem("problem_name")))
 
     @property
     def group(self):
@@ -135,6 +159,35 @@ def mirrored(demo):
         ee_ori=demo.ee_ori * turn,
         K=K,
         E=E,
+    )
+
+
+def seen_by(demo, config):
+    """A Demo as a policy of a PolicyConfig sees it: heights as its `heights` says, images in its
+    `canonical_view`. Raises UserError where it needs a support that is not known.
+    """
+    return seen_as(measured(demo, config.heights), config.canonical_view)
+
+
+def measured(demo, heights):
+    """A Demo whose heights, of EEF and camera, are those of the "world", or from its "support": the
+    surface that its scene's objects stand on. `states` stay as recorded. Raises UserError where the
+    support is asked for and not known.
+    """
+    if heights == "world" or demo.lowered is not None:
+        return demo
+    if demo.support is None:
+        raise UserError(
+            f"{demo.source.path}: {demo.name}: --heights support: what its objects stand on is not "
+            "known, it is of none of LIBERO's suites; say its height in metres as `support`, an "
+            "attribute of the dataset, or leave --heights out"
+        )
+    down = np.array([0.0, 0.0, demo.support])
+    return replace(
+        demo,
+        ee_pos=demo.ee_pos - down,
+        E=camera.lowered(demo.E, demo.support),
+        lowered=demo.support,
     )
 
 

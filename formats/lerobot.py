@@ -51,13 +51,15 @@ CAMERA_K, CAMERA_E = "observation.camera_intrinsics", "observation.camera_extrin
 EXPERT, PERTURBED = "expert_action", "perturbed"
 PROVENANCE = "provenance.json"  # in meta/, of folders that this repository writes
 MATRICES = {"intrinsics": [[float] * 3] * 3, "extrinsics": [[float] * 4] * 4}
+OF_EPISODE = {**MATRICES, "support?": float}
 CAMERAS_FORM = {
     "camera?": str,
+    "support?": float,
     "image_orientation?": str,
     "intrinsics?": MATRICES["intrinsics"],
     "extrinsics?": MATRICES["extrinsics"],
-    "tasks?": {...: MATRICES},
-    "episodes?": {...: MATRICES},
+    "tasks?": {...: OF_EPISODE},
+    "episodes?": {...: OF_EPISODE},
 }
 
 
@@ -197,6 +199,7 @@ class LeRobotFolder(Demonstrations):
         state, action = (next(rows[n] for n in names if n in rows) for names in (STATE, ACTION))
         perturbed = rows.get(PERTURBED, np.zeros(episode.length)) > 0.5
         K, E = self._camera(episode, where)
+        support = {**self.cameras, **(self._said_of(episode) or {})}.get("support")
         demo = Demo(
             name=name,
             actions=rows.get(EXPERT, action),
@@ -212,6 +215,7 @@ class LeRobotFolder(Demonstrations):
                 "task": episode.task,
                 "libero": task_key(episode.task),
                 "source": str(episode.video or episode.file),
+                **({} if support is None else {"support": support}),
             },
         )
         check_values(demo, f"{where}, state 0 to 2", f"{where}, state 3 to 5")
@@ -219,11 +223,15 @@ class LeRobotFolder(Demonstrations):
         demo.ee_ori = matrix_to_rotvec(rotvec_to_matrix(demo.ee_ori))
         return demo
 
+    def _said_of(self, episode):
+        """The entry of an episode or its task in meta/cameras.json, None where there is none."""
+        found = self.cameras.get("episodes", {}).get(str(episode.index))
+        return found or self.cameras.get("tasks", {}).get(episode.task)
+
     def _camera(self, episode, where):
         """(K, E) of an episode, in pixels of the stored images. Raises UserError for none."""
         file, stored = self.path / "meta" / "cameras.json", self.cameras
-        found = stored.get("episodes", {}).get(str(episode.index))
-        found = found or stored.get("tasks", {}).get(episode.task)
+        found = self._said_of(episode)
         if not found and "intrinsics" in stored and "extrinsics" in stored:
             found = stored
         if found:

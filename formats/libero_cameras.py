@@ -1,4 +1,5 @@
-"""The cameras of public LIBERO data, by task: those datasets hold none.
+"""The cameras of public LIBERO data, by task, and what their scenes stand on: those datasets hold
+neither.
 
 All 40 tasks have one of four agentviews, which differ by the kind of scene. Positions and rotations
 are those that LIBERO's own classes of scenes set (`_setup_camera`); the field of view is MuJoCo's
@@ -20,6 +21,16 @@ SCENES = {
     "floor": ((0.8965773716836134, 5.216182733499864e-07, 0.65), FLAT),
     "living_room": ((0.6065773716836134, 0.0, 0.96), FLAT),
     "study": ((0.4586131746834771, 0.0, 1.6103500240372423), STEEP),
+}
+# kind of scene: height in m of the surface that its objects stand on
+SUPPORTS = {"table": 0.90, "floor": 0.0, "living_room": 0.41, "study": 0.867}
+# kind of scene by what LIBERO's own files call the problem, in small letters
+PROBLEMS = {
+    "libero_tabletop_manipulation": "table",
+    "libero_kitchen_tabletop_manipulation": "table",
+    "libero_floor_manipulation": "floor",
+    "libero_living_room_tabletop_manipulation": "living_room",
+    "libero_study_tabletop_manipulation": "study",
 }
 # suite: its tasks' instructions in the suite's order
 _BOWL = "pick up the black bowl {} and place it on the plate"
@@ -105,10 +116,17 @@ def scene_of_task(instruction):
     unknown task.
     """
     found = find_task(instruction)
-    if found is None:
-        return None
-    suite, index = found
-    return SCENE_OF_SUITE.get(suite) or SCENE_OF_LONG_TASK[index]
+    return scene_of(*found) if found else None
+
+
+def scene_of(suite, index):
+    """The kind of scene of a suite's task; None for a suite that is none of TASKS."""
+    return SCENE_OF_LONG_TASK[index] if suite == "libero_10" else SCENE_OF_SUITE.get(suite)
+
+
+def support_of_task(instruction):
+    """Height in m of what the objects of a LIBERO task stand on, or None for an unknown task."""
+    return SUPPORTS.get(scene_of_task(instruction))
 
 
 def camera_of_task(instruction, size):

@@ -9,7 +9,7 @@ from runtime import UserError
 OF_THE_DATA = ("rotation_basis", "euler_range")
 # the volume means something else where these differ, though every shape fits
 # (not so with another margin: cells are added around those of the image, which keep theirs)
-SAME = ("image_size", "grid", "n_height_bins")
+SAME = ("image_size", "grid", "n_height_bins", "heights")
 CREEP = 0.05  # nats by which the held-out volume loss may grow after the freeze
 
 
@@ -65,7 +65,9 @@ def check_related(policy, path, info):
             "give the same --backbone, --image_size and --backbone_weights"
         )
     for name in SAME:
-        old, new = info["config"].get(name), getattr(policy.config, name, None)
+        # a field that a checkpoint is too old to have is at its default
+        usual = getattr(type(policy.config), name, None)
+        old, new = info["config"].get(name, usual), getattr(policy.config, name, None)
         if old is not None and new is not None and old != new:
             raise UserError(
                 f"--init_from {path}: has --{name} {old}, here it is {new}: "

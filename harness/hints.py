@@ -1,5 +1,5 @@
-"""What the training data says about flags: waypoints beyond the image, things wider than closed
-fingers are taken for.
+"""What the training data says about flags: waypoints beyond the image, scenes on surfaces of
+different heights, things wider than closed fingers are taken for.
 """
 
 import numpy as np
@@ -7,10 +7,13 @@ import numpy as np
 import camera
 from formats.checks import settled_widths
 
+APART = 0.05  # metres by which surfaces differ that a hint is worth
+
 
 def hints(dataset):
     """Sentences on the data that `dataset` (of data.py) is made of and on flags that suit it."""
-    return [s for s in (said_of_margin(dataset), said_of_fingers(dataset)) if s]
+    said = said_of_margin(dataset), said_of_heights(dataset), said_of_fingers(dataset)
+    return [s for s in said if s]
 
 
 def cells_beyond(dataset):
@@ -52,6 +55,28 @@ def said_of_margin(dataset):
     return (
         f"{share} lie beyond the image, by up to {pixels:.0f} px: --margin {int(np.ceil(farthest))}"
         f" holds them; with --margin {config.margin} {fate}"
+    )
+
+
+def said_of_heights(dataset):
+    """One sentence on scenes that stand on surfaces of different heights: what their heights span
+    in the world, and from these surfaces. None where they do not, where they are not known, or the
+    policy has no volume.
+    """
+    config, supports = dataset.config, [demo.support for demo in dataset.demos]
+    if not hasattr(config, "n_height_bins") or config.heights != "world" or None in supports:
+        return None
+    if max(supports) - min(supports) < APART:
+        return None
+    span = lambda down: np.ptp(
+        np.concatenate([d.ee_pos[:, 2] - s for d, s in zip(dataset.demos, down)])
+    )
+    world, above = span(np.zeros(len(supports))), span(supports)
+    centimetres = lambda metres: f"{100 * metres / config.n_height_bins:.1f} cm"
+    return (
+        f"scenes stand on surfaces at {min(supports):g} to {max(supports):g} m: heights span "
+        f"{world:.2f} m, {centimetres(world)} a bin; --heights support measures them from there, "
+        f"{above:.2f} m, {centimetres(above)} a bin"
     )
 
 

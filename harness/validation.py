@@ -11,7 +11,7 @@ import torch
 from camera import project, unproject
 from data import gripper_segments, waypoint_labels
 from data_ar import following_frames
-from formats.demos import seen_as
+from formats.demos import seen_by
 from harness.metrics import coverage, distance_to_polyline, jerk
 
 SHIFT_PX = 20.0  # the EEF input's displacement in `looks`
@@ -312,7 +312,7 @@ def free_run(policy, demo, config, fed="predicted"):
     waypoints), "jitter_mm" (of their errors), "px" (N,)}.
     """
     # decision by decision along the recording, which does not react: open loop
-    demo = seen_as(demo, config.canonical_view)
+    demo = seen_by(demo, config)
     frames, targets = decision_frames(demo, config)
     _, changes = gripper_segments(demo.actions)
     policy.eval().reset()

@@ -41,11 +41,6 @@ def gripper_points():
     return np.concatenate([lattice(*HAND, 0.02), *(lattice(*box, 0.01) for box in FINGERS)])
 
 
-def table_height(scene):
-    """Height of what the objects stand on: a table, or the floor at 0."""
-    return max(0.0, float(scene.env.env.workspace_offset[2]))
-
-
 def owners(scene):
     """For each geom the object or fixture that it is part of, "robot", or None."""
     model = scene.sim.model._model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rot_utils import euler_to_matrix, rotvec_to_matrix
-from sim.clearance import Boxes, clearance, table_height, up
+from sim.clearance import Boxes, clearance, up
 from sim.object_facts import (
     BELOW_TOP,
     BELOW_TOP_USUAL,
@@ -105,7 +105,7 @@ def top_grasps(scene, name):
 
 def room(scene, boxes, grasp, name, goal):
     """Metres of room that a grasp has: clearance, less what object or goal (3,) is out of reach."""
-    table, base = table_height(scene), scene.position_of_base()
+    table, base = scene.support, scene.position_of_base()
     at = scene.position(name) + grasp.offset
     farthest = max(np.linalg.norm((point - base)[:2]) for point in (at, goal + grasp.offset))
     return clearance(boxes, at, grasp.rotation, table) - max(0.0, farthest - REACH)

@@ -31,7 +31,7 @@ class Observation:
     image: (S,S,3) uint8 upright RGB, or None when not rendered; eef_pos (3,) m and eef_rot (3,3) in
     the world; gripper_qpos (2,) finger joints in m; joint_pos (7,) rad; K (3,3) px; E (4,4)
     camera-to-world, OpenCV axes. eef_quat (4,) xyzw is eef_rot again. instruction: what is asked
-    for, in words.
+    for, in words; support: height in m of the surface that the objects stand on, None if not known.
     """
 
     image: np.ndarray
@@ -43,6 +43,7 @@ class Observation:
     K: np.ndarray
     E: np.ndarray
     instruction: str = ""
+    support: float = None
 
     @property
     def gripper_width(self):
@@ -102,6 +103,11 @@ class Scene(Agentview, Placement):
     @property
     def sim(self):
         return self.env.sim
+
+    @property
+    def support(self):
+        """Height in m of what the objects stand on: a table, or the floor at 0."""
+        return max(0.0, float(self.env.env.workspace_offset[2]))
 
     @property
     def robot(self):
@@ -291,6 +297,7 @@ class Scene(Agentview, Placement):
             K,
             E,
             self.instruction,
+            self.support,
         )
 
     # -- acting

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from formats.demos import GRIPPER_STEPS
-from sim.clearance import Boxes, clearance, table_height
+from sim.clearance import Boxes, clearance
 from sim.expert import GRASP, HOVER, LIFT, RELEASE
 from sim.libero_env import CLOSE, OPEN
 from sim.pick_place import PickPlace
@@ -59,7 +59,7 @@ def can_fail(scene, grasp):
 def _planned(scene):
     stage = stages(scene)[0]
     stage.poses(scene.observe(image=False).eef_pos)  # it chooses the grasp, and the heights
-    turn, table, boxes = stage.grasp.rotation, table_height(scene), Boxes(scene)
+    turn, table, boxes = stage.grasp.rotation(scene), Boxes(scene)
     return Plan(
         stage.at,
         stage.hover,

@@ -4,7 +4,7 @@ or bowl. Metres in the world frame.
 
 import numpy as np
 
-from sim.clearance import Boxes, clearance, table_height, up
+from sim.clearance import Boxes, clearance, up
 from sim.grasps import choose
 from sim.keyposes import KeyPose, Stage
 from sim.libero_env import CLOSE, OPEN
@@ -40,7 +40,7 @@ class PickPlace(Stage):
         """The point (3,) above which the object is let go."""
         if isinstance(self.place, str):
             return self.scene.position(self.place)
-        return np.array([*self.place, table_height(self.scene)])
+        return np.array([*self.place(self.scene)])
 
     def achieved(self):
         if isinstance(self.place, str):
@@ -111,7 +111,7 @@ class PickPlace(Stage):
         """Where the EEF lets go (3,): the object's own axis over the goal, its foot just above the
         surface there, or higher until the open gripper touches nothing.
         """
-        goal, table = self.goal(), table_height(self.scene)
+        goal, table = self.goal()(self.scene)
         height = max(table, self.boxes.surface(goal[:2])) + self.hang + RELEASE
         point = np.array([*(goal[:2] + self.grip), height])
         boxes, turn = Boxes(self.scene, without=(None, self.pick)), self.grasp.rotation

@@ -148,6 +148,7 @@ class ServerAgent:
             K[2, 2] = 1.0
             request["observation/camera_intrinsics"] = K
             request["observation/camera_extrinsics"] = observation.E
+            request["observation/support"] = observation.support
         if self.wishes["seed"]:
             request["seed"] = self.seed
         start = time.perf_counter()

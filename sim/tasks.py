@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime import UserError
-from sim.simulator import libero
+from sim.simulator import libero, parsed_bddl
 
 # LIBERO's suites; a LIBERO-PRO suite is called SUITE_KIND, as libero_spatial_swap
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -190,12 +190,13 @@ def clean_bddl(task):
 
 def env_metadata(task):
     """The attributes that LIBERO's datasets have for a Task, {name: text}."""
+    problem = parsed_bddl(task.bddl)["problem_name"]  # small letters
     return {
         "bddl_file_name": f"bddl_files/{task.suite}/{Path(task.bddl).name}",
-        "env_name": "Libero_Tabletop_Manipulation",
+        "env_name": problem.title(),
         "problem_info": json.dumps(
             {
-                "problem_name": "libero_tabletop_manipulation",
+                "problem_name": problem,
                 "domain_name": "robosuite",
                 "language_instruction": task.language,
             }

@@ -26,7 +26,7 @@ from data import waypoint_labels
 from figures import plots_rotation
 from figures.pages import markdown_table
 from formats.dataset import open_dataset
-from formats.demos import seen_as, split_demos
+from formats.demos import seen_by, split_demos
 from harness.checkpoint import load_policy
 from harness.records import read_metrics
 from harness.validation import decision_frames, to_pixels
@@ -260,7 +260,7 @@ def held_out(info, policy):
     args = info["args"]
     demos = open_dataset(args["dataset"], policy.config.image_size, args.get("n_demos")).demos
     held = split_demos(demos, args["val_fraction"])[1]
-    return [seen_as(demo, policy.config.canonical_view) for demo in held]
+    return [seen_by(demo, policy.config) for demo in held]
 
 
 def measure(policy, demos, features):

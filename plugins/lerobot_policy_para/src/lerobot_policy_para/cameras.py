@@ -23,6 +23,8 @@ AGENTVIEWS = {
     "floor": ((0.8965773716836134, 5.216182733499864e-07, 0.65), FLAT),
     "living_room_tabletop": ((0.6065773716836134, 0.0, 0.96), FLAT),
 }
+# scene -> height in m of what its objects stand on
+SUPPORTS = {"tabletop": 0.90, "study_tabletop": 0.867, "floor": 0.0, "living_room_tabletop": 0.41}
 # scene -> what its tasks' instructions begin or end with. LIBERO-Object puts one thing into the
 # basket, LIBERO-Spatial the bowl onto the plate; all others are written out.
 INSTRUCTIONS = {
@@ -105,3 +107,10 @@ def camera_of(batch, row, size, scene=None):
                 f"({', '.join(AGENTVIEWS)}), or use --env.type=libero_calibrated"
             )
     return agentview(scene, size)
+
+
+def support_of(batch, row, scene=None):
+    """Height in m of what the objects of a row's scene stand on, None for an unknown scene. scene:
+    the one that is meant; without it that of the instruction.
+    """
+    return SUPPORTS.get(scene or scene_of((batch.get("task") or [""] * (row + 1))[row]))

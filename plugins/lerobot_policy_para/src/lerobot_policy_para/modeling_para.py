@@ -15,7 +15,7 @@ from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError, ending
 from sim.libero_env import Observation
 
-from .cameras import camera_of
+from .cameras import camera_of, support_of
 from .configuration_para import ParaConfig
 from .row import Row
 
@@ -137,6 +137,7 @@ class ParaPolicy(PreTrainedPolicy):
             E=E,
             # LeRobot's evaluation says each environment's task in words
             instruction=batch["task"][row] if "task" in batch else "",
+            support=support_of(batch, row, self.config.scene),
         )
 
     # -- training, which train.py does
