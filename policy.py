@@ -340,12 +340,13 @@ class Policy(nn.Module):
         """
         if self.config.heights == "world":
             return 0.0
-        if observation.support is None:
+        support = getattr(observation, "support", None)
+        if support is None:
             raise UserError(
                 "the policy measures heights from what the objects stand on (--heights support), "
                 "which this observation does not say; give its `support` in metres"
             )
-        return float(observation.support)
+        return float(support)
 
     def image_of(self, observation):
         """An observation's image (S,S,3) uint8 as this policy sees it."""

@@ -1,6 +1,7 @@
 """LeRobot datasets beside the simulator: the cameras of LIBERO's scenes, and its pictures."""
 
 import importlib
+import json
 import re
 
 import numpy as np
@@ -9,19 +10,22 @@ import pytest
 from camera import extrinsics_from_mujoco
 from formats import libero_hdf5
 from formats.dataset import open_dataset
-from formats.libero_cameras import SCENES, TASKS, agentview, camera_of_task
+from formats.libero_cameras import (
+    PROBLEMS,
+    SCENES,
+    SUPPORTS,
+    TASKS,
+    agentview,
+    camera_of_task,
+    scene_of,
+    support_of_task,
+)
 from formats.pictures import ORIENTATIONS, check_pictures
 from rot_utils import quat_to_matrix
 from runtime import UserError
-from sim.tasks import find_task
-
-PROBLEMS = {
-    "libero_tabletop_manipulation": "table",
-    "libero_kitchen_tabletop_manipulation": "table",
-    "libero_floor_manipulation": "floor",
-    "libero_living_room_tabletop_manipulation": "living_room",
-    "libero_study_tabletop_manipulation": "study",
-}
+from sim.clearance import Boxes
+from sim.libero_env import Scene
+from sim.tasks import env_metadata, find_task, init_states
 
 
 class Arena:
@@ -60,6 +64,22 @@ def test_instructions_and_scenes_are_those_of_liberos_tasks(suite):
             problem = re.search(r"\(problem (\w+)\)", file.read())[1].lower()
         expected = agentview(PROBLEMS[problem], 256)[1]
         assert np.array_equal(camera_of_task(instruction, 256)[1], expected)
+        assert support_of_task(instruction) == SUPPORTS[PROBLEMS[problem]]
+
+
+@pytest.mark.parametrize("suite, index", [("libero_spatial", 0), ("libero_object", 1)])
+def test_a_scene_says_what_its_objects_stand_on(suite, index):
+    """The height that its task is known for, on which its objects come to rest; and what it
+    records names the kind of scene that it is.
+    """
+    scene = Scene(suite, index, rendering=False)
+    support = support_of_task(scene.task.language)
+    assert scene.support == support == scene.observe(image=False).support
+    scene.begin_episode(init_states(scene.task)[0])
+    lowest = Boxes(scene, only=scene.env.env.objects_dict).low[:, 2].min()
+    assert support - 0.005 < lowest < support + 0.01
+    env = env_metadata(scene.task)
+    assert PROBLEMS[json.loads(env["problem_info"])["problem_name"]] == scene_of(suite, index)
 
 
 def test_the_scenes_camera_is_the_one_that_was_recorded(lerobot_dataset):
