@@ -39,7 +39,9 @@ train spatial 10000 "" data/spatial_fixed $far
 train spatial_moved 12000 fit data/spatial_fixed data/spatial_moved_1 data/spatial_moved_2
 train object 6000 "" data/object
 train goal 6000 "" data/goal $far
+train spatial_sentence 10000 "" data/spatial_fixed $far --text sentence
 train thirty 20000 "" data/spatial_fixed data/object data/goal $far
+train thirty_heights 20000 "" data/spatial_fixed data/object data/goal $far --heights support
 
 python eval.py --policy blind --task_suite libero_spatial --task_ids all --layout shifted --n_episodes 10 \
   --render fast --out runs/suites/blind_spatial/shifted
@@ -65,8 +67,14 @@ for name in object goal; do
   python eval.py --ckpt runs/para_$name/checkpoint.safetensors --task_ids all --teleport \
     --out runs/suites/para_$name/benchmark
 done
+python eval.py --ckpt runs/para_spatial_sentence/checkpoint.safetensors --task_ids all --teleport --plus language \
+  --out runs/suites/para_spatial_sentence/plus_language
+# one model of all; the benchmarks of the one that failed on validation stay closed
 for name in spatial object goal; do
-  flags="--ckpt runs/para_thirty/checkpoint.safetensors --task_suite libero_$name --task_ids all --teleport"
-  python eval.py $flags --layout val --n_episodes 5 --out runs/suites/para_thirty/val_$name
-  python eval.py $flags --out runs/suites/para_thirty/$name
+  for run in thirty thirty_heights; do
+    python eval.py --ckpt runs/para_$run/checkpoint.safetensors --task_suite libero_$name --task_ids all --teleport \
+      --layout val --n_episodes 5 --out runs/suites/para_$run/val_$name
+  done
+  python eval.py --ckpt runs/para_thirty_heights/checkpoint.safetensors --task_suite libero_$name --task_ids all \
+    --teleport --out runs/suites/para_thirty_heights/$name
 done

@@ -231,6 +231,25 @@ def test_camera_comes_from_the_file_then_the_frames_then_the_task(folder, tmp_pa
     assert (read.attributes["task_suite"], read.attributes["task_id"]) == ("libero_10", 8)
 
 
+def test_a_support_is_said_beside_the_camera(folder, tmp_path):
+    """For all episodes, for those of a task, or for one: the nearest counts. Without it the file's
+    own task tells, and what is no height is refused.
+    """
+    copy = copied(folder, tmp_path)
+    cameras = copy / "meta" / "cameras.json"
+    supports = lambda: [demo.support for demo in open_dataset(copy).demos]
+    assert supports() == [0.9] * 4  # libero_spatial's
+    said = json.loads(cameras.read_text())
+    one = {key: said[key] for key in ("intrinsics", "extrinsics")}
+    change_json(cameras, support=0.7, episodes={"2": {**one, "support": 0.3}})
+    assert supports() == [0.7, 0.7, 0.3, 0.7]
+    change_json(cameras, tasks={"pick up the blob": {**one, "support": 0.5}})
+    assert supports() == [0.5, 0.5, 0.3, 0.5]
+    change_json(cameras, support="high")
+    with pytest.raises(UserError, match="cameras.json.*support"):
+        open_dataset(copy)
+
+
 def test_cameras_that_differ_travel_with_the_frames(synthetic_demos, tmp_path):
     """Each episode has its own camera, in meta/cameras.json and, without it, in every frame."""
     moved = tmp_path / "moved.hdf5"

@@ -19,7 +19,7 @@ SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 VALUES = {
     **{"layout": "shifted", "head": "new", "name": "a", "seed": "0", "n": "5", "steps": "100"},
     **{"policy": "autoregressive", "context": "--context 1", "model": "para", "kind": "camera"},
-    **{"share": "0.5", "bound": "oracle"},
+    **{"share": "0.5", "bound": "oracle", "run": "thirty"},
 }
 QUOTED = re.compile(r'(?m)^ *(?:[\w-]+\) )?(\w+)="(.*?)"(?: ;;)?$')
 
