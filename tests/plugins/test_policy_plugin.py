@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from formats.libero_cameras import PROBLEMS, SUPPORTS
 from runtime import UserError
 from sim.libero_env import CLOSE, Observation
 from sim.rollout import OracleAgent, PolicyError, expert_path, run_episode
@@ -123,6 +124,10 @@ def test_each_task_of_the_four_suites_has_its_scenes_camera():
             scene = re.match("libero_(?:kitchen_)?(.+)_manipulation", problem)[1]
             found = cameras.scene_of(task.language)
             assert found == scene or found is None and suite == "libero_90", (task, found)
+            if found:
+                assert (
+                    cameras.support_of({"task": [task.language]}, 0) == SUPPORTS[PROBLEMS[problem]]
+                )
 
 
 def test_the_table_has_the_simulators_camera(scene):
@@ -130,6 +135,8 @@ def test_the_table_has_the_simulators_camera(scene):
     K, E = cameras.agentview("tabletop", scene.image_size)
     np.testing.assert_allclose(K, scene.camera()[0], rtol=1e-9)
     np.testing.assert_allclose(E, scene.camera()[1], atol=1e-6)
+    assert cameras.support_of({}, 0, "tabletop") == scene.support
+    assert cameras.support_of({"task": ["fold the towel"]}, 0) is None
 
 
 def test_an_observations_own_camera_comes_first():

@@ -98,7 +98,7 @@ def camera_of(batch, row, size, scene=None):
             raise UserError(f"{key} of row {row} {wrong[0]}")
         return K, E
     if scene is None:
-        instruction = (batch.get("task") or [""] * (row + 1))[row]
+        instruction = instruction_of(batch, row)
         scene = scene_of(instruction)
         if scene is None:
             raise UserError(
@@ -113,4 +113,9 @@ def support_of(batch, row, scene=None):
     """Height in m of what the objects of a row's scene stand on, None for an unknown scene. scene:
     the one that is meant; without it that of the instruction.
     """
-    return SUPPORTS.get(scene or scene_of((batch.get("task") or [""] * (row + 1))[row]))
+    return SUPPORTS.get(scene or scene_of(instruction_of(batch, row)))
+
+
+def instruction_of(batch, row):
+    """The task of a row in words, "" where the batch says none."""
+    return batch["task"][row] if batch.get("task") else ""

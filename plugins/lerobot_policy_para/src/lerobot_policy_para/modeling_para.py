@@ -15,7 +15,7 @@ from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError, ending
 from sim.libero_env import Observation
 
-from .cameras import camera_of, support_of
+from .cameras import camera_of, instruction_of, support_of
 from .configuration_para import ParaConfig
 from .row import Row
 
@@ -136,7 +136,7 @@ class ParaPolicy(PreTrainedPolicy):
             K=K,
             E=E,
             # LeRobot's evaluation says each environment's task in words
-            instruction=batch["task"][row] if "task" in batch else "",
+            instruction=instruction_of(batch, row),
             support=support_of(batch, row, self.config.scene),
         )
 
