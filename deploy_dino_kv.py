@@ -261,17 +261,18 @@ def checked(answer, frame):
     }
 
 
-def answer_all(policy, observations, limit=None, instruction=""):
+def answer_all(policy, observations, limit=None, instruction="", support=None):
     """Answer observations, `limit` of them at most, with a line each -> their latencies in ms.
 
-    instruction: what is asked for, of a policy that is told.
+    instruction: what is asked for, of a policy that is told; support: height in m of what the
+    objects stand on, of one that measures heights from there.
     """
     latencies = []
     policy.reset()
     for frame, observation in enumerate(observations):
         if limit is not None and frame >= limit:
             break
-        observation.instruction = instruction
+        observation.instruction, observation.support = instruction, support
         # the clock of this call alone
         policy.seconds.update(features=0.0, policy=0.0)
         start = time.perf_counter()
@@ -292,13 +293,17 @@ def deploy(args):
     size = policy.config.image_size
     if policy.reader and not args.instruction:
         raise UserError(f"{args.ckpt}: is told what to do; give --instruction WORDS")
+    if policy.config.heights == "support" and args.support is None:
+        raise UserError(
+            f"{args.ckpt}: measures heights from what the objects stand on; give --support METRES"
+        )
     if str(args.source) == "-":
         # bytes: each line is decoded, and refused, by itself
         lines = getattr(sys.stdin, "buffer", sys.stdin)
         observations = live(lines, args.state, size)
     else:
         observations = recorded(args.source, args.state, size)
-    latencies = answer_all(policy, observations, args.limit, args.instruction or "")
+    latencies = answer_all(policy, observations, args.limit, args.instruction or "", args.support)
     if latencies:
         middle, slow = np.median(latencies), np.percentile(latencies, 95)
         print(
@@ -318,6 +323,8 @@ def build_parser():
     what = "episode.npz of a video (the one beside it); of -, an npz with the camera"
     add("--state", type=Path, help=what)
     add("--instruction", metavar="WORDS", help="what to do, of a policy that is told")
+    what = "height of what the objects stand on, of a policy trained with --heights support"
+    add("--support", metavar="METRES", type=flags.finite, help=what)
     add("--limit", type=flags.whole, help="stop after so many frames")
     add("--backbone_weights", type=Path, help="local file of backbone weights")
     add("--device", default="cpu", help="auto, cpu, cuda or cuda:N")

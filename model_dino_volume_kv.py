@@ -240,8 +240,9 @@ class DinoVolumeKV(PixelTrunk):
             "n_height_bins": c.n_height_bins,
             "height_range": self.height_range.tolist(),
             "rotation": self.rotation_stats(),
-            # files from before there was one have none
+            # files from before there was a choice have neither
             **({"margin": c.margin} if c.margin else {}),
+            **({"heights": c.heights} if c.heights != "world" else {}),
         }
 
     def rotation_stats(self):

@@ -464,6 +464,26 @@ def test_damaged_stats_are_refused(content, tmp_path):
         load_stats(path)
 
 
+def test_heights_from_a_support_need_to_be_told(setting, synthetic_episodes, tmp_path, capsys):
+    """On the robot nothing but a flag says what the objects stand on: without it nothing is
+    answered, at zero the answers are those of a policy of the world's heights. The statistics say
+    which of the two it is.
+    """
+    episode, said, policy = synthetic_episodes / "episode_00001", [], setting.policy(**NEW)
+    for heights in ("world", "support"):
+        path = tmp_path / heights / "checkpoint.safetensors"
+        path.parent.mkdir()
+        policy.config.heights = heights
+        checkpoint.save_policy(path, policy, "dino_volume_kv_full", {})
+        assert load_stats(checkpoint.stats_path(path)).get("heights", "world") == heights
+        torch.manual_seed(0)
+        deploy("--ckpt", path, "--source", episode, "--limit", 2, "--support", 0)
+        said.append([json.loads(line)["xyz"] for line in capsys.readouterr().out.splitlines()])
+    assert len(said[0]) == 2 and said[0] == said[1]
+    with pytest.raises(UserError, match="what the objects stand on; give --support METRES"):
+        deploy("--ckpt", path, "--source", episode)
+
+
 def test_an_episode_becomes_json_lines(deployed, synthetic_episodes, capsys):
     """From a folder comes one line a frame: the policy's trajectory, rotations as Euler angles,
     commands. Latency goes to standard error.
