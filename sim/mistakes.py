@@ -59,7 +59,7 @@ def can_fail(scene, grasp):
 def _planned(scene):
     stage = stages(scene)[0]
     stage.poses(scene.observe(image=False).eef_pos)  # it chooses the grasp, and the heights
-    turn, table, boxes = stage.grasp.rotation(scene), Boxes(scene)
+    turn, table, boxes = stage.grasp.rotation, scene.support, Boxes(scene)
     return Plan(
         stage.at,
         stage.hover,

@@ -40,7 +40,7 @@ class PickPlace(Stage):
         """The point (3,) above which the object is let go."""
         if isinstance(self.place, str):
             return self.scene.position(self.place)
-        return np.array([*self.place(self.scene)])
+        return np.array([*self.place, self.scene.support])
 
     def achieved(self):
         if isinstance(self.place, str):
@@ -111,7 +111,7 @@ class PickPlace(Stage):
         """Where the EEF lets go (3,): the object's own axis over the goal, its foot just above the
         surface there, or higher until the open gripper touches nothing.
         """
-        goal, table = self.goal()(self.scene)
+        goal, table = self.goal(), self.scene.support
         height = max(table, self.boxes.surface(goal[:2])) + self.hang + RELEASE
         point = np.array([*(goal[:2] + self.grip), height])
         boxes, turn = Boxes(self.scene, without=(None, self.pick)), self.grasp.rotation
