@@ -7,7 +7,7 @@ import numpy as np
 
 import camera
 import canonical
-from formats.libero_cameras import PROBLEMS, SUPPORTS, scene_of, scene_of_task
+from formats.libero_cameras import PROBLEMS, SCENE_OF_KEY, SUPPORTS, scene_of_task
 from rot_utils import fingerprint, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError
 
@@ -94,10 +94,8 @@ class Demo:
                     "is expected; mend the attribute"
                 )
             return float(stated)
-        if "task_suite" in said and "task_id" in said:
-            kind = scene_of(str(said["task_suite"]), int(said["task_id"]))
-        else:
-            kind = scene_of_task(self.instruction)
+        # the scene's own task: another one's sentence may be said in it
+        kind = SCENE_OF_KEY.get(self.task) if self.task else scene_of_task(self.instruction)
         return SUPPORTS.get(kind or PROBLEMS.get(self._problem("problem_name")))
 
     @property

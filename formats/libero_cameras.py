@@ -91,6 +91,12 @@ SCENE_OF_LONG_TASK = (
     *("living_room", "living_room", "table", "table", "living_room"),
     *("study", "living_room", "living_room", "table", "table"),
 )
+# of every task by its key, such as libero_spatial_0
+SCENE_OF_KEY = {
+    f"{suite}_{index}": SCENE_OF_SUITE.get(suite) or SCENE_OF_LONG_TASK[index]
+    for suite, instructions in TASKS.items()
+    for index in range(len(instructions))
+}
 
 
 def find_task(instruction):
@@ -116,12 +122,7 @@ def scene_of_task(instruction):
     unknown task.
     """
     found = find_task(instruction)
-    return scene_of(*found) if found else None
-
-
-def scene_of(suite, index):
-    """The kind of scene of a suite's task; None for a suite that is none of TASKS."""
-    return SCENE_OF_LONG_TASK[index] if suite == "libero_10" else SCENE_OF_SUITE.get(suite)
+    return SCENE_OF_KEY[f"{found[0]}_{found[1]}"] if found else None
 
 
 def support_of_task(instruction):

@@ -12,12 +12,12 @@ from formats import libero_hdf5
 from formats.dataset import open_dataset
 from formats.libero_cameras import (
     PROBLEMS,
+    SCENE_OF_KEY,
     SCENES,
     SUPPORTS,
     TASKS,
     agentview,
     camera_of_task,
-    scene_of,
     support_of_task,
 )
 from formats.pictures import ORIENTATIONS, check_pictures
@@ -79,7 +79,10 @@ def test_a_scene_says_what_its_objects_stand_on(suite, index):
     lowest = Boxes(scene, only=scene.env.env.objects_dict).low[:, 2].min()
     assert support - 0.005 < lowest < support + 0.01
     env = env_metadata(scene.task)
-    assert PROBLEMS[json.loads(env["problem_info"])["problem_name"]] == scene_of(suite, index)
+    assert (
+        PROBLEMS[json.loads(env["problem_info"])["problem_name"]]
+        == SCENE_OF_KEY[f"{suite}_{index}"]
+    )
 
 
 def test_the_scenes_camera_is_the_one_that_was_recorded(lerobot_dataset):
