@@ -43,6 +43,7 @@ BESIDE = {
         "formats.libero_hdf5",
         "formats.smith300",
     },
+    "formats.demos": {"formats.libero_cameras"},
     "formats.interface": {"formats.checks"},
     "formats.lerobot": {
         "formats.checks",
