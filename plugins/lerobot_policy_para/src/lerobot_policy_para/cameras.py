@@ -7,24 +7,18 @@ upright image. Without them LIBERO's own agentview is meant, which is one of fou
 
 import numpy as np
 
-from camera import extrinsics_from_mujoco, fault, intrinsics
-from rot_utils import quat_to_matrix
+from camera import fault
+from formats import libero_cameras
 from runtime import UserError
 
 INTRINSICS, EXTRINSICS = "observation.camera_intrinsics", "observation.camera_extrinsics"
-FOVY = 45.0  # degrees, of every agentview
-# how the two kinds of scenes tilt it: quaternions wxyz
-STEEP = (0.6380177736282349, 0.3048497438430786, 0.30484986305236816, 0.6380177736282349)
-FLAT = (0.6182166934013367, 0.3432307541370392, 0.3432314395904541, 0.6182177066802979)
-# scene -> position (m) and quaternion of its agentview, from libero/envs/problems
-AGENTVIEWS = {
-    "tabletop": ((0.6586131746834771, 0.0, 1.6103500240372423), STEEP),
-    "study_tabletop": ((0.4586131746834771, 0.0, 1.6103500240372423), STEEP),
-    "floor": ((0.8965773716836134, 5.216182733499864e-07, 0.65), FLAT),
-    "living_room_tabletop": ((0.6065773716836134, 0.0, 0.96), FLAT),
+# scene, as --policy.scene names it -> kind of scene, as formats/libero_cameras.py does
+KINDS = {
+    "tabletop": "table",
+    "study_tabletop": "study",
+    "floor": "floor",
+    "living_room_tabletop": "living_room",
 }
-# scene -> height in m of what its objects stand on
-SUPPORTS = {"tabletop": 0.90, "study_tabletop": 0.867, "floor": 0.0, "living_room_tabletop": 0.41}
 # scene -> what its tasks' instructions begin or end with. LIBERO-Object puts one thing into the
 # basket, LIBERO-Spatial the bowl onto the plate; all others are written out.
 INSTRUCTIONS = {
@@ -71,13 +65,10 @@ def scene_of(instruction):
 def agentview(scene, size):
     """(K (3,3), E (4,4)) of a scene's agentview at `size` pixels. Raises UserError for an unknown
     scene."""
-    if scene not in AGENTVIEWS:
-        known = ", ".join(AGENTVIEWS)
+    if scene not in KINDS:
+        known = ", ".join(KINDS)
         raise UserError(f"--policy.scene={scene}: unknown; there are {known}")
-    position, quat = AGENTVIEWS[scene]
-    # wxyz to xyzw; LIBERO's own are 2e-7 longer than one
-    xyzw = np.roll(np.array(quat) / np.linalg.norm(quat), -1)
-    return intrinsics(FOVY, size), extrinsics_from_mujoco(np.array(position), quat_to_matrix(xyzw))
+    return libero_cameras.agentview(KINDS[scene], size)
 
 
 def camera_of(batch, row, size, scene=None):
@@ -104,7 +95,7 @@ def camera_of(batch, row, size, scene=None):
             raise UserError(
                 f"the observation carries no camera ({INTRINSICS}, {EXTRINSICS}), and the task "
                 f"'{instruction}' is none of LIBERO's four suites; give --policy.scene "
-                f"({', '.join(AGENTVIEWS)}), or use --env.type=libero_calibrated"
+                f"({', '.join(KINDS)}), or use --env.type=libero_calibrated"
             )
     return agentview(scene, size)
 
@@ -113,7 +104,8 @@ def support_of(batch, row, scene=None):
     """Height in m of what the objects of a row's scene stand on, None for an unknown scene. scene:
     the one that is meant; without it that of the instruction.
     """
-    return SUPPORTS.get(scene or scene_of(instruction_of(batch, row)))
+    kind = KINDS.get(scene or scene_of(instruction_of(batch, row)))
+    return libero_cameras.SUPPORTS.get(kind)
 
 
 def instruction_of(batch, row):
