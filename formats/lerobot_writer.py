@@ -4,7 +4,8 @@ In the convention of public LIBERO data (see `formats.lerobot`): images mirrored
 which is MuJoCo's picture turned by 180 degrees; state (8), with robosuite's axis-angle; action (7)
 was carried out; one frame a control step of 1/20 s. Beside that, for what pixels alone do not tell:
 the camera, in meta/cameras.json and, where it differs between demonstrations, as features of every
-frame; and where the recorded robot was pushed, what the demonstrator meant.
+frame; beside it the height of what the objects stand on, where that is known; and where the
+recorded robot was pushed, what the demonstrator meant.
 """
 
 import io
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -132,10 +134,13 @@ def _needed(sources):
 def read_source(path, name):
     """A demonstration of an HDF5 file as LeRobot's columns: {feature: array (T,...)}.
 
-    `IMAGE` holds the upright images (T,S,S,3). Raises UserError where it is damaged.
+    `IMAGE` holds the upright images (T,S,S,3). Beside them K (3,3), E (4,4) and `support`, the
+    height in m of what the objects stand on or None. Raises UserError where it is damaged.
     """
     with libero_hdf5.open_demos(path) as file:
         demo = libero_hdf5.read_demo(path, file, name)
+        attributes = libero_hdf5.file_attributes_of(path, file)
+        demo.source = SimpleNamespace(path=path, attributes=attributes)
         if demo.image_stride != 1:
             raise UserError(
                 f"{path}: data/{name} has an image of every {demo.image_stride}th frame, LeRobot "
@@ -164,6 +169,7 @@ def read_source(path, name):
         PERTURBED: demo.perturbed,
         "K": demo.K,
         "E": demo.E,
+        "support": demo.support,
     }
 
 
@@ -232,7 +238,7 @@ class _Writer:
         row.update(self.statistics.add(values, {IMAGE: images}))
         row.update({"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
         self.rows.append(row)
-        self.cameras.append((demo["K"], demo["E"]))
+        self.cameras.append((demo["K"], demo["E"], demo["support"]))
         self.frames += length
 
     def _write_rows(self, values, images):
@@ -318,8 +324,12 @@ class _Writer:
         }
 
     def camera_file(self):
-        """meta/cameras.json: one camera, or one for each episode where they differ."""
-        entry = lambda K, E: {"intrinsics": K.tolist(), "extrinsics": E.tolist()}
+        """meta/cameras.json: one camera and support, or those of each episode where they differ."""
+
+        def entry(K, E, support):
+            known = {} if support is None else {"support": support}
+            return {"intrinsics": K.tolist(), "extrinsics": E.tolist(), **known}
+
         first = self.cameras[0]
         alike = all(np.array_equal(a, b) for c in self.cameras for a, b in zip(c, first))
         of_each = {"episodes": {str(i): entry(*c) for i, c in enumerate(self.cameras)}}

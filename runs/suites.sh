@@ -36,7 +36,7 @@ train() {
 far="--waypoint_stride 8 --open_width 0.07"
 train spatial_fixed 10000 "" data/spatial_fixed
 train spatial 10000 "" data/spatial_fixed $far
-train spatial_moved 12000 fit data/spatial_fixed data/spatial_moved_1 data/spatial_moved_2
+train spatial_moved 14000 fit data/spatial_moved_1 data/spatial_moved_2 $far
 train object 6000 "" data/object
 train goal 6000 "" data/goal $far
 train spatial_sentence 10000 "" data/spatial_fixed $far --text sentence

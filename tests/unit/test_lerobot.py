@@ -238,8 +238,10 @@ def test_a_support_is_said_beside_the_camera(folder, tmp_path):
     copy = copied(folder, tmp_path)
     cameras = copy / "meta" / "cameras.json"
     supports = lambda: [demo.support for demo in open_dataset(copy).demos]
-    assert supports() == [0.9] * 4  # libero_spatial's
     said = json.loads(cameras.read_text())
+    assert said.pop("support") == 0.9
+    cameras.write_text(json.dumps(said))
+    assert supports() == [0.9] * 4  # libero_spatial's
     one = {key: said[key] for key in ("intrinsics", "extrinsics")}
     change_json(cameras, support=0.7, episodes={"2": {**one, "support": 0.3}})
     assert supports() == [0.7, 0.7, 0.3, 0.7]
@@ -248,6 +250,30 @@ def test_a_support_is_said_beside_the_camera(folder, tmp_path):
     change_json(cameras, support="high")
     with pytest.raises(UserError, match="cameras.json.*support"):
         open_dataset(copy)
+
+
+@pytest.mark.parametrize(
+    "of_files, of_demo, supports",
+    [
+        ({"support": 0.7}, None, [0.7, 0.7, 0.9, 0.9]),
+        ({"support": 0.7}, 0.3, [0.7, 0.3, 0.9, 0.9]),
+        ({"task_suite": "mine"}, 0.3, [None, 0.3, 0.9, 0.9]),
+        ({}, None, [0.9] * 4),
+    ],
+)
+def test_supports_travel_too(synthetic_demos, tmp_path, of_files, of_demo, supports):
+    """Two files of one dataset, the first with another support than its task's, or none known."""
+    other = tmp_path / "other.hdf5"
+    shutil.copy(synthetic_demos, other)
+    with h5py.File(other, "r+") as file:
+        file["data"].attrs.update(of_files)
+        if of_demo is not None:
+            file["data/demo_1"].attrs["support"] = of_demo
+    out = tmp_path / "out"
+    convert_demos.main([str(other), str(synthetic_demos), "--out", str(out)])
+    n = len(open_dataset(synthetic_demos).demos)
+    found = [demo.support for demo in open_dataset(out).demos]
+    assert found[:2] + found[n : n + 2] == supports
 
 
 def test_cameras_that_differ_travel_with_the_frames(synthetic_demos, tmp_path):
