@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Whole suites, one model each, docs/suites.md. LIBERO-Spatial: demonstrations of both bowls, PARA trained (a) on
-# the task's own camera alone and (b) also on the same demonstrations from moved cameras, all seen in one view, and
-# every column of both. LIBERO-Object and LIBERO-Goal: the task's own camera, the benchmark. Then one model of all thirty
+# the task's own camera alone and (b) on the same demonstrations from two moved cameras each, all seen in one view,
+# and every column of both. LIBERO-Object and LIBERO-Goal: the task's own camera, the benchmark. Then one model of all thirty
 # tasks. Every step resumes; an estimated fourteen hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
