@@ -168,6 +168,22 @@ def test_contact_sheet_of_noise_stays_small(tmp_path):
     assert 20_000 < (tmp_path / "sheet.jpg").stat().st_size <= SHEET_LIMIT
 
 
+def test_strips_of_a_sheet_begin_alike(tmp_path):
+    """An episode that ended early has fewer frames, and they stand below the others' first ones."""
+    from figures import plots
+
+    (tmp_path / "strips").mkdir()
+    for i, length in enumerate((10, 4)):
+        frames = [np.full((96, 96, 3), (200, 0, 0), np.uint8)] * length
+        plots.write_strip(frames, tmp_path / "strips" / f"{i:03d}.png")
+    row = {"released": True, "outcome": "released", "steps": 9}
+    plots.sheet_from_strips(tmp_path, [{"episode": i, **row} for i in range(2)])
+    sheet = plots.readable_image(tmp_path / "sheet.jpg").astype(int)
+    red = (sheet[..., 0] > 150) & (sheet[..., 1] < 60)
+    first = red.argmax(axis=1)[red.any(axis=1)]
+    assert first.max() - first.min() < 20  # px; a frame is 90, and JPEG blurs an edge
+
+
 def test_every_root_file_is_in_the_readmes_map():
     """The README's map names every file of the root, so that newcomers find it."""
     text = (ROOT / "README.md").read_text()
