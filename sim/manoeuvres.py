@@ -12,8 +12,12 @@ from sim.libero_env import CLOSE, OPEN
 from sim.object_facts import DRAG_HEIGHT, DRAG_RADIUS
 
 ABOVE = 0.09  # over a grasp
-# the EEF over the origin of the stove's knob, and the degrees by which the knob is turned
-KNOB_HEIGHT, KNOB_TURN = 0.037, 60
+# the EEF from the origin of the stove's knob, in the middle of its bar: nearer to the origin, which
+# is near the bar's end, the fingers slip off; and the degrees by which the knob is turned
+KNOB_GRIP, KNOB_TURN = np.array([-0.016, 0, 0.037]), 60
+# over the grip: clear of the knob, where the hand stands in line with it; and from where on the
+# fingers stand on it
+KNOB_CLEAR, ON_KNOB = 0.035, 0.01
 
 
 def tilted(degrees):
@@ -85,14 +89,22 @@ class TurnKnob(Stage):
         self.knob = scene.sim.model._model.body(f"{stove}_button").id
 
     def poses(self, eef):
-        at = self.scene.sim.data._data.xpos[self.knob] + up(KNOB_HEIGHT)
+        self.at = at = self.scene.sim.data._data.xpos[self.knob] + KNOB_GRIP
         end = turned(KNOB_TURN)
+        *above, descend, close = approach(eef, at, DOWN)
         return [
-            *approach(eef, at, DOWN),
+            *above,
+            # so near to the robot's base the hand strays by up to 3 cm on its way down
+            KeyPose("align", at + up(KNOB_CLEAR), OPEN, DOWN, tight=True),
+            descend,
+            close,
             KeyPose("turn", at, CLOSE, end),
             KeyPose("open", None, OPEN, end),
             KeyPose("retract", at + up(ABOVE), OPEN, end),
         ]
+
+    def failure(self, phase, eef):
+        return "blocked" if phase == "descend" and eef[2] > self.at[2] + ON_KNOB else None
 
 
 class Drag(Stage):
