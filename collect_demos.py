@@ -61,7 +61,7 @@ from sim.replay import (
     take_from_replayed,
 )
 from sim.simulator import simulator_versions
-from sim.tasks import env_metadata, find_task, number_of_tasks
+from sim.tasks import chosen_tasks, env_metadata, find_task
 from sim.variants import VARIANTS, new_expert
 from sim.workers import TIMEOUT, run_jobs
 
@@ -74,7 +74,13 @@ FREE = (
     "overwrite",
     "show",
     "task_ids",
-    *("survey", "n_tasks", "first_state", "layouts"),
+    *("survey", "first_state", "layouts"),
+)
+# the flags that a survey reads, and those that nothing else does: giving others is an error
+SURVEY_ALONE = ("first_state", "layouts")
+SURVEYED = (
+    *("survey", "task_ids", "n_demos", *SURVEY_ALONE),
+    *("grasp", "instruction_of", "workers", "timeout"),
 )
 # flags that a replay takes from its file or does not need: giving one is an error
 NOT_REPLAYED = (
@@ -319,7 +325,7 @@ def build_parser():
         type=flags.several,
         metavar="all|N,N",
         help="several tasks, a file each in the folder --out (data/SUITE); with --replay: only "
-        "files of these tasks",
+        "files of these tasks; with --survey: these (all)",
     )
     parser.add_argument(
         "--n_demos",
@@ -358,9 +364,6 @@ def build_parser():
     )
     parser.add_argument(
         "--survey", metavar="SUITE", help="only table the expert's success on each task of a suite"
-    )
-    parser.add_argument(
-        "--n_tasks", type=flags.count, default=10, help="survey only the suite's first N tasks"
     )
     parser.add_argument(
         "--first_state", type=flags.whole, default=0, help="survey init states from this one on"
@@ -480,22 +483,29 @@ def build_parser():
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
+    # flags at other than their defaults
+    given = [k for k in vars(args) if getattr(args, k) != parser.get_default(k)]
     if args.survey:
         from study.survey import survey  # it imports torch, which no worker of a collection needs
 
+        refuse("--survey counts an expert's successes", [k for k in given if k not in SURVEYED])
         return survey(args)
-    # flags at other than their defaults that a replay would ignore
-    useless = [f"--{k}" for k in NOT_REPLAYED if getattr(args, k) != parser.get_default(k)]
-    if args.setting == "cameras":  # which draws them anew
-        useless = [name for name in useless if name != "--setting"]
-    if args.replay and useless:
-        raise UserError(
-            "--replay re-renders recorded states into an HDF5 file: "
-            f"{', '.join(useless)} would have no effect; leave it out"
-        )
+    refuse("without --survey", [k for k in given if k in SURVEY_ALONE])
+    if args.replay:
+        useless = [k for k in given if k in NOT_REPLAYED]
+        if args.setting == "cameras":  # which draws them anew
+            useless = [k for k in useless if k != "setting"]
+        refuse("--replay re-renders recorded states into an HDF5 file", useless)
     if args.task_ids and not args.replay:
         return collect_tasks(args)
     collect_task(args)
+
+
+def refuse(why, names):
+    """Raise UserError if there are names of flags that would have no effect, and say why."""
+    if names:
+        flagged = ", ".join(f"--{name}" for name in names)
+        raise UserError(f"{why}: {flagged} would have no effect; leave it out")
 
 
 def collect_tasks(args):
@@ -508,8 +518,7 @@ def collect_tasks(args):
     suite = args.task_suite or "libero_spatial"
     if args.show:
         raise UserError("--task_ids: does not go with --show; give --task_id")
-    chosen = range(number_of_tasks(suite)) if args.task_ids == "all" else args.task_ids
-    tasks = [find_task(suite, index) for index in chosen]
+    tasks = chosen_tasks(suite, args.task_ids)
     told = "" if args.instruction_of is None else f"_told_{args.instruction_of}"
     folder = Path(args.out or f"data/{suite}{told}")
     claim(folder, args, simulator_versions()["mujoco"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from runtime import UserError
 from sim.simulator import parsed_bddl
-from sim.tasks import Task, find_task, number_of_tasks
+from sim.tasks import Task, chosen_tasks, find_task
 
 OTHER = "other"
 
@@ -60,7 +60,7 @@ def spoken_task(task, asked):
     """
     if asked == OTHER:
         _, own = _placed(task)
-        tasks = [find_task(task.suite, i) for i in range(number_of_tasks(task.suite))]
+        tasks = chosen_tasks(task.suite)
         found = next((t for t in tasks if named_object(task, t) not in (None, own)), None)
         if found is None:
             raise UserError(

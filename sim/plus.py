@@ -30,7 +30,7 @@ from formats.libero_cameras import SCENES, scene_of_task
 from rot_utils import quat_to_matrix
 from runtime import UserError
 from sim import moved_cameras, settings
-from sim.tasks import find_task, number_of_tasks
+from sim.tasks import chosen_tasks
 
 KINDS = ("camera", "robot", "robot_joints", "layout", "language")
 UNMOVED = (0, 0, 100, 0, 0)  # H, V, S, R, U of LIBERO's own camera
@@ -194,7 +194,7 @@ def read_name(name, suite, kind):
 @functools.cache
 def task_names(suite):
     """Names of a suite's tasks, in their order."""
-    return [find_task(suite, index).name for index in range(number_of_tasks(suite))]
+    return [task.name for task in chosen_tasks(suite)]
 
 
 @functools.cache

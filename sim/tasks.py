@@ -71,6 +71,14 @@ def number_of_tasks(suite):
     return _suite(suite).get_num_tasks()
 
 
+def chosen_tasks(suite, indices="all"):
+    """[Task] of a suite at indices, "all" or None for every one. Raises UserError for an unknown
+    suite or task.
+    """
+    every = indices in (None, "all")
+    return [find_task(suite, i) for i in (range(number_of_tasks(suite)) if every else indices)]
+
+
 def installed_suites():
     """({name of a suite: number of its tasks}, [names of suites that LIBERO lists, but whose files
     are not all installed]), LIBERO's suites before LIBERO-PRO's.

@@ -15,7 +15,7 @@ from harness.statistics import wilson
 from harness.summary import place_of, told
 from runtime import UserError, atomic_path, command_line, git_commit, write_json
 from sim import plus
-from sim.tasks import find_task, number_of_tasks
+from sim.tasks import chosen_tasks
 
 # control steps at which published success rates stop
 STEPS = {
@@ -41,8 +41,7 @@ def evaluate(args, network, evaluate_task):
     suite = args.task_suite or info.get("dataset", {}).get("task_suite") or "libero_spatial"
     if args.task_id is not None:
         raise UserError("--task_id and --task_ids: give one of them")
-    chosen = range(number_of_tasks(suite)) if args.task_ids == "all" else args.task_ids
-    tasks = [find_task(suite, index) for index in chosen]
+    tasks = chosen_tasks(suite, args.task_ids)
     folder = args.out or Path("runs/eval") / folder_name(args, info, suite)
     failures, done = [], []
     if args.plus:

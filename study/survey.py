@@ -17,7 +17,7 @@ from sim.expert import default_grasp
 from sim.libero_env import OPEN_WIDTH, Scene
 from sim.rollout import expert_episode, expert_version
 from sim.settings import random_seed
-from sim.tasks import find_task, init_states
+from sim.tasks import chosen_tasks, init_states
 from sim.variants import new_expert
 from sim.workers import run_jobs
 
@@ -103,15 +103,15 @@ def table_row(task, outcome, said=None):
 
 
 def survey(args):
-    """Table the expert's success rate on the first tasks of a suite and write it to results/, after
-    each task: the same command goes on from there.
+    """Table the expert's success rate on the tasks of a suite and write it to results/, after each
+    task: the same command goes on from there, and other tasks are added.
 
-    args: collect_demos.py's, of which survey, n_tasks, n_demos (states a task), first_state,
+    args: collect_demos.py's, of which survey, task_ids, n_demos (states a task), first_state,
     layouts, grasp, instruction_of, workers and timeout (seconds that a task may take) count.
     """
     suite, states = args.survey, range(args.first_state, args.first_state + (args.n_demos or 50))
     # an unknown suite, or one with fewer tasks, is said before a simulator starts
-    tasks = [find_task(suite, i) for i in range(args.n_tasks)]
+    tasks = chosen_tasks(suite, args.task_ids)
     if args.layouts == "benchmark":
         available = min(len(init_states(task)) for task in tasks)
         if states.stop > available:

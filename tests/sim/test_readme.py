@@ -143,7 +143,7 @@ def smaller(words):
         trusted = ["--trust_pictures"] if "data/libero" in words else []
         return flags + MODEL[name] + trusted
     if "--survey" in words:
-        return ["--n_demos", "1", "--n_tasks", "1"]
+        return ["--n_demos", "1", "--task_ids", "0"]
     if "--replay" in words:
         return ["--n_demos", "1", "--image_size", SIZE]
     if script == "collect_demos.py" and "--task_ids" in words:

@@ -118,7 +118,7 @@ def test_training_refuses_an_absurd_value(model_type, flag, value):
         ("collect_demos", "--push_rate nan"),
         ("collect_demos", "--image_size 0"),
         ("collect_demos", "--start_jitter inf"),
-        ("collect_demos", "--n_tasks 0"),
+        ("collect_demos", "--task_ids -1"),
         ("collect_demos", "--task_id -1"),
         ("deploy_dino_kv", "--limit -1"),
         ("precompute_rotation_pca", "--n_demos 0"),

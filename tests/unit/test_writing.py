@@ -159,8 +159,18 @@ def test_an_unknown_suite_is_said_at_once(monkeypatch):
     monkeypatch.setattr(survey, "run_jobs", lambda *a, **k: pytest.fail("a worker was started"))
     run = lambda *words: collect_demos.main(["--survey", *words])
     refused(lambda: run("nope"), "nope")
-    refused(lambda: run("libero_spatial", "--n_tasks", "11"), "10")
+    refused(lambda: run("libero_spatial", "--task_ids", "10"), "0 to 9")
     refused(lambda: run("libero_spatial", "--first_state", "30"), "--n_demos 50", "20 init states")
+
+
+def test_a_survey_takes_no_flag_that_it_ignores():
+    """Nor does a collection take one that a survey alone reads. Tasks are chosen in both."""
+    run = lambda *words: collect_demos.main(["--survey", "libero_spatial", *words])
+    refused(lambda: run("--out", "table.json"), "--out", "no effect")
+    refused(lambda: run("--task_id", "3"), "--task_id", "no effect")
+    refused(lambda: run("--seed", "1", "--setting", "cameras"), "--setting, --seed", "no effect")
+    refused(lambda: collect_demos.main(["--first_state", "5"]), "--first_state", "no effect")
+    refused(lambda: collect_demos.main(["--layouts", "random"]), "--layouts", "no effect")
 
 
 def test_a_suite_is_collected_into_a_folder_and_goes_on(tmp_path, capsys):
