@@ -503,14 +503,21 @@ def init_distributed(device="auto"):
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag, so that a loop can save before it leaves. A second
-    signal stops at once.
+    """A context that turns SIGTERM and SIGINT into a flag, so that a loop can save before it
+    leaves. A second signal stops at once.
     """
 
     def __init__(self):
         self.raised = False
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._raise)
+
+    def __enter__(self):
+        names = (signal.SIGTERM, signal.SIGINT)
+        self.before = {name: signal.signal(name, self._raise) for name in names}
+        return self
+
+    def __exit__(self, *error):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
     def _raise(self, number, frame):
         self.raised = True

@@ -422,7 +422,6 @@ def first_alone(dist, lock, make):
 def train(args, config_class):
     """Prepare, build, fit, finish."""
     dist = init_distributed(args.device)
-    stop = StopSignal()
     folder = run_folder(args.out, args.model_type, args.resume)
     lock = args.cache / f"{args.dataset[0].name}.lock"
     # what is trained on
@@ -440,7 +439,8 @@ def train(args, config_class):
     trainer = build(recipe, found, dist, folder, args)
     if dist.is_main:
         announce(trainer, args.resume)
-    done = trainer.fit(stop)
+    with StopSignal() as stop:
+        done = trainer.fit(stop)
     if dist.is_main and done:
         finish(trainer)
     elif dist.is_main:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ import train
 from harness import checkpoint, trainer
 from harness.recipe import Recipe
 from registry import REGISTRY, look_up
-from runtime import Distributed, UserError, choose_precision, write_json
+from runtime import Distributed, StopSignal, UserError, choose_precision, write_json
 
 
 def flags(dataset, folder, steps, *further):
@@ -325,6 +326,32 @@ def test_a_state_that_does_not_fit_is_refused_in_one_sentence(damage, state, tmp
     with pytest.raises(UserError, match=f"{path}.*train anew"):
         trainer.load_state(path, policy, optimizer)
     assert trainer.load_state(state / "state.safetensors", policy, optimizer)["step"] == 2
+
+
+def test_a_signal_before_the_first_step_ends_the_run(monkeypatch, tmp_path):
+    """Features may take an hour. A stop is not kept until they are there: each demonstration's are
+    already in the cache.
+    """
+
+    def prepare(*what):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    args, config = train.parse_args(["--device", "cpu", "--out", f"{tmp_path / 'run'}"])
+    with pytest.raises(KeyboardInterrupt):
+        train.train(args, config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_kept_for_the_loop_alone(number):
+    """Once the weights are saved a signal ends the process as it usually does. So does a second."""
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert not stop.raised
+        signal.raise_signal(number)
+        assert stop.raised and signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
 
 
 def test_batches_made_ahead_come_in_order_and_no_further_than_asked():
