@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Whole suites, one model each, docs/suites.md. LIBERO-Spatial: demonstrations of both bowls, PARA trained (a) on
-# the task's own camera alone and (b) on the same demonstrations from two moved cameras each, all seen in one view,
-# and every column of both. LIBERO-Object and LIBERO-Goal: the task's own camera, the benchmark. Then one model of all thirty
-# tasks. Every step resumes; an estimated fourteen hours on two cores.
+# Whole suites, docs/suites.md. LIBERO-Spatial: demonstrations of both bowls; one model of all tasks trained
+# (a) on the task's own camera alone, PARA with three seeds, A and C, and (b) on the same demonstrations from two moved
+# cameras each, all seen in one view; every column of each. LIBERO-Object and LIBERO-Goal: one PARA each, the task's own
+# camera, the benchmark. Then one PARA of all thirty tasks. Every step resumes; an estimated twenty hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
@@ -18,37 +18,48 @@ for seed in 1 2; do
     --frame_stride 3 --render fast --out data/spatial_moved_$seed
 done
 
-# train NAME STEPS VIEW DATASETS... [FLAGS...]
+# train POLICY NAME STEPS VIEW DATASETS... [FLAGS...], into runs/POLICY_NAME
 train() {
-  local out=runs/para_$1 steps=$2 view=$3
-  shift 3
+  local model=$1 out=runs/$1_$2 steps=$3 view=$4 trunk
+  shift 4
+  case $model in
+    voxel_ar_rel) trunk="--turn_back" ;;
+    *) trunk="--dilations 1,2,4,8,16 --rays" ;;
+  esac
   [ -f $out/done ] && return
   if [ -f $out/state.safetensors ]; then
     python train.py --resume $out
   else
-    python train.py --model_type para --preset small --backbone efficientnet_lite0 --dataset "$@" \
+    python train.py --model_type $model --preset small --backbone efficientnet_lite0 --dataset "$@" \
       --canonical_view "$view" --frame_stride 3 --max_steps $steps --shift_aug 128 --fingers 3 \
-      --dilations 1,2,4,8,16 --rays --margin 8 --n_rot_bins 64 --rotation_weight 0.3 --wandb off --out $out
+      $trunk --margin 8 --n_rot_bins 64 --rotation_weight 0.3 --wandb off --out $out
   fi
   touch $out/done
 }
 # waypoints far apart are stops saved; Goal's fingers hold bars that are wider than 4 cm
 far="--waypoint_stride 8 --open_width 0.07"
-train spatial_fixed 10000 "" data/spatial_fixed
-train spatial 10000 "" data/spatial_fixed $far
-train spatial_moved 14000 fit data/spatial_moved_1 data/spatial_moved_2 $far
-train object 6000 "" data/object
-train goal 6000 "" data/goal $far
-train spatial_sentence 10000 "" data/spatial_fixed $far --text sentence
-train thirty 20000 "" data/spatial_fixed data/object data/goal $far
-train thirty_heights 20000 "" data/spatial_fixed data/object data/goal $far --heights support
+train para spatial_fixed 10000 "" data/spatial_fixed
+train para spatial 10000 "" data/spatial_fixed $far
+for seed in 1 2; do
+  train para spatial_$seed 10000 "" data/spatial_fixed $far --seed $seed
+done
+for policy in autoregressive voxel_ar_rel; do
+  train $policy spatial 10000 "" data/spatial_fixed $far
+done
+train para spatial_moved 14000 fit data/spatial_moved_1 data/spatial_moved_2 $far
+train para object 6000 "" data/object
+train para goal 6000 "" data/goal $far
+train para spatial_sentence 10000 "" data/spatial_fixed $far --text sentence
+train para thirty 20000 "" data/spatial_fixed data/object data/goal $far
+train para thirty_heights 20000 "" data/spatial_fixed data/object data/goal $far --heights support
 
 python eval.py --policy blind --task_suite libero_spatial --task_ids all --layout shifted --n_episodes 10 \
   --render fast --out runs/suites/blind_spatial/shifted
 make plus
-for name in spatial_fixed spatial spatial_moved; do
-  out=runs/suites/para_$name
-  flags="--ckpt runs/para_$name/checkpoint.safetensors --task_ids all --teleport"
+for run in para_spatial_fixed para_spatial para_spatial_1 para_spatial_2 autoregressive_spatial voxel_ar_rel_spatial \
+  para_spatial_moved; do
+  out=runs/suites/$run
+  flags="--ckpt runs/$run/checkpoint.safetensors --task_ids all --teleport"
   python eval.py $flags --out $out/benchmark
   python eval.py $flags --instruction_of other --n_episodes 5 --out $out/told_other
   python eval.py $flags --layout shifted --n_episodes 10 --out $out/shifted
