@@ -102,7 +102,11 @@ class EvalWorker:
             self.agent = RemoteAgent(address)
         elif args.policy == "oracle":
             self.agent = OracleAgent(
-                args.waypoint_stride, args.grid, args.n_height_bins, margin=args.margin
+                args.waypoint_stride,
+                args.grid,
+                args.n_height_bins,
+                margin=args.margin,
+                view=args.canonical_view,
             )
         elif args.policy == "remote":
             self.agent = remote.ServerAgent(args)
@@ -280,6 +284,7 @@ def add_policy_flags(group):
     add("--grid", type=flags.at_least(2, 4096), default=64, help="oracle: image cells")
     add("--n_height_bins", type=flags.at_least(2, 4096), default=32, help="oracle: height bins")
     add("--margin", type=flags.whole, default=0, help="oracle: cells beyond each edge of the image")
+    add("--canonical_view", default="", help="oracle: 'x y z scale', see train.py --help")
     add("--image_size", type=flags.pixels, help="oracle, blind: side, pixels (448); remote: 256")
     drawn = "exact, LIBERO's picture, or fast (the checkpoint's, else exact)"
     add("--render", choices=RENDERS, help=drawn)

@@ -2,6 +2,7 @@
 what a folder's episodes have in common.
 """
 
+import canonical
 from harness.records import demos_simulator, run_name, simulator_changes
 from harness.summary import place_of
 from runtime import UserError
@@ -78,6 +79,13 @@ def refuse_without_meaning(args):
     for name in ("stop_stalled", "trace"):
         if args.policy in ("expert", "remote") and getattr(args, name):
             raise UserError(f"--{name}: --policy {args.policy} answers no waypoints; leave it out")
+    if args.canonical_view:
+        canonical.parsed(args.canonical_view)
+        if args.policy != "oracle":
+            raise UserError(
+                f"--canonical_view: is of --policy oracle alone, this is {args.policy}; leave it "
+                "out (a checkpoint has its own)"
+            )
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
 
 
@@ -126,8 +134,9 @@ def stamp_of(args, info):
             del asked[name]
     if args.instruction_of is not None:
         asked["judged"] = "named object"  # not so in folders from before it was
-    if not args.margin:
-        del asked["margin"]
+    for name in ("margin", "canonical_view"):
+        if not getattr(args, name):
+            del asked[name]
     # and for --render
     if args.render == "exact":
         del asked["render"]

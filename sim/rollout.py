@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import camera
+import canonical
 from formats.demos import GRIPPER_STEPS, next_waypoint
 from harness.metrics import ERROR, OUTCOMES, coverage, jerk, path_length
 from runtime import UserError, atomic_path, versions
@@ -198,7 +199,8 @@ class OracleAgent:
 
     It remembers the gripper's changes only. Its place on the path is the nearest point of the
     segment between two of them. beyond_heights: m beyond the path's heights that the bins cover.
-    margin: cells beyond each edge of the image.
+    margin: cells beyond each edge of the image. view: the one view of canonical.py whose cells
+    these are, "" for the camera's own.
     """
 
     needs_image, seconds = False, {"features": 0.0, "policy": 0.0}
@@ -211,9 +213,10 @@ class OracleAgent:
         beyond_heights=0.02,
         min_travel=0.02,
         margin=0,
+        view="",
     ):
         self.stride, self.min_travel = stride, min_travel
-        self.grid, self.margin = grid, margin
+        self.grid, self.margin, self.view = grid, margin, view
         self.n_height_bins, self.beyond_heights = n_height_bins, beyond_heights
 
     def start(self, scene, path, seed=0):
@@ -244,10 +247,11 @@ class OracleAgent:
         )
         target = self.waypoints[segment][near]
         heights = self.path.positions[:, 2]
+        K, E, _ = canonical.camera_of(observation.K, observation.E, self.size, self.view)
         point = camera.quantise(
             self.path.positions[target],
-            observation.K,
-            observation.E,
+            K,
+            E,
             self.grid,
             self.size,
             heights.min() - self.beyond_heights,

@@ -1,6 +1,8 @@
 """One view of the workspace for all cameras: geometry, images, every policy that is given it."""
 
 import dataclasses
+import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from test_contract import Case, answers, same
 
 import camera
 import canonical
+import eval as eval_script
 from camera import look_at
 from formats.dataset import open_dataset
 from formats.demos import mirrored, seen_as
@@ -23,6 +26,8 @@ from registry import REGISTRY
 from rot_utils import rotvec_to_matrix
 from runtime import UserError
 from sim import moved_cameras
+from sim.asked import refuse_without_meaning
+from sim.rollout import ExpertPath, OracleAgent
 
 VIEW = "-0.05 0.02 0.95 80"
 
@@ -250,3 +255,41 @@ def test_train_fits_it_and_the_checkpoint_keeps_it(tmp_path):
     view, demo = policy.config.canonical_view, open_dataset(path).demos[0]
     assert canonical.parsed(view) and seen_as(demo, view) is demo
     assert PolicyConfig().canonical_view == ""
+
+
+# -- the oracle
+
+
+def test_the_oracle_answers_in_cells_of_the_one_view():
+    """It is the ceiling of policies that see one view: its cells are that camera's. So cameras that
+    were turned or zoomed in place get the same answer, which in their own cells they do not.
+    """
+    rng, closed = np.random.default_rng(0), np.zeros(30, dtype=int)
+    positions = [-0.05, 0.02, 0.95] + 0.1 * rng.uniform(-1, 1, (30, 3))
+    path = ExpertPath(positions, closed, True)
+
+    def answer(K, E, view):
+        agent = OracleAgent(grid=14, margin=3, view=view)
+        agent.start(SimpleNamespace(image_size=SIZE), path)
+        seen = SimpleNamespace(K=K, E=E, eef_pos=positions[3])
+        return agent.act(seen, closed=0).position
+
+    for K, E in cameras(3, n=8):
+        one = canonical.camera_of(K, E, SIZE, VIEW)[:2]
+        np.testing.assert_allclose(answer(K, E, VIEW), answer(*one, ""), atol=1e-6)
+        assert np.abs(answer(K, E, VIEW) - answer(K, E, "")).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ("--canonical_view fit", "x y z scale"),
+        (f"--policy expert --canonical_view '{VIEW}'", "expert"),
+    ],
+)
+def test_a_view_is_given_to_the_oracle_alone(words, named):
+    given = ["--policy", "oracle", *shlex.split(words)]
+    args = eval_script.build_parser().parse_args(given)
+    args.variant, args.grasp = "task", "side"
+    with pytest.raises(UserError, match=named):
+        refuse_without_meaning(args)
