@@ -1,5 +1,5 @@
-"""Pictures of success rates with their intervals: the verdict over policies and settings, and a
-comparison of a few results.
+"""Pictures of success rates with their intervals: the verdict over policies and settings, a
+comparison of a few results, and rates against demonstrations.
 
 Readable in grey and by the colour-blind: what colours tell apart, shapes tell too.
 """
@@ -15,6 +15,7 @@ from figures.plots import _save, plt
 # of Okabe and Ito's palette: a dark and a light one, apart in grey as well
 PLAIN, RECIPE = "#d55e00", "#0072b2"
 FLOOR, CEILING = "#dddddd", "#444444"
+SERIES = (RECIPE, PLAIN, "#009e73")  # two lines each, open and full
 SHIFT = 0.17  # rows by which plain and recipe stand apart
 POINTS = {"textcoords": "offset points", "fontsize": 10}
 
@@ -128,5 +129,49 @@ def comparison(results, path, caption):
         axis.set_axisbelow(True)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def curves(rows, path):
+    """Rates against demonstrations a task, a panel a column, a line a series.
+
+    rows: [{"series", "demos", "column", "success_rate", "success_interval"}].
+    """
+    columns = list(dict.fromkeys(row["column"] for row in rows))
+    series = list(dict.fromkeys(row["series"] for row in rows))
+    demos = sorted({row["demos"] for row in rows})
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(1 + 4 * len(columns), 3.4), sharey=True, squeeze=False
+    )
+    for axis, column in zip(axes[0], columns):
+        for i, name in enumerate(series):
+            own = [row for row in rows if (row["column"], row["series"]) == (column, name)]
+            rates = np.array([row["success_rate"] for row in own])
+            bounds = np.array([row["success_interval"] for row in own]).reshape(-1, 2)
+            # side by side, where intervals would hide each other
+            x = np.array([row["demos"] for row in own]) * 1.04 ** (i - (len(series) - 1) / 2)
+            colour = SERIES[i // 2 % len(SERIES)]
+            axis.errorbar(
+                x,
+                100 * rates,
+                100 * np.abs(bounds - rates[:, None]).T,
+                color=colour,
+                marker="oD"[i % 2],
+                markerfacecolor=("white", colour)[i % 2],
+                linestyle=("--", "-")[i % 2],
+                linewidth=1.4,
+                elinewidth=0.8,
+                label=name,
+            )
+        axis.set(xscale="log", ylim=(-4, 104), title=column, xlabel="demonstrations a task")
+        axis.set_xticks(demos, demos)
+        axis.minorticks_off()
+        axis.grid(axis="y", color="#eeeeee")
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0, 0].set_ylabel("success, %")
+    axes[0, -1].legend(frameon=False, fontsize=9)
     figure.tight_layout()
     _save(figure, path)

@@ -37,3 +37,4 @@ for model in para act; do
     done
   done
 done
+python -m study.demo_curve runs/demo_curve --out results/demo_curve.json
