@@ -27,7 +27,8 @@ for model in para act; do
         else
           python train.py --model_type $model --preset small --backbone efficientnet_lite0 \
             --dataset data/spatial_$data --n_demos $((n + 1)) --val_fraction $share \
-            --frame_stride 3 --waypoint_stride 8 --open_width 0.07 --n_rot_bins 64 --rotation_weight 0.3 $flags --wandb off --out $out
+            --frame_stride 3 --waypoint_stride 8 --open_width 0.07 \
+            --n_rot_bins 64 --rotation_weight 0.3 $flags --wandb off --out $out
         fi
         touch $out/done
       fi

@@ -80,6 +80,11 @@ def refuse_without_meaning(args):
         if args.policy in ("expert", "remote") and getattr(args, name):
             raise UserError(f"--{name}: --policy {args.policy} answers no waypoints; leave it out")
     if args.canonical_view:
+        if args.canonical_view == canonical.FIT:
+            raise UserError(
+                "--canonical_view fit: no training demonstrations are here to find it from; give "
+                "'x y z scale', as a checkpoint's config has it"
+            )
         canonical.parsed(args.canonical_view)
         if args.policy != "oracle":
             raise UserError(

@@ -283,7 +283,8 @@ def test_the_oracle_answers_in_cells_of_the_one_view():
 @pytest.mark.parametrize(
     "words, named",
     [
-        ("--canonical_view fit", "x y z scale"),
+        ("--canonical_view fit", "no training demonstrations"),
+        ("--canonical_view 1", "x y z scale"),
         (f"--policy expert --canonical_view '{VIEW}'", "expert"),
     ],
 )
