@@ -339,8 +339,13 @@ def test_a_signal_before_the_first_step_ends_the_run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(train, "prepare", prepare)
     args, config = train.parse_args(["--device", "cpu", "--out", f"{tmp_path / 'run'}"])
-    with pytest.raises(KeyboardInterrupt):
-        train.train(args, config)
+    # in the background of a shell, SIGINT is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.train(args, config)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
