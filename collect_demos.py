@@ -65,6 +65,8 @@ from sim.tasks import chosen_tasks, env_metadata, find_task
 from sim.variants import VARIANTS, new_expert
 from sim.workers import TIMEOUT, run_jobs
 
+# flags that nothing but a survey reads: giving them elsewhere is an error
+SURVEY_ALONE = ("first_state", "layouts")
 # flags that do not decide what a demonstration holds: a run may be finished with others
 FREE = (
     "workers",
@@ -74,10 +76,9 @@ FREE = (
     "overwrite",
     "show",
     "task_ids",
-    *("survey", "first_state", "layouts"),
+    *("survey", *SURVEY_ALONE),
 )
-# the flags that a survey reads, and those that nothing else does: giving others is an error
-SURVEY_ALONE = ("first_state", "layouts")
+# flags that a survey reads: giving others is an error
 SURVEYED = (
     *("survey", "task_ids", "n_demos", *SURVEY_ALONE),
     *("grasp", "instruction_of", "workers", "timeout"),

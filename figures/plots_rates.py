@@ -35,6 +35,14 @@ def interval(axis, found, row, colour, marker, filled):
     axis.plot(rate, row, marker, color=colour, markerfacecolor=face, markersize=6)
 
 
+def sparse(axis, rates):
+    """Pale lines at the rates, along "x" or "y", below everything else; a frame of two sides."""
+    axis.grid(axis=rates, color="#eeeeee")
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
 def verdict(cells, rows, columns, recipes, names, path, caption):
     """Every policy in every setting: a panel a column, a line a policy, plain and with the recipe.
 
@@ -72,10 +80,7 @@ def verdict(cells, rows, columns, recipes, names, path, caption):
         axis.set_title("\n".join(textwrap.wrap(column.replace("_", " "), 10)), fontsize=9)
         axis.set(xlim=(-5, 105), xticks=(0, 50, 100), ylim=(len(rows) - 0.4, -0.6))
         axis.tick_params(labelsize=8, length=2)
-        axis.grid(axis="x", color="#eeeeee", zorder=0)
-        axis.set_axisbelow(True)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        sparse(axis, "x")
     axes[0, 0].set_yticks(range(len(rows)), [names.get(row, row) for row in rows], fontsize=9)
     legend(figure)
     figure.supxlabel(caption, fontsize=9)
@@ -125,10 +130,7 @@ def comparison(results, path, caption):
     right.axvline(0, color=CEILING, linewidth=1)
     right.set_xlabel(f"points more than {results[0]['name']}")
     for axis in (left, right):
-        axis.grid(axis="x", color="#eeeeee")
-        axis.set_axisbelow(True)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        sparse(axis, "x")
     figure.tight_layout()
     _save(figure, path)
 
@@ -167,10 +169,7 @@ def curves(rows, path):
         axis.set(xscale="log", ylim=(-4, 104), title=column, xlabel="demonstrations a task")
         axis.set_xticks(demos, demos)
         axis.minorticks_off()
-        axis.grid(axis="y", color="#eeeeee")
-        axis.set_axisbelow(True)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        sparse(axis, "y")
     axes[0, 0].set_ylabel("success, %")
     axes[0, -1].legend(frameon=False, fontsize=9)
     figure.tight_layout()

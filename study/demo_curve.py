@@ -9,7 +9,7 @@ its data, N its demonstrations a task. The figure stands beside --out.
 from pathlib import Path
 
 import flags
-from figures.pages import markdown_table
+from figures.pages import markdown_table, percent
 from figures.plots_rates import curves
 from runtime import UserError, command_line, git_commit, read_json, run_script, write_json
 
@@ -42,16 +42,12 @@ def table(rows):
     """The rates as Markdown: a line for each column and series, a number of demonstrations each."""
     demos = sorted({row["demos"] for row in rows})
     cells = {(row["column"], row["series"], row["demos"]): row for row in rows}
+    shown = lambda cell: percent(cell["success_rate"], cell["success_interval"])
     lines = []
     for column, series in dict.fromkeys((row["column"], row["series"]) for row in rows):
         there = [cells.get((column, series, n)) for n in demos]
-        lines.append([column, series, *["-" if cell is None else percent(cell) for cell in there]])
+        lines.append([column, series, *[shown(cell) if cell else "-" for cell in there]])
     return markdown_table(["", "demonstrations a task", *demos], lines)
-
-
-def percent(row):
-    low, high = row["success_interval"]
-    return f"{100 * row['success_rate']:.0f}% ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def build_parser():
