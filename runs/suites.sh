@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Whole suites, docs/suites.md. LIBERO-Spatial: demonstrations of both bowls; one model of all tasks trained
 # (a) on the task's own camera alone, PARA with three seeds, A and C, and (b) on the same demonstrations from two moved
-# cameras each, all seen in one view; every column of each. LIBERO-Object and LIBERO-Goal: one PARA each, the task's own
-# camera, the benchmark. Then one PARA of all thirty tasks. Every step resumes; an estimated twenty hours on two cores.
+# cameras each, then on 400 more of one camera each as well, all seen in one view; every column of each. LIBERO-Object
+# and LIBERO-Goal: one PARA each, the task's own camera, the benchmark. Then one PARA of all thirty tasks. Every step
+# resumes; an estimated twenty-two hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
@@ -17,6 +18,8 @@ for seed in 1 2; do
   python collect_demos.py --replay data/spatial_fixed --setting cameras --seed $seed \
     --frame_stride 3 --render fast --out data/spatial_moved_$seed
 done
+python collect_demos.py --task_suite libero_spatial --task_ids all --n_demos 40 --instruction_of other $varied \
+  --setting cameras --seed 3 --out data/spatial_moved_new
 
 # train POLICY NAME STEPS VIEW DATASETS... [FLAGS...], into runs/POLICY_NAME
 train() {
@@ -47,6 +50,8 @@ for policy in autoregressive voxel_ar_rel; do
   train $policy spatial 10000 "" data/spatial_fixed $far
 done
 train para spatial_moved 14000 fit data/spatial_moved_1 data/spatial_moved_2 $far
+train para spatial_moved_more 10000 fit data/spatial_moved_1 data/spatial_moved_2 data/spatial_moved_new $far \
+  --init_from runs/para_spatial_moved/checkpoint.safetensors
 train para object 6000 "" data/object
 train para goal 6000 "" data/goal $far
 train para spatial_sentence 10000 "" data/spatial_fixed $far --text sentence
@@ -57,7 +62,7 @@ python eval.py --policy blind --task_suite libero_spatial --task_ids all --layou
   --render fast --out runs/suites/blind_spatial/shifted
 make plus
 for run in para_spatial_fixed para_spatial para_spatial_1 para_spatial_2 autoregressive_spatial voxel_ar_rel_spatial \
-  para_spatial_moved; do
+  para_spatial_moved para_spatial_moved_more; do
   out=runs/suites/$run
   flags="--ckpt runs/$run/checkpoint.safetensors --task_ids all --teleport"
   python eval.py $flags --out $out/benchmark
