@@ -5,7 +5,8 @@ A camera that turns in place, or zooms, sees the same rays of light in other pix
 known it can be turned and zoomed back by a homography, without knowing any depth. What is left of a
 moved camera is where it stands.
 
-    train.py --canonical_view fit     of the camera that most training demonstrations have
+    train.py --canonical_view fit     of the camera that most training demonstrations have;
+                                      with --init_from, the checkpoint's
 
 A view is four numbers in a text, "x y z scale": the point in world metres, and the pixels that a
 metre at this point has. Images of a camera that looks so already are left as they are, bit by bit.

@@ -216,11 +216,12 @@ def resumed_args(run):
     # auto may mean another one by now
     if "preset" in values["args"]:
         argv = [*argv, "--preset", values["args"]["preset"]]
-    # the command is parsed again as it was typed; what "auto" came to stays: preset and backbone
+    # the command is parsed again as it was typed; what "auto" and "fit" came to stays
     config_class = look_up(values["args"]["model_type"]).config
     args = with_preset(build_parser(config_class), argv)
     args.resume = args.out = run
     args.backbone = values["config"]["backbone"]
+    args.canonical_view = values["config"].get("canonical_view", "")
     return args, config_class
 
 
@@ -289,14 +290,16 @@ def prepare(args, config_class, device, progress):
     if args.mirror:
         train_demos = train_demos + [demo_files.mirrored(demo) for demo in train_demos]
 
-    # "fit" becomes a view and "auto" a name here, which the checkpoint stores
-    measured = [demo_files.measured(demo, config.heights) for demo in train_demos]
-    asked, view = config.backbone, canonical.resolved(config.canonical_view, measured)
-    name = resolve_backbone(asked, args.backbone_weights)
-    config = dataclasses.replace(config, canonical_view=view, backbone=name)
-    fast = recordings.attributes.get("render") == "fast"
+    # "auto" becomes a name and "fit" a view here, which the checkpoint stores
+    asked, fast = config.backbone, recordings.attributes.get("render") == "fast"
+    config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights, fused=fast)
     backbone = backbone.to(device)
+    if args.init_from and not args.resume:
+        config = finetune.checked(args.init_from, config, backbone.identity)
+    measured = [demo_files.measured(demo, config.heights) for demo in train_demos]
+    view = canonical.resolved(config.canonical_view, measured)
+    config = dataclasses.replace(config, canonical_view=view)
     # label, then compute or read features
     train_set, val_set = (
         dataset_class(demos, config, backbone, args.frame_stride, args.cache, progress, reader)
@@ -304,17 +307,9 @@ def prepare(args, config_class, device, progress):
     )
     for sentence in hints(train_set) if progress else []:
         print(sentence)
+    references = protocol_references(recorded)
     return Prepared(
-        config,
-        backbone,
-        asked,
-        train_set,
-        val_set,
-        n_train,
-        n_val,
-        recordings,
-        protocol_references(recorded),
-        reader,
+        config, backbone, asked, train_set, val_set, n_train, n_val, recordings, references, reader
     )
 
 

@@ -2,6 +2,9 @@
 watch its loss afterwards.
 """
 
+from dataclasses import replace
+
+from canonical import FIT
 from harness.checkpoint import load_tensors, with_prefix
 from runtime import UserError
 
@@ -22,7 +25,7 @@ def init_from(policy, path):
     which nothing fits.
     """
     tensors, info = load_tensors(path)
-    check_related(policy, path, info)
+    check_related(path, info, policy.config, policy.backbone.identity)
     stored = with_prefix(tensors, "model.")
     state = policy.state_dict()
     # every tensor that has a namesake of the same shape, but for those that describe the new data
@@ -50,24 +53,40 @@ def init_from(policy, path):
     print(f"  re-initialised: {listed(report['fresh'], state)}")
     if heights:
         warn_of_heights(heights, fitting["height_range"].tolist())
-    warn_of_view(info["config"].get("canonical_view", ""), policy.config.canonical_view)
     return report
 
 
-def check_related(policy, path, info):
-    """Raise UserError unless a checkpoint's tensors mean the same in this policy."""
+def checked(path, config, identity):
+    """What `init_from` would refuse of a checkpoint, before features are computed -> the config.
+
+    config: the policy's; where it asks for the view that fits the data, the checkpoint's takes its
+    place: its cached features stay good. Another view is warned of.
+    identity: of the backbone. Raises UserError for other features or another grid.
+    """
+    _, info = load_tensors(path)
+    check_related(path, info, config, identity)
+    view, asked = info["config"].get("canonical_view", ""), config.canonical_view
+    if asked == FIT and view:
+        print(f"{path}: images are seen in its view, '{view}'")
+        return replace(config, canonical_view=view)
+    warn_of_view(view, asked)
+    return config
+
+
+def check_related(path, info, config, identity):
+    """Raise UserError unless a checkpoint's tensors mean the same to a config and its backbone."""
     if "config" not in info or "backbone_identity" not in info:
         raise UserError(f"--init_from {path}: holds no policy; give a run's checkpoint.safetensors")
-    theirs, ours = info["backbone_identity"], policy.backbone.identity
-    if theirs != ours:
+    theirs = info["backbone_identity"]
+    if theirs != identity:
         raise UserError(
-            f"--init_from {path}: was trained on the features {theirs}, here they are {ours}; "
+            f"--init_from {path}: was trained on the features {theirs}, here they are {identity}; "
             "give the same --backbone, --image_size and --backbone_weights"
         )
     for name in SAME:
         # a field that a checkpoint is too old to have is at its default
-        usual = getattr(type(policy.config), name, None)
-        old, new = info["config"].get(name, usual), getattr(policy.config, name, None)
+        usual = getattr(type(config), name, None)
+        old, new = info["config"].get(name, usual), getattr(config, name, None)
         if old is not None and new is not None and old != new:
             raise UserError(
                 f"--init_from {path}: has --{name} {old}, here it is {new}: "

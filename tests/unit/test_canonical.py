@@ -18,7 +18,7 @@ from camera import look_at
 from formats.dataset import open_dataset
 from formats.demos import mirrored, seen_as
 from harness.checkpoint import load_policy, save_policy
-from harness.finetune import init_from
+from harness.finetune import checked
 from harness.sessions import PolicySessions
 from harness.validation import free_run
 from policy import PolicyConfig
@@ -226,14 +226,18 @@ def test_a_policy_sees_every_observation_in_its_view(case):
     )
 
 
-@pytest.mark.parametrize("ours", [VIEW, ""])
-def test_finetuning_in_another_view_is_said(ours, para, capsys, tmp_path):
+@pytest.mark.parametrize("ours", [VIEW, "", canonical.FIT])
+@pytest.mark.parametrize("theirs", [VIEW, ""])
+def test_finetuning_in_another_view_is_said(theirs, ours, para, capsys, tmp_path):
     """The weights fit whatever the view is, so only a word tells that images look otherwise."""
     path = tmp_path / "theirs.safetensors"
-    save_policy(path, para.policy(), "para", {"step": 1})
+    stored = dataclasses.replace(para.config, canonical_view=theirs)
+    policy = para.entry.policy(stored, para.backbone.channels).attach(para.backbone)
+    save_policy(path, policy, "para", {"step": 1})
     config = dataclasses.replace(para.config, canonical_view=ours)
-    init_from(para.entry.policy(config, para.backbone.channels).attach(para.backbone), path)
-    assert ("--canonical_view" in capsys.readouterr().out) == bool(ours)
+    got = checked(path, config, para.backbone.identity).canonical_view
+    assert got == (theirs if theirs and ours == canonical.FIT else ours)
+    assert ("keeps the checkpoint's" in capsys.readouterr().out) == (got != theirs)
 
 
 @pytest.mark.parametrize("view", ["fi", "1 2 3", "0 0 0.9 -5", "0 0 nan 500", "0 0 0.9 500 2"])
@@ -255,6 +259,29 @@ def test_train_fits_it_and_the_checkpoint_keeps_it(tmp_path):
     view, demo = policy.config.canonical_view, open_dataset(path).demos[0]
     assert canonical.parsed(view) and seen_as(demo, view) is demo
     assert PolicyConfig().canonical_view == ""
+
+    # finetuned on other data it stays, and so do the features of those that were there before
+    other = write_synthetic_demos(tmp_path / "other.hdf5", size=112, seed=5)
+    more, old = tmp_path / "more", tmp_path / "run" / "checkpoint.safetensors"
+    flags = train_flags(other, more, 2)
+    assert canonical.fitted(open_dataset(other).demos) != view
+    begun = ("--canonical_view", "fit", "--init_from", old)
+    run(*flags, "--model_type", "para", *begun, cwd=tmp_path)
+    old.unlink()
+    run("train.py", "--resume", more, cwd=tmp_path)
+    assert load_policy(more / "checkpoint.safetensors")[0].config.canonical_view == view
+
+
+def test_a_checkpoint_that_does_not_go_with_the_rest_is_refused_before_features(para, tmp_path):
+    """Features take minutes: nothing is in the cache when --init_from is refused."""
+    save_policy(tmp_path / "theirs.safetensors", para.policy(), "para", {"step": 1})
+    data = write_synthetic_demos(tmp_path / "demos.hdf5", size=112)
+    for path, word in (("theirs", "was trained on the features"), ("absent", "no such checkpoint")):
+        begun = ("--init_from", f"{path}.safetensors")
+        flags = train_flags(data, "run", 2)
+        done = run(*flags, "--model_type", "para", *begun, cwd=tmp_path, ok=False)
+        assert done.returncode == 2 and word in done.stderr, done.stderr
+        assert not list(tmp_path.glob("cache/**/*.npy"))
 
 
 # -- the oracle
