@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Success against demonstrations a task, docs/suites.md: PARA and ACT on LIBERO-Spatial, 1, 2, 5, 10 and 20 of each
 # task, plain and as runs/suites.sh varies them. Each training holds out one more of each task. ACT has four times as
-# many samples, as it learns slower. Every step resumes; an estimated six hours on two cores.
+# many samples, as it learns slower. Every step resumes; an estimated five hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
@@ -33,7 +33,7 @@ for model in para act; do
         touch $out/done
       fi
       python eval.py --ckpt $out/checkpoint.safetensors --task_ids all --teleport --n_episodes 5 --out $out/benchmark
-      python eval.py --ckpt $out/checkpoint.safetensors --task_ids all --teleport --n_episodes 10 \
+      python eval.py --ckpt $out/checkpoint.safetensors --task_ids all --teleport --n_episodes 5 \
         --layout shifted --out $out/shifted
     done
   done
