@@ -79,6 +79,12 @@ for name in spatial object goal; do
       --waypoint_stride 8 --grasp planned --render fast --n_videos 0 --out runs/suites/${bound}_$name/benchmark
   done
 done
+# where the oracle of Spatial fails: cells of no size, and waypoints nearer to each other
+oracle="--policy oracle --task_suite libero_spatial --task_ids 4,5,6,9 --n_episodes 10 --teleport --margin 4"
+fast="--grasp planned --render fast --n_videos 0"
+python eval.py $oracle $fast --waypoint_stride 8 --grid 4096 --n_height_bins 4096 \
+  --out runs/suites/oracle_spatial/benchmark_no_cells
+python eval.py $oracle $fast --waypoint_stride 5 --out runs/suites/oracle_spatial/benchmark_stride5
 for name in object goal; do
   python eval.py --ckpt runs/para_$name/checkpoint.safetensors --task_ids all --teleport \
     --out runs/suites/para_$name/benchmark
