@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from filelock import FileLock, Timeout
 
 import canonical
 import flags
+from data import check_shift
 from figures import heldout, plots
 from formats import demos as demo_files
 from formats.mixture import open_mixture
@@ -29,6 +29,7 @@ from harness.proof import prove_pictures
 from harness.recipe import Recipe
 from harness.records import RESUME, read_metrics
 from harness.reference import protocol_references
+from harness.run_folder import STATE, check_same_data, claimed, refuse_other_flags, run_folder
 from harness.trainer import Trainer, spoken
 from nets.backbone import Backbone, resolve_backbone
 from nets.text import reader_of, vocabulary_of
@@ -193,6 +194,7 @@ def parse_args(argv=None):
     # without --help, which would be about a parser that knows no policy's flags
     first, _ = build_parser().parse_known_args(plain)
     if first.resume:
+        refuse_other_flags(argv)
         return resumed_args(first.resume)
     config_class = look_up(first.model_type).config
     return with_preset(build_parser(config_class), argv), config_class
@@ -272,6 +274,8 @@ def prepare(args, config_class, device, progress):
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
     recordings = open_mixture(args.dataset, config.image_size, args.n_demos, args.task)
     recordings.check_frames(args.frame_stride)
+    if args.resume:
+        check_same_data(args.resume, recordings.described())
     config = config_for(args, config, recordings)
     train_demos, val_demos = demo_files.split_demos(recordings.demos, args.val_fraction)
     n_train, n_val, recorded = len(train_demos), len(val_demos), list(train_demos)
@@ -295,6 +299,7 @@ def prepare(args, config_class, device, progress):
     config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights, fused=fast)
     backbone = backbone.to(device)
+    check_shift(args.shift_aug, config.image_size, backbone.grids)
     if args.init_from and not args.resume:
         config = finetune.checked(args.init_from, config, backbone.identity)
     measured = [demo_files.measured(demo, config.heights) for demo in train_demos]
@@ -388,7 +393,8 @@ def ensure_dataset(paths):
     if paths == [path] and not path.is_file():
         print(f"{path} is not there yet: collecting it (48 demonstrations, several minutes)")
         collect = Path(__file__).with_name("collect_demos.py")
-        subprocess.run([sys.executable, collect, "--out", path], check=True)
+        if subprocess.run([sys.executable, collect, "--out", path]).returncode:
+            raise UserError(f"{path}: was not collected, for the reason above; mend it, then again")
 
 
 def first_alone(dist, lock, make):
@@ -432,6 +438,7 @@ def train(args, config_class):
     dist.join()
     # the training itself, then pictures, or a word on how to go on
     trainer = build(recipe, found, dist, folder, args)
+    folder = trainer.folder
     if dist.is_main:
         announce(trainer, args.resume)
     with StopSignal() as stop:
@@ -443,17 +450,6 @@ def train(args, config_class):
         print(f"stopped at step {trainer.step}, saved; go on with `{again}`")
     trainer.logger.close()
     dist.leave()
-
-
-def run_folder(out, model_type, resume):
-    """The folder that the run is written to. Raises UserError for one that holds another run."""
-    folder = out or Path("runs") / f"{model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
-    if (folder / "state.safetensors").exists() and not resume:
-        raise UserError(
-            f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, "
-            "or give another --out"
-        )
-    return folder
 
 
 def resolve(args, found, dist):
@@ -528,16 +524,19 @@ def build(recipe, found, dist, folder, args):
     policy = policy.to(dist.device)
     # normalisation before a checkpoint's tensors: --init_from replaces some of it
     policy.fit_statistics(found.train_set.statistics())
-    if recipe.init_from and not args.resume:
+    # a run that was killed before its first save begins again
+    if recipe.init_from and not (folder / STATE).exists():
         finetune.init_from(policy, recipe.init_from)
 
     # config.json is written once, when a run begins: --resume reads it
     record = provenance(args, found, recipe)
     record["parameters"] = sum(p.numel() for p in policy.parameters())
-    if dist.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            write_json(folder / "config.json", {**record, "argv": sys.argv[1:]})
+    if dist.is_main and not args.resume:
+        if args.out:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = claimed(folder)
+        write_json(folder / "config.json", {**record, "argv": sys.argv[1:]})
     logger = RunLogger(folder, args.wandb, record, dist.is_main)
     # a checkpoint has its policy's own config
     save_info = {key: value for key, value in record.items() if key != "config"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SIZE, agentview, observations_of, write_synthetic_demos
 from helpers import run, train_flags
+from safetensors.torch import load_file
 from test_contract import Case, answers, same
 
 import camera
@@ -267,6 +268,16 @@ def test_train_fits_it_and_the_checkpoint_keeps_it(tmp_path):
     assert canonical.fitted(open_dataset(other).demos) != view
     begun = ("--canonical_view", "fit", "--init_from", old)
     run(*flags, "--model_type", "para", *begun, cwd=tmp_path)
+    # killed before its first save it begins again, from the checkpoint
+    first = load_file(more / "state.safetensors")
+    for path in (more / "state.safetensors", more / "checkpoint.safetensors"):
+        path.unlink()
+    done = run("train.py", "--resume", more, cwd=tmp_path)
+    assert "tensors loaded by name and shape" in done.stdout
+    again = load_file(more / "state.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    # later it does not need it
     old.unlink()
     run("train.py", "--resume", more, cwd=tmp_path)
     assert load_policy(more / "checkpoint.safetensors")[0].config.canonical_view == view

@@ -17,8 +17,11 @@ from helpers import ROOT, run
 from safetensors.torch import load_file
 
 import train
+from data import check_shift
+from formats.mixture import open_mixture
 from harness import checkpoint, trainer
 from harness.recipe import Recipe
+from harness.run_folder import check_same_data, claimed
 from registry import REGISTRY, look_up
 from runtime import Distributed, StopSignal, UserError, choose_precision, write_json
 
@@ -97,6 +100,53 @@ def test_the_learning_rate_ends_at_zero_with_the_last_step():
     rates = [trainer.learning_rate(args, step) for step in range(1000)]
     assert max(rates) == pytest.approx(1e-3, rel=1e-3) and rates.index(max(rates)) == 9
     assert rates[-1] < 1e-8 and rates[0] == pytest.approx(1e-4)
+
+
+# -- a run folder
+
+
+@pytest.mark.parametrize("more", [["--max_steps", "9"], ["--nonsense"], ["--device=cpu"]])
+def test_resume_takes_no_other_flag(more):
+    """It goes on by the run's own, so another would be ignored in silence."""
+    for words in (["--resume", "runs/x", *more], [*more, "--resume=runs/x"]):
+        with pytest.raises(UserError, match=f"^{more[0]}: --resume goes on by the run's own flags"):
+            train.parse_args(words)
+
+
+def test_resume_sees_that_the_data_are_others(suite, tmp_path):
+    """Demonstrations that were trained on could now be held out, in whichever way they changed."""
+    files = [suite / f"libero_spatial_{task}.hdf5" for task in (0, 2, 10)]
+    described = lambda paths: open_mixture(paths).described()
+    write_json(tmp_path / "config.json", {"datasets": described(files[:2])})
+    check_same_data(tmp_path, described(files[:2]))
+    for others in (files[:1], files, files[1::-1], [files[0], files[2]]):
+        with pytest.raises(UserError, match="--resume .*hdf5 is not what it was.*put the old data"):
+            check_same_data(tmp_path, described(others))
+    write_json(tmp_path / "config.json", {})  # of a run that is too old to say
+    check_same_data(tmp_path, described(files))
+
+
+def test_trainings_of_the_same_second_have_folders_of_their_own(tmp_path):
+    """Three seeds begun in one line must not write over each other."""
+    named = [claimed(tmp_path / "runs" / "para_1").name for _ in range(3)]
+    assert named == ["para_1", "para_1_2", "para_1_3"]
+
+
+def test_a_collection_that_fails_ends_in_a_sentence(tmp_path, monkeypatch):
+    """Its own reason stands above; train.py adds no traceback."""
+    monkeypatch.chdir(tmp_path)
+    failed = subprocess.CompletedProcess([], 2)
+    monkeypatch.setattr(train.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(UserError, match="libero_spatial_0.hdf5: was not collected"):
+        train.ensure_dataset([train.DEFAULT_DATASET])
+
+
+def test_a_shift_of_less_than_a_cell_is_refused():
+    """Maps move by whole cells: less would be recorded as an augmentation, and never happen."""
+    for limit in (0, 16, 20):
+        check_shift(limit, 448, [56, 28])
+    with pytest.raises(UserError, match="--shift_aug 15: .*of 16 px.*at least 16, or 0"):
+        check_shift(15, 448, [56, 28])
 
 
 def test_training_says_how_long_it_will_take(synthetic_demos, tmp_path):

@@ -1,0 +1,67 @@
+"""The folder of a training: a new one, or one that a training goes on in."""
+
+import itertools
+import time
+from pathlib import Path
+
+from runtime import UserError, read_json
+
+STATE = "state.safetensors"
+# of config.json, for `check_same_data`; a run from before hashes were kept names none
+TRAINED_ON = {"datasets?": [{"path": str, "hash": str}]}
+
+
+def run_folder(out, model_type, resume):
+    """The folder that a run is written to. Raises UserError for one that holds another run."""
+    folder = out or Path("runs") / f"{model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
+    if (folder / STATE).exists() and not resume:
+        raise UserError(
+            f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, "
+            "or give another --out"
+        )
+    return folder
+
+
+def claimed(folder):
+    """Make a folder that is named by its second -> it, or the next one that is free: trainings
+    that begin in the same second must not write over each other.
+    """
+    for number in itertools.count(1):
+        mine = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        try:
+            mine.mkdir(parents=True)
+            return mine
+        except FileExistsError:
+            continue
+
+
+def refuse_other_flags(argv):
+    """Raise UserError for a flag beside --resume, which takes those of the run."""
+    words = iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name != "--resume":
+            raise UserError(
+                f"{word}: --resume goes on by the run's own flags and takes no other; leave it "
+                "out, or train anew with another --out"
+            )
+        if not equals:
+            next(words, None)
+
+
+def check_same_data(folder, described):
+    """Raise UserError where a run's datasets are not what they were: held-out demonstrations could
+    be among those that it was trained on.
+
+    described: of `Mixture.described`.
+    """
+    stored = read_json(folder / "config.json", "run of train.py", form=TRAINED_ON)
+    for old, new in itertools.zip_longest(stored.get("datasets", described), described):
+        if old and new and old["hash"] == new["hash"]:
+            continue
+        changed = new or old
+        raise UserError(
+            f"--resume {folder}: {changed['path']} is not what it was when the run began, and what "
+            "was trained on could now be held out; put the old data back, or train anew with "
+            "another --out"
+        )
