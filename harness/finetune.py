@@ -10,6 +10,7 @@ from runtime import UserError
 
 # buffers that describe the new data's rotations, whatever the checkpoint says
 OF_THE_DATA = ("rotation_basis", "euler_range")
+WORDS = "text.table"  # embeddings, a row for each word of the vocabulary
 # the volume means something else where these differ, though every shape fits
 # (not so with another margin: cells are added around those of the image, which keep theirs)
 SAME = ("image_size", "grid", "n_height_bins", "heights")
@@ -21,18 +22,23 @@ def init_from(policy, path):
 
     Returns {"loaded", "dropped", "fresh"}: lists of names. The height range and the normalisation
     of features are the checkpoint's, as its volume head needs them. What describes rotations stays
-    that of the new data. Raises UserError for other features, another grid, or a checkpoint of
-    which nothing fits.
+    that of the new data, and embeddings of other words are learned anew. Raises UserError for other
+    features, another grid, or a checkpoint of which nothing fits.
     """
     tensors, info = load_tensors(path)
     check_related(path, info, policy.config, policy.backbone.identity)
     stored = with_prefix(tensors, "model.")
     state = policy.state_dict()
-    # every tensor that has a namesake of the same shape, but for those that describe the new data
+    words = info["config"].get("vocabulary", ""), getattr(policy.config, "vocabulary", "")
+    # every tensor that has a namesake of the same shape, but for those that describe the new data,
+    # and embeddings of other words, which lie in alphabetical order
     fitting = {
         name: tensor
         for name, tensor in stored.items()
-        if name in state and state[name].shape == tensor.shape and name not in OF_THE_DATA
+        if name in state
+        and state[name].shape == tensor.shape
+        and name not in OF_THE_DATA
+        and (not name.endswith(WORDS) or words[0] == words[1])
     }
     if not any(name in fitting for name, _ in policy.named_parameters()):
         raise UserError(

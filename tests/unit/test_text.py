@@ -18,7 +18,7 @@ import train
 from data import WaypointDataset
 from data_ar import WindowDataset
 from formats.mixture import open_mixture
-from harness import checkpoint
+from harness import checkpoint, finetune
 from harness.validation import free_run, looks
 from nets.text import (
     MAX_WORDS,
@@ -213,6 +213,23 @@ def test_a_checkpoint_keeps_the_words(case, tmp_path):
     assert torch.equal(loaded.reader(TWO[1]), case.reader(TWO[1]))
     with torch.no_grad():
         assert same(loaded.predict(case.batch), policy.eval().predict(case.batch))
+
+
+def test_words_of_another_vocabulary_are_not_taken_over(case, tmp_path, capsys):
+    """Rows of embeddings lie in alphabetical order: of as many other words each would mean another.
+    All else is loaded.
+    """
+    path = tmp_path / "told.safetensors"
+    checkpoint.save_policy(path, case.policy(), case.name, {"step": 1})
+    others = " ".join(f"{word}s" for word in VOCABULARY.split())
+    for words, taken in ((VOCABULARY, True), (others, False)):
+        config = dataclasses.replace(case.config, vocabulary=words)
+        policy = case.entry.policy(config, case.backbone.channels)
+        policy = policy.attach(case.backbone, reader_of(config))
+        report = finetune.init_from(policy, path)
+        assert ("text.table" in report["loaded"]) == taken
+        assert ("text.table" in report["fresh"]) != taken
+        assert "text.layer.0.weight" in report["loaded"]
 
 
 def test_held_out_checks_run_with_instructions(case):
