@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import flags
 from formats import lerobot_writer
+from formats.mixture import ALIKE, difference, of_both_settings
 from formats.parts import check_replaceable
 from runtime import UserError, run_script
 
@@ -36,8 +37,17 @@ def convert(files, out, video, overwrite):
             "several files, some with other tasks' sentences (instruction_of): of one dataset of "
             "theirs nobody could tell whose scene a sentence was said in; convert each by itself"
         )
+    for path, attributes in zip(files[1:], said[1:]):
+        # of validation conditions nothing is trained, and the dataset must go on saying so
+        if unlike := difference(said[0], attributes, {**ALIKE, "part": "train"}):
+            name, ours, theirs = unlike
+            raise UserError(
+                f"{path}: its {name} is {theirs}, that of {files[0]} is {ours}, and one dataset "
+                "says one; convert it by itself"
+            )
     # what holds of every file holds of the dataset
     common = {k: v for k, v in said[0].items() if all(a.get(k) == v for a in said)}
+    common |= of_both_settings(said)
     bar = lambda demos: tqdm(demos, desc=f"writing {out}", unit="demo")
     lerobot_writer.write_dataset(out, sources, common, video, bar)
     return len(sources)

@@ -18,6 +18,7 @@ ALIKE = {"render": "exact", "variant": "task", "setting": "in_dist", "split": ""
 # settings that differ in their cameras alone: the task's own view is one of those that `cameras`
 # draws, so together they are of `cameras`
 CAMERAS_ALONE = {"in_dist", "cameras"}
+COPY = 1e-4  # m between paths of one demonstration in two formats, at most
 RENDER_AGAIN = "collect one of them again with the other's"
 
 
@@ -40,14 +41,12 @@ class Mixture:
     def _check(self):
         first = self.datasets[0]
         for other in self.datasets[1:]:
-            for name, usual in ALIKE.items():
-                ours, theirs = (str(d.attributes.get(name, usual)) for d in (first, other))
-                if ours != theirs and not {ours, theirs} <= CAMERAS_ALONE:
-                    raise UserError(
-                        f"--dataset {other.path}: its {name} is {theirs or 'none'}, that of "
-                        f"{first.path} is {ours or 'none'}, and one training takes one; "
-                        f"{RENDER_AGAIN}, or train on them apart"
-                    )
+            if unlike := difference(first.attributes, other.attributes):
+                name, ours, theirs = unlike
+                raise UserError(
+                    f"--dataset {other.path}: its {name} is {theirs}, that of {first.path} is "
+                    f"{ours}, and one training takes one; {RENDER_AGAIN}, or train on them apart"
+                )
         known = {}
         for dataset in self.datasets:
             if twin := known.get(dataset.fingerprint):
@@ -56,15 +55,30 @@ class Mixture:
                     "leave one of them out"
                 )
             known[dataset.fingerprint] = dataset.path
+        if len({dataset.format for dataset in self.datasets}) > 1:
+            self._check_conversions()
+
+    def _check_conversions(self):
+        """Raise UserError for a demonstration that is there in two formats, whose numbers differ in
+        their last bits: one copy could be held out and the other trained on.
+        """
+        by_length = {}
+        for demo in self.demos:
+            for other in by_length.setdefault(len(demo), []):
+                another_format = other.source.format != demo.source.format
+                if another_format and np.allclose(other.ee_pos, demo.ee_pos, rtol=0, atol=COPY):
+                    raise UserError(
+                        f"--dataset {demo.source.path}: {demo.name} is {other.name} of "
+                        f"{other.source.path} in another format; leave one of the two out"
+                    )
+            by_length[len(demo)].append(demo)
 
     def _common(self):
         said = [dataset.attributes for dataset in self.datasets]
         # compared as text: NumPy's arrays and numbers have no single truth
         same = lambda key: all(key in s and str(s[key]) == str(said[0][key]) for s in said)
         found = {key: said[0][key] for key in said[0] if same(key)}
-        if len({str(s.get("setting", ALIKE["setting"])) for s in said}) > 1:
-            found["setting"] = "cameras"
-        return {**found, "num_demos": len(self.demos)}
+        return {**found, **of_both_settings(said), "num_demos": len(self.demos)}
 
     @property
     def tasks(self):
@@ -115,6 +129,25 @@ class Mixture:
             }
             for d in self.datasets
         ]
+
+
+def difference(one, other, alike=ALIKE):
+    """(name, value, value) of the first attribute that two datasets may not differ in and do; None
+    where they go together. one, other: their attributes.
+    """
+    for name, usual in alike.items():
+        ours, theirs = (str(said.get(name, usual)) for said in (one, other))
+        if ours != theirs and not {ours, theirs} <= CAMERAS_ALONE:
+            return name, ours or "none", theirs or "none"
+    return None
+
+
+def of_both_settings(said):
+    """{"setting": "cameras"} where some of several datasets' attributes say that and others say the
+    task's own camera, else {}.
+    """
+    both = len({str(attributes.get("setting", ALIKE["setting"])) for attributes in said}) > 1
+    return {"setting": "cameras"} if both else {}
 
 
 def datasets_in(path):

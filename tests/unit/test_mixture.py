@@ -77,6 +77,28 @@ def test_a_dataset_that_is_given_twice_is_refused(suite):
         open_mixture([suite, suite / "libero_spatial_0.hdf5"])
 
 
+def test_a_dataset_and_its_conversion_are_refused(suite, lerobot):
+    """A float's last bits differ, the demonstrations do not: one could be held out and the other
+    trained on.
+    """
+    with pytest.raises(UserError, match="is demo_0 of .*libero_spatial_0.hdf5 in another format"):
+        open_mixture([suite / "libero_spatial_0.hdf5", lerobot])
+
+
+@pytest.mark.parametrize("name, value", [("part", "val"), ("render", "fast"), ("split", "outer")])
+def test_what_one_dataset_says_once_is_not_lost_in_a_conversion(name, value, suite, tmp_path):
+    """Validation conditions would be trained on, fast pictures be taken for exact ones."""
+    other, out = write_task(tmp_path, 10, 2, **{name: value}), tmp_path / "out"
+    files = [str(suite / "libero_spatial_0.hdf5"), str(other)]
+    for order in (1, -1):
+        with pytest.raises(UserError, match=f"libero_spatial_.*hdf5: its {name} is .*by itself"):
+            convert_demos.main([*files[::order], "--out", str(out)])
+    assert not out.exists()
+    moved = write_task(tmp_path / "moved", 10, 2, setting="cameras")
+    convert_demos.main([files[0], str(moved), "--out", str(out)])
+    assert open_mixture([out]).attributes["setting"] == "cameras"
+
+
 def test_images_of_other_frames_are_refused_before_any_feature(suite, tmp_path):
     """A file with every third image and a stride of two: said at once, not after minutes."""
     found = open_mixture([suite])
