@@ -31,13 +31,26 @@ from runtime import UserError
 STILL = 0.01  # metres
 
 
+def check_shift(limit, image_size, grids):
+    """Raise UserError for a limit (px) of `shifted_sideways` that is above 0 and moves nothing.
+
+    grids: sides of the feature maps, in cells.
+    """
+    cell = image_size // min(grids)
+    if 0 < limit < cell:
+        raise UserError(
+            f"--shift_aug {limit:g}: feature maps move by whole cells, of {cell} px here, so that "
+            f"nothing would move; give at least {cell}, or 0"
+        )
+
+
 def shifted_sideways(batch, limit, draws, image_size):
     """A batch whose images are moved sideways, each by its own number of pixels.
 
     The camera's principal point moves with the image, so cells, heights and rays keep their
     meaning. A policy can then no longer learn where in the image the table is. The shift is exact
     but for the columns that come into view, which repeat the edge. Feature maps move by whole cells
-    of the coarsest.
+    of the coarsest, so that a limit below one moves nothing.
 
     limit: the largest shift in pixels, less where the EEF or a waypoint would leave the image;
     draws (B,): random numbers in [0, 1); image_size in pixels.

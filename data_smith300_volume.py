@@ -35,7 +35,7 @@ class VolumeDataset(WaypointDataset):
                 f"{basis_file(demos, config)}: was fitted on "
                 f"{len(basis.provenance['fingerprints'])} demonstrations, which are not the "
                 f"{len(demos)} that are trained on here; {PRECOMPUTE}, with this training's "
-                "--n_demos and --val_fraction"
+                "--n_demos, --task and --val_fraction"
             )
 
     def statistics(self, n=256):

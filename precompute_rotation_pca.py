@@ -97,9 +97,12 @@ class Rotations(NamedTuple):
     unseen: np.ndarray  # (M,3,3) of those held out
 
 
-def read_rotations(datasets, n_demos, val_fraction):
-    """The Rotations of each dataset's first `n_demos` demonstrations, or of all (None)."""
-    demos, held_out = split_demos(open_mixture(datasets, limit=n_demos).demos, val_fraction)
+def read_rotations(datasets, n_demos, val_fraction, task=None):
+    """The Rotations of each dataset's first `n_demos` demonstrations, or of all (None). task: of
+    that one alone, as of train.py.
+    """
+    found = open_mixture(datasets, limit=n_demos, task=task)
+    demos, held_out = split_demos(found.demos, val_fraction)
     # frames of all demonstrations of a part, stacked
     known, unseen = (
         rotvec_to_matrix(np.concatenate([demo.ee_ori for demo in part]))
@@ -184,18 +187,27 @@ def write(path, found, bases, space):
     print(f"{path}: written ({space}, {explained}), picture {picture.name}")
 
 
-def precompute(dataset, space="so3", allow_low_ev=False, n_demos=None, val_fraction=0.15, out=None):
+def precompute(
+    dataset,
+    space="so3",
+    allow_low_ev=False,
+    n_demos=None,
+    val_fraction=0.15,
+    out=None,
+    task=None,
+):
     """Fit both spaces, print the table, pass the gate, write basis and picture -> exit code.
 
-    dataset: paths, as train.py takes them.
+    dataset: paths, and task: of several in one dataset, as train.py takes them.
     """
     path = Path(out) if out else basis_path(datasets_in(dataset[0])[0])
     named = " ".join(map(str, dataset))
     check_replaceable(path)
-    found = read_rotations(dataset, n_demos, val_fraction)
+    found = read_rotations(dataset, n_demos, val_fraction, task)
     provenance = {
         "dataset": " ".join(Path(one).name for one in dataset),
         "val_fraction": val_fraction,
+        **({} if task is None else {"task": task}),
         "allow_low_ev": allow_low_ev,
     }
     bases = fit_bases(found, provenance)
@@ -227,6 +239,7 @@ def build_parser():
     what = "write it even if the gate is not passed; recorded in the basis"
     add("--allow_low_ev", action="store_true", help=what)
     add("--n_demos", type=flags.count, help="use only the first N demonstrations of each")
+    add("--task", help="LeRobot: of this task alone, as train.py will be told")
     what = "share of demonstrations that train.py will hold out: the basis is fitted without them"
     add("--val_fraction", type=flags.fraction, default=0.15, help=what)
     add("--out", type=flags.new_file(".npz"), help="write the basis here instead")

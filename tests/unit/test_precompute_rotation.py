@@ -10,6 +10,7 @@ import pytest
 from conftest import write_synthetic_demos, write_synthetic_episodes
 from helpers import run
 
+import convert_demos
 from data_smith300_volume import VolumeDataset, find_basis
 from formats.dataset import open_dataset
 from formats.demos import split_demos
@@ -120,6 +121,20 @@ def test_several_datasets_have_one_basis(tmp_path, capsys):
     capsys.readouterr()
     assert script("--dataset", *given) == 3
     assert f"{given[0]} {given[1]}: one axis explains" in capsys.readouterr().err
+
+
+def test_one_task_of_several_has_a_basis(suite, tmp_path):
+    """Of a dataset of several tasks train.py may take one; the basis is then of that one."""
+    files = [str(suite / f"libero_spatial_{task}.hdf5") for task in (0, 2)]
+    folder, out = tmp_path / "both", tmp_path / "basis.npz"
+    convert_demos.main([*files, "--out", str(folder)])
+    assert script("--dataset", folder, "--task", "1", "--out", out) == 0
+    config = DinoVolumeKVFullConfig(basis=out)
+    train, held_out = split_demos(open_mixture([folder], task="1").demos)
+    VolumeDataset.check_split(train, config)
+    assert load_basis(out).provenance["task"] == "1"
+    with pytest.raises(UserError, match="--task and --val_fraction"):
+        VolumeDataset.check_split([*train, *held_out], config)
 
 
 def test_the_gate_stops(tmp_path, capsys):
