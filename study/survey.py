@@ -121,7 +121,8 @@ def survey(args):
             )
     asked = args.instruction_of
     told = None if asked is None else f"told_{asked}"
-    words = [w for w in (args.grasp, args.layouts, told) if w not in (None, "benchmark")]
+    numbers = None if states == range(50) else f"states_{states.start}_{states.stop - 1}"
+    words = [w for w in (args.grasp, args.layouts, told, numbers) if w not in (None, "benchmark")]
     name = "_".join(["expert", suite, *words])
     path = Path("results") / f"{name}.json"
     made_by = {
@@ -134,6 +135,7 @@ def survey(args):
     rows = finished(path, made_by)
     jobs = [(suite, task.index) for task in tasks if task.index not in rows]
     worker = (states, args.layouts, args.grasp, asked)
+    by_index = {task.index: task for task in tasks}
     # recycle=1: each task gets a fresh process; results come as they finish
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(jobs), desc="survey")
     for outcome in run_jobs(
@@ -143,8 +145,9 @@ def survey(args):
         # a table that lacks a task's numbers says why: the last line of its error
         error = outcome.error and outcome.error.strip().splitlines()[-1]
         result = error or outcome.result
-        said = {} if isinstance(result, str) else instructions.said(tasks[index], asked)
-        rows[index] = table_row(tasks[index], result, said)
+        task = by_index[index]
+        said = {} if isinstance(result, str) else instructions.said(task, asked)
+        rows[index] = table_row(task, result, said)
         table = [rows[i] for i in sorted(rows)]
         write_json(
             path,
@@ -156,12 +159,17 @@ def survey(args):
 
 
 def finished(path, made_by):
-    """{task's index: row} that a survey of the same states by the same expert has written."""
+    """{task's index: row} that a survey of the same states by the same expert has written.
+
+    Raises UserError where another one has: its table is not replaced.
+    """
     if not path.exists():
         return {}
     stored = read_json(path, "survey", "remove the file")
     if fits(stored, {"made_by": dict, "rows": [dict]}) or stored["made_by"] != made_by:
-        return {}
+        raise UserError(
+            f"{path}: is of another expert or simulator, and is left alone; move it, or remove it"
+        )
     return {row["task_id"]: row for row in stored["rows"] if row["successes"] is not None}
 
 

@@ -23,7 +23,10 @@ import runtime
 from figures import plots
 from formats import parts, smith300
 from harness import checkpoint, records
-from runtime import UserError, versions
+from runtime import UserError, read_json, versions
+from sim import instructions
+from sim.tasks import find_task
+from sim.workers import Outcome
 from study import survey
 from study.matrix_plan import same
 
@@ -171,6 +174,50 @@ def test_a_survey_takes_no_flag_that_it_ignores():
     refused(lambda: run("--seed", "1", "--setting", "cameras"), "--setting, --seed", "no effect")
     refused(lambda: collect_demos.main(["--first_state", "5"]), "--first_state", "no effect")
     refused(lambda: collect_demos.main(["--layouts", "random"]), "--layouts", "no effect")
+
+
+class Survey:
+    """Stands in for the pool of a survey's workers: every task succeeds once."""
+
+    def __init__(self, monkeypatch, folder):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(survey, "run_jobs", self.answer)
+        self.jobs = []
+
+    def answer(self, jobs, *args, **kwargs):
+        self.jobs = [index for _, index in jobs]
+        one = {"success": True, "steps": 9, "released": True, "grasps": ["side"], "outside": 0.0}
+        return [Outcome(job, [one]) for job in jobs]
+
+    def run(self, *words):
+        collect_demos.main(["--survey", "libero_spatial", *words])
+        return {p.stem: read_json(p, "table")["rows"] for p in Path("results").glob("*.json")}
+
+
+def test_a_survey_of_some_tasks_names_theirs(monkeypatch, tmp_path):
+    """A row is of the task with its number, not of the first of those asked for."""
+    pool = Survey(monkeypatch, tmp_path)
+    words = ("--n_demos", "1", "--instruction_of", "other")
+    (rows,) = pool.run(*words, "--task_ids", "3,1").values()
+    assert pool.jobs == [1, 3] and [row["task_id"] for row in rows] == [1, 3]
+    for row in rows:
+        task = find_task("libero_spatial", row["task_id"])
+        assert row["task"] == task.name
+        assert row["instruction"] == instructions.request(task, "other").task.language
+    # others are added
+    (rows,) = pool.run(*words, "--task_ids", "3,4").values()
+    assert pool.jobs == [4] and [row["task_id"] for row in rows] == [1, 3, 4]
+
+
+def test_a_survey_replaces_no_other_one(monkeypatch, tmp_path):
+    """Of other states it is another table; that of another expert is left alone."""
+    pool = Survey(monkeypatch, tmp_path)
+    pool.run("--task_ids", "0")
+    found = pool.run("--task_ids", "0", "--first_state", "20", "--n_demos", "20")
+    assert found.keys() == {"expert_libero_spatial", "expert_libero_spatial_states_20_39"}
+    monkeypatch.setattr(survey, "expert_version", lambda: "another")
+    refused(lambda: pool.run("--task_ids", "1"), "results/expert_libero_spatial.json", "left alone")
+    assert len(read_json("results/expert_libero_spatial.json", "table")["rows"]) == 1
 
 
 def test_a_suite_is_collected_into_a_folder_and_goes_on(tmp_path, capsys):
