@@ -188,9 +188,9 @@ def parse_args(argv=None):
     known += [Column(s, {}).demos(own) for s in settings for own in ("", *OWN_DEMOS)]
     args.dataset = assignments(args.dataset, known, "--dataset")
     row_flags = assignments(args.row_flags, ROWS, "--row_flags")
-    args.row_flags = {name: shlex.split(text) for name, text in row_flags.items()}
+    args.row_flags = {name: split(text, f"--row_flags {name}") for name, text in row_flags.items()}
     for name in ("collect_flags", "train_flags", "eval_flags"):
-        setattr(args, name, shlex.split(getattr(args, name)))
+        setattr(args, name, split(getattr(args, name), f"--{name}"))
     for setting, path in args.dataset.items():
         if not Path(path).is_file():
             raise UserError(f"--dataset {setting}={path}: there is no such file")
@@ -200,6 +200,14 @@ def parse_args(argv=None):
 
         args.backbone = resolve_backbone("auto", args.backbone_weights)
     return args
+
+
+def split(text, flag):
+    """Flags in one word -> their words. Raises UserError for a quote that is not closed."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{flag}={text}: {error}; close the quote") from error
 
 
 def copy_files(source, target, names):

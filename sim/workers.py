@@ -6,7 +6,8 @@ EGL contexts do not survive a fork, so each worker is spawned, makes its own, an
 time is replaced and its job is tried again. A worker whose parent dies leaves.
 
 A worker is any object with `run(job)` and `close()`. It sends pairs through its pipe: ("ready",
-None) or ("unusable", traceback) once, then ("done", result) or ("error", traceback) for each job.
+None), ("refused", sentence) or ("unusable", traceback) once, then ("done", result) or ("error",
+traceback) for each job.
 
 pebble.ProcessPool (5.2.3, tried) recycles and times out too. It was not taken: the reason for which
 an initializer fails is logged and not handed to the caller, a worker's `close` is not called, a
@@ -83,6 +84,9 @@ def _child(connection, factory, arguments):
     leave_with_parent()
     try:
         worker = factory(*arguments)
+    except UserError as error:
+        connection.send(("refused", str(error)))
+        return
     except BaseException:
         connection.send(("unusable", traceback.format_exc()))
         return
@@ -157,8 +161,8 @@ def run_jobs(
 
     A job whose worker dies, or gives no answer for `timeout` seconds, is tried `tries` times in
     all. A job that raises is reported at once. before_start: called whenever a worker is about to
-    start, to mend what it needs. Raises UserError for numbers that are out of range, and
-    RuntimeError with the worker's traceback if a worker cannot be made at all.
+    start, to mend what it needs. Raises UserError for numbers that are out of range, and where the
+    factory does; RuntimeError with the worker's traceback if one cannot be made for another reason.
     """
     for name, value in (("workers", n_workers), ("recycle", recycle), ("tries", tries)):
         if value < 1:
@@ -235,6 +239,8 @@ class _Pool:
         if kind == "ready":
             slot.ready, self.failed_starts = True, 0
             return None
+        if kind == "refused":
+            raise UserError(value)
         if kind == "unusable":
             raise RuntimeError(f"a worker could not start:\n{value}")
         job, slot.job, slot.done = slot.job, None, slot.done + 1

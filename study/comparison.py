@@ -21,6 +21,7 @@ from harness.statistics import (
     square_and_add,
     unpaired_episodes,
 )
+from runtime import UserError
 
 
 class Result(NamedTuple):
@@ -108,6 +109,12 @@ def against(result, reference, metric, sequential=False):
     """A result compared with the reference -> {"paired", "difference", "interval", "p",
     "episodes_needed", ...}, see `paired_comparison`; without pairs "why" there are none.
     """
+    counts = {len(result.runs), len(reference.runs)}
+    if sequential and len(counts) > 1 and 1 in counts:
+        raise UserError(
+            f"--sequential: {result.name} and {reference.name} have one run and several, whose "
+            "episodes are no pairs by themselves; give one run of each, or as many of each"
+        )
     by_seed, wins, why = {}, [], "no seed of training is on both sides"
     for seed, run, other in runs_that_pair(result, reference):
         names, reason = outcomes.pairing(run, other)

@@ -8,6 +8,7 @@ Evaluations that run_matrix.py would not have made stand apart, marked *.
 
 import collections
 import html
+import re
 import shlex
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def read_cells(folder, rows, layouts, recipe):
     for path in sorted(Path(folder, "evals").glob("*/summary.json")):
         # ROW-LAYOUT-sSEED; without training there is no seed: ""
         row, layout, seed = (*path.parent.name.split("-"), "")[:3]
-        if row not in rows or layout not in layouts:
+        if row not in rows or layout not in layouts or not re.fullmatch(r"(s\d+)?", seed):
             raise UserError(
                 f"{path.parent}: its name is no ROW-LAYOUT-sSEED of the table; move it elsewhere"
             )

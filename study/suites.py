@@ -54,7 +54,8 @@ def evaluate(args, network, evaluate_task):
             if args.plus:
                 one.n_episodes = len(variants[task.index])
             evaluate_task(one, network)
-            done.append(task)
+            # where it was not given, the evaluation has set it
+            done.append((task, one.n_episodes))
         except UserError as error:
             failures.append(f"{task.key}: {error}")
             print(f"failed: {error}", flush=True)
@@ -97,14 +98,15 @@ def of_one(args, task, folder, info):
 
 
 def summarised(args, suite, tasks, folder):
-    """The suite's summary, JSON-able, from the folders of its tasks."""
+    """The suite's summary, JSON-able, from the folders of its tasks: [(task, its episodes)]."""
     steps = args.max_steps or STEPS.get(suite, USUAL_STEPS)
     cells, every = [], []
-    for task in tasks:
-        rows = list(scored_episodes(folder / task.key).values())
+    for task, n in tasks:
+        # an earlier run in the same folder may have gone further
+        rows = [r for index, r in scored_episodes(folder / task.key).items() if index < n]
         every += rows
         cells.append({"task": task.key, "instruction": task.language, **rates(rows, steps)})
-    first = read_summary(folder / tasks[0].key)
+    first = read_summary(folder / tasks[0][0].key)
     kept = ("model_type", "policy", "setting", "split", "checkpoint", "trained", "versions")
     found = [c["success_rate"] for c in cells if c["n"]]
     return {

@@ -186,6 +186,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, name, text, said):
 def test_bad_words_are_refused_in_one_sentence(tmp_path):
     """What cannot be compared is said before anything is computed."""
     a = str(EVALS / "para-shifted-s0")
+    c, d = (str(EVALS / f"para-viewpoint-s{seed}") for seed in (0, 1))
     for words, said in (
         ([a], "two or more"),
         ([a, a], "called para-shifted-s0"),
@@ -193,6 +194,7 @@ def test_bad_words_are_refused_in_one_sentence(tmp_path):
         ([a, f"B={a}", "--reference", "C"], "--reference C"),
         ([a, f"B={a}", "--out", "x.jpg"], "x.jpg"),
         ([a, f"B={tmp_path}"], "neither episodes.jsonl"),
+        ([a, f"B={c},{d}", "--sequential"], "one run and several"),
     ):
         with pytest.raises(UserError, match=said):
             compare.main(words)

@@ -95,6 +95,7 @@ def write_task(args, network):
     given = {"variant": "task", "split": None, "clean_scene": None}
     asked = argparse.Namespace(**{**vars(args), **given})
     write_json(args.out / "summary.json", summarise(rows, asked, {}))
+    args.n_episodes = len(rows)
 
 
 def test_the_whole_is_that_of_its_episodes(tmp_path, capsys):
@@ -119,6 +120,20 @@ def test_the_whole_is_that_of_its_episodes(tmp_path, capsys):
     assert "| all |  | 9 | 33% (" in printed and "mean of the tasks 37.5%" in printed
     page = (tmp_path / "all" / "report.html").read_text()
     assert "next to the ramekin" in page and "went to the named object" in page
+
+
+def test_episodes_beyond_those_asked_for_do_not_count(tmp_path):
+    """A folder holds more of one task where an earlier run in it asked for more."""
+
+    def two(args, network):
+        write_task(args, network)
+        args.n_episodes = 2  # as eval.py fills it in
+
+    args = flags(f"--policy blind --task_suite {SPATIAL} --task_ids 1,2 --out {tmp_path}/all")
+    suites.evaluate(args, None, two)
+    summary = json.loads((tmp_path / "all" / "suite.json").read_text())
+    assert [(c["success"], c["n"]) for c in summary["tasks"]] == [(1, 2), (0, 2)]
+    assert (summary["success"], summary["n"]) == (1, 4)
 
 
 def test_one_task_or_several(tmp_path):

@@ -59,6 +59,13 @@ class Unmakeable:
         raise OSError("no EGL here")
 
 
+class Refuses:
+    """A worker that was asked for something that cannot be."""
+
+    def __init__(self):
+        raise UserError("the clean scene has no other bowl; give --no-clean_scene")
+
+
 class DiesAtStart:
     """A worker whose process ends while it is made."""
 
@@ -273,6 +280,12 @@ def test_a_worker_that_cannot_start_ends_the_run(factory, reason):
     """
     with pytest.raises(RuntimeError, match=reason):
         list(run_jobs(range(3), factory, n_workers=1, timeout=1 if factory is HangsAtStart else 60))
+
+
+def test_what_a_worker_refuses_at_its_start_is_one_sentence():
+    """As what it refuses in a job: the caller's user has no use for a traceback."""
+    with pytest.raises(UserError, match="^the clean scene has no other bowl; give"):
+        list(run_jobs(range(3), Refuses, n_workers=2))
 
 
 def test_workers_have_one_thread_each_and_the_parent_is_left_alone(monkeypatch):
