@@ -207,7 +207,7 @@ def file_attributes(args, task, made_with, simulated):
     of a replayed file's states.
     """
     of_this_program = {
-        "grasp": args.grasp,
+        **({"grasp": args.grasp} if args.grasp else {}),
         "variant": args.variant,
         "setting": args.setting,
         "part": args.part,

@@ -49,13 +49,20 @@ from harness.remote import ServerLost
 from harness.summary import place_of, print_summary, summarise
 from runtime import UserError, append_jsonl, run_script, write_json
 from sim import instructions, layouts, plus, remote, settings
-from sim.asked import as_trained, cell_name, refuse_without_meaning, stamp_of, where_run
+from sim.asked import (
+    as_trained,
+    cell_name,
+    refuse_unread,
+    refuse_without_meaning,
+    stamp_of,
+    where_run,
+)
 from sim.cameras import RENDERS
 from sim.decisions import Decider, RemoteAgent
 from sim.expert import EXPERTS, default_grasp
 from sim.layouts import LAYOUTS
 from sim.libero_env import Scene
-from sim.protocol import check_protocol
+from sim.protocol import check_protocol, references_of
 from sim.rollout import (
     BlindAgent,
     OracleAgent,
@@ -148,13 +155,14 @@ class EvalWorker:
         state, described = self.place(job)
         scene = self.scene
         event = layouts.event(args.layout, job)
-        path = expert_path(scene, state, grasp=args.grasp, variant=args.variant)
+        path = self.known_path(state)
         every = args.video_every if job < args.n_videos else 0
         seed = draw_seed(args.seed, job)
         if args.policy == "expert":
             row, frames, thumbs = run_expert(
                 scene,
                 state,
+                args.max_steps,
                 video_every=every,
                 path=path,
                 grasp=args.grasp,
@@ -194,6 +202,18 @@ class EvalWorker:
             **self.said,
             **row,
         }
+
+    def known_path(self, state):
+        """The expert's path from a state (S,). None of a task that it cannot do, where the policy
+        does not need it: there is then no coverage.
+        """
+        args = self.args
+        try:
+            return expert_path(self.scene, state, grasp=args.grasp, variant=args.variant)
+        except UserError:
+            if args.policy in ("expert", "oracle", "blind"):
+                raise
+            return None
 
     def scene_of(self, task):
         """The Scene of a Task, which says and asks for what the flags say."""
@@ -355,8 +375,8 @@ def add_acting_flags(group):
     add(
         "--waypoint_stride",
         type=flags.count,
-        default=5,
-        help="oracle: steps ahead; without --teleport: actions per waypoint",
+        help="oracle: steps ahead; without --teleport: actions per waypoint (the checkpoint's, "
+        "else 5)",
     )
     add(
         "--stop_stalled",
@@ -418,6 +438,7 @@ def prepare(args, network=None):
         as_trained(args, info, network.about["config"])
     instructions.check(args, network and network.about["config"])
     remote.agree(args)
+    args.waypoint_stride = args.waypoint_stride or 5
     args.max_steps = args.max_steps or 600
     args.n_videos = 3 if args.n_videos is None else args.n_videos
     args.zero_rotation = bool(args.zero_rotation)
@@ -437,12 +458,12 @@ def prepare(args, network=None):
     if args.n_episodes is None:
         conditions = layouts.conditions(args.layout, args.split)
         args.n_episodes = 50 if setting != "position" else 5 * len(conditions)
-    # beyond the init states, `benchmark` would repeat episodes
-    available = args.n_episodes if args.plus else len(init_states(task))
-    if args.n_episodes < 1 or args.layout == "benchmark" and args.n_episodes > available:
+    # a repeated episode would count twice
+    most = layouts.distinct(args.layout, args.split, len(init_states(task)))
+    if most and not args.plus and args.n_episodes > most:
         raise UserError(
-            f"--n_episodes {args.n_episodes}: {task.key} has {available} benchmark init states, "
-            f"use 1 to {available}"
+            f"--n_episodes {args.n_episodes}: {task.key} has {most} different episodes of "
+            f"--layout {args.layout}, then they repeat; use 1 to {most}"
         )
     args.out = args.out or Path("runs/eval") / cell_name(args, info, task)
     return info
@@ -450,6 +471,7 @@ def prepare(args, network=None):
 
 def evaluate(args):
     """One task, or several -> the exit code."""
+    refuse_unread(args)
     plus.agree(args)
     with network_of(args) as network:
         if args.task_ids is not None:
@@ -464,9 +486,13 @@ def evaluate_task(args, network):
     asked = stamp_of(args, info)
     check_stamp(args.out, asked)
     write_json(args.out / "settings.json", asked)
-    rows = run_episodes(args, network, where)
+    rows = run_episodes(args, network, where, info)
     rows = [rows[i] for i in sorted(rows)]
     summary = {**summarise(rows, args, info), **where, "versions": simulator_versions()}
+    commits = list(dict.fromkeys(row["commit"] for row in rows if "commit" in row))
+    if len(commits) > 1:
+        summary["commits"] = commits
+        print(f"warning: {args.out}: its episodes are of several commits: {', '.join(commits)}")
     if args.policy == "remote":
         summary["model_type"] = args.label
         summary["remote"] = {name: getattr(args, name) for name in remote.NAMES}
@@ -477,9 +503,10 @@ def evaluate_task(args, network):
     return 1 if not summary["n"] else 0
 
 
-def run_episodes(args, network, where):
+def run_episodes(args, network, where, info):
     """Run the episodes that the folder does not hold yet -> {episode: row} of all. Each row is
-    written as soon as its episode ends. where: what every row says of the simulator.
+    written as soon as its episode ends. where: what every row says of the simulator; info: of the
+    checkpoint, {} without one.
     """
     # crashed episodes of an earlier run are tried again
     rows = {
@@ -495,7 +522,10 @@ def run_episodes(args, network, where):
         unit="episode",
     )
     # the protocol is the first job: a wrong one ends the evaluation before much is simulated
-    served = (network.address, network.about["reference"]) if network else ()
+    served = ()
+    if network:
+        task = find_task(args.task_suite, args.task_id)
+        served = (network.address, references_of(task, info, network.about["reference"]))
     for outcome in run_jobs(
         ["protocol", *jobs] if jobs else [],
         EvalWorker,

@@ -73,11 +73,10 @@ for run in para_spatial_fixed para_spatial para_spatial_1 para_spatial_2 autoreg
   done
 done
 # bounds that need no training
+bounds="--task_ids all --n_episodes 10 --teleport --waypoint_stride 8 --grasp planned --render fast --n_videos 0"
 for name in spatial object goal; do
-  for bound in oracle blind; do
-    python eval.py --policy $bound --task_suite libero_$name --task_ids all --n_episodes 10 --teleport --margin 4 \
-      --waypoint_stride 8 --grasp planned --render fast --n_videos 0 --out runs/suites/${bound}_$name/benchmark
-  done
+  python eval.py --policy oracle --task_suite libero_$name $bounds --margin 4 --out runs/suites/oracle_$name/benchmark
+  python eval.py --policy blind --task_suite libero_$name $bounds --out runs/suites/blind_$name/benchmark
 done
 # where the oracle of Spatial fails: cells of no size, and waypoints nearer to each other
 oracle="--policy oracle --task_suite libero_spatial --task_ids 4,5,6,9 --n_episodes 10 --teleport --margin 4"

@@ -5,7 +5,7 @@ what a folder's episodes have in common.
 import canonical
 from harness.records import demos_simulator, run_name, simulator_changes
 from harness.summary import place_of
-from runtime import UserError
+from runtime import UserError, git_commit
 from sim import remote, settings
 from sim.layouts import LAYOUTS
 from sim.simulator import simulator, simulator_versions
@@ -33,7 +33,14 @@ def as_trained(args, info, config):
 
     Raises UserError for a --render or --split other than those that it was trained on.
     """
-    args.image_size, args.waypoint_stride = config["image_size"], config["waypoint_stride"]
+    for name in ("image_size", "waypoint_stride"):
+        given = getattr(args, name)
+        if given not in (None, config[name]):
+            raise UserError(
+                f"--{name} {given}: {args.ckpt} was trained with {config[name]}, which it keeps; "
+                "leave the flag out"
+            )
+        setattr(args, name, config[name])
     trained_on = info.get("dataset", {})
     rendered = trained_on.get("render", "exact")
     args.render = args.render or rendered
@@ -43,11 +50,14 @@ def as_trained(args, info, config):
             f"which look otherwise; give --render {rendered}, or train on demonstrations of "
             f"collect_demos.py --render {args.render}"
         )
-    for name in ("task_suite", "grasp", "variant"):
+    for name in ("task_suite", "variant"):
         if getattr(args, name) is None:
             setattr(args, name, trained_on.get(name))
     if args.task_id is None:
         args.task_id = int(trained_on.get("task_id", 0))
+    # another task than the one that was trained on may be grasped otherwise
+    if args.grasp is None and int(trained_on.get("task_id", args.task_id)) == args.task_id:
+        args.grasp = trained_on.get("grasp")
     # the verdict's rows are compared episode by episode: theirs is the layout's scene for all
     as_layout = LAYOUTS[args.layout].frozen is not None
     if args.clean_scene is None and "clean_scene" in trained_on and not as_layout:
@@ -64,6 +74,25 @@ def as_trained(args, info, config):
             )
     trained = f"{info['model_type']}, step {info.get('step')}"
     print(f"{args.ckpt}: {trained}, backbone {info['backbone_identity']}")
+
+
+# flags that one kind of policy reads, and the value of each where it was not given
+READ_BY = {
+    "checkpoint": {"ckpt": None, "feedback": None, "sample": None, "temperature": None},
+    "oracle": {"grid": 64, "n_height_bins": 32, "margin": 0},
+    "remote": {"replan_steps": 5, "send_size": None, "label": None},
+}
+
+
+def refuse_unread(args):
+    """Raise UserError for a flag that --policy does not read. Before flags are filled in."""
+    for policy, names in READ_BY.items():
+        given = [n for n, usual in names.items() if getattr(args, n) != usual]
+        if given and args.policy != policy:
+            raise UserError(
+                f"--{given[0]}: --policy {args.policy} does not read it, --policy {policy} does; "
+                "leave it out"
+            )
 
 
 def refuse_without_meaning(args):
@@ -111,12 +140,14 @@ def cell_name(args, info, task):
 
 
 def where_run(info):
-    """What every row and the summary say of the simulator: versions and renderer.
+    """What every row and the summary say of the simulator, its versions and renderer, and of this
+    repository, its commit.
 
     For a checkpoint also MuJoCo's version and the renderer behind its demonstrations. Prints a
     warning for each that is another one here.
     """
-    found = {"simulator": simulator()}
+    # a run that goes on may be of newer code than its first episodes
+    found = {"simulator": simulator(), "commit": git_commit()}
     if info:
         theirs = demos_simulator(info)
         # of a dataset that names no renderer, rows name none

@@ -39,7 +39,9 @@ def fill_spreads(args):
 
 
 def usual_grasp(args):
-    """The grasp where none was given: the task's, and `side` for a replay, which needs none."""
+    """The grasp where none was given: the task's. For a replay `side`, until its file is read, as
+    `sim.replay.take_from_replayed` does.
+    """
     if args.replay:
         return "side"
     task = find_task(args.task_suite or "libero_spatial", args.task_id)

@@ -12,6 +12,7 @@ and plate each by itself, `verdict_viewpoint_low` has the views that a grid deco
 `val_moved_midway` are for tuning.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -97,6 +98,14 @@ def init_state_of(layout, index, n=50):
     """
     found = LAYOUTS[layout]
     return index % n if found.part == "test" and found.setting != "position" else None
+
+
+def distinct(layout, split=None, n=50):
+    """How many of its episodes differ, None where all do. n: the benchmark's init states."""
+    found = LAYOUTS[layout]
+    if init_state_of(layout, 0) is None or found.shift_seed is not None or found.moved:
+        return None
+    return math.lcm(n, len(conditions(layout, split)))
 
 
 def event(layout, index):

@@ -4,6 +4,7 @@ or bowl. Metres in the world frame.
 
 import numpy as np
 
+from runtime import UserError
 from sim.clearance import Boxes, clearance, up
 from sim.grasps import choose
 from sim.keyposes import KeyPose, Stage
@@ -52,6 +53,11 @@ class PickPlace(Stage):
         scene, pick = self.scene, self.pick
         self.boxes = Boxes(scene, without=(None, pick))
         self.grasp = choose(scene, self.boxes, pick, self.goal(), self.preferred, self.missed)
+        if self.grasp is None:
+            raise UserError(
+                f"{scene.task.key}: the scripted expert has no grasp for {pick}, which is wider "
+                "than its fingers open; choose another task, or --replay demonstrations of it"
+            )
         self.word = self.grasp.name
         self.rest = scene.position(pick)[2]
         self.at = scene.position(pick) + self.grasp.offset

@@ -74,6 +74,21 @@ def check_protocol(scene, reference, condition):
     return found
 
 
+def references_of(task, info, reference):
+    """A checkpoint's stored frames that show a Task's scene, for `training_frame_difference`.
+
+    Those of the only task that was trained on name none. Another task may have other objects in a
+    state (S,) of the same length, which would then look otherwise.
+    info: of the checkpoint; reference: its arrays.
+    """
+    data = info.get("dataset", {})
+    of_dataset = [f"{data['task_suite']}_{data['task_id']}"] if "task_id" in data else []
+    trained_on = list(info.get("tasks") or of_dataset)
+    if len(trained_on) == 1 and trained_on[0] != unperturbed(task).key:
+        return {}
+    return reference
+
+
 def training_frame_difference(scene, reference):
     """Render a training frame's state again -> the mean difference to the stored image in grey
     levels (0-255), or None where no stored frame is of this scene.

@@ -27,6 +27,7 @@ REPLAYED = "drop this demo, or take another file"
 # attributes that a replayed file may have, see runtime.fits
 REPLAY_FORM = {
     "variant?": str,
+    "grasp?": str,
     "setting?": str,
     "split?": str,
     "part?": str,
@@ -120,6 +121,7 @@ def take_from_replayed(args):
         args.task_suite, args.task_id = task.suite, task.index
     args.n_demos = min(n_demos, args.n_demos or n_demos)
     args.variant = attributes.get("variant", args.variant)
+    args.grasp = attributes.get("grasp")  # of another's recording nobody knows
     recorded = attributes.get("setting", "in_dist")
     if args.setting == "cameras" and recorded not in CAMERAS_ALONE:
         raise UserError(

@@ -511,12 +511,13 @@ def run_expert(
 ):
     """Run an episode of the scripted expert -> what `run_episode` answers, in the same account.
 
-    max_steps: the expert's own, where None.
+    max_steps: at most these, and at most the expert's own.
     """
     started = time.perf_counter()
     scene.begin_episode(state)
     expert = new_expert(grasp, variant).plan(scene)
-    episode = Episode(scene, max_steps or expert.max_steps, video_every, variant, event)
+    limit = min(max_steps or expert.max_steps, expert.max_steps)
+    episode = Episode(scene, limit, video_every, variant, event)
     # in `lift_once` the expert goes on staying: the account wants longer than a demonstration lasts
     while not episode.over and not (expert.done and variant == "task"):
         target, episode.gripper = expert.act(scene, episode.eef, episode.eef_rot)

@@ -1,8 +1,11 @@
 """An evaluation's episodes: nothing about them depends on what else runs."""
 
 import numpy as np
+import pytest
+from helpers import run
 
 import eval as evaluation
+from runtime import git_commit, read_jsonl
 from sim.workers import run_jobs
 
 STEPS = 12
@@ -18,6 +21,24 @@ def rows(args, network, jobs, n_workers):
         del row["seconds"]
     traces = {job: np.load(args.out / "traces" / f"{job:03d}.npz")["states"] for job in jobs}
     return found, traces
+
+
+@pytest.mark.parametrize("task", [0, 5])
+def test_a_policy_is_evaluated_where_the_expert_can_do_nothing(task, trained, tmp_path):
+    """Of LIBERO-10, two things to bring somewhere and a book too wide for the fingers: the episode
+    is played and scored, and only the comparison with the expert's path is missing. The expert
+    itself is refused.
+    """
+    checkpoint = trained[0] / "checkpoint.safetensors"
+    words = f"--task_suite libero_10 --task_id {task} --n_episodes 1 --workers 1 --n_videos 0"
+    words = f"{words} --max_steps {STEPS}".split()
+    acted = ["--ckpt", checkpoint, "--teleport", "--zero_rotation", "--no-clean_scene"]
+    run("eval.py", *acted, *words, "--out", "out", cwd=tmp_path)
+    (row,) = read_jsonl(tmp_path / "out" / "episodes.jsonl")
+    assert (row["success"], row["steps"], row["coverage_8px"]) == (False, STEPS, None)
+    assert row["commit"] == git_commit()
+    refused = run("eval.py", "--policy", "expert", *words, cwd=tmp_path, ok=False)
+    assert refused.returncode == 2 and "the scripted expert" in refused.stderr
 
 
 def test_outcomes_do_not_depend_on_workers_and_order(trained, tmp_path):

@@ -140,6 +140,8 @@ def test_a_replay_shows_the_same_demonstration_from_elsewhere(both, tmp_path):
     path = both / "libero_spatial_2.hdf5"
     run(f"{command} {path} --n_demos 3", cwd=tmp_path)
     files = [open_dataset(p, int(SIZE)) for p in (path, tmp_path / "again.hdf5")]
+    # by it an evaluation knows whose path its coverage is of
+    assert [file.attributes["grasp"] for file in files] == ["planned", "planned"]
     for old, new in zip(files[0].demos, files[1].demos):
         np.testing.assert_array_equal(old.states, new.states)
         np.testing.assert_allclose(old.ee_pos, new.ee_pos, atol=1e-3)

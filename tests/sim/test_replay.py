@@ -102,6 +102,7 @@ def test_replay_restores_official_files(official, changed, tmp_path):
     recordings = open_dataset(tmp_path / "replayed/official_demo_replayed.hdf5", int(SIZE))
     new, attributes = recordings.demos, recordings.attributes
     assert simulated_with(attributes) == {} and attributes["image_orientation"] == "upright"
+    assert "grasp" not in attributes  # which nobody knows
     _, images, positions, scene = official
     # while it moves, MuJoCo's body poses are one physics step (2 ms) older than its state, in
     # LIBERO's own files as well
