@@ -5,7 +5,7 @@ import numpy as np
 from camera import project, unproject
 from formats.demos import GRIPPER_STEPS
 from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
-from sim.tasks import unperturbed
+from sim.tasks import only_task, unperturbed
 
 
 def check_protocol(scene, reference, condition):
@@ -81,12 +81,8 @@ def references_of(task, info, reference):
     state (S,) of the same length, which would then look otherwise.
     info: of the checkpoint; reference: its arrays.
     """
-    data = info.get("dataset", {})
-    of_dataset = [f"{data['task_suite']}_{data['task_id']}"] if "task_id" in data else []
-    trained_on = list(info.get("tasks") or of_dataset)
-    if len(trained_on) == 1 and trained_on[0] != unperturbed(task).key:
-        return {}
-    return reference
+    trained_on = only_task(info)
+    return reference if trained_on in (None, unperturbed(task).key) else {}
 
 
 def training_frame_difference(scene, reference):

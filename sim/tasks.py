@@ -131,6 +131,17 @@ def unperturbed(task):
     return find_task(suite, names.index(task.name)) if task.name in names else task
 
 
+def only_task(info):
+    """Key of the only task that a checkpoint was trained on; None of several, or where it does not
+    say. info: what its header holds.
+    """
+    of_dataset = info.get("dataset", {})
+    said = "task_suite" in of_dataset and "task_id" in of_dataset
+    key = [f"{of_dataset['task_suite']}_{of_dataset['task_id']}"] if said else []
+    keys = list(info.get("tasks") or key)
+    return keys[0] if len(keys) == 1 else None
+
+
 def init_states(task):
     """The benchmark's init states of a Task, (N,S) flattened MuJoCo states [time, qpos, qvel].
 

@@ -11,6 +11,7 @@ from sim.asked import as_trained, refuse_unread
 from sim.layouts import LAYOUTS
 
 CONFIG = {"image_size": 448, "waypoint_stride": 8}
+OBJECT, SWAP = "--task_suite libero_object", "--task_suite libero_spatial_swap"
 INFO = {"model_type": "para", "backbone_identity": "x"}
 
 
@@ -59,6 +60,8 @@ def test_what_a_checkpoint_keeps_is_not_given_otherwise(name):
     [
         ({"task_suite": "libero_spatial", "task_id": "0", "grasp": "side"}, "", "side"),
         ({"task_suite": "libero_spatial", "task_id": "0", "grasp": "side"}, "--task_id 3", None),
+        ({"task_suite": "libero_spatial", "task_id": "0", "grasp": "side"}, OBJECT, None),
+        ({"task_suite": "libero_spatial", "task_id": "0", "grasp": "side"}, SWAP, "side"),
         ({"task_suite": "libero_spatial", "grasp": "planned"}, "--task_id 3", "planned"),
         ({"task_suite": "libero_spatial"}, "", None),
         ({"task_suite": "libero_spatial", "grasp": "planned"}, "--grasp rim", "rim"),
