@@ -32,6 +32,8 @@ COLUMNS = {
     "released": ("released",),
     "first_success": ("first_success",),
 }
+# LeRobot's file does not say which init states its own environment played
+TAKEN_FOR_GRANTED = "the benchmark's in their order"
 YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 # forms of `runtime.fits`, of what is used here
 SCORED = {"episode": int, "success": bool, "layout?": str, "seed?": int}
@@ -98,6 +100,10 @@ def read_runs(path):
     Raises UserError in one sentence for what is none of the three kinds, or damaged.
     """
     path = Path(path)
+    if (path / "suite.json").is_file():
+        # of several tasks, a folder each
+        folders = [p.parent for p in sorted(path.glob("*/episodes.jsonl"))]
+        return [run for folder in folders for run in read_runs(folder)]
     if path.is_dir():
         inside = [path / name for name in ("episodes.jsonl", "eval_info.json")]
         found = next((p for p in inside if p.is_file()), None)
@@ -174,16 +180,19 @@ def seed_of(settings, summary):
 
 
 def suite_and_layout(group):
-    """A group of LeRobot's tasks -> (suite, our layout, None where unknown): LIBERO's suites by
-    LeRobot's own environment, SUITE_LAYOUT by plugins/lerobot_env_libero_calibrated.
+    """A group of LeRobot's tasks -> (suite, our layout, None where unknown, its first episode):
+    LIBERO's suites by LeRobot's own environment, SUITE_LAYOUT or SUITE_LAYOUT_fromN by
+    plugins/lerobot_env_libero_calibrated.
     """
+    group, _, first = re.fullmatch(r"(.*?)(_from(\d+))?", group).groups()
+    first = int(first or 0)
     for suite in LIBERO_SUITES:
         rest = group.removeprefix(f"{suite}_")
         if group == suite:
-            return suite, "benchmark"
+            return suite, "benchmark", first
         if rest not in (group, *PRO_SUITES):
-            return suite, rest
-    return group, None
+            return suite, rest, first
+    return group, None, first
 
 
 def read_lerobot(path):
@@ -194,13 +203,15 @@ def read_lerobot(path):
     found = read_json(path, "evaluation of LeRobot", remedy, (LEROBOT_TASKS, LEROBOT_ONE))
     episodes = {}
     for task in found.get("per_task", ()):
-        group, layout = suite_and_layout(task["task_group"])
+        group, layout, first = suite_and_layout(task["task_group"])
         number = task["task_id"]
-        for i, success in enumerate(task["metrics"]["successes"]):
+        for i, success in enumerate(task["metrics"]["successes"], first):
             episodes[Key(f"{group}/{number}", layout, i)] = {"success": success}
     for row in found.get("per_episode", ()):
         episodes[Key(None, None, row["episode_ix"], row.get("seed"))] = {"success": row["success"]}
     protocol = {}
+    if any(task["task_group"] in LIBERO_SUITES for task in found.get("per_task", ())):
+        protocol["init_states"] = TAKEN_FOR_GRANTED
     for name in ("task", "layout"):
         values = sorted({str(getattr(k, name)) for k in episodes})
         if values and "None" not in values:

@@ -4,7 +4,8 @@ Run it in LeRobot's environment (Python 3.12), with websockets and msgpack besid
 
     python serve_lerobot.py outputs/train/act/checkpoints/last/pretrained_model --port 8000
 
-It is made for policies of one observation step that were trained on LIBERO in LeRobot's convention:
+It is made for policies of one observation step that remember nothing between two chunks and were
+trained on LIBERO in LeRobot's convention:
 observation.images.image (and image2, the camera on the hand), observation.state (8,), action (7,).
 A chunk of actions an answer; a connection is an episode.
 """
@@ -12,6 +13,7 @@ A chunk of actions an answer; a connection is an episode.
 import argparse
 import contextlib
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -57,6 +59,7 @@ class Server:
         self.config = PreTrainedConfig.from_pretrained(path)
         self.policy = get_policy_class(self.config.type).from_pretrained(path).eval()
         self.before, self.after = make_pre_post_processors(self.config, path)
+        self.one_at_a_time = threading.Lock()  # eval.py opens a connection for each worker
         self.images = {k: v for k, v in IMAGES.items() if k in self.config.image_features}
 
     def metadata(self):
@@ -85,7 +88,9 @@ class Server:
             for message in connection:
                 try:
                     request = msgpack.unpackb(message, object_hook=decode)
-                    answer = msgpack.packb({"actions": encode(self.actions(request))})
+                    with self.one_at_a_time:
+                        actions = self.actions(request)
+                    answer = msgpack.packb({"actions": encode(actions)})
                 except Exception:
                     # as openpi's servers do: the traceback as text, and the end
                     connection.send(traceback.format_exc())

@@ -32,10 +32,43 @@ class Result(NamedTuple):
 
 
 def result_of(name, runs):
-    """A Result of runs: by the seeds of their trainings where all are known and differ."""
+    """A Result of runs: by the seeds of their trainings where all are known and differ.
+
+    Several tasks, or layouts, of one training are one run: an interval over seeds is not one over
+    tasks.
+    """
+    runs = joined(runs)
     seeds = [run.train_seed for run in runs]
     labels = seeds if None not in seeds and len(set(seeds)) == len(seeds) else range(len(runs))
     return Result(name, {str(label): run for label, run in zip(labels, runs)})
+
+
+def joined(runs):
+    """Runs of one training, or of nobody knows which, that share no episode and differ in the task
+    or layout -> one, of all their episodes.
+    """
+    by_training = {}
+    for run in runs:
+        by_training.setdefault(run.train_seed, []).append(run)
+    found = []
+    for parts in by_training.values():
+        named = all("task" in run.fields() for run in parts)
+        places = [{key[:2] for key in run.episodes} for run in parts] if named else []
+        apart = named and sum(map(len, places)) == len(set().union(*places))
+        found += [together(parts)] if len(parts) > 1 and apart else parts
+    return found
+
+
+def together(parts):
+    """Several outcomes.Run as one."""
+    names = dict.fromkeys(name for run in parts for name in run.protocol)
+    said = {n: dict.fromkeys(r.protocol[n] for r in parts if n in r.protocol) for n in names}
+    return parts[0]._replace(
+        path=parts[0].path.parent.parent,
+        episodes={k: row for run in parts for k, row in run.episodes.items()},
+        crashed=frozenset().union(*(run.crashed for run in parts)),
+        protocol={name: " ".join(values) for name, values in said.items()},
+    )
 
 
 # -- whether they can be compared -----------------------------------------------------------------
@@ -50,6 +83,12 @@ def notes(results, reference):
         runs = list(result.runs.values())
         if crashed := sum(len(run.crashed) for run in runs):
             found.append(f"{result.name}: {crashed} crashed episodes are not scored")
+        if any("init_states" in run.protocol for run in runs):
+            found.append(
+                f"{result.name}: LeRobot's file does not say its init states, which are taken for "
+                f"{outcomes.TAKEN_FOR_GRANTED}; with --env.init_states=false it has others, and "
+                "no pair below means anything"
+            )
         if unknown := sorted({run.kind for run in runs if "max_steps" not in run.protocol}):
             found.append(
                 f"{result.name}: files of {', '.join(unknown)} do not say their protocol (control "
@@ -109,11 +148,10 @@ def against(result, reference, metric, sequential=False):
     """A result compared with the reference -> {"paired", "difference", "interval", "p",
     "episodes_needed", ...}, see `paired_comparison`; without pairs "why" there are none.
     """
-    counts = {len(result.runs), len(reference.runs)}
-    if sequential and len(counts) > 1 and 1 in counts:
+    if sequential and len(result.runs) + len(reference.runs) > 2:
         raise UserError(
-            f"--sequential: {result.name} and {reference.name} have one run and several, whose "
-            "episodes are no pairs by themselves; give one run of each, or as many of each"
+            f"--sequential: {result.name} and {reference.name} have several seeds, whose episodes "
+            "share their layouts and come in no order in time; give one run of each"
         )
     by_seed, wins, why = {}, [], "no seed of training is on both sides"
     for seed, run, other in runs_that_pair(result, reference):

@@ -1,11 +1,13 @@
 """LeRobot datasets beside the simulator: the cameras of LIBERO's scenes, and its pictures."""
 
 import importlib
+import importlib.util
 import json
 import re
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from camera import extrinsics_from_mujoco
 from formats import libero_hdf5
@@ -24,8 +26,10 @@ from formats.pictures import ORIENTATIONS, check_pictures
 from rot_utils import quat_to_matrix
 from runtime import UserError
 from sim.clearance import Boxes
+from sim.expert import servo_action
 from sim.libero_env import Scene
 from sim.tasks import env_metadata, find_task, init_states
+from sim.variants import new_expert
 
 
 class Arena:
@@ -113,3 +117,29 @@ def test_images_are_the_simulators_own_turned_by_180_degrees(lerobot_dataset, co
         seen = libero_hdf5.read_images(collected[0], file, "demo_0", [0])[0]
     of_mujoco = seen[::-1]
     assert np.array_equal(stored, of_mujoco[::-1, ::-1])
+
+
+@pytest.mark.parametrize("layout, moves", [("val_moved_midway", True), ("val", False)])
+def test_the_environment_for_lerobot_sets_the_bowl_aside_too(layout, moves):
+    """As eval.py does, once the arm hovers over it: a layout is the same under either."""
+    path = ROOT / "plugins" / "lerobot_env_libero_calibrated" / "src"
+    path = path / "lerobot_env_libero_calibrated" / "environment.py"
+    spec = importlib.util.spec_from_file_location("environment", path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    env = made.CalibratedLibero(
+        **{"suite": "libero_spatial", "task_id": 0, "layout": layout, "split": None, "clean": False},
+        **{"size": 64, "render": "fast", "wrist": False, "episode_length": 99},
+        **{"first_episode": 3, "stride": 1},
+    )
+    env.reset()
+    scene, expert = env.scene, new_expert("side", "task").plan(env.scene)
+    before = scene.position(scene.pick)[:2]
+    while env.steps < 60 and not (env.event and env.event.row) and expert.phase != "close":
+        now = scene.observe(image=False)
+        target, gripper = expert.act(scene, now.eef_pos, now.eef_rot)
+        env.step(servo_action(now.eef_pos, target, gripper, eef_rot=now.eef_rot))
+    moved = np.linalg.norm(scene.position(scene.pick)[:2] - before)
+    assert 5 < env.steps < 60
+    assert moved == pytest.approx(0.05, abs=0.01) if moves else moved < 0.01
+    env.close()

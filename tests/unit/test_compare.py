@@ -194,7 +194,7 @@ def test_bad_words_are_refused_in_one_sentence(tmp_path):
         ([a, f"B={a}", "--reference", "C"], "--reference C"),
         ([a, f"B={a}", "--out", "x.jpg"], "x.jpg"),
         ([a, f"B={tmp_path}"], "neither episodes.jsonl"),
-        ([a, f"B={c},{d}", "--sequential"], "one run and several"),
+        ([a, f"B={c},{d}", "--sequential"], "have several seeds"),
     ):
         with pytest.raises(UserError, match=said):
             compare.main(words)
@@ -223,5 +223,38 @@ def test_episodes_of_the_calibrated_environment_pair_by_layout():
         keys = {("libero_spatial/0", layout, i) for i in range(20)}
         assert {(k.task, k.layout, k.episode) for k in run.episodes} == keys
     # a suite of LIBERO-PRO is no layout
-    assert suite_and_layout("libero_spatial_swap") == ("libero_spatial_swap", None)
-    assert suite_and_layout("libero_10_val_shifted") == ("libero_10", "val_shifted")
+    assert suite_and_layout("libero_spatial_swap") == ("libero_spatial_swap", None, 0)
+    assert suite_and_layout("libero_10_val_shifted") == ("libero_10", "val_shifted", 0)
+
+
+def test_episodes_that_begin_later_keep_their_numbers(tmp_path):
+    """--env.first_episode=50: the first row is episode 50, and pairs with nothing before it."""
+    file = lerobot(tmp_path / "eval_info.json", [True, False], "libero_spatial_shifted_from50")
+    (run,) = read_lerobot(file)
+    assert [(k.layout, k.episode) for k in run.episodes] == [("shifted", 50), ("shifted", 51)]
+    assert "init_states" not in run.protocol
+
+
+def test_what_lerobots_file_does_not_say_is_said(tmp_path, capsys):
+    """Its own environment's init states are the benchmark's, or drawn: a reader has to know."""
+    file = lerobot(tmp_path / "eval_info.json", [True, False])
+    folder = write_evaluation(tmp_path, "para-benchmark-s0", [True, True])
+    write_json(folder / "settings.json", {"task_suite": "libero_spatial", "task_id": "0"})
+    notes = compared(tmp_path, f"L={file}", folder)["notes"]
+    assert any("--env.init_states=false" in note for note in notes)
+
+
+def test_tasks_are_no_seeds(tmp_path):
+    """A suite's tasks, of one training, are one run: the interval is over episodes, as Wilson's.
+    Two trainings of them are two. Named by its folder, or task by task.
+    """
+    suites = ROOT / "results" / "suites"
+    a, b = (suites / f"para_spatial_stride8-s{seed}" / "benchmark" for seed in (0, 2))
+    one, two = compared(tmp_path, f"A={a}", f"B={b}/libero_spatial_*")["results"]
+    assert (one["n"], one["won"], two["n"], two["won"]) == (500, 500, 500, 491)
+    assert list(one["by_seed"]) == ["0"] and list(two["by_seed"]) == ["2"]
+    np.testing.assert_allclose(two["interval"], statistics.wilson(491, 500))
+    pair = two["against"]
+    assert (pair["n"], pair["better"], pair["worse"]) == (500, 0, 9)
+    both = compared(tmp_path, f"A={a},{b}", f"B={b}")["results"][0]
+    assert (both["n"], list(both["by_seed"])) == (1000, ["0", "2"])

@@ -113,10 +113,12 @@ class LiberoCalibratedEnv(EnvConfig):
         return ids
 
     def create_envs(self, n_envs, use_async_envs=False):
-        """{suite_layout: {task id: vector environment of n_envs rows}}."""
+        """{suite_layout: {task id: vector environment of n_envs rows}}. Where the first episode is
+        not 0, the name ends in `_fromN`, by which compare.py knows which ones were played.
+        """
         with ending("lerobot"):
             layouts, ids = self.check()
-        made = {}
+        made, begun = {}, f"_from{self.first_episode}" if self.first_episode else ""
         for layout in layouts:
             setting = LAYOUTS[layout][0]
             clean = self.clean_scene
@@ -139,7 +141,7 @@ class LiberoCalibratedEnv(EnvConfig):
                     )
                     for row in range(n_envs)
                 ]
-                made.setdefault(f"{self.task}_{layout}", {})[index] = vectorised(
+                made.setdefault(f"{self.task}_{layout}{begun}", {})[index] = vectorised(
                     rows, use_async_envs
                 )
         return made

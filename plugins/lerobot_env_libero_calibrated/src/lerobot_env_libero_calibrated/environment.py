@@ -5,7 +5,7 @@ import numpy as np
 from gymnasium import spaces
 
 from runtime import ending
-from sim.layouts import episode_state
+from sim.layouts import episode_state, event
 from sim.libero_env import Scene
 from sim.tasks import find_task
 
@@ -49,6 +49,7 @@ class CalibratedLibero(gym.Env):
         self.layout, self.split, self.wrist = layout, split, wrist
         self.episode, self.stride = None, stride
         self.first_episode, self.steps, self.picture = first_episode, 0, None
+        self.event = None  # what happens meanwhile, in layouts that have something
         # the simulator starts with the first reset: in the process that steps it
         self.scene = None
         self.made_of = {
@@ -91,6 +92,7 @@ class CalibratedLibero(gym.Env):
             )
             state, condition = episode_state(self.scene, self.layout, self.episode, self.split)
         self.scene.begin_episode(state)
+        self.event = event(self.layout, self.episode)
         self.steps = 0
         described = {"theta": condition.theta, "phi": condition.phi}
         moved = {"dx": condition.dx, "dy": condition.dy}
@@ -104,6 +106,8 @@ class CalibratedLibero(gym.Env):
     def step(self, action):
         self.scene.step(action)
         self.steps += 1
+        if self.event:
+            self.event.note(self.scene, self.steps)
         success = self.scene.success()
         over = self.steps >= self._max_episode_steps
         info = {"is_success": success, "episode": self.episode}

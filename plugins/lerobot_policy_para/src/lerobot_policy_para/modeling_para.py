@@ -11,6 +11,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from harness.checkpoint import load_policy
+from harness.records import keeps_orientation
 from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError, ending
 from sim.libero_env import Observation
@@ -48,8 +49,7 @@ class ParaPolicy(PreTrainedPolicy):
             )
         self.zero_rotation = config.zero_rotation
         if self.zero_rotation is None:
-            turned = self.about.get("dataset", {}).get("grasp", "side") != "side"
-            self.zero_rotation = not (turned and self.network.turns)
+            self.zero_rotation = keeps_orientation(self.about) or not self.network.turns
         self.rows = []
         self.episodes = 0  # that were begun, of all rows: each draws differently
 
