@@ -515,6 +515,8 @@ def run_episodes(args, network, where, info):
         if r["episode"] < args.n_episodes
     }
     jobs = [i for i in range(args.n_episodes) if i not in rows]
+    if args.policy == "remote" and rows and not jobs:
+        print(f"{args.out}: all of {args.label}'s episodes are there, none is played")
     bar = tqdm(
         total=args.n_episodes,
         initial=len(rows),

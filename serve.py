@@ -30,7 +30,7 @@ from websockets.sync.server import serve
 import camera
 import flags
 from formats.libero_cameras import FOVY, camera_of_task, support_of_task
-from harness.records import newest_checkpoint
+from harness.records import keeps_orientation, newest_checkpoint, run_name
 from harness.remote import MAX_BYTES, AnswerError, pack, unpack
 from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError, one_line, run_script
@@ -191,10 +191,16 @@ def health(connection, request):
 
 def metadata_of(args, about):
     """What a client is told when it connects."""
-    trained_on = about["info"].get("dataset", {})
+    info = about["info"]
+    trained_on = info.get("dataset", {})
+    where = f"{info.get('commit')} step {info.get('step')} seed {info.get('seed')}"
     return {
-        "policy": about["info"]["model_type"],
-        "checkpoint": args.ckpt.name,
+        "policy": info["model_type"],
+        # by these an evaluation tells this policy from another one at the same address
+        "checkpoint": run_name(args.ckpt),
+        "trained": f"{where} {info.get('minutes')}",
+        "teleport": args.teleport,
+        "zero_rotation": args.zero_rotation,
         "task_suite": str(trained_on.get("task_suite", "")),
         "task_id": int(trained_on.get("task_id", 0)),
         "chunk": args.chunk,
@@ -216,7 +222,8 @@ def build_parser():
     add("--chunk", type=flags.count, default=1, help="actions an answer")
     on = argparse.BooleanOptionalAction
     add("--teleport", action=on, default=True, help="servo to each waypoint, as eval.py's flag")
-    add("--zero_rotation", action=on, default=True, help="keep the start's orientation")
+    kept = "keep the start's orientation (as the checkpoint's demonstrations)"
+    add("--zero_rotation", action=on, help=kept)
     add("--device", default="auto", help="of the network: auto, cpu, cuda or cuda:N")
     add("--backbone_weights", type=Path, help="local file of backbone weights")
     return parser
@@ -231,6 +238,9 @@ def main(argv=None):
 
     sessions = PolicySessions.load(args.ckpt, args.device, args.backbone_weights)
     view = sessions.about["reference"].get("protocol_extrinsics")
+    if args.zero_rotation is None:
+        args.zero_rotation = keeps_orientation(sessions.about["info"])
+        print("the gripper keeps its orientation" if args.zero_rotation else "the gripper turns")
     metadata = metadata_of(args, sessions.about)
     try:
         server = serve(

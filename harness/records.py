@@ -22,6 +22,7 @@ MEASURED = {
     )
 }
 
+STILL = 20.0  # degrees that a task's demonstrations may turn the gripper by and count as keeping it
 # summary.json: for a report, and for the matrix's table
 TRAINED = {"command": (str, None), "step": (int, None), "minutes": NUMBER, "backbone_identity": str}
 SUMMARY = {
@@ -228,6 +229,20 @@ def simulator_changes(theirs, ours):
 def run_name(path):
     """A checkpoint's short name: its run's folder, or its own where it lies alone."""
     return path.parent.name if path.name == "checkpoint.safetensors" else path.stem
+
+
+def keeps_orientation(info):
+    """Whether a checkpoint's demonstrations keep the gripper's orientation: a policy of theirs is
+    played so where nobody says.
+
+    Of several tasks: whether all turn it by less than STILL. Of one: the grasp `side` keeps it.
+    info: the checkpoint's header.
+    """
+    turned = info.get("turned", {})
+    grasp = info.get("dataset", {}).get("grasp", "side")
+    if len(turned) < 2 and (grasp == "side" or not turned):
+        return grasp == "side"
+    return max(turned.values()) < STILL
 
 
 def newest_checkpoint(runs="runs", committed=COMMITTED):

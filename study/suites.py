@@ -10,7 +10,7 @@ from pathlib import Path
 
 from figures.pages import STYLE, figure, html_table, markdown_table, percent, rate
 from harness.metrics import within
-from harness.records import read_summary, run_name, scored_episodes
+from harness.records import STILL, read_summary, run_name, scored_episodes
 from harness.statistics import wilson
 from harness.summary import place_of, told
 from runtime import UserError, atomic_path, command_line, git_commit, write_json
@@ -26,7 +26,6 @@ STEPS = {
     "libero_90": 400,
 }
 USUAL_STEPS = 600
-STILL = 20.0  # degrees that a task's demonstrations may turn the gripper by and count as keeping it
 GROUP_COLUMNS = ("variants", "n", "success")
 COLUMNS = ("task", "instruction", "n", "success", "placed and released", "steps")
 

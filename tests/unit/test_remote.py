@@ -12,6 +12,7 @@ from servers import policy_server
 
 import serve
 from harness import remote
+from harness.records import keeps_orientation
 from harness.remote import AnswerError, Server, ServerLost, Unreachable, pack, unpack
 from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError
@@ -212,6 +213,39 @@ def request(eef=(0, 0, 1), **more):
     image[0, 0] = 255
     state = np.array([*eef, 3.0, 0, 0, 0.04, -0.04])
     return {"observation/image": image, "observation/state": state, "prompt": "go", **more}
+
+
+def test_a_served_policy_says_which_one_it_is(tmp_path):
+    """Otherwise an evaluation would find the episodes of another one done, and report them."""
+    trained = {"model_type": "para", "commit": "a", "step": 5, "seed": 0, "minutes": 1.0}
+    about = {"info": trained, "config": {"image_size": 448}}
+    usual = {"chunk": 1, "teleport": True, "zero_rotation": True}
+
+    def said(folder="a", info=(), **flags):
+        args = SimpleNamespace(ckpt=tmp_path / folder / "checkpoint.safetensors", **usual)
+        vars(args).update(flags)
+        return serve.metadata_of(args, {**about, "info": {**trained, **dict(info)}})
+
+    others = [{"folder": "b"}, {"zero_rotation": False}, {"teleport": False}, {"chunk": 5}]
+    others += [{"info": {name: 9}} for name in ("commit", "step", "seed", "minutes")]
+    assert all(said() != said(**other) for other in others) and said() == said()
+
+
+@pytest.mark.parametrize(
+    "header, kept",
+    [
+        ({}, True),
+        ({"dataset": {"grasp": "side"}, "turned": {"libero_spatial_0": 24.9}}, True),
+        ({"dataset": {"grasp": "rim"}}, False),
+        ({"dataset": {"grasp": "planned"}, "turned": {"libero_goal_1": 9.0}}, True),
+        ({"dataset": {"grasp": "side"}, "turned": {"a": 3.0, "b": 71.0}}, False),
+        ({"dataset": {}, "turned": {"a": 3.0, "b": 71.0}}, False),
+        ({"dataset": {}, "turned": {"a": 3.0, "b": 4.0}}, True),
+    ],
+)
+def test_a_served_policy_turns_as_its_demonstrations(header, kept):
+    """A hand that is kept still misses what is grasped turned."""
+    assert keeps_orientation(header) == kept
 
 
 def test_a_decision_is_made_only_when_it_is_due():
