@@ -1,8 +1,8 @@
 """One self-contained HTML page of a run and its evaluations: no server, no network.
 
 python -m figures.report --run runs/NAME --evals results/para_benchmark results/para_shifted
-# the README's table
-python -m figures.report --evals results/* --markdown
+# a table of several evaluations
+python -m figures.report --evals results/para_* results/blind_* --markdown
 """
 
 import html

@@ -16,6 +16,8 @@ from study.matrix import COLUMNS, INCIDENTAL, OWN_DEMOS, ROWS, STEPS
 ROOT = Path(__file__).resolve().parents[1]
 # in a command line: such a flag with its value, where it has one
 INCIDENTAL_FLAG = re.compile(rf" ({'|'.join(sorted(INCIDENTAL))})( (?!--)\S+)?(?= |$)")
+# flags of eval.py that nothing but waypoints have
+OF_WAYPOINTS = ("--trace", "--stop_stalled")
 # what is read of a run's config.json and of an evaluation's summary.json
 TRAINED = {"command": str, "dataset": {"command?": str}, "args": {"max_steps": int}}
 EVALUATED = {"command": str, "n": int, "crashes": int, "trained": ({"command": str}, None)}
@@ -228,7 +230,9 @@ class Plan:
         words += ["--teleport", "--zero_rotation", "--max_steps", 600, "--layout", layout]
         words += [*optional("--split", column.split), *optional("--task_suite", column.suite)]
         words += ["--n_episodes", n, "--n_videos", args.n_videos, "--workers", args.workers]
-        command = python("eval.py", *words, *args.eval_flags, "--out", out)
+        # the expert answers no waypoints that could be traced
+        asked = [f for f in args.eval_flags if row.policy != "expert" or f not in OF_WAYPOINTS]
+        command = python("eval.py", *words, *asked, "--out", out)
         lacks = lambda: lacks_evaluation(out, command, n, made)
         gpus = args.gpus if training and args.device != "cpu" else 0
         self.add(f"eval-{cell}", command, [node], lacks, cpus=args.workers, gpus=gpus)

@@ -11,8 +11,12 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+import eval as evaluation
+import run_matrix
 import train
 from registry import look_up
+from sim.asked import refuse_unread
+from study.matrix_plan import Plan
 
 SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 # of a loop; a variable that a script sets to a text in quotes has its last one
@@ -48,6 +52,24 @@ def test_every_table_can_be_made_again():
         "speed",
         "premise",
     }
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_a_plans_evaluations_are_not_refused(path):
+    """What run_matrix.py would type for hours is taken by eval.py, flags that go together or not
+    included: one refused row would end the script after all others.
+    """
+    for words in commands(path):
+        if words[0] != "run_matrix.py" or "--table" in words:
+            continue
+        nodes = Plan(run_matrix.parse_args(words[1:])).nodes
+        typed = [n.command for name, n in nodes.items() if name.startswith("eval-")]
+        assert typed
+        for command in typed:
+            args = evaluation.build_parser().parse_args(command[2:])
+            refuse_unread(args)
+            if args.policy != "checkpoint":
+                evaluation.prepare(args)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
