@@ -32,11 +32,18 @@ STILL = 0.01  # metres
 
 
 def check_shift(limit, image_size, grids):
-    """Raise UserError for a limit (px) of `shifted_sideways` that is above 0 and moves nothing.
+    """Raise UserError for a limit (px) of `shifted_sideways` that is above 0 and moves nothing, and
+    for maps that cannot be moved as far as their camera.
 
     grids: sides of the feature maps, in cells.
     """
     cell = image_size // min(grids)
+    if limit and (image_size % min(grids) or any(grid % min(grids) for grid in grids)):
+        raise UserError(
+            f"--shift_aug {limit:g}: feature maps of {' and '.join(map(str, grids))} cells have no "
+            f"common cell in an image of {image_size} px, so that maps and camera would move "
+            "apart; give an --image_size that is a multiple of 16, or leave --shift_aug out"
+        )
     if 0 < limit < cell:
         raise UserError(
             f"--shift_aug {limit:g}: feature maps move by whole cells, of {cell} px here, so that "

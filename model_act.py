@@ -20,6 +20,7 @@ from torch import nn
 from nets.layers import attend
 from nets.text import WIDTH, InstructedConfig, InstructedPolicy
 from policy import check_heads, finger_numbers, fingers_closed, flag
+from runtime import UserError
 
 # a patch covers 2 x 2 cells of the pooled maps: its token still tells where inside it something is
 POOLED = 2
@@ -152,6 +153,8 @@ class ActPolicy(InstructedPolicy):
         super().__init__(config, channels)
         c, d = config, config.dim
         check_heads(c)
+        if c.places == "sine" and d % 4:
+            raise UserError(f"--dim {d}: sines of rows and columns need a multiple of 4")
         self.register_buffer("position_mean", torch.zeros(3, dtype=torch.float64))  # metres
         self.register_buffer("position_std", torch.ones(3, dtype=torch.float64))
         self.project = nn.ModuleList([nn.Conv2d(n, d, POOLED, stride=POOLED) for n in channels])
@@ -192,6 +195,21 @@ class ActPolicy(InstructedPolicy):
             # a number that is the same in all of training means nothing where it differs in use
             varies = deviation > STILL_CAMERA
             self.pose_scale.copy_(varies / deviation.clamp(min=STILL_CAMERA))
+
+    def adopt(self, tensors):
+        """What varies in this data's cameras and did not in the checkpoint's is scaled by this
+        data, and weighs nothing at first: the checkpoint's weights for it are as they began.
+        """
+        if not {"pose_mean", "pose_scale", "camera.weight"} <= tensors.keys():
+            return tensors
+        new = (tensors["pose_scale"] == 0) & (self.pose_scale.cpu() != 0)  # (12,)
+        mean, scale = (
+            torch.where(new, getattr(self, name).cpu(), tensors[name])
+            for name in ("pose_mean", "pose_scale")
+        )
+        weight = tensors["camera.weight"].clone()
+        weight[:, 4:][:, new] = 0
+        return {**tensors, "pose_mean": mean, "pose_scale": scale, "camera.weight": weight}
 
     def scaled(self, positions):
         """World positions (...,3) in metres -> float32, with zero mean and unit deviation over the

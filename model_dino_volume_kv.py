@@ -17,6 +17,7 @@ from torch import nn
 
 from model import PixelTrunk, TrunkConfig
 from policy import flag
+from runtime import UserError
 
 ENCODINGS = ("sin", "learned")
 
@@ -61,6 +62,8 @@ class IndexEncoding(nn.Module):
         super().__init__()
         self.kind, self.dim = kind, dim
         if kind == "sin":
+            if dim % 2:
+                raise UserError(f"--dim {dim}: sines and cosines need an even one")
             self.linear = nn.Linear(dim, dim)
         else:
             self.table = nn.Parameter(torch.randn(n, dim) * 0.5)
@@ -89,6 +92,7 @@ class DinoVolumeKV(PixelTrunk):
     `build_heads`, `predict_from_keypoints`.
     """
 
+    holds_volume = True
     # prefixes of the parameters that are no part of the volume
     heads = ("token_", "gripper_head", "rotation_head")
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_dino_volume_kv import ENCODINGS, DinoVolumeKV, DinoVolumeKVConfig, IndexEncoding
-from policy import bins_of, euler_angles, flag, wrapped
+from policy import bins_of, check_heads, euler_angles, flag, wrapped
 from rot_utils import SPACES, RotationBasis
 
 
@@ -93,6 +93,7 @@ class DinoVolumeKVFull(DinoVolumeKV):
 
     def build_heads(self):
         c = self.config
+        check_heads(c)
         self.n_angles = 1 if c.rotation == "pca" else 3
         self.token_pixel = nn.Linear(c.width, c.dim)
         self.token_height = IndexEncoding(c.token_enc, c.n_height_bins, c.dim)

@@ -163,6 +163,7 @@ class Policy(nn.Module):
     time.
     """
 
+    holds_volume = False  # whether a finetune can hold its volume head still
     turns = True  # whether it answers rotations; one that does not keeps the gripper's
 
     def __init__(self, config):
@@ -287,11 +288,17 @@ class Policy(nn.Module):
         return twin
 
     def volume_parameters(self):
-        """Parameters of the volume head and of all that it reads.
+        """Parameters of the volume head and of all that it reads, where `holds_volume`.
 
         `--freeze_steps` holds them still at the start of a finetune.
         """
         return []
+
+    def adopt(self, tensors):
+        """A checkpoint's tensors by name, from which a finetune starts -> those that this policy
+        takes, fitted to the data that its statistics are of.
+        """
+        return tensors
 
     def deployment_stats(self):
         """JSON-able numbers that a robot needs beside the checkpoint; None for most policies."""

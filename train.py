@@ -172,8 +172,8 @@ def add_training_flags(group):
     add("--save_every", type=flags.count, default=100, help=what)
     what = "finetune: start from this checkpoint's tensors that fit by name and shape"
     add("--init_from", type=Path, metavar="CKPT", help=what)
-    what = "with --init_from: steps in which the volume head stays as it is"
-    add("--freeze_steps", type=flags.whole, default=500, help=what)
+    what = "with --init_from: steps in which the volume head stays as it is (v7 and D: 500)"
+    add("--freeze_steps", type=flags.whole, help=what)
 
 
 def add_preset_flag(group, presets):
@@ -300,6 +300,9 @@ def prepare(args, config_class, device, progress):
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights, fused=fast)
     backbone = backbone.to(device)
     check_shift(args.shift_aug, config.image_size, backbone.grids)
+    if args.init_from:
+        policy_class = look_up(args.model_type).policy
+        args.freeze_steps = finetune.freeze_steps(args.freeze_steps, policy_class)
     if args.init_from and not args.resume:
         config = finetune.checked(args.init_from, config, backbone.identity)
     measured = [demo_files.measured(demo, config.heights) for demo in train_demos]
@@ -476,7 +479,7 @@ def resolve(args, found, dist):
         "backbone": found.backbone.identity,
         "text": getattr(found.config, "text", "none"),
         "init_from": str(args.init_from) if args.init_from else None,
-        "freeze_steps": args.freeze_steps if args.init_from else 0,
+        "freeze_steps": (args.freeze_steps or 0) if args.init_from else 0,
         "batch_size": batch_size,
         "device": dist.device,
         "precision": choose_precision(dist.device, args.precision),

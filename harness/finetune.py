@@ -14,6 +14,7 @@ WORDS = "text.table"  # embeddings, a row for each word of the vocabulary
 # the volume means something else where these differ, though every shape fits
 # (not so with another margin: cells are added around those of the image, which keep theirs)
 SAME = ("image_size", "grid", "n_height_bins", "heights")
+FREEZE_STEPS = 500  # where none are asked for
 CREEP = 0.05  # nats by which the held-out volume loss may grow after the freeze
 
 
@@ -45,6 +46,7 @@ def init_from(policy, path):
             f"--init_from {path}: no tensor of {info.get('model_type')} fits by name and shape; "
             "give a related checkpoint"
         )
+    fitting = policy.adopt(fitting)
     # before loading: this data's range of heights, which the checkpoint's bins may not cover
     heights = state["height_range"].tolist() if "height_range" in fitting else None
     report = {
@@ -125,6 +127,19 @@ def warn_of_view(theirs, ours):
             f"  warning: images are seen in the view '{ours}' here, by the checkpoint in "
             f"'{theirs}'; {keep} keeps the checkpoint's"
         )
+
+
+def freeze_steps(asked, policy_class):
+    """Steps in which a finetune holds the volume head still; None asks for the usual number.
+
+    Raises UserError where the policy's volume head cannot be held.
+    """
+    if asked and not policy_class.holds_volume:
+        raise UserError(
+            f"--freeze_steps {asked}: {policy_class.__name__} has no volume head that could be "
+            "held while the rest learns; leave it out"
+        )
+    return FREEZE_STEPS * policy_class.holds_volume if asked is None else asked
 
 
 def hold_volume(policy):

@@ -117,8 +117,9 @@ class HistoryPolicy(VolumeGeometry):
         """Flat indices of those of the B*T frames that are trained on, from mask (B,T).
 
         There is at least one, masked or not, for a finite loss. In training they are at most
-        `trained_frames` of each window, drawn at random. The loss stays the same in expectation,
-        and a policy whose steps share nothing but EEF tokens computes the drawn ones alone.
+        `trained_frames` of each window, drawn at random: a window of few frames then weighs more
+        than it would. A policy whose steps share nothing but EEF tokens computes the drawn ones
+        alone.
         """
         n = self.config.trained_frames
         if self.training and 0 < n < mask.shape[1]:

@@ -22,6 +22,7 @@ from camera import unproject
 from figures import plots
 from figures.pages import markdown_table
 from formats.dataset import open_dataset
+from formats.demos import seen_by
 from harness.checkpoint import load_policy
 from harness.records import run_name
 from harness.validation import free_run, to_pixels
@@ -34,6 +35,7 @@ def one_step(policy, demo):
     """Errors of a policy at a demonstration's decisions -> {"phase" (N,) index into PHASES, "at"
     (N,2) px where the waypoint is, "offset" (N,2) px predicted minus true, "height" (N,) m
     likewise, "table" (N,) m, "gripper" (N,) bool right}."""
+    demo = seen_by(demo, policy.config)  # as `free_run` answers: its heights, its view
     # fed="measured": every decision starts from the recorded EEF, so that errors do not add up
     run = free_run(policy, demo, policy.config, fed="measured")
     at, predicted = (to_pixels(p, demo.K, demo.E) for p in (run["true"], run["predicted"]))

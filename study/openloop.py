@@ -22,18 +22,23 @@ from tqdm import tqdm
 import flags
 from figures import plots
 from formats.dataset import open_dataset
-from formats.demos import split_demos
+from formats.demos import measured, split_demos
 from harness.checkpoint import load_policy
 from harness.validation import EPS, free_run, rollout_line, rollout_summary, to_pixels
 from runtime import UserError, command_line, git_commit, run_script, write_json
 
+# positions of `free_run`, m
+POSITIONS = ("predicted", "true", "path")
 
-# `free_run` of a policy on each demonstration
+
 def roll(demos, policy, fed, label):
-    return [
-        free_run(policy, demo, policy.config, fed)
-        for demo in tqdm(demos, desc=f"{label}, {fed}", unit="demo")
-    ]
+    """`free_run` of a policy on each demonstration, with positions in the world's heights."""
+    found = []
+    for demo in tqdm(demos, desc=f"{label}, {fed}", unit="demo"):
+        run = free_run(policy, demo, policy.config, fed)
+        lowered = [0.0, 0.0, measured(demo, policy.config.heights).lowered or 0.0]
+        found.append({**run, **{name: run[name] + lowered for name in POSITIONS}})
+    return found
 
 
 def build_parser():
@@ -44,7 +49,7 @@ def build_parser():
         "--val_fraction",
         type=flags.fraction,
         default=0.15,
-        help="as in training: the demonstrations it held out are used",
+        help="as in training, whose held-out demonstrations are used",
     )
     parser.add_argument(
         "--n_demos",
@@ -71,6 +76,21 @@ def held_out_demos(args, image_size):
     if not args.whole:
         demos = split_demos(demos, args.val_fraction)[1]
     return demos[: args.max_val], recordings.attributes
+
+
+def check_split(args, info, ckpt):
+    """Raise UserError for a checkpoint whose training held out others than these flags ask for: it
+    has been trained on them.
+    """
+    typed = info.get("args", {})
+    for name in ("val_fraction", "n_demos"):
+        theirs, ours = typed.get(name, getattr(args, name)), getattr(args, name)
+        if theirs != ours:
+            given = f"give --{name} {theirs}" if theirs is not None else f"leave --{name} out"
+            raise UserError(
+                f"--{name} {ours}: {ckpt} was trained with {theirs}, so that it has seen some of "
+                f"the demonstrations that would be held out here; {given}"
+            )
 
 
 def roll_out(policy, info, ckpt, demos):
@@ -127,6 +147,8 @@ def main(argv=None):
             raise UserError(
                 f"{ckpt}: takes images of {size} px, {args.dataset} has {demos[0].image_size}"
             )
+        if not args.whole:
+            check_split(args, info, ckpt)
         more, drawn = roll_out(policy, info, ckpt, demos)
         rows += more
         # the same model type may come twice

@@ -108,6 +108,29 @@ def test_a_camera_that_never_moved_in_training_is_not_listened_to():
     torch.testing.assert_close(made.predict(data)["position"], made.predict(moved)["position"])
 
 
+@torch.no_grad()
+def test_finetuned_on_moved_cameras_it_listens_to_them():
+    """A checkpoint of one camera has nothing to say of the numbers that its camera did not change:
+    they are scaled by the new data, and at first change no answer. What did vary stays the
+    checkpoint's.
+    """
+    still, moving = policy(views=VIEWS[:1] * 3), policy()
+    taken = moving.adopt(still.state_dict())
+    moving.load_state_dict(taken)
+    assert (moving.pose_scale != 0).sum() >= 9
+    data, moved = batch(), batch()
+    moved["E"][:] = camera([0.6, 0.5, 1.5])
+    assert not torch.equal(*(moving.camera_numbers(b["K"], b["E"]) for b in (data, moved)))
+    for one in (data, moved):
+        torch.testing.assert_close(moving.predict(one)["position"], still.predict(one)["position"])
+    moving.camera.weight[:, 4:] = 1.0  # as training would
+    answers = [moving.predict(b)["position"] for b in (data, moved)]
+    assert not torch.allclose(*answers)
+    other = policy(views=[[0.5, 0.1, 1.5], *VIEWS])
+    state = policy().state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in other.adopt(state).items())
+
+
 def test_poses_are_scaled_by_the_training_cameras():
     """The pose has mean 0 and deviation 1 over the cameras; nothing depends on the table's place.
 
@@ -124,6 +147,12 @@ def test_poses_are_scaled_by_the_training_cameras():
     spread = pose.std(0, correction=0)
     torch.testing.assert_close(spread, spread.round(), atol=1e-5, rtol=0)
     assert spread.sum() >= 9
+
+
+def test_a_width_without_whole_sines_is_refused():
+    """Before anything is computed with it."""
+    with pytest.raises(UserError, match="--dim 18: .*multiple of 4"):
+        ActPolicy(ActConfig(dim=18, n_heads=2, places="sine"), CHANNELS)
 
 
 def test_sines_tell_places_apart():

@@ -27,7 +27,7 @@ from model_dino_volume_kv_full import (
     pack_basis,
     unpack_basis,
 )
-from registry import look_up
+from registry import REGISTRY, look_up
 from rot_utils import euler_to_matrix, load_stats, rotation_angle
 from runtime import UserError
 
@@ -330,6 +330,30 @@ def test_the_volume_head_loads_unchanged(setting, v7_file, capsys):
     with torch.no_grad():
         logits = [p.eval().volume_logits(p.trunk_features(batch)) for p in (old, policy)]
     assert torch.equal(*logits)
+
+
+def test_what_cannot_be_frozen_is_not_said_to_be():
+    """PARA, A, B, C and ACT hold nothing: none are recorded, and asking for some is refused."""
+    holding = {name for name in REGISTRY if look_up(name).policy.holds_volume}
+    assert holding == {"dino_volume_kv", "dino_volume_kv_full"}
+    for name in REGISTRY:
+        policy_class = look_up(name).policy
+        assert finetune.freeze_steps(None, policy_class) == (500 if name in holding else 0)
+        assert finetune.freeze_steps(0, policy_class) == 0
+        if name in holding:
+            assert finetune.freeze_steps(7, policy_class) == 7
+            continue
+        with pytest.raises(UserError, match="--freeze_steps 7: .* has no volume head that could"):
+            finetune.freeze_steps(7, policy_class)
+
+
+@pytest.mark.parametrize("flags", [{"n_heads": 5}, {"dim": 33}])
+def test_sizes_that_do_not_fit_are_refused(flags):
+    """By name, and not by the first step of a training."""
+    entry = look_up("dino_volume_kv_full")
+    config = entry.config(**{"dim": 32, "n_heads": 3, **flags})
+    with pytest.raises(UserError, match="--dim"):
+        entry.policy(config, [8])
 
 
 def test_the_freeze_really_freezes(setting, v7_file):

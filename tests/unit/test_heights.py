@@ -23,10 +23,11 @@ from formats.mixture import open_mixture
 from harness.checkpoint import load_policy, save_policy
 from harness.finetune import init_from
 from harness.hints import hints, said_of_heights
-from harness.validation import free_run
+from harness.validation import free_run, to_pixels
 from policy import PolicyConfig
 from registry import REGISTRY
 from runtime import UserError
+from study import diagnose, openloop
 
 TABLE, FLOOR = 0.9, 0.0
 UP = np.array([0, 0, TABLE])
@@ -100,6 +101,20 @@ def test_measured_once_is_measured(case):
         free_run(policy, raw, case.config)["predicted"],
         free_run(policy, done, case.config)["predicted"],
     )
+
+
+def test_studies_answer_in_one_zero_of_heights(case):
+    """Where a policy goes wrong, and rollouts drawn beside the truth: pixels of the scene, from
+    whatever the policy measures heights.
+    """
+    policy, demo = case.policy(), case.demos[1]
+    found = diagnose.one_step(policy, demo)
+    (run,) = openloop.roll([demo], policy, "measured", case.name)
+    true = demo.ee_pos[run["targets"]]
+    np.testing.assert_allclose(run["true"], true)
+    np.testing.assert_allclose(found["at"], to_pixels(true, demo.K, demo.E), atol=1e-6)
+    apart = to_pixels(run["predicted"], demo.K, demo.E) - found["at"]
+    np.testing.assert_allclose(found["offset"], apart, atol=1e-6)
 
 
 def test_a_scene_that_does_not_say_is_refused(case):

@@ -147,6 +147,10 @@ def test_a_shift_of_less_than_a_cell_is_refused():
         check_shift(limit, 448, [56, 28])
     with pytest.raises(UserError, match="--shift_aug 15: .*of 16 px.*at least 16, or 0"):
         check_shift(15, 448, [56, 28])
+    for size, grids in ((360, [45, 23]), (300, [18]), (448, [56, 24])):
+        check_shift(0, size, grids)
+        with pytest.raises(UserError, match="maps and camera would move apart"):
+            check_shift(64, size, grids)
 
 
 def test_training_says_how_long_it_will_take(synthetic_demos, tmp_path):
