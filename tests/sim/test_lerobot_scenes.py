@@ -128,9 +128,9 @@ def test_the_environment_for_lerobot_sets_the_bowl_aside_too(layout, moves):
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     env = made.CalibratedLibero(
-        **{"suite": "libero_spatial", "task_id": 0, "layout": layout, "split": None, "clean": False},
-        **{"size": 64, "render": "fast", "wrist": False, "episode_length": 99},
-        **{"first_episode": 3, "stride": 1},
+        **{"suite": "libero_spatial", "task_id": 0, "layout": layout, "split": None},
+        **{"clean": False, "size": 64, "render": "fast", "wrist": False},
+        **{"episode_length": 99, "first_episode": 3, "stride": 1},
     )
     env.reset()
     scene, expert = env.scene, new_expert("side", "task").plan(env.scene)
