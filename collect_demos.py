@@ -146,6 +146,8 @@ def asked_of(args, mujoco):
         del asked["instruction_of"], asked["instruction_share"]
     if not args.moved_anew:  # likewise
         del asked["moved_anew"]
+    if args.replay:  # likewise: its grasp is the recording's, and decides nothing
+        asked["grasp"] = "side"
     return {**asked, "mujoco": mujoco}  # one file, one physics
 
 
@@ -497,9 +499,26 @@ def main(argv=None):
         if args.setting == "cameras":  # which draws them anew
             useless = [k for k in useless if k != "setting"]
         refuse("--replay re-renders recorded states into an HDF5 file", useless)
+    refuse_beside(args, given)
     if args.task_ids and not args.replay:
         return collect_tasks(args)
     collect_task(args)
+
+
+def refuse_beside(args, given):
+    """Raise UserError for a flag that another one takes the meaning from. given: names of flags at
+    other than their defaults.
+    """
+    for why, holds, name in (
+        ("--task_ids names the tasks", args.task_ids, "task_id"),
+        ("each replayed file names its task", args.replay and not args.task_suite, "task_id"),
+        ("a replay draws nothing", args.replay and args.setting != "cameras", "seed"),
+        ("only smith300 and lerobot have films", args.format == "libero", "video"),
+        ("without --instruction_of", args.instruction_of is None, "instruction_share"),
+        ("--setting cameras turns the camera itself", args.setting == "cameras", "turn_spread"),
+    ):
+        if holds:
+            refuse(why, [name] if name in given else [])
 
 
 def refuse(why, names):

@@ -299,10 +299,12 @@ def prepare(args, config_class, device, progress):
     config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights, fused=fast)
     backbone = backbone.to(device)
-    check_shift(args.shift_aug, config.image_size, backbone.grids)
+    if not args.resume:  # one that was begun before this was refused goes on
+        check_shift(args.shift_aug, config.image_size, backbone.grids)
     if args.init_from:
         policy_class = look_up(args.model_type).policy
-        args.freeze_steps = finetune.freeze_steps(args.freeze_steps, policy_class)
+        asked = None if args.resume and not policy_class.holds_volume else args.freeze_steps
+        args.freeze_steps = finetune.freeze_steps(asked, policy_class)
     if args.init_from and not args.resume:
         config = finetune.checked(args.init_from, config, backbone.identity)
     measured = [demo_files.measured(demo, config.heights) for demo in train_demos]

@@ -216,7 +216,8 @@ def turned_back(demo, E):
     if np.abs(turn[2] - [0, 0, 1]).max() > 1e-3 or abs(move[2, 3]) > 2e-3:
         raise UserError(
             f"{demo.name}: its camera is higher or steeper than agentview, no turn about a "
-            "vertical takes one to the other; leave --turn_back out"
+            "vertical takes one to the other; leave --turn_back out, or train on HDF5 files: other "
+            "formats do not keep how a recipe's camera was put"
         )
     actions = demo.actions.copy()
     # rows times R^T: a rotation of row vectors. Moves and turns are vectors, so nothing is shifted.

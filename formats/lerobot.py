@@ -262,12 +262,14 @@ class LeRobotFolder(Demonstrations):
         said = read_json(file, "LeRobot dataset", AGAIN) if file.exists() else {}
         tasks = Counter(d.attrs["task"] for d in found)
         attributes = {"num_demos": len(found), **said}
+        # a scene that is known is no other's of the same sentence, as LIBERO-PRO's suites have it
+        known = {"task_suite", "task_id"} <= said.keys()
         # where other tasks' sentences are said, the scene is the dataset's
-        placed = {"task_suite", "task_id", "instruction_of"} <= said.keys()
+        placed = known and "instruction_of" in said
         if len(tasks) == 1:
             instruction = next(iter(tasks))
             attributes["language"] = instruction
-            if not placed and (place := find_task(instruction)):
+            if not known and (place := find_task(instruction)):
                 attributes["task_suite"], attributes["task_id"] = place
         else:
             # of several tasks each episode says its own; in one scene each its own sentence

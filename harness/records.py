@@ -239,7 +239,8 @@ def keeps_orientation(info):
     info: the checkpoint's header.
     """
     turned = info.get("turned", {})
-    grasp = info.get("dataset", {}).get("grasp", "side")
+    # of a recording whose grasp nobody knows, how far it turned says all
+    grasp = info.get("dataset", {}).get("grasp", None if turned else "side")
     if len(turned) < 2 and (grasp == "side" or not turned):
         return grasp == "side"
     return max(turned.values()) < STILL

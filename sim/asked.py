@@ -9,7 +9,7 @@ from runtime import UserError, git_commit
 from sim import remote, settings
 from sim.layouts import LAYOUTS
 from sim.simulator import simulator, simulator_versions
-from sim.tasks import find_task, only_task, unperturbed
+from sim.tasks import find_task, trained_elsewhere
 from sim.variants import new_expert
 
 # what may change between a command and the one that goes on with its episodes
@@ -57,8 +57,8 @@ def as_trained(args, info, config):
     if args.task_id is None:
         args.task_id = int(trained_on.get("task_id", 0))
     # another task than the one that was trained on may be grasped otherwise
-    here = unperturbed(find_task(args.task_suite or "libero_spatial", args.task_id)).key
-    if args.grasp is None and only_task(info) in (None, here):
+    here = find_task(args.task_suite or "libero_spatial", args.task_id)
+    if args.grasp is None and not trained_elsewhere(info, here):
         args.grasp = trained_on.get("grasp")
     # the verdict's rows are compared episode by episode: theirs is the layout's scene for all
     as_layout = LAYOUTS[args.layout].frozen is not None

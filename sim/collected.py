@@ -101,3 +101,12 @@ def check_told(args, task):
             "--no-clean_scene"
         )
     instructions.request(task, args.instruction_of)
+    n = len(settings.conditions(args.setting, args.part, args.split))
+    told = [instructions.is_told(i, args.instruction_share) for i in range(args.n_demos)]
+    seen = [{i % n for i, one in enumerate(told) if one == said} for said in (True, False)]
+    if n > 1 and all(seen) and not seen[0] & seen[1]:
+        raise UserError(
+            f"--instruction_share {args.instruction_share}: of the {n} conditions of --setting "
+            f"{args.setting}, taken in turn, each would be seen with one of the two sentences "
+            "alone, and give away which; give another share"
+        )

@@ -56,11 +56,11 @@ def spoken_task(task, asked):
     """The Task whose sentence is spoken in a Task's scene. asked: its number in the suite, or
     "other" for the first one whose sentence names another object there.
 
-    Raises UserError where the sentence names no object of the scene.
+    Raises UserError where the sentence names no object of the scene, or asks for two things.
     """
     if asked == OTHER:
         _, own = _placed(task)
-        tasks = chosen_tasks(task.suite)
+        tasks = [one for one in chosen_tasks(task.suite) if asks_for_one(one)]
         found = next((t for t in tasks if named_object(task, t) not in (None, own)), None)
         if found is None:
             raise UserError(
@@ -74,7 +74,17 @@ def spoken_task(task, asked):
             f"--instruction_of {asked}: {found.language!r} names nothing in the scene of "
             f"{task.key}; give --instruction_of other"
         )
+    if not asks_for_one(found):
+        raise UserError(
+            f"--instruction_of {asked}: {found.language!r} asks for several things, and one is "
+            "counted here; give a task that asks for one"
+        )
     return found
+
+
+def asks_for_one(task):
+    """Whether a Task is done once one thing holds, as a Request is."""
+    return len(parsed_bddl(task.bddl)["goal_state"]) == 1
 
 
 def request(task, asked):

@@ -5,7 +5,7 @@ import numpy as np
 from camera import project, unproject
 from formats.demos import GRIPPER_STEPS
 from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
-from sim.tasks import only_task, unperturbed
+from sim.tasks import trained_elsewhere, unperturbed
 
 
 def check_protocol(scene, reference, condition):
@@ -81,8 +81,7 @@ def references_of(task, info, reference):
     state (S,) of the same length, which would then look otherwise.
     info: of the checkpoint; reference: its arrays.
     """
-    trained_on = only_task(info)
-    return reference if trained_on in (None, unperturbed(task).key) else {}
+    return {} if trained_elsewhere(info, task) else reference
 
 
 def training_frame_difference(scene, reference):

@@ -142,6 +142,13 @@ def only_task(info):
     return keys[0] if len(keys) == 1 else None
 
 
+def trained_elsewhere(info, task):
+    """Whether a checkpoint was trained on one task alone and that is neither a Task nor the one
+    that it perturbs. info: as of `only_task`.
+    """
+    return only_task(info) not in (None, task.key, unperturbed(task).key)
+
+
 def init_states(task):
     """The benchmark's init states of a Task, (N,S) flattened MuJoCo states [time, qpos, qvel].
 

@@ -389,6 +389,8 @@ def other_versions(out, listed):
         for mine, other in (
             zip(ours[theirs["suite"]]["tasks"], theirs["tasks"]) if theirs["suite"] in ours else ()
         ):
+            if not mine.get("objects") or not other.get("objects"):
+                continue  # could not be built
             name, o = max(
                 other["objects"].items(),
                 key=lambda item: len(set().union(*(item[1].get(c, ()) for c in CRITERIA))),

@@ -62,6 +62,7 @@ def test_what_a_checkpoint_keeps_is_not_given_otherwise(name):
         ({"task_suite": "libero_spatial", "task_id": "0", "grasp": "side"}, "--task_id 3", None),
         ({"task_suite": "libero_spatial", "task_id": "0", "grasp": "side"}, OBJECT, None),
         ({"task_suite": "libero_spatial", "task_id": "0", "grasp": "side"}, SWAP, "side"),
+        ({"task_suite": "libero_spatial_swap", "task_id": "0", "grasp": "planned"}, "", "planned"),
         ({"task_suite": "libero_spatial", "grasp": "planned"}, "--task_id 3", "planned"),
         ({"task_suite": "libero_spatial"}, "", None),
         ({"task_suite": "libero_spatial", "grasp": "planned"}, "--grasp rim", "rim"),

@@ -240,6 +240,8 @@ def test_a_served_policy_says_which_one_it_is(tmp_path):
         ({"dataset": {"grasp": "planned"}, "turned": {"libero_goal_1": 9.0}}, True),
         ({"dataset": {"grasp": "side"}, "turned": {"a": 3.0, "b": 71.0}}, False),
         ({"dataset": {}, "turned": {"a": 3.0, "b": 71.0}}, False),
+        ({"dataset": {}, "turned": {"libero_goal_0": 80.0}}, False),
+        ({"dataset": {}, "turned": {"libero_spatial_0": 8.0}}, True),
         ({"dataset": {}, "turned": {"a": 3.0, "b": 4.0}}, True),
     ],
 )

@@ -54,6 +54,11 @@ def test_sentences_that_say_nothing_there_are_refused():
         instructions.check(one, deaf)
     with pytest.raises(UserError, match="--policy oracle listens to nothing"):
         instructions.check(flags("--instruction x --policy oracle"), None)
+    # several things at once are no single object's: counted by one of them, half a task would do
+    for asked in ("0", "other"):
+        words = f"--instruction_of {asked}"
+        with pytest.raises(UserError, match="asks for several things|names another object"):
+            instructions.spoken(flags(words), find_task("libero_10", 1))
     instructions.check(one, told)
     with pytest.raises(UserError, match="neither a task's number nor other"):
         flags("--instruction_of bowl")

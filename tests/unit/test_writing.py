@@ -2,6 +2,7 @@
 in one sentence where it cannot be written.
 """
 
+import argparse
 import os
 import resource
 import shutil
@@ -24,7 +25,7 @@ from figures import plots
 from formats import parts, smith300
 from harness import checkpoint, records
 from runtime import UserError, read_json, versions
-from sim import instructions
+from sim import collected, instructions
 from sim.tasks import find_task
 from sim.workers import Outcome
 from study import survey
@@ -164,6 +165,32 @@ def test_an_unknown_suite_is_said_at_once(monkeypatch):
     refused(lambda: run("nope"), "nope")
     refused(lambda: run("libero_spatial", "--task_ids", "10"), "0 to 9")
     refused(lambda: run("libero_spatial", "--first_state", "30"), "--n_demos 50", "20 init states")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--task_id 3 --task_ids 1", "--task_id"),
+        ("--replay x.hdf5 --task_id 3", "--task_id"),
+        ("--replay x.hdf5 --seed 3", "--seed"),
+        ("--video", "--video"),
+        ("--instruction_share 0.3", "--instruction_share"),
+        ("--setting cameras --turn_spread 40", "--turn_spread"),
+    ],
+)
+def test_a_collection_takes_no_flag_that_it_ignores(words, said):
+    """It would be recorded in the dataset, and have changed nothing."""
+    refused(lambda: collect_demos.main(words.split()), said, "no effect")
+
+
+def test_conditions_do_not_give_the_sentence_away():
+    """Taken in turn, an even number of views would each be seen with one of two sentences."""
+    words = "--setting viewpoint --split hemisphere --no-clean_scene --instruction_of other"
+    args = collect_demos.build_parser().parse_args([*words.split(), "--n_demos", "52"])
+    task = find_task("libero_spatial", 0)
+    refused(lambda: collected.check_told(args, task), "--instruction_share", "give away which")
+    for changed in ({"instruction_share": 0.3}, {"split": "outer"}, {"instruction_share": 1.0}):
+        collected.check_told(argparse.Namespace(**{**vars(args), **changed}), task)
 
 
 def test_a_survey_takes_no_flag_that_it_ignores():
