@@ -8,13 +8,13 @@ A's training step at full size against the rate of a plain matrix product measur
 attention to voxel tokens in each of its ways, the latency of a decision, features a second.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import flags
 from harness.validation import to_device
 from model_autoregressive import AutoregressiveConfig
 from nets.backbone import GPU_BATCH, Backbone
@@ -154,15 +154,17 @@ def features(device, quick, rounds):
     return {"title": "features of efficientnet_lite0, to and from the GPU", "rows": rows}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser():
+    parser = flags.Parser(__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=flags.count, default=20)
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--out", type=Path, help="JSON file (results/gpu/<card>.json)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     device = choose_device(args.device)
     card = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
     out = args.out or Path("results/gpu") / f"{card.replace(' ', '_')}.json"

@@ -18,7 +18,6 @@ OUT/SUITE.json has one entry per task; docs/premise.md is the table. One line pe
 as soon as it is measured.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import flags
 from figures.pages import markdown_table
 from runtime import (
     UserError,
@@ -536,14 +536,12 @@ def write_table(out, path):
     path.write_text("\n".join(lines))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser():
+    parser = flags.Parser(__doc__)
     parser.add_argument(
         "--suites", nargs="+", metavar="SUITE", help="suites to measure (every installed one)"
     )
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=flags.count, default=2)
     parser.add_argument(
         "--out",
         type=Path,
@@ -562,7 +560,11 @@ def main(argv=None):
     parser.add_argument(
         "--table", action="store_true", help="only write the table, from what --out holds"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     whole, hollow = installed_suites()
     for suite in args.suites or ():
         if suite not in whole:
@@ -570,8 +572,6 @@ def main(argv=None):
                 "its files are not installed" if suite in hollow else "LIBERO has no such suite"
             )
             raise UserError(f"--suites {suite}: {reason}; installed are {', '.join(whole)}")
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: at least 1 is needed")
     if not args.table:
         # one after the other, so that a killed run leaves whole suites
         for suite in args.suites or whole:

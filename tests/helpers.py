@@ -190,3 +190,14 @@ def shifts(scene, layout, index):
     before = scene.init_states()[index]
     places = [scene._address(name) for name in (scene.pick, scene.place)]
     return [state[at][:2] - before[at][:2] for at in places]
+
+
+def nearest_is_its_own(read, stored):
+    """Assert of frames (N,S,S,3) read from a video that they show the red blob where the stored
+    frames of their numbers do, rather than where those before or after do. Compression may lose it
+    in one frame or another, so that all count together.
+    """
+    red = lambda images: images[..., 0].astype(int) - images[..., 1] > 90
+    read, stored = red(read), red(stored)
+    apart = lambda by: (read[1:-1] != stored[1 + by : len(stored) - 1 + by]).sum()
+    assert apart(0) < 0.8 * min(apart(-1), apart(1)), [apart(by) for by in (-1, 0, 1)]

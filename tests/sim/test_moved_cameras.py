@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import SIZE
-from helpers import run
+from helpers import ROOT, run
 
 import canonical
 from camera import project
@@ -24,7 +24,13 @@ MOVED = np.array([view for view in DRAWN if view != cameras.AS_IT_IS])
 
 
 def test_the_ranges_are_those_that_are_written_down():
-    """All of each range is used, and nothing beyond it; a fifth keep the task's own view."""
+    """All of each range is used, and nothing beyond it; a fifth keep the task's own view. The page
+    has the same numbers.
+    """
+    assert (cameras.TURNED, cameras.TILTED, cameras.AWAY, cameras.IN_PLACE) == (75, 15, 2, 10)
+    page = (ROOT / "docs" / "libero_plus.md").read_text()
+    said = "turned about the table by up to 75 degrees, half of them also tilted by up to 15"
+    assert f"{said}, half up to twice as far, half turned in place by up to 10" in page
     turned, tilted, distance, pan, pitch = MOVED.T
     assert 0.15 < 1 - len(MOVED) / len(DRAWN) < 0.25
     for values, low, high in (

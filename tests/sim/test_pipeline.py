@@ -28,6 +28,7 @@ def test_collect_resumes_after_kill(collected):
     """A SIGKILL loses no finished demonstration, and the resumed file is whole and valid."""
     path, kept, done = collected
     assert kept and "2 demonstrations" in done.stdout
+    assert "1/2" in done.stderr and "0/2" not in done.stderr  # it goes on from the first one
     recordings = open_dataset(path, int(SIZE))
     found, attributes = recordings.demos, recordings.attributes
     assert len(found) == 2 and not path.with_name(path.name + ".parts").exists()
@@ -150,6 +151,8 @@ def test_a_run_can_be_told_apart_and_looked_at_later(trained):
     assert config["commit"] and config["versions"]["torch"] and config["args"]["seed"] == 0
     assert config["backbone_identity"].startswith("efficientnet_lite0")
     assert config["dataset"]["versions"]["renderer"]
+    header = json.loads((folder / "checkpoint.json").read_text())
+    assert all(header[key] for key in ("command", "commit", "versions")) and header["seed"] == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any("val/cm_median" in r for r in rows) and any("train/loss" in r for r in rows)
     assert any(0 <= r.get("free/coverage_8px", -1) <= 1 for r in rows)
@@ -245,6 +248,7 @@ def test_expert_succeeds_through_eval_and_eval_resumes(tmp_path):
     cell = summary(tmp_path / "cell")
     assert cell["released_rate"] == 1.0 and cell["n"] == 3 and 0.4 < cell["interval"][0] < 0.5
     assert {"model_type", "setting", "success_rate", "command", "commit", "seed"} <= cell.keys()
+    assert all({"commit", "seed", "simulator"} <= row.keys() for row in found)
     assert all(
         r["simulator"] == cell["simulator"] and cell["simulator"].startswith("mujoco ")
         for r in found

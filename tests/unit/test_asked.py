@@ -4,11 +4,12 @@ would repeat.
 
 import pytest
 
-from eval import build_parser, prepare
+from eval import HOPELESS, build_parser, give_up_if_hopeless, note_protocol, prepare
 from runtime import UserError
 from sim import layouts
 from sim.asked import as_trained, refuse_unread
 from sim.layouts import LAYOUTS
+from sim.workers import Outcome
 
 CONFIG = {"image_size": 448, "waypoint_stride": 8}
 OBJECT, SWAP = "--task_suite libero_object", "--task_suite libero_spatial_swap"
@@ -90,3 +91,26 @@ def test_no_layout_repeats_episodes_unseen(name):
     refused = f"--n_episodes {most + 1}: .*{most} different episodes of --layout {name}"
     with pytest.raises(UserError, match=refused):
         prepare(flags(f"--policy blind --layout {name} --n_episodes {most + 1}"))
+
+
+def test_a_failed_protocol_scores_nothing(tmp_path):
+    """An evaluation with a mirrored image or a gripper of the other sign ends before it begins."""
+    with pytest.raises(UserError, match="protocol check failed, nothing is scored: .*flipped"):
+        note_protocol(Outcome("protocol", error="Traceback\nRuntimeError: flipped"), tmp_path)
+    assert not list(tmp_path.iterdir())
+    note_protocol(Outcome("protocol", {"distinct_init_states": 50}), tmp_path)
+    assert (tmp_path / "protocol.json").exists()
+
+
+def test_an_evaluation_without_hope_ends(tmp_path):
+    """Six episodes that all crashed, or all ended in the policy's error; with one that ran it goes
+    on.
+    """
+    crashed = [{"episode": i, "crash": "no memory"} for i in range(HOPELESS)]
+    broken = [{"episode": i, "outcome": "error", "error": "shape"} for i in range(HOPELESS)]
+    ran = {"episode": 9, "outcome": "miss"}
+    for rows, said in ((crashed, "all crashed.*no memory"), (broken, "error of the policy.*shape")):
+        with pytest.raises(UserError, match=said):
+            give_up_if_hopeless(rows, tmp_path)
+        give_up_if_hopeless(rows[1:], tmp_path)
+        give_up_if_hopeless([*rows, ran], tmp_path)

@@ -17,6 +17,7 @@ from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from nets import layers
 from nets.history import padded_rows
 from nets.layers import FrameBlock, Resolutions, dense_mask, flex_frame_attention, frame_attention
+from rot_utils import rotvec_to_matrix
 from runtime import UserError
 from sim.rollout import PolicyAgent
 
@@ -117,6 +118,23 @@ def test_no_input_of_a_frame_holds_its_target(windows):
             if batch["mask"][b, t]:
                 later = np.flatnonzero((demo.ee_pos == batch["target_pos"][b, t].numpy()).all(1))
                 assert later.max() >= frame
+
+
+def test_targets_of_windows_are_those_of_their_frames(windows):
+    """What is trained is the recording's next waypoint, command and rotation: not those of a frame
+    before or after.
+    """
+    batch, c = windows.batch(np.arange(len(windows))), windows.config
+    for b, window in enumerate(windows.windows):
+        demo = windows.demos[windows.row_demo[window[0]]]
+        target, command, *_ = waypoint_labels(demo, c.waypoint_stride, 1, False, c.min_travel)
+        for t, frame in enumerate(windows.row_frame[window]):
+            if batch["mask"][b, t]:
+                want = target[frame, 0]
+                np.testing.assert_array_equal(batch["target_pos"][b, t], demo.ee_pos[want])
+                turned = rotvec_to_matrix(demo.ee_ori[want])
+                np.testing.assert_allclose(batch["target_rot"][b, t], turned, atol=1e-6)
+                assert batch["target_gripper"][b, t] == command[frame, 0]
 
 
 def test_windows_are_padded_at_the_episodes_start(windows):

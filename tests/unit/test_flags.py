@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import importlib
 import math
+import re
 
 import pytest
+from helpers import ROOT
 
 import flags
 import train
@@ -28,6 +30,8 @@ SCRIPTS = (
     "figures.report",
     "run_matrix",
     "serve",
+    *("study.premise", "study.bench_gpu", "study.stalled", "study.demo_curve"),
+    "sim.picture_proof",
 )
 # values by flag, of every policy and of single ones
 NUMBERS = {
@@ -140,6 +144,15 @@ def test_a_script_refuses_an_absurd_value(script, words):
     with pytest.raises(UserError) as error:
         parser_of(script).parse_args([flag, value])
     assert flag in str(error.value) and value in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_script_with_flags_is_left_out():
+    """Of all files that make a parser, but train.py, whose policies each have one."""
+    makes = re.compile(r"= (flags\.Parser|argparse\.ArgumentParser)\(")
+    paths = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", "plugins"} & set(p.parts)]
+    found = [p.relative_to(ROOT).with_suffix("") for p in paths if makes.search(p.read_text())]
+    names = {".".join(path.parts) for path in found}
+    assert names - {"train"} == set(SCRIPTS)
 
 
 def test_every_number_of_every_parser_has_a_range():

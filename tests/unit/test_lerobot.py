@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import SIZE, STEPS, write_synthetic_demos
+from helpers import nearest_is_its_own
 
 import convert_demos
 from data import WaypointDataset
@@ -97,6 +98,8 @@ def test_videos_give_the_same_frames_within_their_compression(synthetic_demos, v
         red = lambda images: images[..., 0] - images[..., 1] > 90
         assert (red(stored) != red(read)).mean() < 0.01
         assert np.abs(stored - read).mean() < 12
+        one_by_one = np.concatenate([b.images([i]) for i in range(STEPS)])
+        nearest_is_its_own(one_by_one, a.images(range(STEPS)))
 
 
 def test_training_sees_the_same_samples(synthetic_demos, folder, backbone, tmp_path):

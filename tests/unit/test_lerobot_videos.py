@@ -8,6 +8,7 @@ import shutil
 import av
 import numpy as np
 import pytest
+from helpers import nearest_is_its_own
 from test_lerobot import EPISODES, MP4, as_version_2, change_json, copied
 
 import convert_demos
@@ -85,6 +86,8 @@ def test_av1_videos_are_read_as_h264_is(h264, tmp_path, version):
         assert (red(before) != red(after)).mean() < 0.02
         # what one frame's movement would change
         assert np.abs(before.astype(int) - after).mean() < 15
+        one_by_one = np.concatenate([b.images([i]) for i in range(len(b))])
+        nearest_is_its_own(one_by_one, a.images(range(len(a))))
     with av.open(str(next((folder / "videos").rglob("*.mp4")))) as container:
         assert container.streams.video[0].codec_context.codec.canonical_name == "av1"
 

@@ -1,6 +1,7 @@
 """The matrix's table: rates and paired tests from evaluations, as Markdown, picture and page."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from harness.statistics import mcnemar, wilson
 from runtime import UserError, append_jsonl
 from study import matrix, matrix_plan, matrix_table
 from study.matrix import RECIPES
+from study.matrix_table import MARKS
 
 
 @pytest.fixture
@@ -200,16 +202,39 @@ def test_a_quoted_command_asks_for_the_same_as_an_unquoted_one():
     assert matrix_table.flags_of(old)["--ckpt"] == "it's/checkpoint.safetensors"
 
 
-def test_the_committed_table_is_that_of_its_rows(tmp_path):
-    """results/matrix/table.json follows from the committed episodes.
+@pytest.mark.parametrize("name, page", [("matrix", "first_matrix"), ("verdict", "verdict")])
+def test_the_committed_table_is_that_of_its_rows(name, page, tmp_path):
+    """table.json follows from the committed episodes, and the page has the table.
 
-    Eight evaluations that were copied in are marked.
+    Eight evaluations of the first matrix that were copied in are marked.
     """
-    shutil.copytree(ROOT / "results" / "matrix" / "evals", tmp_path / "evals")
+    shutil.copytree(ROOT / "results" / name / "evals", tmp_path / "evals")
     found, _ = table_of(tmp_path)
-    committed = json.loads((ROOT / "results" / "matrix" / "table.json").read_text())
-    assert found["cells"] == committed["cells"]
-    assert sum(len(c["otherwise"]) for c in found["cells"]) == 8
+    committed = json.loads((ROOT / "results" / name / "table.json").read_text())
+    numbers = lambda cells: [{k: v for k, v in c.items() if k != "otherwise"} for c in cells]
+    assert numbers(found["cells"]) == numbers(committed["cells"])
+    if name == "matrix":
+        assert sum(len(c["otherwise"]) for c in found["cells"]) == 8
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    shown = text[text.index(MARKS[0]) + len(MARKS[0]) : text.index(MARKS[1])].strip()
+    assert shown == (ROOT / "results" / name / "table.md").read_text().strip()
+
+
+def test_the_readme_has_the_verdicts_numbers():
+    """Rates within 280 steps, in whole percent, of every row and column that it shows."""
+    cells = json.loads((ROOT / "results" / "verdict" / "table.json").read_text())["cells"]
+    rates = {(c["row"], c["layout"]): f"{100 * c['success']['early']['rate']:.0f}%" for c in cells}
+    text = (ROOT / "README.md").read_text()
+    head = r"(?m)^\| \| benchmark \| shifted \| viewpoint \| both .*\n.*\n"
+    table = re.search(head + r"((\|.*\n)+)", text)
+    names = {"PARA": "para_recipe", "A": "a_recipe", "B": "b_recipe", "C": "c_recipe"}
+    layouts = ["benchmark", "verdict_shifted", "verdict_viewpoint", "verdict_viewpoint_shifted"]
+    layouts += ["verdict_viewpoint_low", "verdict_position", "moved_midway", "benchmark_swap"]
+    layouts += ["benchmark_object"]
+    shown = [[c.strip() for c in line.strip("| ").split("|")] for line in table[1].splitlines()]
+    assert [row[0] for row in shown] == list(names)
+    for name, *row in shown:
+        assert row == [rates[names[name], layout] for layout in layouts], name
 
 
 def test_one_backbone_for_the_whole_table(results):

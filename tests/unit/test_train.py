@@ -343,6 +343,15 @@ def state(synthetic_demos, tmp_path_factory):
     return folder / "run", done.stdout
 
 
+def test_another_seed_is_another_training(state, synthetic_demos, tmp_path):
+    """Of weights and of samples: three seeds of a table are three trainings."""
+    run(*flags(synthetic_demos, "run", 2, "--seed", 1), cwd=tmp_path)
+    ours, theirs = (load_file(f / "checkpoint.safetensors") for f in (tmp_path / "run", state[0]))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    header = json.loads((tmp_path / "run" / "checkpoint.json").read_text())
+    assert header["seed"] == header["resolved"]["seed"] == 1
+
+
 def test_a_state_holds_no_generator(state):
     """Noise follows from (seed, step) on every device and in every process.
 
