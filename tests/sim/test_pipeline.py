@@ -200,7 +200,7 @@ def test_train_resumes_bit_identically(collected, tmp_path):
             ("--backbone_weights", "absent.pth"),
         ),
         (("--image_size", "224"), ("112 px", "--replay")),
-        (("--resume", "absent_run"), ("absent_run", "run folder")),
+        (("--resume", "absent_run"), ("--dataset", "--resume goes on by the run's own flags")),
         (("--max_steps", "0"), ("--max_steps", "at least 1")),
         (("--model_type", "dino_volume_kv_full", "--mirror"), ("--mirror", "--rotation euler")),
     ],
@@ -211,6 +211,15 @@ def test_train_refuses_bad_input_in_one_sentence(collected, tmp_path, flags, wor
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_run_that_is_not_there_is_not_resumed(tmp_path):
+    """One line says that the folder holds no run."""
+    done = run("train.py", "--resume", "absent_run", cwd=tmp_path, ok=False)
+    assert done.returncode == 2, done.stderr
+    assert all(
+        word in done.stderr.strip().splitlines()[-1] for word in ("absent_run", "run folder")
+    )
 
 
 def test_validation_conditions_are_not_trained_on(synthetic_demos, tmp_path):
