@@ -83,12 +83,15 @@ def test_scenes_of_one_process_draw_their_own_pictures():
     scenes[0].close()
 
 
+NOT_GIVEN = {"image_size": None, "waypoint_stride": None}
+
+
 @pytest.mark.parametrize("trained, asked", [("fast", "exact"), ("exact", "fast")])
 def test_a_checkpoint_sees_the_render_it_was_trained_on(trained, asked):
     """Another render than that of training is refused: the success rate would fall without a
     warning. A checkpoint that does not name its render was trained on exact images.
     """
-    args = argparse.Namespace(render=asked, ckpt="run/checkpoint.safetensors")
+    args = argparse.Namespace(render=asked, ckpt="run/checkpoint.safetensors", **NOT_GIVEN)
     info = {"dataset": {"render": trained} if trained == "fast" else {}}
     with pytest.raises(UserError, match=f"was trained on images of --render {trained}"):
         evaluation.as_trained(args, info, {"image_size": SIDE, "waypoint_stride": 5})
@@ -103,7 +106,7 @@ def test_what_is_not_asked_for_is_what_the_checkpoint_was_trained_on(trained):
     args = argparse.Namespace(
         **{"render": None, "ckpt": "run/checkpoint.safetensors", "layout": "shifted"},
         **{"task_suite": None, "task_id": None, "grasp": None, "variant": None},
-        **{"clean_scene": None, "split": None},
+        **{"clean_scene": None, "split": None, **NOT_GIVEN},
     )
     info = {"dataset": {"render": trained}, "model_type": "para", "backbone_identity": "x"}
     evaluation.as_trained(args, info, {"image_size": SIDE, "waypoint_stride": 5})

@@ -81,8 +81,8 @@ def test_evaluating_under_another_mujoco_is_said(theirs, warned, capsys):
 
 
 def test_the_expert_has_no_demonstrations(capsys):
-    """A row without a checkpoint names the simulator alone, without a warning."""
-    assert set(where_run({})) == {"simulator"} and not capsys.readouterr().out
+    """A row without a checkpoint names simulator and commit alone, without a warning."""
+    assert set(where_run({})) == {"simulator", "commit"} and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
