@@ -54,6 +54,7 @@ from sim.asked import (
     cell_name,
     refuse_unread,
     refuse_without_meaning,
+    several_commits,
     stamp_of,
     where_run,
 )
@@ -486,13 +487,9 @@ def evaluate_task(args, network):
     asked = stamp_of(args, info)
     check_stamp(args.out, asked)
     write_json(args.out / "settings.json", asked)
-    rows = run_episodes(args, network, where, info)
-    rows = [rows[i] for i in sorted(rows)]
+    rows = [row for _, row in sorted(run_episodes(args, network, where, info).items())]
     summary = {**summarise(rows, args, info), **where, "versions": simulator_versions()}
-    commits = list(dict.fromkeys(row["commit"] for row in rows if "commit" in row))
-    if len(commits) > 1:
-        summary["commits"] = commits
-        print(f"warning: {args.out}: its episodes are of several commits: {', '.join(commits)}")
+    summary.update(several_commits(rows, args.out))
     if args.policy == "remote":
         summary["model_type"] = args.label
         summary["remote"] = {name: getattr(args, name) for name in remote.NAMES}
@@ -505,8 +502,7 @@ def evaluate_task(args, network):
 
 def run_episodes(args, network, where, info):
     """Run the episodes that the folder does not hold yet -> {episode: row} of all. Each row is
-    written as soon as its episode ends. where: what every row says of the simulator; info: of the
-    checkpoint, {} without one.
+    written as soon as its episode ends. where: what every row says; info: of the checkpoint, or {}.
     """
     # crashed episodes of an earlier run are tried again
     rows = {

@@ -159,6 +159,15 @@ def where_run(info):
     return found
 
 
+def several_commits(rows, folder):
+    """{"commits": those that rows name} where there are several, with a warning; else {}."""
+    commits = list(dict.fromkeys(row["commit"] for row in rows if "commit" in row))
+    if len(commits) < 2:
+        return {}
+    print(f"warning: {folder}: its episodes are of several commits: {', '.join(commits)}")
+    return {"commits": commits}
+
+
 def stamp_of(args, info):
     """What the episodes of a folder have in common, as settings.json holds it. A run goes on only
     in a folder with the same stamp.

@@ -89,6 +89,7 @@ BESIDE = {
         "sim.remote",
         "sim.settings",
         "sim.simulator",
+        "sim.tasks",
         "sim.variants",
     },
     "sim.cameras": {"sim.moved_cameras", "sim.settings"},
