@@ -39,7 +39,7 @@ from formats.demos import Demo
 from formats.interface import Demonstrations
 from formats.lerobot_images import check_videos, read_embedded, read_video
 from formats.lerobot_tables import ACTION, AGAIN, STATE, Tables
-from formats.libero_cameras import camera_of_task, find_task
+from formats.libero_cameras import TASKS, camera_of_task, find_task
 from formats.pictures import ORIENTATIONS, check_pictures, upright
 from formats.smith300 import square_intrinsics
 from rot_utils import matrix_to_rotvec, rotvec_to_matrix
@@ -262,20 +262,31 @@ class LeRobotFolder(Demonstrations):
         said = read_json(file, "LeRobot dataset", AGAIN) if file.exists() else {}
         tasks = Counter(d.attrs["task"] for d in found)
         attributes = {"num_demos": len(found), **said}
-        # a scene that is known is no other's of the same sentence, as LIBERO-PRO's suites have it
         known = {"task_suite", "task_id"} <= said.keys()
         # where other tasks' sentences are said, the scene is the dataset's
         placed = known and "instruction_of" in said
         if len(tasks) == 1:
             instruction = next(iter(tasks))
             attributes["language"] = instruction
-            if not known and (place := find_task(instruction)):
+            # a known scene is no other's of the same sentence, as LIBERO-PRO's suites have them
+            believed = known and placed_as_said(said, instruction)
+            if not believed and (place := find_task(instruction)):
                 attributes["task_suite"], attributes["task_id"] = place
         else:
             # of several tasks each episode says its own; in one scene each its own sentence
             for key in ("language", *(() if placed else ("task_suite", "task_id"))):
                 attributes.pop(key, None)
         return attributes
+
+
+def placed_as_said(said, instruction):
+    """Whether an instruction is that of the task that a dataset names, or of the one that it
+    perturbs; True of a suite whose sentences are not known here.
+    """
+    suite, index = str(said["task_suite"]), int(said["task_id"])
+    base = next((s for s in TASKS if suite == s or suite.startswith(f"{s}_")), None)
+    words = " ".join(instruction.lower().split()).rstrip(".")
+    return base is None or words in TASKS[base][index : index + 1]
 
 
 def task_key(instruction):

@@ -17,7 +17,8 @@ import convert_demos
 from data import WaypointDataset
 from formats import lerobot_statistics, lerobot_writer, pictures
 from formats.dataset import open_dataset
-from formats.libero_cameras import agentview, camera_of_task, find_task
+from formats.lerobot import placed_as_said
+from formats.libero_cameras import TASKS, agentview, camera_of_task, find_task
 from policy import PolicyConfig
 from rot_utils import rotvec_to_matrix
 from runtime import UserError
@@ -232,6 +233,18 @@ def test_camera_comes_from_the_file_then_the_frames_then_the_task(folder, tmp_pa
     read = unchecked(copy)
     assert np.allclose(read.demos[0].E, agentview("table", SIZE)[1])
     assert (read.attributes["task_suite"], read.attributes["task_id"]) == ("libero_10", 8)
+
+
+def test_a_scene_of_libero_pro_stays_what_it_is():
+    """Its suites have other scenes under the same sentences: by the sentence alone it would be
+    another scene, and its pictures be compared with that one's. What a sentence contradicts is not
+    believed.
+    """
+    sentence = TASKS["libero_spatial"][3]
+    says = lambda suite, index: placed_as_said({"task_suite": suite, "task_id": index}, sentence)
+    assert says("libero_spatial", 3) and says("libero_spatial_swap", 3)
+    assert says("libero_90", 3)  # whose sentences are not known here
+    assert not (says("libero_spatial", 2) or says("libero_goal", 3) or says("libero_10", 3))
 
 
 def test_a_support_is_said_beside_the_camera(folder, tmp_path):
