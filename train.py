@@ -305,8 +305,8 @@ def prepare(args, config_class, device, progress):
         policy_class = look_up(args.model_type).policy
         asked = None if args.resume and not policy_class.holds_volume else args.freeze_steps
         args.freeze_steps = finetune.freeze_steps(asked, policy_class)
-    if args.init_from and not args.resume:
-        config = finetune.checked(args.init_from, config, backbone.identity)
+        if not args.resume:
+            config = finetune.checked(args.init_from, config, backbone.identity)
     measured = [demo_files.measured(demo, config.heights) for demo in train_demos]
     view = canonical.resolved(config.canonical_view, measured)
     config = dataclasses.replace(config, canonical_view=view)

@@ -39,7 +39,7 @@ from formats.demos import Demo
 from formats.interface import Demonstrations
 from formats.lerobot_images import check_videos, read_embedded, read_video
 from formats.lerobot_tables import ACTION, AGAIN, STATE, Tables
-from formats.libero_cameras import TASKS, camera_of_task, find_task
+from formats.libero_cameras import TASKS, camera_of_task, find_task, plain
 from formats.pictures import ORIENTATIONS, check_pictures, upright
 from formats.smith300 import square_intrinsics
 from rot_utils import matrix_to_rotvec, rotvec_to_matrix
@@ -285,8 +285,7 @@ def placed_as_said(said, instruction):
     """
     suite, index = str(said["task_suite"]), int(said["task_id"])
     base = next((s for s in TASKS if suite == s or suite.startswith(f"{s}_")), None)
-    words = " ".join(instruction.lower().split()).rstrip(".")
-    return base is None or words in TASKS[base][index : index + 1]
+    return base is None or plain(instruction) in TASKS[base][index : index + 1]
 
 
 def task_key(instruction):

@@ -101,11 +101,16 @@ SCENE_OF_KEY = {
 
 def find_task(instruction):
     """(suite, index) of the LIBERO task with an instruction, or None for one of no suite."""
-    words = " ".join(instruction.lower().split()).rstrip(".")
+    words = plain(instruction)
     for suite, instructions in TASKS.items():
         if words in instructions:
             return suite, instructions.index(words)
     return None
+
+
+def plain(instruction):
+    """An instruction as TASKS has it: small letters, single spaces, no full stop."""
+    return " ".join(instruction.lower().split()).rstrip(".")
 
 
 def agentview(scene, size):
