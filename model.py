@@ -12,7 +12,6 @@ So does the gripper, or it is one more axis of the joint softmax.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from torch import nn
 import camera
 import flags
 from nets.maps import dilated_convolutions, mark_cell, projected, ray_layers
-from nets.text import Film
 from nets.volume import VolumeConfig, VolumeGeometry, flat_index
 from policy import finger_state, flag
 
@@ -107,20 +105,14 @@ class PixelTrunk(VolumeGeometry):
         )
         self.rays = ray_layers(width) if c.rays else None
         self.trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
-        if self.text is not None:
-            # of the projection, and of each convolution
-            n_layers = 1 + len(c.dilations.split(","))
-            self.film = nn.ModuleList([Film(width) for _ in range(n_layers)])
+        self.film = self.films(1 + len(c.dilations.split(",")), width)
 
     def trunk_features(self, batch):
         """Features of the prediction grid (B,C,H,W), with the EEF's cell marked."""
         c = self.config
         x = projected(self.normalised(batch["features"]), self.project, c.grid, c.margin)
-        films = []
-        if self.text is not None:
-            vector = self.instruction_vectors(batch)
-            films = [partial(film, vector=vector) for film in self.film]
-            x = films.pop(0)(x)
+        told = self.instruction_vectors(batch)
+        x = self.film.at(0, x, told)
         x = mark_cell(x, self.cells(batch["eef_pos"], batch), self.eef_vector(batch))
         if self.gripper_embedding is not None:
             state = finger_state(batch["gripper_width"], c)
@@ -128,13 +120,7 @@ class PixelTrunk(VolumeGeometry):
             x = x + fingers[..., None, None].to(x.dtype)
         if self.rays is not None:
             x = x + self.rays(self.cell_rays(batch))
-        if not films:
-            return self.trunk(x)
-        for layer in self.trunk:
-            x = layer(x)
-            if isinstance(layer, nn.Conv2d):
-                x = films.pop(0)(x)
-        return x
+        return self.film.along(self.trunk, x, told)
 
     def eef_vector(self, batch):
         """The EEF's embedding (B,C), interpolated linearly between those of the two nearest height

@@ -32,7 +32,7 @@ from policy import check_heads, finger_numbers, finger_state, flag
 from runtime import UserError
 
 # frames; the code is cyclic, so that an episode may be of any length
-TIME_PERIOD, TIME_FREQUENCIES = 64, (1, 2, 4, 8, 16)
+TIME_PERIOD, TIME_FREQUENCIES = 64, 5
 SPACE_FREQUENCIES = 6  # over image widths: the finest wave is 1/16 image, 28 px
 QUERY = 1  # its place among a group's own two tokens; the EEF comes first
 
@@ -147,7 +147,7 @@ class AutoregressivePolicy(HistoryPolicy):
         self.state = nn.Linear(2 * SPACE_FREQUENCIES + 3 + c.fingers - 1, d)
         linear = lambda n: nn.Linear(n, d, bias=False)
         if c.temporal:
-            self.temporal = linear(2 * len(TIME_FREQUENCIES))
+            self.temporal = linear(2 * TIME_FREQUENCIES)
         if c.relative:
             self.relative = nn.ModuleList([linear(2 * SPACE_FREQUENCIES) for _ in "yx"])
         if c.patch_position:
@@ -169,6 +169,7 @@ class AutoregressivePolicy(HistoryPolicy):
             if c.rays:
                 self.key_rays = ray_layers(width)
             self.key_trunk = dilated_convolutions(width, map(int, c.dilations.split(",")))
+            self.film = self.films(1 + len(c.dilations.split(",")), width)
             self.pointer = FingerLinear(d, 2 * c.n_height_bins * width, states)
             self.prior = nn.Parameter(torch.randn(states, 2 * c.n_height_bins, width) * width**-0.5)
             # at first the prior, the same for every query, decides
@@ -240,10 +241,10 @@ class AutoregressivePolicy(HistoryPolicy):
             tokens = tokens + self.place(self.position, centres, centres)
         return tokens.flatten(2, 3)
 
-    def tokens(self, features, eef, before, batch, start):
+    def tokens(self, features, eef, before, batch, start, told):
         """Groups of tokens (B,T,N,d) from eef (B,T,3), volume coordinates. before (B,1,3): those of
         the frame before the first, or of the first itself. start (B,): the first frame's number in
-        its episode, or any number in training."""
+        its episode, or any number in training. told (B,WIDTH): the instruction, or None."""
         c = self.config
         eef = self.share(eef)
         anchor = eef[..., 1:] if c.anchor == "frame" else self.newest(eef[..., 1:], batch)
@@ -264,23 +265,17 @@ class AutoregressivePolicy(HistoryPolicy):
             pair = pair + at(self.position, eef[..., 1:])
         groups = [self.patches(features, c.patch_grid, anchor), pair]
         # behind the query, the same in each frame
-        if self.text is not None:
-            told = self.instruction(self.instruction_vectors(batch))[:, None, None]
-            groups.append(told.expand(-1, eef.shape[1], -1, -1))
+        if told is not None:
+            word = self.instruction(told)[:, None, None]
+            groups.append(word.expand(-1, eef.shape[1], -1, -1))
         if c.recent_hires:
             groups.append(self.patches(features, c.patch_grid // 2, anchor) + self.coarse)
         x = torch.cat(groups, 2)
         # the frame's number, by a code that all tokens of its group share
         if c.temporal:
             number = start[:, None] + torch.arange(eef.shape[1], device=eef.device)
-            angle = (
-                2
-                * torch.pi
-                / TIME_PERIOD
-                * number[..., None]
-                * torch.tensor(TIME_FREQUENCIES, device=eef.device)
-            )
-            x = x + self.temporal(torch.cat([angle.sin(), angle.cos()], -1))[:, :, None]
+            code = fourier(number.float(), TIME_FREQUENCIES, 2 * torch.pi / TIME_PERIOD)
+            x = x + self.temporal(code)[:, :, None]
         return x
 
     def newest(self, eef, batch):
@@ -308,13 +303,14 @@ class AutoregressivePolicy(HistoryPolicy):
             cache.append(kept)
         return self.norm(x[:, :, 0]), patches, cache
 
-    def cell_features(self, features, patches, query, eef, cameras):
+    def cell_features(self, features, patches, query, eef, cameras, told):
         """The pointer's keys (N,C,H,W) of N frames, from maps [(N,C,H,W)], patch outputs (N,H*W,d),
-        query outputs (N,d), the EEF's coordinates zyx (N,3) and the cameras {"K", "E"}."""
+        query outputs (N,d), the EEF's coordinates zyx (N,3), the cameras {"K", "E"} and the
+        instruction's vectors (N,WIDTH) or None."""
         c = self.config
         size = {"size": (c.grid, c.grid), "mode": "bilinear", "align_corners": False}
         added = self.key_query(query)
-        x = projected(features, self.key_project, c.grid, c.margin)
+        x = self.film.at(0, projected(features, self.key_project, c.grid, c.margin), told)
         x = x + added[:, : c.key_width, None, None]
         # coarse, but of the whole table: the transformer's patches, resized to the grid
         if c.key_patches:
@@ -328,9 +324,9 @@ class AutoregressivePolicy(HistoryPolicy):
             x = x + self.key_rays(
                 self.cell_rays({**cameras, "eef_pos": self.points(eef.double(), cameras)})
             )
-        return self.key_trunk(x)
+        return self.film.along(self.key_trunk, x, told)
 
-    def head(self, features, patches, query, eef, widths, cameras):
+    def head(self, features, patches, query, eef, widths, cameras, told):
         """N frames -> logits (N,2,Z,H,W), cell features (N,C,H,W) or None. eef (N,3) coordinates,
         widths (N,) m between the fingers, cameras {"K" (N,3,3), "E" (N,4,4)}; others as above."""
         c, state = self.config, finger_state(widths, self.config)
@@ -338,7 +334,7 @@ class AutoregressivePolicy(HistoryPolicy):
             cells = self.cell_head(self.cell_hidden(query), state).view(-1, 2, 1, c.side, c.side)
             heights = self.height_head(query, state).view(-1, 2, c.n_height_bins, 1, 1)
             return cells + heights.log_softmax(2), None  # p(gripper, cell) p(height | gripper)
-        keys = self.cell_features(features, patches, query, eef, cameras)
+        keys = self.cell_features(features, patches, query, eef, cameras, told)
         prior = self.prior[state.clamp(max=len(self.prior) - 1)]  # (N,2Z,C)
         # the convolution's filters, one for each gripper command and height (N,2Z,C)
         weights = self.pointer(query, state).unflatten(-1, (-1, c.key_width)) + prior
@@ -349,8 +345,10 @@ class AutoregressivePolicy(HistoryPolicy):
         """Windows -> (logits (N,2,Z,H,W), keys, query (N,d)) of the frames `rows` (N,) of the
         flattened (B*T), None for all. exact: mark the cells of eef (B,T,3) itself."""
         features = self.normalised(batch["features"])
-        query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start))
+        told = self.instruction_vectors(batch)
+        query, patches, _ = self.encode(self.tokens(features, eef, eef[:, :1], batch, start, told))
         flat = lambda x: x.flatten(0, 1) if rows is None else x.flatten(0, 1)[rows]
+        told = None if told is None else flat(told[:, None].expand(-1, eef.shape[1], -1))
         query = flat(query)
         # the noise is for the transformer: the mark is by default where the image shows the EEF
         marked = (
@@ -365,12 +363,12 @@ class AutoregressivePolicy(HistoryPolicy):
             flat(marked),
             flat(batch["gripper_width"]),
             {k: flat(batch[k]) for k in "KE"},
+            told,
         )
         return logits, keys, query
 
     def offset(self, keys, query, coordinates):
         """Offset zyx (N,3) in [-0.5, 0.5] inside the cell at integer coordinates (N,3)."""
-        # the pointer's offset sees the features of the chosen cell too
         if keys is not None:
             flat = (coordinates[:, 1] * self.config.side + coordinates[:, 2]).long()
             query = torch.cat(
@@ -521,7 +519,8 @@ class AutoregressivePolicy(HistoryPolicy):
         summing to one."""
         eef, c = self.eef_coordinates(batch), self.config
         start = torch.zeros(len(eef), dtype=torch.long, device=eef.device)
-        x = self.tokens(self.normalised(batch["features"]), eef, eef[:, :1], batch, start)
+        told = self.instruction_vectors(batch)
+        x = self.tokens(self.normalised(batch["features"]), eef, eef[:, :1], batch, start, told)
         for block in self.blocks[:-1]:
             x, _ = block(x, c.context, self.resolutions)
         weights = self.blocks[-1].weights(x, self.n_patches + QUERY, self.n_patches)
@@ -551,8 +550,9 @@ class AutoregressivePolicy(HistoryPolicy):
             features, eef = self.normalised(frame["features"]), self.eef_coordinates(frame)
             before = eef if self.before is None else self.before
             start = torch.full((1,), self.number, device=eef.device)
+            told = self.instruction_vectors(frame)
             query, patches, cache = self.encode(
-                self.tokens(features, eef, before, frame, start), self.past
+                self.tokens(features, eef, before, frame, start, told), self.past
             )
             # the next frame and these fill the context
             keep = self.config.context - 1
@@ -566,6 +566,7 @@ class AutoregressivePolicy(HistoryPolicy):
                 eef[:, 0],
                 now["gripper_width"],
                 {k: now[k] for k in "KE"},
+                told,
             )
             out = self.decide_rows(
                 frame, self.without_reached(logits, now), keys, query[:, 0], (1, 1)

@@ -7,7 +7,8 @@ and they are never built (nets/layers_voxel.py).
 Each step has a learned query. In every layer it reads, in one softmax, the EEF tokens up to that
 step, which are points in the same space, a token of the instruction where there are several, and
 all voxels of its frame. At last it is compared with every voxel token. That product is the
-distribution over the next waypoint.
+distribution over the next waypoint. An instruction scales and shifts the channels of the image
+features too (FiLM).
 
 No step's query sees another step's image or a later EEF. So every frame of a window is trained in
 one pass.
@@ -145,6 +146,7 @@ class VoxelPolicy(HistoryPolicy):
         self.project = nn.ModuleList([nn.Conv2d(n, width, 1) for n in channels])
         self.context = nn.Conv2d(width, width, 3, padding=first, dilation=first)
         self.trunk = dilated_convolutions(width, others)
+        self.film = self.films(2 + len(others), width)
         # Wg, the same for voxels and EEF tokens
         self.positional = nn.Linear(6 * c.n_waves, d, bias=False)
         self.image = nn.Linear(width, d, bias=False)
@@ -266,13 +268,15 @@ class VoxelPolicy(HistoryPolicy):
         )
         return tokens, ((age >= 0) & (age < self.config.context))[:, None]
 
-    def image_features(self, features):
-        """Normalised backbone maps [(N,C_i,H_i,W_i)] -> features (N,C,H,W) of the grid.
+    def image_features(self, features, told):
+        """Normalised backbone maps [(N,C_i,H_i,W_i)], an instruction's vectors (N,WIDTH) or None ->
+        features (N,C,H,W) of the grid.
 
         A 3x3 convolution gives each cell the context of its neighbours.
         """
         x = projected(features, self.project, self.config.grid, self.config.margin)
-        return F.gelu(self.context(x))
+        x = self.context(self.film.at(0, x, told))
+        return F.gelu(self.film.at(1, x, told))
 
     def run(self, batch, eef, rows):
         """Steps `rows` (N,) of the flattened (B*T) -> logits (N,G,Z,H,W), queries (N,d), and
@@ -282,16 +286,17 @@ class VoxelPolicy(HistoryPolicy):
         anchor = self.anchors(eef, batch["first_eef"])
         anchor = None if anchor is None else flat(anchor)
         table = self.table(flat(batch["K"]), flat(batch["E"]))
+        told = self.instruction_vectors(batch)
+        told = None if told is None else told[rows // T]  # (N,WIDTH)
         # (N,C,H,W)
-        image = self.image_features(self.normalised([flat(f) for f in batch["features"]]))
+        image = self.image_features(self.normalised([flat(f) for f in batch["features"]]), told)
         tokens, known = self.eef_tokens(eef, batch["gripper_width"], anchor, rows)
         # the query starts from where the EEF is
         last_eef = tokens[torch.arange(len(rows), device=rows.device), rows % T]
         x = (self.token[1] + self.start(last_eef))[:, None]  # (N,1,d)
         # one more token beside those of the EEF, which every step knows
-        if self.text is not None:
-            told = self.instruction(self.instruction_vectors(batch))[rows // T]
-            tokens = torch.cat([tokens, told[:, None].to(tokens.dtype)], 1)
+        if told is not None:
+            tokens = torch.cat([tokens, self.instruction(told)[:, None].to(tokens.dtype)], 1)
             known = torch.cat([known, known.new_ones(len(rows), 1, 1)], 2)
         voxels = {
             "table": table,
@@ -313,14 +318,14 @@ class VoxelPolicy(HistoryPolicy):
             {k: flat(batch[k]) for k in "KE"},
         )
         fingers = finger_state(flat(batch["gripper_width"]), self.config)
-        return self.readout(query, image, table, anchor, cells, fingers), query, maps
+        return self.readout(query, image, table, anchor, cells, fingers, told), query, maps
 
-    def readout(self, query, image, table, anchor, cells, fingers):
+    def readout(self, query, image, table, anchor, cells, fingers, told):
         """Queries (N,d) against all voxel tokens -> logits (N,G,Z,H,W).
 
         image (N,C,H,W): features of the grid; table: the frames' VoxelTable; anchor (N,3) or None;
         cells (N,2) yx: where the last known EEF is seen; fingers (N,): their states, see
-        policy.finger_state.
+        policy.finger_state; told (N,WIDTH) or None: an instruction's vectors.
         """
         c, width = self.config, self.config.key_width
         # the query tells the image features what is looked for: at every cell, and at the EEF's
@@ -328,7 +333,7 @@ class VoxelPolicy(HistoryPolicy):
         x = image + added[:, :width, None, None]
         if c.eef_mark:
             x = mark_cell(x, cells, added[:, width:])
-        x = self.trunk(x).flatten(2)  # (N,C,HW)
+        x = self.film.along(self.trunk, x, told, first=2).flatten(2)  # (N,C,HW)
         # weights for each gripper command: (N,G,d), (N,G,C), (N,G,C)
         position, plain, by_height = (
             self.pointer(query, fingers)

@@ -63,6 +63,7 @@ class PolicyConfig:
     """
 
     presets = {}
+    older = {}  # {flag: value} of checkpoints from before there was a flag, if not its default
     has_history = False  # whether its samples are windows of frames
     context = 1  # frames that a decision sees
     n_window = 1  # waypoints that a decision answers

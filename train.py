@@ -222,8 +222,9 @@ def resumed_args(run):
     config_class = look_up(values["args"]["model_type"]).config
     args = with_preset(build_parser(config_class), argv)
     args.resume = args.out = run
-    args.backbone = values["config"]["backbone"]
-    args.canonical_view = values["config"].get("canonical_view", "")
+    stays = {"canonical_view": "", **config_class.older}
+    for name in ("backbone", *stays):
+        setattr(args, name, values["config"].get(name, stays.get(name)))
     return args, config_class
 
 

@@ -153,10 +153,12 @@ def stats_path(path):
 def fill_config(config_class, stored, path):
     """A config from the fields that a checkpoint stores.
 
-    Fields that the checkpoint is too old to have get their defaults, and are printed. Raises
-    UserError for fields that this version does not have.
+    Fields that the checkpoint is too old to have get their defaults, and are printed, but for
+    those that are `older` in the class. Raises UserError for fields that this version does not
+    have.
     """
     known = {field.name for field in dataclasses.fields(config_class)}
+    stored = {**config_class.older, **stored}
     missing, foreign = known - stored.keys(), stored.keys() - known
     if missing:
         print(f"{path}: older checkpoint, default values for {', '.join(sorted(missing))}")

@@ -17,6 +17,7 @@ class HistoryConfig(VolumeConfig):
     """What policies over windows of frames are configured by."""
 
     has_history = True
+    older = {"film": False}
     # in training
     eef_noise_share: float = flag(0.7, "share of windows, and of frames, with noise", high=1)
     eef_noise_own: float = flag(
@@ -32,6 +33,11 @@ class HistoryConfig(VolumeConfig):
     )
     finger_heads: bool = flag(
         True, "the heads have weights of their own for each state of --fingers"
+    )
+    film: bool = flag(
+        True,
+        "an instruction scales and shifts the channels of the image features too (FiLM), beside "
+        "its token",
     )
     # in use
     feedback: str = flag(

@@ -256,6 +256,32 @@ class Film(nn.Module):
         return maps * (1 + scale.to(maps.dtype)) + shift.to(maps.dtype)
 
 
+class Films(nn.ModuleList):
+    """Films of the maps (B,C,H,W) along a trunk: of its projection, and of each convolution after
+    it. Where there are none, all stays as it is.
+    """
+
+    def __init__(self, n, channels):
+        super().__init__([Film(channels) for _ in range(n)])
+
+    def at(self, i, maps, vector):
+        """Maps through the i-th, by an instruction's vector (B,WIDTH)."""
+        return self[i](maps, vector) if len(self) else maps
+
+    def along(self, trunk, maps, vector, first=1):
+        """Maps through the layers of a trunk, each convolution's through the next, from `first`
+        on.
+        """
+        if not len(self):
+            return trunk(maps)
+        films = iter(list(self)[first:])
+        for layer in trunk:
+            maps = layer(maps)
+            if isinstance(layer, nn.Conv2d):
+                maps = next(films)(maps, vector)
+        return maps
+
+
 class InstructedPolicy(FittedPolicy):
     """A policy that can be told what to do. `text`: its encoder, None where it is told nothing."""
 
@@ -263,8 +289,17 @@ class InstructedPolicy(FittedPolicy):
         super().__init__(config, channels)
         self.text = TextEncoder(config) if reads(config) else None
 
+    def films(self, n, channels):
+        """`Films`, n of them; none where nothing is told, or by a token alone (--no-film)."""
+        hears = self.text is not None and getattr(self.config, "film", True)
+        return Films(n if hears else 0, channels)
+
     def instruction_vectors(self, batch):
-        """Vectors (B,WIDTH) of a batch's instructions, (B,W) of single frames and of windows."""
+        """Vectors (B,WIDTH) of a batch's instructions, (B,W) of single frames and of windows; None
+        where the policy is told nothing.
+        """
+        if self.text is None:
+            return None
         draw = None
         if self.training:
             device = batch["instruction"].device
