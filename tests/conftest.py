@@ -269,6 +269,22 @@ def suite(tmp_path_factory):
     return folder
 
 
+ELSEWHERE = "pick up the other blob"  # another task's sentence in a scene
+
+
+@pytest.fixture(scope="session")
+def both(tmp_path_factory):
+    """A file of one scene with 8 demonstrations of its own sentence and 8 of another task's.
+    Shared: do not write to it.
+    """
+    file = write_task(tmp_path_factory.mktemp("both"), 0, 16, instruction_of="other")
+    with h5py.File(file, "r+") as opened:
+        for i in range(1, 16, 2):
+            attributes = opened[f"data/demo_{i}"].attrs
+            attributes["language"], attributes["instruction_of"] = np.bytes_(ELSEWHERE), 2
+    return file
+
+
 @pytest.fixture(scope="session")
 def told(suite, tmp_path_factory):
     """A run folder of two steps on the small suite, told what to do, and what was printed."""

@@ -4,10 +4,8 @@ they are divided and drawn. No simulator.
 
 import argparse
 
-import h5py
-import numpy as np
 import pytest
-from conftest import SIZE, write_task
+from conftest import ELSEWHERE, SIZE, write_task
 
 import collect_demos
 import convert_demos
@@ -22,22 +20,9 @@ from sim import asked, instructions
 from sim.tasks import find_task
 from study.survey import table_row
 
-ELSEWHERE = "pick up the other blob"
-
 
 def told(index, share):
     return [i for i in range(index) if instructions.is_told(i, share)]
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """A file of one scene with 8 demonstrations of its own sentence and 8 of another task's."""
-    file = write_task(tmp_path_factory.mktemp("both"), 0, 16, instruction_of="other")
-    with h5py.File(file, "r+") as opened:
-        for i in told(16, 0.5):
-            attributes = opened[f"data/demo_{i}"].attrs
-            attributes["language"], attributes["instruction_of"] = np.bytes_(ELSEWHERE), 2
-    return file
 
 
 def test_the_share_that_is_told_is_spread_evenly():

@@ -1,5 +1,6 @@
 """Training without a simulator: its budget, its loop, its saved state."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -111,6 +112,26 @@ def test_resume_takes_no_other_flag(more):
     for words in (["--resume", "runs/x", *more], [*more, "--resume=runs/x"]):
         with pytest.raises(UserError, match=f"^{more[0]}: --resume goes on by the run's own flags"):
             train.parse_args(words)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_what_there_was_no_flag_for_stays_as_it_was(name, tmp_path):
+    """A run or checkpoint from before a flag has the weights that it was made with, whatever the
+    flag's default is by now.
+    """
+    config_class = look_up(name).config
+    known = {field.name for field in dataclasses.fields(config_class)}
+    assert config_class.older.keys() <= known
+    run = {"argv": ["--model_type", name], "args": {"model_type": name}}
+    write_json(tmp_path / "config.json", {**run, "config": {"backbone": "efficientnet_lite0"}})
+    resumed, _ = train.parse_args(["--resume", str(tmp_path)])
+    stored = dataclasses.asdict(config_class())
+    for flag in config_class.older:
+        del stored[flag]
+    loaded = checkpoint.fill_config(config_class, stored, "old.safetensors")
+    for flag, value in config_class.older.items():
+        assert getattr(resumed, flag) == getattr(loaded, flag) == value
+        assert getattr(config_class(), flag) != value
 
 
 def test_resume_sees_that_the_data_are_others(suite, tmp_path):

@@ -1,0 +1,128 @@
+"""Does a policy's answer depend on what it is told? Asked of demonstrations, without a simulator.
+
+    python -m study.listening --dataset data/spatial_fixed --out results/listening.json \\
+        --ckpt runs/A/checkpoint.safetensors runs/B/checkpoint.safetensors
+
+In scenes with demonstrations of several sentences a policy sees the first images of a held-out one
+twice: told its own sentence, and told the scene's next. Soon the path shows which object is meant,
+so that only the first decisions ask. Reported for each scene and sentence, in cm on the table:
+`right`, from the recorded waypoint to the answer to its own sentence; `wrong`, to the answer to the
+other one; `apart`, between the two answers. A policy that does not listen has 0 apart.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import flags
+from figures.pages import markdown_table
+from formats.demos import seen_by, split_demos
+from formats.mixture import open_mixture
+from harness.checkpoint import load_policy
+from harness.validation import decide, decision_frames
+from runtime import UserError, command_line, git_commit, run_script, write_json
+from study.diagnose import names_of
+
+PARTS = ("right", "wrong", "apart")
+
+
+def sentences_of(demos):
+    """{scene: its sentences, in alphabetical order} of those scenes that have several."""
+    found = {}
+    for demo in demos:
+        found.setdefault(demo.task, set()).add(demo.instruction)
+    return {scene: sorted(words) for scene, words in found.items() if len(words) > 1}
+
+
+@torch.inference_mode()
+def answers(policy, demo, sentence, n):
+    """Waypoints (n,3) m at a demonstration's first n decisions, told a sentence."""
+    told = dataclasses.replace(demo, attrs={**demo.attrs, "task": sentence})
+    frames, _ = decision_frames(demo, policy.config)
+    policy.eval().reset()
+    found = [
+        decide(policy, told, image, frame, demo.ee_pos[frame])[0][0]
+        for frame, image in zip(frames[:n], demo.images(frames[:n]))
+    ]
+    policy.reset()
+    return np.array(found)
+
+
+def distances(policy, demo, other, n):
+    """A demonstration told its own sentence and another -> {part: (n,) m, on the table}."""
+    demo = seen_by(demo, policy.config)
+    right, wrong = (answers(policy, demo, words, n) for words in (demo.instruction, other))
+    true = demo.ee_pos[decision_frames(demo, policy.config)[1][:n]]
+    table = lambda a, b: np.linalg.norm((a - b)[:, :2], axis=-1)
+    return {"right": table(right, true), "wrong": table(wrong, true), "apart": table(right, wrong)}
+
+
+def listen(policy, demos, n, label=""):
+    """[{"scene", "told", "n_demos", and the mean of each part in cm}], a row for each sentence."""
+    sentences, found = sentences_of(demos), {}
+    asked = [demo for demo in demos if demo.task in sentences]
+    for demo in tqdm(asked, desc=label, unit="demo"):
+        words = sentences[demo.task]
+        other = words[(words.index(demo.instruction) + 1) % len(words)]
+        row = found.setdefault(demo.request, [])
+        row.append({k: v.mean() for k, v in distances(policy, demo, other, n).items()})
+    mean = lambda rows, part: float(100 * np.mean([row[part] for row in rows]))
+    return [
+        {
+            "scene": scene,
+            "told": words,
+            "n_demos": len(rows),
+            **{part: mean(rows, part) for part in PARTS},
+        }
+        for (scene, words), rows in sorted(found.items())
+    ]
+
+
+def build_parser():
+    parser = flags.Parser(__doc__)
+    parser.add_argument("--ckpt", type=Path, nargs="+", required=True)
+    parser.add_argument("--dataset", type=Path, nargs="+", required=True)
+    parser.add_argument(
+        "--first", type=flags.count, default=4, help="decisions of each demonstration"
+    )
+    parser.add_argument("--backbone_weights", type=Path)
+    parser.add_argument("--text_weights", type=Path)
+    parser.add_argument("--out", type=flags.new_file(".json"), help="also write the figures here")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    found = {}
+    for name, ckpt in zip(names_of(args.ckpt), args.ckpt):
+        policy, info, _ = load_policy(
+            ckpt, "cpu", args.backbone_weights, text_weights=args.text_weights
+        )
+        if policy.text is None:
+            raise UserError(f"{ckpt}: is told nothing (--text none); give one trained on sentences")
+        typed = info.get("args", {})
+        demos = open_mixture(args.dataset, policy.config.image_size, typed.get("n_demos")).demos
+        # what this checkpoint's training held out
+        held_out = split_demos(demos, typed.get("val_fraction", 0.15))[1]
+        found[name] = listen(policy, held_out, args.first, name)
+        if not found[name]:
+            raise UserError(
+                f"{args.dataset[0]}: no scene has demonstrations of two sentences; collect some "
+                "with --instruction_of other"
+            )
+    lines = [
+        [name, row["scene"], row["told"], row["n_demos"], *[f"{row[part]:.1f}" for part in PARTS]]
+        for name, rows in found.items()
+        for row in rows
+    ]
+    print(markdown_table(["policy", "scene", "told", "demonstrations", *PARTS], lines))
+    if args.out:
+        made = {"command": command_line(), "commit": git_commit(), "first": args.first}
+        write_json(args.out, {**made, "rows": found})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,92 @@
+"""study.listening: whether answers depend on the sentence."""
+
+import json
+import shlex
+
+import pytest
+import torch
+from conftest import ELSEWHERE, SIZE
+from test_contract import small_config
+
+from data import WaypointDataset
+from formats.mixture import open_mixture
+from harness import checkpoint
+from nets.text import reader_of, vocabulary_of
+from registry import look_up
+from runtime import UserError
+from study import listening
+
+
+@pytest.fixture
+def deaf(both, backbone, tmp_path):
+    """An untrained PARA that could be told of both blobs: its FiLM begins as the identity."""
+    demos = open_mixture([both], SIZE).demos
+    words = vocabulary_of({demo.instruction for demo in demos})
+    config = small_config(look_up("para"), text="learned", vocabulary=words, image_size=SIZE)
+    reader = reader_of(config)
+    torch.manual_seed(0)
+    policy = look_up("para").policy(config, backbone.channels).attach(backbone, reader)
+    data = WaypointDataset(demos[:4], config, backbone, 4, tmp_path, False, reader)
+    policy.fit_statistics(data.statistics())
+    return policy
+
+
+def heard(policy):
+    """The same policy, whose FiLM says something."""
+    with torch.no_grad():
+        for p in policy.film.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return policy
+
+
+def test_a_policy_that_does_not_listen_answers_alike(both, deaf):
+    """Nothing is apart, and right is wrong; once the sentence has a say, it is so no longer. Each
+    sentence is a row, with its own demonstrations.
+    """
+    demos = open_mixture([both], SIZE).demos[:4]
+    rows = listening.listen(deaf, demos, 3)
+    assert [(row["told"], row["n_demos"]) for row in rows] == sorted(
+        [(demos[0].instruction, 2), (ELSEWHERE, 2)]
+    )
+    for row in rows:
+        assert row["apart"] == 0 and row["right"] == row["wrong"] > 0
+    for row in listening.listen(heard(deaf), demos, 3):
+        assert row["apart"] > 0.5 and row["right"] != row["wrong"]
+
+
+def test_the_answers_are_those_to_the_sentence(both, deaf):
+    """Where nothing is said in its stead, a demonstration's own sentence is."""
+    demo = open_mixture([both], SIZE).demos[0]
+    policy = heard(deaf)
+    own, other = (listening.answers(policy, demo, words, 2) for words in (None, ELSEWHERE))
+    found = listening.distances(policy, demo, ELSEWHERE, 2)
+    apart = torch.tensor(own - other)[:, :2].norm(dim=-1)
+    assert torch.allclose(torch.tensor(found["apart"]), apart) and apart.min() > 0
+
+
+def test_scenes_of_one_sentence_are_not_asked(both, suite):
+    """What they would be told instead no demonstration of theirs shows."""
+    demos = open_mixture([both], SIZE).demos
+    assert list(listening.sentences_of(demos)) == ["libero_spatial_0"]
+    assert listening.sentences_of(open_mixture([suite]).demos) == {}
+
+
+def test_the_command_asks_held_out_demonstrations(both, suite, deaf, tmp_path, capsys):
+    """The table and the file have each sentence, of demonstrations that training held out. A policy
+    that is told nothing, and data of one sentence a scene, are refused.
+    """
+    path = tmp_path / "mine" / "checkpoint.safetensors"
+    info = {"args": {"val_fraction": 0.25}, "backbone_asked": deaf.config.backbone}
+    checkpoint.save_policy(path, deaf, "para", info)
+    out = tmp_path / "listening.json"
+    command = f"--ckpt {path} --dataset"
+    listening.main(shlex.split(f"{command} {both} --first 2 --out {out}"))
+    rows = json.loads(out.read_text())["rows"]["mine"]
+    assert [row["n_demos"] for row in rows] == [2, 2]
+    assert f"| mine | libero_spatial_0 | {ELSEWHERE} | 2 |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no scene has demonstrations of two sentences"):
+        listening.main(shlex.split(f"{command} {suite}"))
+    silent = look_up("para").policy(small_config(look_up("para")), deaf.backbone.channels)
+    checkpoint.save_policy(path, silent.attach(deaf.backbone), "para", info)
+    with pytest.raises(UserError, match="told nothing"):
+        listening.main(shlex.split(f"{command} {both}"))
