@@ -81,6 +81,20 @@ def listen(policy, demos, n, label=""):
     ]
 
 
+def table(found):
+    """{policy: rows of `listen`} as Markdown, with the mean over each policy's rows."""
+    shown = lambda values: [f"{v:.1f}" for v in values]
+    lines = []
+    for name, rows in found.items():
+        for row in rows:
+            kept = [row[part] for part in PARTS]
+            lines.append([name, row["scene"], row["told"], row["n_demos"], *shown(kept)])
+        means = [np.mean([row[part] for row in rows]) for part in PARTS]
+        n = sum(row["n_demos"] for row in rows)
+        lines.append([name, "all", "", n, *shown(means)])
+    return markdown_table(["policy", "scene", "told", "demonstrations", *PARTS], lines)
+
+
 def build_parser():
     parser = flags.Parser(__doc__)
     parser.add_argument("--ckpt", type=Path, nargs="+", required=True)
@@ -113,12 +127,7 @@ def main(argv=None):
                 f"{args.dataset[0]}: no scene has demonstrations of two sentences; collect some "
                 "with --instruction_of other"
             )
-    lines = [
-        [name, row["scene"], row["told"], row["n_demos"], *[f"{row[part]:.1f}" for part in PARTS]]
-        for name, rows in found.items()
-        for row in rows
-    ]
-    print(markdown_table(["policy", "scene", "told", "demonstrations", *PARTS], lines))
+    print(table(found))
     if args.out:
         made = {"command": command_line(), "commit": git_commit(), "first": args.first}
         write_json(args.out, {**made, "rows": found})

@@ -83,7 +83,9 @@ def test_the_command_asks_held_out_demonstrations(both, suite, deaf, tmp_path, c
     listening.main(shlex.split(f"{command} {both} --first 2 --out {out}"))
     rows = json.loads(out.read_text())["rows"]["mine"]
     assert [row["n_demos"] for row in rows] == [2, 2]
-    assert f"| mine | libero_spatial_0 | {ELSEWHERE} | 2 |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"| mine | libero_spatial_0 | {ELSEWHERE} | 2 |" in shown
+    assert f"| mine | all |  | 4 | {(rows[0]['right'] + rows[1]['right']) / 2:.1f} |" in shown
     with pytest.raises(UserError, match="no scene has demonstrations of two sentences"):
         listening.main(shlex.split(f"{command} {suite}"))
     silent = look_up("para").policy(small_config(look_up("para")), deaf.backbone.channels)
