@@ -253,6 +253,22 @@ def next_waypoint(positions, end, stride, min_travel=0.0):
         target[short] += 1
 
 
+def told_otherwise(demos):
+    """{i: j}: demonstration i and one of the same scene, j, that is told the scene's next sentence
+    in alphabetical order. Of scenes with one sentence there are none.
+    """
+    first = {}  # {scene: {sentence: its first demonstration}}
+    for i, demo in enumerate(demos):
+        first.setdefault(demo.group, {}).setdefault(demo.instruction, i)
+    found = {}
+    for i, demo in enumerate(demos):
+        words = sorted(first[demo.group])
+        if len(words) > 1:
+            following = words[(words.index(demo.instruction) + 1) % len(words)]
+            found[i] = first[demo.group][following]
+    return found
+
+
 def split_demos(demos, val_fraction=0.15):
     """(train, validation) lists, split by demo: every k-th demo of each task and sentence
     validates, at least one.

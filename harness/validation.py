@@ -11,10 +11,11 @@ import torch
 from camera import project, unproject
 from data import gripper_segments, waypoint_labels
 from data_ar import following_frames
-from formats.demos import seen_by
+from formats.demos import seen_by, told_otherwise
 from harness.metrics import coverage, distance_to_polyline, jerk
 
 SHIFT_PX = 20.0  # the EEF input's displacement in `looks`
+DEAF = 0.01  # metres: who moves by less in `listens` has not heard
 EPS = (4, 8, 16)  # pixels of free-space coverage
 
 
@@ -209,7 +210,8 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
     (median, px) when every EEF position in the input moves by 20 px, each sample in its own
     direction. blank_ratio: the factor by which the median error grows when the images are blank.
     no_past_mm, of policies with a history: how far the prediction moves (median, mm) when all
-    frames before the newest are removed; near 0 the policy is one of a single frame.
+    frames before the newest are removed; near 0 the policy is one of a single frame. deaf_share:
+    see `listens`.
     """
     policy.eval()
     size = dataset.config.image_size
@@ -246,7 +248,30 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
     }
     if past_moves:
         found["no_past_mm"] = np.median(past_moves)
-    return found
+    return {**found, **listens(policy, dataset, device, batch_size)}
+
+
+def listens(policy, dataset, device, batch_size):
+    """Whether the sentence decides where a demonstration's first image shows several to choose from
+    -> {"deaf_share"}: the share of demonstrations in scenes of several sentences at whose first
+    sample the waypoint moves by less than DEAF when another one is said.
+
+    {} where no scene has several, or the policy is told nothing.
+    """
+    first = dict(zip(*np.unique(dataset.demo, return_index=True)))
+    others = {} if dataset.instruction is None else told_otherwise(dataset.demos)
+    asked = [d for d in others if d in first]
+    moved = []
+    for i in range(0, len(asked), batch_size):
+        some = asked[i : i + batch_size]
+        batch = to_device(dataset.batch([first[d] for d in some]), device)
+        words = dataset.instruction[[others[d] for d in some]].to(device)
+        _, own = predict_newest(policy, batch)
+        _, other = predict_newest(policy, {**batch, "instruction": words})
+        moved.append((own["position"] - other["position"])[:, 0].double().norm(dim=-1))
+    if not moved:
+        return {}
+    return {"deaf_share": (torch.cat(moved) < DEAF).double().mean().item()}
 
 
 def first_pixels(single, positions):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import flags
 from figures.pages import markdown_table
-from formats.demos import seen_by, split_demos
+from formats.demos import seen_by, split_demos, told_otherwise
 from formats.mixture import open_mixture
 from harness.checkpoint import load_policy
 from harness.validation import decide, decision_frames
@@ -27,14 +27,6 @@ from runtime import UserError, command_line, git_commit, run_script, write_json
 from study.diagnose import names_of
 
 PARTS = ("right", "wrong", "apart")
-
-
-def sentences_of(demos):
-    """{scene: its sentences, in alphabetical order} of those scenes that have several."""
-    found = {}
-    for demo in demos:
-        found.setdefault(demo.task, set()).add(demo.instruction)
-    return {scene: sorted(words) for scene, words in found.items() if len(words) > 1}
 
 
 @torch.inference_mode()
@@ -62,13 +54,10 @@ def distances(policy, demo, other, n):
 
 def listen(policy, demos, n, label=""):
     """[{"scene", "told", "n_demos", and the mean of each part in cm}], a row for each sentence."""
-    sentences, found = sentences_of(demos), {}
-    asked = [demo for demo in demos if demo.task in sentences]
-    for demo in tqdm(asked, desc=label, unit="demo"):
-        words = sentences[demo.task]
-        other = words[(words.index(demo.instruction) + 1) % len(words)]
-        row = found.setdefault(demo.request, [])
-        row.append({k: v.mean() for k, v in distances(policy, demo, other, n).items()})
+    found = {}
+    for i, j in tqdm(told_otherwise(demos).items(), desc=label, unit="demo"):
+        apart = distances(policy, demos[i], demos[j].instruction, n)
+        found.setdefault(demos[i].request, []).append({k: v.mean() for k, v in apart.items()})
     mean = lambda rows, part: float(100 * np.mean([row[part] for row in rows]))
     return [
         {

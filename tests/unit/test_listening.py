@@ -9,26 +9,36 @@ from conftest import ELSEWHERE, SIZE
 from test_contract import small_config
 
 from data import WaypointDataset
+from data_ar import WindowDataset
+from formats.demos import told_otherwise
 from formats.mixture import open_mixture
 from harness import checkpoint
+from harness.validation import looks
 from nets.text import reader_of, vocabulary_of
 from registry import look_up
 from runtime import UserError
 from study import listening
 
 
+def told_policy(name, dataset, backbone, cache, n):
+    """An untrained policy that can be told of a dataset's sentences, and its first n demonstrations
+    as samples."""
+    entry, demos = look_up(name), open_mixture([dataset], SIZE).demos
+    words = vocabulary_of({demo.instruction for demo in demos})
+    config = small_config(entry, text="learned", vocabulary=words, image_size=SIZE)
+    reader = reader_of(config)
+    torch.manual_seed(0)
+    policy = entry.policy(config, backbone.channels).attach(backbone, reader)
+    kind = WindowDataset if config.has_history else WaypointDataset
+    data = kind(demos[:n], config, backbone, 4, cache, False, reader)
+    policy.fit_statistics(data.statistics())
+    return policy.eval(), data
+
+
 @pytest.fixture
 def deaf(both, backbone, tmp_path):
     """An untrained PARA that could be told of both blobs: its FiLM begins as the identity."""
-    demos = open_mixture([both], SIZE).demos
-    words = vocabulary_of({demo.instruction for demo in demos})
-    config = small_config(look_up("para"), text="learned", vocabulary=words, image_size=SIZE)
-    reader = reader_of(config)
-    torch.manual_seed(0)
-    policy = look_up("para").policy(config, backbone.channels).attach(backbone, reader)
-    data = WaypointDataset(demos[:4], config, backbone, 4, tmp_path, False, reader)
-    policy.fit_statistics(data.statistics())
-    return policy
+    return told_policy("para", both, backbone, tmp_path, 4)[0]
 
 
 def heard(policy):
@@ -67,8 +77,25 @@ def test_the_answers_are_those_to_the_sentence(both, deaf):
 def test_scenes_of_one_sentence_are_not_asked(both, suite):
     """What they would be told instead no demonstration of theirs shows."""
     demos = open_mixture([both], SIZE).demos
-    assert list(listening.sentences_of(demos)) == ["libero_spatial_0"]
-    assert listening.sentences_of(open_mixture([suite]).demos) == {}
+    assert told_otherwise(demos[:4]) == {0: 1, 1: 0, 2: 1, 3: 0}
+    assert told_otherwise(demos[::2]) == told_otherwise(open_mixture([suite]).demos) == {}
+
+
+@pytest.mark.parametrize("name", ["para", "autoregressive"])
+def test_validation_says_who_is_deaf(name, both, suite, backbone, tmp_path):
+    """The share of demonstrations whose first answer no other sentence moves: all of them where the
+    sentence has no say, few once it has. A figure of scenes with several sentences alone.
+    """
+    policy, dataset = told_policy(name, both, backbone, tmp_path, 4)
+    with torch.no_grad():
+        for p in policy.text.parameters():
+            p.zero_()  # whatever is said
+        assert looks(policy, dataset, "cpu", limit=6)["deaf_share"] == 1
+        for p in policy.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        assert looks(policy, dataset, "cpu", limit=6)["deaf_share"] < 1
+    policy, dataset = told_policy(name, suite, backbone, tmp_path, 2)
+    assert "deaf_share" not in looks(policy, dataset, "cpu", limit=6)
 
 
 def test_the_command_asks_held_out_demonstrations(both, suite, deaf, tmp_path, capsys):
