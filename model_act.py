@@ -1,10 +1,10 @@
 """ACT, the baseline that regresses the chunk of waypoints as numbers, not as places in the image.
 
-Patches of the same frozen features, a token of proprioception, one of the camera and, where there
-are several, one of the instruction -> transformer
+Patches of the same frozen features, a token of proprioception and one of the camera -> transformer
 encoder -> decoder with one learned query a waypoint -> absolute world xyz (L1, normalised by the
 training data), gripper command, rotation in bins. In use, what the last chunks say about the same
-waypoint is averaged.
+waypoint is averaged. An instruction, where there are several, is a token too, and scales and shifts
+the patches' channels (FiLM), as in MT-ACT (Bharadhwaj et al. 2023, "RoboAgent").
 
 After Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware", its
 code and LeRobot's. docs/act.md compares it with them piece by piece.
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets.layers import attend
-from nets.text import WIDTH, InstructedConfig, InstructedPolicy
+from nets.text import FILM, WIDTH, InstructedConfig, InstructedPolicy
 from policy import check_heads, finger_numbers, fingers_closed, flag
 from runtime import UserError
 
@@ -32,6 +32,7 @@ WAVELENGTH = 10_000.0  # of the slowest sine of a place, over that of the fastes
 class ActConfig(InstructedConfig):
     """Configuration of ActPolicy."""
 
+    older = {"film": False}
     n_window: int = flag(6, "future waypoints T, the chunk")
     dim: int = flag(512, "width d of the transformer")
     n_layers: int = flag(4, "encoder layers")
@@ -43,6 +44,7 @@ class ActConfig(InstructedConfig):
     places: str = flag(
         "sine", "places of patches: fixed sines or learned vectors", choices=("sine", "learned")
     )
+    film: bool = flag(True, FILM)
     camera_token: bool = flag(True, "a token of the camera: intrinsics and pose")
     gripper_weight: float = flag(1.0, "weight of the gripper loss")
     eef_noise_share: float = flag(
@@ -172,6 +174,7 @@ class ActPolicy(InstructedPolicy):
         told = self.text is not None
         if told:
             self.instruction = nn.Linear(WIDTH, d)
+        self.film = self.films(1, d)
         # places of the other tokens, and of the waypoints
         self.kinds = nn.Parameter(torch.randn(1 + c.camera_token + told, d) * 0.5)
         self.queries = nn.Parameter(torch.randn(c.n_window, d) * 0.5)
@@ -244,14 +247,15 @@ class ActPolicy(InstructedPolicy):
         pooled = [cells(m.float(), POOLED * side) for m in batch["features"]]
         for maps, project in zip(self.normalised(pooled), self.project):
             x = x + project(maps)  # (B,d,H,W)
-        x = x.flatten(2).transpose(1, 2)  # (B,N,d), N = side^2
+        told = self.instruction_vectors(batch)
+        x = self.film.at(0, x, told).flatten(2).transpose(1, 2)  # (B,N,d), N = side^2
         fingers = finger_numbers(batch["gripper_width"], self.config)
         # one token of EEF and fingers, one of the camera, one of the instruction
         others = [self.state(torch.cat([self.scaled(self.noised(batch["eef_pos"])), fingers], -1))]
         if self.config.camera_token:
             others.append(self.camera(self.camera_numbers(batch["K"], batch["E"])))
-        if self.text is not None:
-            others.append(self.instruction(self.instruction_vectors(batch)))
+        if told is not None:
+            others.append(self.instruction(told))
         if self.config.places == "learned":
             # a patch's place is its row's vector plus its column's
             places = (self.place[0, :, None] + self.place[1]).flatten(0, 1)

