@@ -7,7 +7,8 @@ In scenes with demonstrations of several sentences a policy sees the first image
 twice: told its own sentence, and told the scene's next. Soon the path shows which object is meant,
 so that only the first decisions ask. Reported for each scene and sentence, in cm on the table:
 `right`, from the recorded waypoint to the answer to its own sentence; `wrong`, to the answer to the
-other one; `apart`, between the two answers. A policy that does not listen has 0 apart.
+other one; `apart`, between the two answers. A policy that does not listen has 0 apart. `cosine` is
+that of the two sentences' vectors, as the policy's encoder makes them.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import flags
@@ -52,10 +54,20 @@ def distances(policy, demo, other, n):
     return {"right": table(right, true), "wrong": table(wrong, true), "apart": table(right, wrong)}
 
 
+@torch.inference_mode()
+def cosine(policy, sentence, other):
+    """Of two sentences' vectors, by the policy's encoder."""
+    one, two = (policy.text(policy.instructed(words)["instruction"]) for words in (sentence, other))
+    return F.cosine_similarity(one, two).item()
+
+
 def listen(policy, demos, n, label=""):
-    """[{"scene", "told", "n_demos", and the mean of each part in cm}], a row for each sentence."""
-    found = {}
+    """[{"scene", "told", "instead", "n_demos", "cosine", and the mean of each part in cm}], a row
+    for each sentence.
+    """
+    found, instead = {}, {}
     for i, j in tqdm(told_otherwise(demos).items(), desc=label, unit="demo"):
+        instead[demos[i].request] = demos[j].instruction
         apart = distances(policy, demos[i], demos[j].instruction, n)
         found.setdefault(demos[i].request, []).append({k: v.mean() for k, v in apart.items()})
     mean = lambda rows, part: float(100 * np.mean([row[part] for row in rows]))
@@ -63,7 +75,9 @@ def listen(policy, demos, n, label=""):
         {
             "scene": scene,
             "told": words,
+            "instead": instead[scene, words],
             "n_demos": len(rows),
+            "cosine": cosine(policy, words, instead[scene, words]),
             **{part: mean(rows, part) for part in PARTS},
         }
         for (scene, words), rows in sorted(found.items())
@@ -76,12 +90,14 @@ def table(found):
     lines = []
     for name, rows in found.items():
         for row in rows:
-            kept = [row[part] for part in PARTS]
-            lines.append([name, row["scene"], row["told"], row["n_demos"], *shown(kept)])
+            kept = shown(row[part] for part in PARTS)
+            likeness = f"{row['cosine']:.2f}"
+            lines.append([name, row["scene"], row["told"], row["n_demos"], *kept, likeness])
         means = [np.mean([row[part] for row in rows]) for part in PARTS]
         n = sum(row["n_demos"] for row in rows)
-        lines.append([name, "all", "", n, *shown(means)])
-    return markdown_table(["policy", "scene", "told", "demonstrations", *PARTS], lines)
+        lines.append([name, "all", "", n, *shown(means), ""])
+    head = ["policy", "scene", "told", "demonstrations", *PARTS, "cosine"]
+    return markdown_table(head, lines)
 
 
 def build_parser():

@@ -59,6 +59,8 @@ def test_a_policy_that_does_not_listen_answers_alike(both, deaf):
         [(demos[0].instruction, 2), (ELSEWHERE, 2)]
     )
     for row in rows:
+        assert row["instead"] in {row["told"] for row in rows} - {row["told"]}
+        assert -1 <= row["cosine"] < 0.999  # by an encoder that is not trained, they differ
         assert row["apart"] == 0 and row["right"] == row["wrong"] > 0
     for row in listening.listen(heard(deaf), demos, 3):
         assert row["apart"] > 0.5 and row["right"] != row["wrong"]
