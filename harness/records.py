@@ -231,6 +231,14 @@ def run_name(path):
     return path.parent.name if path.name == "checkpoint.safetensors" else path.stem
 
 
+def run_names(checkpoints):
+    """The short names of several. Raises UserError where two have one name."""
+    names = [run_name(c) for c in checkpoints]
+    if len(set(names)) < len(names):
+        raise UserError(f"--ckpt: two of {', '.join(names)} have one name; rename a folder")
+    return names
+
+
 def keeps_orientation(info):
     """Whether a checkpoint's demonstrations keep the gripper's orientation: a policy of theirs is
     played so where nobody says.

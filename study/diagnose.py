@@ -24,9 +24,9 @@ from figures.pages import markdown_table
 from formats.dataset import open_dataset
 from formats.demos import seen_by
 from harness.checkpoint import load_policy
-from harness.records import run_name
+from harness.records import run_names
 from harness.validation import free_run, to_pixels
-from runtime import UserError, command_line, git_commit, run_script, write_json
+from runtime import command_line, git_commit, run_script, write_json
 
 PHASES = ("reach", "carry")
 
@@ -110,14 +110,6 @@ def table(rows):
     return markdown_table(head, lines)
 
 
-def names_of(checkpoints):
-    """A short name for each checkpoint: its run's folder, or its own name."""
-    names = [run_name(c) for c in checkpoints]
-    if len(set(names)) < len(names):
-        raise UserError(f"--ckpt: two of {', '.join(names)} have one name; rename a folder")
-    return names
-
-
 def build_parser():
     parser = flags.Parser(__doc__)
     parser.add_argument("--ckpt", type=Path, nargs="+", required=True)
@@ -136,7 +128,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     found, rows, image = {}, {}, None
-    for name, ckpt in zip(names_of(args.ckpt), args.ckpt):
+    for name, ckpt in zip(run_names(args.ckpt), args.ckpt):
         policy, _, _ = load_policy(ckpt, "cpu", args.backbone_weights)
         recordings = open_dataset(args.dataset, policy.config.image_size, args.n_demos)
         demos, attributes = recordings.demos, recordings.attributes

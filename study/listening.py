@@ -24,9 +24,9 @@ from figures.pages import markdown_table
 from formats.demos import seen_by, split_demos, told_otherwise
 from formats.mixture import open_mixture
 from harness.checkpoint import load_policy
+from harness.records import run_names
 from harness.validation import decide, decision_frames
 from runtime import UserError, command_line, git_commit, run_script, write_json
-from study.diagnose import names_of
 
 PARTS = ("right", "wrong", "apart")
 
@@ -116,7 +116,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     found = {}
-    for name, ckpt in zip(names_of(args.ckpt), args.ckpt):
+    for name, ckpt in zip(run_names(args.ckpt), args.ckpt):
         policy, info, _ = load_policy(
             ckpt, "cpu", args.backbone_weights, text_weights=args.text_weights
         )

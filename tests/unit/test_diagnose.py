@@ -11,11 +11,12 @@ from conftest import SIZE
 from data import WaypointDataset
 from formats.dataset import open_dataset
 from harness import checkpoint
+from harness.records import run_names
 from harness.validation import decision_frames
 from model import ParaConfig, TrajectoryHeatmapPredictor
 from runtime import UserError
 from study import diagnose
-from study.diagnose import names_of, one_step, phase_row
+from study.diagnose import one_step, phase_row
 
 
 @pytest.fixture
@@ -103,4 +104,4 @@ def test_the_command_writes_table_and_picture(synthetic_demos, policy, tmp_path,
     assert "| mine | reach |" in (tmp_path / "out" / "errors.md").read_text()
     assert (tmp_path / "out" / "errors.png").stat().st_size > 5000
     with pytest.raises(UserError, match="one name"):
-        names_of([path, path])
+        run_names([path, path])

@@ -85,7 +85,7 @@ def test_pages_name_flags_that_are_taken(page):
     taken = {option for parser in parsers for option in parser._option_string_actions}
     taken |= {"--nproc_per_node"}  # torchrun's
     taken |= {"--env", "--policy", "--eval"}  # lerobot-eval's, as --env.layout
-    named = set(re.findall(r"(?<![\w-])(--[a-z]\w*)", page.read_text()))
+    named = set(re.findall(r"(?<![\w-])(--[a-z][\w-]*)", page.read_text()))
     assert not named - taken
 
 

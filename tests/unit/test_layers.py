@@ -33,7 +33,7 @@ BESIDE = {
     "nets.backbone": {"nets.fusion"},
     "nets.feature_cache": {"nets.backbone"},
     "nets.fusion": {"nets.convolution"},
-    "nets.history": {"nets.volume"},
+    "nets.history": {"nets.text", "nets.volume"},
     "nets.layers_voxel": {"nets.layers_voxel_triton", "nets.maps"},
     "nets.volume": {"nets.cross_entropy", "nets.text"},
     "formats.checks": {"formats.demos"},
