@@ -56,6 +56,7 @@ SMALL = {
     "run_matrix.py": ["--dry_run"],
     "compare.py": [],
     "study.diagnose": ["--n_demos", "1"],
+    "study.listening": ["--first", "1"],
     "deploy_dino_kv.py": [],
     "convert_demos.py": [],
     "study.compare_rotation": [
@@ -98,7 +99,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def users_folder(collected, trained, told, synthetic_episodes, cache):
+def users_folder(collected, trained, told, both, synthetic_episodes, cache):
     """Fill a folder with the files that a user has who followed the pages from the start."""
 
     def fill(folder):
@@ -107,6 +108,7 @@ def users_folder(collected, trained, told, synthetic_episodes, cache):
         for name in (f"{name}.hdf5" for name in names.split()):
             (folder / "data" / name).symlink_to(collected[0])
         (folder / "data" / "izzy").symlink_to(synthetic_episodes)
+        (folder / "data" / "spatial_fixed").symlink_to(both.parent)
         (folder / "runs").mkdir()
         for name in ("NAME", "OTHER"):
             (folder / "runs" / name).symlink_to(trained[0])

@@ -24,6 +24,7 @@ SCRIPTS = (
     "study.compare_rotation",
     "deploy_dino_kv",
     "study.diagnose",
+    "study.listening",
     "eval",
     "study.openloop",
     "precompute_rotation_pca",
@@ -134,6 +135,7 @@ def test_training_refuses_an_absurd_value(model_type, flag, value):
         ("study.openloop", "--val_fraction 0"),
         ("study.bench", "--rounds 0"),
         ("study.diagnose", "--n_demos 0"),
+        ("study.listening", "--first 0"),
     ],
 )
 def test_a_script_refuses_an_absurd_value(script, words):
