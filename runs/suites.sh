@@ -22,7 +22,7 @@ python collect_demos.py --task_suite libero_spatial --task_ids all --n_demos 40 
   --setting cameras --seed 3 --out data/spatial_moved_new
 
 # train POLICY NAME STEPS VIEW DATASETS... [FLAGS...], into runs/POLICY_NAME
-# A, C and ACT hear by FiLM too since 740bc68: `..._spatial_film` on the pages is what this makes of A and C
+# A and C hear by FiLM too since 740bc68: this makes `..._spatial_film` of the pages
 train() {
   local model=$1 out=runs/$1_$2 steps=$3 view=$4 trunk
   shift 4
