@@ -369,7 +369,7 @@ class AutoregressivePolicy(HistoryPolicy):
 
     def offset(self, keys, query, coordinates):
         """Offset zyx (N,3) in [-0.5, 0.5] inside the cell at integer coordinates (N,3)."""
-        if keys is not None:
+        if keys is not None:  # the pointer's offset sees the features of the chosen cell too
             flat = (coordinates[:, 1] * self.config.side + coordinates[:, 2]).long()
             query = torch.cat(
                 [query, keys.flatten(2)[torch.arange(len(keys), device=keys.device), :, flat]], -1

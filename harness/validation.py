@@ -93,14 +93,16 @@ def without_past(batch):
 # -- errors ---------------------------------------------------------------------------------------
 
 
-def chosen(dataset, limit):
-    """At most `limit` indices of a dataset, evenly spread; a third as many of windows.
+def chosen(dataset, limit, n=None):
+    """At most `limit` indices of a dataset, or of n of its samples, evenly spread; a third as many
+    of windows.
 
     All frames of a window are read, though only the newest is scored.
     """
+    n = len(dataset) if n is None else n
     if dataset.config.has_history:
         limit = max(1, limit // 3)
-    return np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)
+    return np.linspace(0, n - 1, min(limit, n)).astype(int)
 
 
 @torch.no_grad()
@@ -248,19 +250,21 @@ def looks(policy, dataset, device, batch_size=16, limit=96):
     }
     if past_moves:
         found["no_past_mm"] = np.median(past_moves)
-    return {**found, **listens(policy, dataset, device, batch_size)}
+    return {**found, **listens(policy, dataset, device, batch_size, limit)}
 
 
-def listens(policy, dataset, device, batch_size):
+def listens(policy, dataset, device, batch_size, limit):
     """Whether the sentence decides where a demonstration's first image shows several to choose from
     -> {"deaf_share"}: the share of demonstrations in scenes of several sentences at whose first
     sample the waypoint moves by less than DEAF when another one is said.
 
-    {} where no scene has several, or the policy is told nothing.
+    {} where no scene has several, or the policy is told nothing. limit: as of `chosen`, or a suite
+    of many demonstrations would be validated for longer than the rest takes.
     """
     first = dict(zip(*np.unique(dataset.demo, return_index=True)))
     others = {} if dataset.instruction is None else told_otherwise(dataset.demos)
     asked = [d for d in others if d in first]
+    asked = [asked[i] for i in chosen(dataset, limit, len(asked))]
     moved = []
     for i in range(0, len(asked), batch_size):
         some = asked[i : i + batch_size]

@@ -32,14 +32,13 @@ PARTS = ("right", "wrong", "apart")
 
 
 @torch.inference_mode()
-def answers(policy, demo, sentence, n):
-    """Waypoints (n,3) m at a demonstration's first n decisions, told a sentence."""
+def answers(policy, demo, sentence, frames, images):
+    """Waypoints (n,3) m at n frames of a demonstration and their images, told a sentence."""
     told = dataclasses.replace(demo, attrs={**demo.attrs, "task": sentence})
-    frames, _ = decision_frames(demo, policy.config)
     policy.eval().reset()
     found = [
         decide(policy, told, image, frame, demo.ee_pos[frame])[0][0]
-        for frame, image in zip(frames[:n], demo.images(frames[:n]))
+        for frame, image in zip(frames, images)
     ]
     policy.reset()
     return np.array(found)
@@ -48,8 +47,12 @@ def answers(policy, demo, sentence, n):
 def distances(policy, demo, other, n):
     """A demonstration told its own sentence and another -> {part: (n,) m, on the table}."""
     demo = seen_by(demo, policy.config)
-    right, wrong = (answers(policy, demo, words, n) for words in (demo.instruction, other))
-    true = demo.ee_pos[decision_frames(demo, policy.config)[1][:n]]
+    frames, targets = (part[:n] for part in decision_frames(demo, policy.config))
+    images = list(demo.images(frames))  # read once, for both
+    right, wrong = (
+        answers(policy, demo, words, frames, images) for words in (demo.instruction, other)
+    )
+    true = demo.ee_pos[targets]
     table = lambda a, b: np.linalg.norm((a - b)[:, :2], axis=-1)
     return {"right": table(right, true), "wrong": table(wrong, true), "apart": table(right, wrong)}
 

@@ -13,7 +13,7 @@ from data_ar import WindowDataset
 from formats.demos import told_otherwise
 from formats.mixture import open_mixture
 from harness import checkpoint
-from harness.validation import looks
+from harness.validation import decision_frames, looks
 from nets.text import reader_of, vocabulary_of
 from registry import look_up
 from runtime import UserError
@@ -70,7 +70,11 @@ def test_the_answers_are_those_to_the_sentence(both, deaf):
     """Where nothing is said in its stead, a demonstration's own sentence is."""
     demo = open_mixture([both], SIZE).demos[0]
     policy = heard(deaf)
-    own, other = (listening.answers(policy, demo, words, 2) for words in (None, ELSEWHERE))
+    frames = decision_frames(demo, policy.config)[0][:2]
+    images = list(demo.images(frames))
+    own, other = (
+        listening.answers(policy, demo, words, frames, images) for words in (None, ELSEWHERE)
+    )
     found = listening.distances(policy, demo, ELSEWHERE, 2)
     apart = torch.tensor(own - other)[:, :2].norm(dim=-1)
     assert torch.allclose(torch.tensor(found["apart"]), apart) and apart.min() > 0
