@@ -233,7 +233,7 @@ class EvalWorker:
             variant = self.variants[job]
             task = plus.variant_task(self.scene.task, variant)
             # a layout has a scene of its own, cameras and starts of a task share one
-            if task != self.scene.task:
+            if self.scene.closed or task != self.scene.task:
                 self.scene.close()
                 self.scene = self.scene_of(task)
             return plus.place(self.scene, variant), {"init_state": 0, **variant.described()}

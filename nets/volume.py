@@ -94,7 +94,11 @@ def soft_argmax_at(logits, best, first, shape, radius):
     clamped = torch.minimum(around.clamp(min=0), limit)
     index = flat_index(clamped, shape) + torch.as_tensor(first, device=logits.device)[..., None]
     near = logits.gather(-1, index).double().masked_fill(~valid, -torch.inf)
-    return (near.softmax(-1)[..., None] * clamped).sum(1)
+    mean = (near.softmax(-1)[..., None] * clamped).sum(1)
+    # between allowed bins the mean may fall into one that is excluded (-inf): then it is the peak
+    place = flat_index(mean.round().long(), shape) + torch.as_tensor(first, device=logits.device)
+    excluded = logits.gather(-1, place[..., None]) == -torch.inf  # (N,1)
+    return torch.where(excluded, bins.double(), mean)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 # (a) on the task's own camera alone, PARA with three seeds, A and C, and (b) on the same demonstrations from two moved
 # cameras each, then on 400 more of one camera each as well, all seen in one view; every column of each. LIBERO-Object
 # and LIBERO-Goal: one PARA each, the task's own camera, the benchmark. Then one PARA of all thirty tasks. Every step
-# resumes; an estimated twenty-two hours on two cores.
+# resumes; an estimated twenty-four hours on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
@@ -86,8 +86,13 @@ python eval.py $oracle $fast --waypoint_stride 8 --grid 4096 --n_height_bins 409
   --out runs/suites/oracle_spatial/benchmark_no_cells
 python eval.py $oracle $fast --waypoint_stride 5 --out runs/suites/oracle_spatial/benchmark_stride5
 for name in object goal; do
-  python eval.py --ckpt runs/para_$name/checkpoint.safetensors --task_ids all --teleport \
-    --out runs/suites/para_$name/benchmark
+  out=runs/suites/para_$name
+  flags="--ckpt runs/para_$name/checkpoint.safetensors --task_ids all --teleport"
+  python eval.py $flags --out $out/benchmark
+  python eval.py $flags --layout shifted --n_episodes 10 --out $out/shifted
+  for kind in robot layout; do
+    python eval.py $flags --plus $kind --out $out/plus_$kind
+  done
 done
 python eval.py --ckpt runs/para_spatial_sentence/checkpoint.safetensors --task_ids all --teleport --plus language \
   --out runs/suites/para_spatial_sentence/plus_language

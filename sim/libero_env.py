@@ -22,6 +22,23 @@ ROTATION_SCALE = 0.5  # radians of goal offset per unit of a rotation action
 WAIT_STEPS = 12  # control steps in which the objects of an init state come to rest
 OPEN_WIDTH = 0.06  # metres between the fingers above which the gripper has let go of a bowl's rim
 OPEN, CLOSE = -1.0, 1.0
+DRAWS = 50  # of a scene's layout, after which it counts as one without room
+
+
+def built(environment, **options):
+    """LIBERO's environment of a scene, which draws a layout as it is built.
+
+    Where things stand close a draw can fail; its `reset` then draws anew, building it does not.
+    Raises RandomizationError where DRAWS of them fail.
+    """
+    from robosuite.utils.errors import RandomizationError
+
+    for _ in range(DRAWS - 1):
+        try:
+            return environment(**options)
+        except RandomizationError:
+            continue
+    return environment(**options)
 
 
 @dataclass
@@ -82,7 +99,8 @@ class Scene(Agentview, Placement):
         np.random.seed(seed)  # fixtures are placed by NumPy's global generator
         bddl = clean_bddl(self.task) if clean else self.task.bddl
         if rendering:
-            self.env = OffScreenRenderEnv(
+            self.env = built(
+                OffScreenRenderEnv,
                 bddl_file_name=bddl,
                 camera_heights=image_size,
                 camera_widths=image_size,
@@ -91,8 +109,8 @@ class Scene(Agentview, Placement):
                 renderer_config=FAST_QUALITY if render == "fast" else None,
             )
         else:
-            self.env = ControlEnv(
-                bddl_file_name=bddl, has_offscreen_renderer=False, use_camera_obs=False
+            self.env = built(
+                ControlEnv, bddl_file_name=bddl, has_offscreen_renderer=False, use_camera_obs=False
             )
         self.env.reset()
         self._after_build()
@@ -333,6 +351,12 @@ class Scene(Agentview, Placement):
         return bool(self.env.check_success())
 
     def close(self):
-        """Free the rendering context and the model."""
-        kept_model.let_go(self.env.env)
-        self.env.close()
+        """Free the rendering context and the model, once."""
+        if not self.closed:
+            kept_model.let_go(self.env.env)
+            self.env.close()
+
+    @property
+    def closed(self):
+        """Whether it has been closed: nothing else works from then on."""
+        return not hasattr(self.env, "env")  # LIBERO's own close deletes it

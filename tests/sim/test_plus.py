@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from robosuite.utils.errors import RandomizationError
 
 from camera import extrinsics_from_mujoco
 from eval import EvalWorker, build_parser, prepare
 from rot_utils import quat_to_matrix, rotation_angle
 from runtime import UserError
-from sim import plus
-from sim.libero_env import OPEN, WAIT_STEPS
+from sim import libero_env, plus
+from sim.libero_env import OPEN, WAIT_STEPS, Scene
 from sim.tasks import find_task, init_states
 from study import suites
 
@@ -212,6 +213,42 @@ def test_an_episode_of_a_layout(tmp_path, monkeypatch):
     # its group is a row of the suite's table
     (group,) = suites.groups([row], 280)["groups"]
     assert (group["group"], group["n"], group["success"]) == (row["group"], 1, 1)
+
+
+@installed
+def test_a_scene_that_cannot_be_built_costs_its_episode_alone(tmp_path, monkeypatch):
+    """The worker goes on with the next episode, of the scene that it had closed or of another."""
+    monkeypatch.chdir(tmp_path)
+    args = flags("--plus layout --task_id 0 --policy expert --image_size 64 --n_videos 0")
+    plus.agree(args)
+    one = suites.of_one(args, find_task(SPATIAL, 0), tmp_path, {})
+    prepare(one)
+    worker = EvalWorker(one)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "scene_of", lambda task: 1 / 0)
+        assert "ZeroDivisionError" in worker.run(1)["stopped"]
+    assert worker.run(0)["success"]
+    worker.close()
+    worker.close()
+    assert worker.scene.closed
+
+
+@installed
+def test_a_draw_of_a_scene_that_fails_is_drawn_anew(monkeypatch):
+    """Where things stand close the first draw finds no room for all of them; LIBERO's reset goes on
+    drawing, and so does the Scene.
+    """
+    base = find_task(OBJECT, 7)
+    name = f"{base.name}_level4_sample3"
+    (variant,) = (v for v in plus.variants(OBJECT, "layout") if v.name == name)
+    task = plus.variant_task(base, variant)
+    monkeypatch.setattr(libero_env, "DRAWS", 1)
+    with pytest.raises(RandomizationError):
+        Scene(task=task, rendering=False)
+    monkeypatch.undo()
+    made = Scene(task=task, rendering=False)
+    assert len(plus.place(made, variant)) == 1 + made.sim.model.nq + made.sim.model.nv
+    made.close()
 
 
 @installed

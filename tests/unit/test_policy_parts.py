@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from nets import cross_entropy
 from nets.history import FingerLinear
-from nets.volume import flat_index, local_soft_argmax, soft_targets, sparse_cross_entropy
+from nets.volume import (
+    flat_index,
+    local_soft_argmax,
+    soft_argmax_at,
+    soft_targets,
+    sparse_cross_entropy,
+)
 from policy import PolicyConfig, add_config_flags, flag
 
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
@@ -144,6 +150,24 @@ def test_a_second_mode_does_not_pull_the_answer():
     assert (
         local_soft_argmax(logits.view(1, -1), SHAPE) - torch.tensor([[1, 2, 3]])
     ).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("first", (0, 8 * 12 * 16))
+def test_the_answer_is_not_a_bin_that_is_excluded(first):
+    """Where bins on both sides of an excluded one are likely, the answer is the peak, not their
+    mean, which is that bin.
+    """
+    logits = torch.full(SHAPE, -20.0)
+    logits[4, 5, 6], logits[4, 5, 7], logits[4, 5, 8] = 5.0, -torch.inf, 4.9
+    other = torch.zeros(1, 8 * 12 * 16)  # the volume of the other command
+    both = torch.cat([other, other], 1)
+    both[:, first : first + other.shape[1]] = logits.view(1, -1)
+    best = logits.flatten().argmax()[None]
+    found = soft_argmax_at(both, best, torch.tensor([first]), SHAPE, 2)
+    assert torch.equal(found, torch.tensor([[4.0, 5.0, 6.0]], dtype=torch.float64))
+    both[both == -torch.inf] = -20.0
+    free = soft_argmax_at(both, best, torch.tensor([first]), SHAPE, 2)
+    assert (free - torch.tensor([[4, 5, 7]])).abs().max() < 0.1
 
 
 def test_decoding_stays_inside_at_a_corner():
