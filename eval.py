@@ -147,8 +147,8 @@ class EvalWorker:
 
     def check(self):
         """Check the protocol from the first episode's view -> dict of what was measured."""
-        conditions = layouts.conditions(self.args.layout, self.args.split)
-        return check_protocol(self.scene, self.reference, conditions[0])
+        first = layouts.conditions(self.args.layout, self.args.split)[0]
+        return check_protocol(self.scene, self.reference, first, self.args.plus == "layout")
 
     # an episode's index -> its row: place the scene, know the expert's path, act, draw
     def episode(self, job):

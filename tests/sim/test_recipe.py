@@ -154,4 +154,11 @@ def test_a_dataset_of_both_scenes_is_checked_in_both(recipe_demos, scene):
         flipped = {k: v[::-1] if "image" in k else v for k, v in kept.items()}
         with pytest.raises(RuntimeError, match="fits best upside down"):
             training_frame_difference(scene, flipped)
+        with pytest.raises(RuntimeError, match="fits best upside down"):
+            training_frame_difference(scene, flipped, moved=True)
+        # fixtures that stand elsewhere change the picture, not which way up it is
+        darker = {k: v // 2 if "image" in k else v for k, v in kept.items()}
+        with pytest.raises(RuntimeError, match="fits best as it is"):
+            training_frame_difference(scene, darker)
+        assert training_frame_difference(scene, darker, moved=True) > 12
     assert training_frame_difference(scene, {}) is None
