@@ -14,7 +14,7 @@ from runtime import UserError
 from sim import kept_model
 from sim.cameras import FAST_QUALITY, Agentview
 from sim.placement import ROBOT_DOF, Placement
-from sim.simulator import libero, parsed_bddl, release_memory
+from sim.simulator import built, libero, parsed_bddl, release_memory
 from sim.tasks import clean_bddl, find_task, init_states
 
 ACTION_SCALE = 0.05  # metres of goal offset per unit of a position action (OSC_POSE)
@@ -22,23 +22,6 @@ ROTATION_SCALE = 0.5  # radians of goal offset per unit of a rotation action
 WAIT_STEPS = 12  # control steps in which the objects of an init state come to rest
 OPEN_WIDTH = 0.06  # metres between the fingers above which the gripper has let go of a bowl's rim
 OPEN, CLOSE = -1.0, 1.0
-DRAWS = 50  # of a scene's layout, after which it counts as one without room
-
-
-def built(environment, **options):
-    """LIBERO's environment of a scene, which draws a layout as it is built.
-
-    Where things stand close a draw can fail; its `reset` then draws anew, building it does not.
-    Raises RandomizationError where DRAWS of them fail.
-    """
-    from robosuite.utils.errors import RandomizationError
-
-    for _ in range(DRAWS - 1):
-        try:
-            return environment(**options)
-        except RandomizationError:
-            continue
-    return environment(**options)
 
 
 @dataclass

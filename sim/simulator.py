@@ -1,5 +1,5 @@
-"""The simulator's packages: their import, once and quietly, their versions, and how they give
-memory back. Only this file and sim/physics.py import robosuite and LIBERO.
+"""The simulator's packages: their import, once and quietly, their versions, how a scene is built and
+how they give memory back. Only this file and sim/physics.py import robosuite and LIBERO.
 """
 
 import atexit
@@ -14,6 +14,7 @@ from sim import kept_model, renderer
 
 # packages whose exceptions are the simulator's
 PACKAGES = ("mujoco", "robosuite", "OpenGL")
+DRAWS = 50  # of a scene's layout, after which it counts as one without room
 
 
 @functools.cache
@@ -164,3 +165,19 @@ def of_simulator(error):
     was tested.
     """
     return type(error).__module__.partition(".")[0] in PACKAGES
+
+
+def built(environment, **options):
+    """LIBERO's environment of a scene, which draws a layout as it is built.
+
+    Where things stand close a draw can fail; its `reset` then draws anew, building it does not.
+    Raises RandomizationError where DRAWS of them fail.
+    """
+    from robosuite.utils.errors import RandomizationError
+
+    for _ in range(DRAWS - 1):
+        try:
+            return environment(**options)
+        except RandomizationError:
+            continue
+    return environment(**options)

@@ -14,7 +14,7 @@ from camera import extrinsics_from_mujoco
 from eval import EvalWorker, build_parser, prepare
 from rot_utils import quat_to_matrix, rotation_angle
 from runtime import UserError
-from sim import libero_env, plus
+from sim import plus, simulator
 from sim.libero_env import OPEN, WAIT_STEPS, Scene
 from sim.tasks import find_task, init_states
 from study import suites
@@ -242,7 +242,7 @@ def test_a_draw_of_a_scene_that_fails_is_drawn_anew(monkeypatch):
     name = f"{base.name}_level4_sample3"
     (variant,) = (v for v in plus.variants(OBJECT, "layout") if v.name == name)
     task = plus.variant_task(base, variant)
-    monkeypatch.setattr(libero_env, "DRAWS", 1)
+    monkeypatch.setattr(simulator, "DRAWS", 1)
     with pytest.raises(RandomizationError):
         Scene(task=task, rendering=False)
     monkeypatch.undo()
