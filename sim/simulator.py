@@ -1,5 +1,5 @@
-"""The simulator's packages: their import, once and quietly, their versions, how a scene is built and
-how they give memory back. Only this file and sim/physics.py import robosuite and LIBERO.
+"""The simulator's packages: their import, once and quietly, their versions, how a scene is built
+and how they give memory back. Only this file and sim/physics.py import robosuite and LIBERO.
 """
 
 import atexit
