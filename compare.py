@@ -56,7 +56,9 @@ def parse_result(word):
             raise UserError(f"{part}: there is no such file or folder; name an existing evaluation")
         paths += map(Path, found)
     name = name or short_name(paths[0])
-    return comparison.result_of(name, [run for path in paths for run in read_runs(path)])
+    # what a folder holds of one training is one run, before trainings are told apart
+    runs = [run for path in paths for run in comparison.joined(read_runs(path))]
+    return comparison.result_of(name, runs)
 
 
 def short_name(path):

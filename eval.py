@@ -52,6 +52,7 @@ from sim import instructions, layouts, plus, remote, settings
 from sim.asked import (
     as_trained,
     cell_name,
+    refuse_layout,
     refuse_unread,
     refuse_without_meaning,
     several_commits,
@@ -74,7 +75,7 @@ from sim.rollout import (
 )
 from sim.simulator import of_simulator, simulator_versions
 from sim.stalled import Watch
-from sim.tasks import find_task, init_states
+from sim.tasks import find_task
 from sim.variants import VARIANTS
 from sim.workers import TIMEOUT, run_jobs
 from study import suites
@@ -459,13 +460,7 @@ def prepare(args, network=None):
     if args.n_episodes is None:
         conditions = layouts.conditions(args.layout, args.split)
         args.n_episodes = 50 if setting != "position" else 5 * len(conditions)
-    # a repeated episode would count twice
-    most = layouts.distinct(args.layout, args.split, len(init_states(task)))
-    if most and not args.plus and args.n_episodes > most:
-        raise UserError(
-            f"--n_episodes {args.n_episodes}: {task.key} has {most} different episodes of "
-            f"--layout {args.layout}, then they repeat; use 1 to {most}"
-        )
+    refuse_layout(args, task, told=request is not None)
     args.out = args.out or Path("runs/eval") / cell_name(args, info, task)
     return info
 
@@ -511,6 +506,8 @@ def run_episodes(args, network, where, info):
         if r["episode"] < args.n_episodes
     }
     jobs = [i for i in range(args.n_episodes) if i not in rows]
+    # of a folder whose check failed, or was never made, too
+    checked = not jobs and (args.out / "protocol.json").is_file()
     if args.policy == "remote" and rows and not jobs:
         print(f"{args.out}: all of {args.label}'s episodes are there, none is played")
     bar = tqdm(
@@ -525,7 +522,7 @@ def run_episodes(args, network, where, info):
         task = find_task(args.task_suite, args.task_id)
         served = (network.address, references_of(task, info, network.about["reference"]))
     for outcome in run_jobs(
-        ["protocol", *jobs] if jobs else [],
+        [] if checked else ["protocol", *jobs],
         EvalWorker,
         (args, *served),
         args.workers,
@@ -550,6 +547,7 @@ def run_episodes(args, network, where, info):
 def note_protocol(outcome, folder):
     """Write what the protocol's check measured. Raises UserError where it failed."""
     if outcome.error:
+        (folder / "protocol.json").unlink(missing_ok=True)
         raise UserError(
             "the evaluation's protocol check failed, nothing is scored: "
             f"{outcome.error.strip().splitlines()[-1]}"

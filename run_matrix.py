@@ -63,11 +63,15 @@ SMALL_FILES = (
 
 
 def assignments(words, known, flag):
-    """["NAME=VALUE", ...] -> dict. Raises UserError for an unknown name."""
-    # partition gives (NAME, "=", VALUE): every second part
-    found = dict(word.partition("=")[::2] for word in words)
-    for name in found.keys() - set(known):
-        raise UserError(f"{flag} {name}: give NAME=VALUE with a NAME of {', '.join(known)}")
+    """["NAME=VALUE", ...] -> dict. Raises UserError for an unknown name, and one given twice."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in known or not equals:
+            raise UserError(f"{flag} {word}: give NAME=VALUE with a NAME of {', '.join(known)}")
+        if name in found:
+            raise UserError(f"{flag} {word}: {name} was given before; give it once")
+        found[name] = value
     return found
 
 
@@ -194,6 +198,8 @@ def parse_args(argv=None):
     for setting, path in args.dataset.items():
         if not Path(path).is_file():
             raise UserError(f"--dataset {setting}={path}: there is no such file")
+    if args.export and args.export.resolve() == args.out.resolve():
+        raise UserError(f"--export {args.export}: is --out itself; give another folder")
     if args.backbone == "auto" and not args.table:
         # once: on the machines of a cluster it might be found differently
         from nets.backbone import resolve_backbone

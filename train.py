@@ -23,13 +23,12 @@ from data import check_shift
 from figures import heldout, plots
 from formats import demos as demo_files
 from formats.mixture import open_mixture
-from harness import finetune
+from harness import finetune, run_folder
 from harness.hints import hints
 from harness.proof import prove_pictures
 from harness.recipe import Recipe
 from harness.records import RESUME, read_metrics
 from harness.reference import protocol_references
-from harness.run_folder import STATE, check_same_data, claimed, refuse_other_flags, run_folder
 from harness.trainer import Trainer, spoken
 from nets.backbone import Backbone, resolve_backbone
 from nets.text import reader_of, vocabulary_of
@@ -49,7 +48,6 @@ from runtime import (
     run_script,
     use_huge_pages,
     versions,
-    write_json,
 )
 from sim import settings
 
@@ -194,7 +192,7 @@ def parse_args(argv=None):
     # without --help, which would be about a parser that knows no policy's flags
     first, _ = build_parser().parse_known_args(plain)
     if first.resume:
-        refuse_other_flags(argv)
+        run_folder.refuse_other_flags(argv)
         return resumed_args(first.resume)
     config_class = look_up(first.model_type).config
     return with_preset(build_parser(config_class), argv), config_class
@@ -276,7 +274,7 @@ def prepare(args, config_class, device, progress):
     recordings = open_mixture(args.dataset, config.image_size, args.n_demos, args.task)
     recordings.check_frames(args.frame_stride)
     if args.resume:
-        check_same_data(args.resume, recordings.described())
+        run_folder.check_same_data(args.resume, recordings.described())
     config = config_for(args, config, recordings)
     train_demos, val_demos = demo_files.split_demos(recordings.demos, args.val_fraction)
     n_train, n_val, recorded = len(train_demos), len(val_demos), list(train_demos)
@@ -429,7 +427,7 @@ def first_alone(dist, lock, make):
 def train(args, config_class):
     """Prepare, build, fit, finish."""
     dist = init_distributed(args.device)
-    folder = run_folder(args.out, args.model_type, args.resume)
+    folder = run_folder.chosen(args.out, args.model_type, args.resume)
     lock = args.cache / f"{args.dataset[0].name}.lock"
     # what is trained on
     found = first_alone(
@@ -531,7 +529,7 @@ def build(recipe, found, dist, folder, args):
     # normalisation before a checkpoint's tensors: --init_from replaces some of it
     policy.fit_statistics(found.train_set.statistics())
     # a run that was killed before its first save begins again
-    if recipe.init_from and not (folder / STATE).exists():
+    if recipe.init_from and not (folder / run_folder.STATE).exists():
         finetune.init_from(policy, recipe.init_from)
 
     # config.json is written once, when a run begins: --resume reads it
@@ -541,8 +539,8 @@ def build(recipe, found, dist, folder, args):
         if args.out:
             folder.mkdir(parents=True, exist_ok=True)
         else:
-            folder = claimed(folder)
-        write_json(folder / "config.json", {**record, "argv": sys.argv[1:]})
+            folder = run_folder.claimed(folder)
+        run_folder.begin(folder, {**record, "argv": sys.argv[1:]})
     logger = RunLogger(folder, args.wandb, record, dist.is_main)
     # a checkpoint has its policy's own config
     save_info = {key: value for key, value in record.items() if key != "config"}

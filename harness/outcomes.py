@@ -100,10 +100,10 @@ def read_runs(path):
     Raises UserError in one sentence for what is none of the three kinds, or damaged.
     """
     path = Path(path)
-    if (path / "suite.json").is_file():
-        # of several tasks, a folder each
-        folders = [p.parent for p in sorted(path.glob("*/episodes.jsonl"))]
-        return [run for folder in folders for run in read_runs(folder)]
+    parts = sorted(path.glob("*/episodes.jsonl"))
+    if parts and not (path / "episodes.jsonl").is_file():
+        # of several tasks, a folder each; suite.json comes once all are there
+        return finished(path, [run for part in parts for run in read_ours(part)])
     if path.is_dir():
         inside = [path / name for name in ("episodes.jsonl", "eval_info.json")]
         found = next((p for p in inside if p.is_file()), None)
@@ -121,7 +121,11 @@ def read_runs(path):
             f"{path}: is no episodes.jsonl, eval_info.json or .csv file; give one of these, "
             "or the folder of an evaluation"
         )
-    runs = readers[path.suffix](path)
+    return finished(path, readers[path.suffix](path))
+
+
+def finished(path, runs):
+    """The runs in a path. Raises UserError where none has a finished episode."""
     if not any(run.episodes for run in runs):
         raise UserError(f"{path}: holds no finished episode; run its evaluation first")
     return runs
@@ -310,19 +314,35 @@ def shared(one, other, names):
 
 
 def order(key):
-    """Sorts keys whose fields are numbers or texts."""
-    return [(isinstance(part, str), part) for part in key]
+    """Sorts keys whose fields are numbers or texts; numbers in a text by their size, so that task
+    10 comes after task 2.
+    """
+    words = lambda part: re.split(r"(\d+)", part)
+    by_size = lambda part: [(w.isdecimal(), int(w) if w.isdecimal() else w) for w in words(part)]
+    return [(1, by_size(part)) if isinstance(part, str) else (0, part) for part in key]
+
+
+def left_out(before, key, at):
+    """Whether numbers of episodes of one task are missing between two keys. at: their place."""
+    numbers = before[at], key[at]
+    of_one = before[:at] == key[:at] and all(isinstance(n, int) for n in numbers)
+    return of_one and numbers[1] > numbers[0] + 1
 
 
 def in_order(one, other, names):
-    """Keys that both runs have, up to the first that one of them has not finished.
+    """Keys that both runs have, up to the first that one of them has not finished, or both: a
+    number that is left out.
 
     Where workers run several episodes at a time, a short one overtakes: to take what is there
     would favour whoever succeeds sooner. Crashed episodes are passed over.
     """
+    at, before = names.index("episode"), None
     found, done = [], [{short(k, names) for k in run.episodes} for run in (one, other)]
     crashed = {short(k, names) for run in (one, other) for k in run.crashed}
     for key in sorted(done[0] | done[1] | crashed, key=order):
+        if before is not None and left_out(before, key, at):
+            break
+        before = key
         if all(key in keys for keys in done):
             found.append(key)
         elif key not in crashed:

@@ -1,17 +1,19 @@
 """The folder of a training: a new one, or one that a training goes on in."""
 
 import itertools
+import json
 import time
 from pathlib import Path
 
-from runtime import UserError, read_json
+from harness.records import read_metrics
+from runtime import UserError, atomic_path, read_json, write_json
 
 STATE = "state.safetensors"
 # of config.json, for `check_same_data`; a run from before hashes were kept names none
 TRAINED_ON = {"datasets?": [{"path": str, "hash": str}]}
 
 
-def run_folder(out, model_type, resume):
+def chosen(out, model_type, resume):
     """The folder that a run is written to. Raises UserError for one that holds another run."""
     folder = out or Path("runs") / f"{model_type}_{time.strftime('%Y%m%d_%H%M%S')}"
     if (folder / STATE).exists() and not resume:
@@ -33,6 +35,26 @@ def claimed(folder):
             return mine
         except FileExistsError:
             continue
+
+
+def begin(folder, config):
+    """Write a new run's config.json. What a run logged here that was killed before its first save
+    is not this one's, and goes.
+    """
+    for name in ("metrics.jsonl", "profile.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / "config.json", config)
+
+
+def cut_log(folder, step):
+    """Take out of a run's metrics.jsonl what is of later steps than its saved state: these are
+    taken again.
+    """
+    rows = read_metrics(folder)
+    kept = [row for row in rows if row["step"] <= step]
+    if len(kept) < len(rows):
+        with atomic_path(folder / "metrics.jsonl") as scratch:
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 def refuse_other_flags(argv):

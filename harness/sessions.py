@@ -27,7 +27,7 @@ def set_choices(policy, choices):
     """Set how a policy with a history is used.
 
     choices: {"feedback", "sample", "temperature": value, or None to keep the checkpoint's}. Raises
-    UserError for a policy without a history.
+    UserError for a policy without a history, and for a temperature of what is not sampled.
     """
     for name, value in choices.items():
         if value is None:
@@ -38,6 +38,8 @@ def set_choices(policy, choices):
                 "only policies with a history have"
             )
         setattr(policy.config, name, value)
+    if choices.get("temperature") is not None and not policy.config.sample:
+        raise UserError("--temperature: is read where waypoints are sampled; give --sample too")
     policy.check()
 
 

@@ -21,6 +21,7 @@ from data import shifted_sideways
 from harness import finetune
 from harness.checkpoint import load_tensors, save_policy, save_tensors, with_prefix
 from harness.records import read_metrics
+from harness.run_folder import cut_log
 from harness.validation import to_device, validate
 from policy import Shard
 from runtime import UserError, autocast
@@ -533,9 +534,11 @@ class Trainer:
         self.save()
 
     def resume(self):
-        """Go on from the run folder's saved state, if there is one."""
+        """Go on from the run folder's saved state, if there is one; its log is cut to that."""
         if self.state_path.exists():
             vars(self).update(load_state(self.state_path, self.policy, self.optimizer))
+        if self.dist.is_main:
+            cut_log(self.folder, self.step)
 
     def estimate(self):
         """Time a few steps -> rows of `profile_steps`. Prints how long the training will take."""

@@ -115,18 +115,21 @@ def validate(policy, dataset, device, batch_size=16, limit=400):
     the truth's. Then the numbers of `looks`. limit: frames to look at, see `chosen`.
     """
     policy.eval()
-    losses, errors = [], []
+    losses, sizes, errors = [], [], []
     indices = chosen(dataset, limit)
     for i in range(0, len(indices), batch_size):
         batch = to_device(dataset.batch(indices[i : i + batch_size]), device)
         loss = newest_loss(policy, batch)
         losses.append({name: value.item() for name, value in loss.items()})
+        sizes.append(len(indices[i : i + batch_size]))
         # errors of every sample; means and percentiles come at the end, over all of them
         single, out = predict_newest(policy, batch)
         found = {**first_errors(single, out), **path_errors(single, out)}
         errors.append({**found, **turn_errors(single, out)} if policy.turns else found)
 
-    row = {name: np.mean([loss[name] for loss in losses]) for name in losses[0]}
+    # of samples: the last batch may be small
+    mean = lambda name: np.average([loss[name] for loss in losses], weights=sizes)
+    row = {name: mean(name) for name in losses[0]}
     all_errors = {name: np.concatenate([part[name] for part in errors]) for name in errors[0]}
     row.update(error_summary(all_errors))
     row.update(looks(policy, dataset, device, batch_size, min(limit, 96)))

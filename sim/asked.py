@@ -6,10 +6,10 @@ import canonical
 from harness.records import demos_simulator, run_name, simulator_changes
 from harness.summary import place_of
 from runtime import UserError, git_commit
-from sim import remote, settings
+from sim import layouts, remote, settings
 from sim.layouts import LAYOUTS
 from sim.simulator import simulator, simulator_versions
-from sim.tasks import find_task, trained_elsewhere
+from sim.tasks import find_task, init_states, trained_elsewhere
 from sim.variants import new_expert
 
 # what may change between a command and the one that goes on with its episodes
@@ -80,9 +80,12 @@ def as_trained(args, info, config):
 
 # flags that one kind of policy reads, and the value of each where it was not given
 READ_BY = {
-    "checkpoint": {"ckpt": None, "feedback": None, "sample": None, "temperature": None},
+    "checkpoint": {
+        **{"ckpt": None, "feedback": None, "sample": None, "temperature": None},
+        **{"backbone_weights": None, "text_weights": None},
+    },
     "oracle": {"grid": 64, "n_height_bins": 32, "margin": 0},
-    "remote": {"replan_steps": 5, "send_size": None, "label": None},
+    "remote": {"replan_steps": 5, "send_size": None, "label": None, "server_timeout": 120.0},
 }
 
 
@@ -95,6 +98,10 @@ def refuse_unread(args):
                 f"--{given[0]}: --policy {args.policy} does not read it, --policy {policy} does; "
                 "leave it out"
             )
+    if args.policy in ("expert", "remote") and args.waypoint_stride is not None:
+        raise UserError(
+            f"--waypoint_stride: --policy {args.policy} answers no waypoints; leave it out"
+        )
 
 
 def refuse_without_meaning(args):
@@ -123,6 +130,24 @@ def refuse_without_meaning(args):
                 "out (a checkpoint has its own)"
             )
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
+
+
+def refuse_layout(args, task, told):
+    """Raise UserError for a --layout that moves what a Task does not have, or repeats itself within
+    --n_episodes. told: whether another task's sentence is said, which names an object.
+    """
+    if not told and not layouts.has_what_moves(args.layout, task):
+        raise UserError(
+            f"--layout {args.layout}: {task.language!r} ({task.key}) names no object that could be "
+            "moved; choose another task or layout"
+        )
+    # a repeated episode would count twice
+    most = layouts.distinct(args.layout, args.split, len(init_states(task)))
+    if most and not args.plus and args.n_episodes > most:
+        raise UserError(
+            f"--n_episodes {args.n_episodes}: {task.key} has {most} different episodes of "
+            f"--layout {args.layout}, then they repeat; use 1 to {most}"
+        )
 
 
 def cell_name(args, info, task):

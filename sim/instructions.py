@@ -39,6 +39,11 @@ def _placed(task):
     return found, goal[1] if len(goal) == 3 and goal[1] in category else None
 
 
+def picked_object(task):
+    """Name of the object that a Task's first goal is about, None where it is about a fixture."""
+    return _placed(task)[1]
+
+
 def named_object(task, spoken):
     """Name of the object in a Task's scene that the sentence of the Task `spoken` is about: the
     only one of its kind, or of several the one that stands where that task's own does. None where
@@ -59,7 +64,7 @@ def spoken_task(task, asked):
     Raises UserError where the sentence names no object of the scene, or asks for two things.
     """
     if asked == OTHER:
-        _, own = _placed(task)
+        own = picked_object(task)
         tasks = [one for one in chosen_tasks(task.suite) if asks_for_one(one)]
         found = next((t for t in tasks if named_object(task, t) not in (None, own)), None)
         if found is None:

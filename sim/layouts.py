@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sim import moved_cameras, settings, verdict
+from runtime import UserError
+from sim import instructions, moved_cameras, settings, verdict
 from sim.events import MovedMidway
 from sim.placement import JOINT_JITTER
 
@@ -118,12 +119,23 @@ def event(layout, index):
     return MovedMidway("moved_midway", index, verdict.DRAW)
 
 
+def has_what_moves(layout, task):
+    """Whether a Task's goal names an object, where a layout moves it; True for one that moves none.
+    (Open drawer) names none.
+    """
+    found = LAYOUTS[layout]
+    moves = found.shift_seed is not None or found.moved
+    return not moves or instructions.picked_object(task) is not None
+
+
 def episode_state(scene, layout, index, split=None):
     """Put the camera where an episode has it -> (its init state (S,), its settings.Condition).
 
     Both depend on layout, split and index alone, whatever was tested before and on which worker.
     """
     found, given = LAYOUTS[layout], conditions(layout, split)
+    if found.moved and scene.pick is None:
+        raise UserError(f"{layout}: the goal of {scene.task.key} names no object to set aside")
     condition = given[index % len(given)]
     if init_state_of(layout, index) is not None:
         # the benchmark's init states in turn

@@ -251,9 +251,15 @@ class Placement:
         the way from bowl to plate, and a replay that happens to catch the bowl's rim would carry it
         onto the plate without looking. What an object stands on moves with it, and one that lies
         in a fixture stays. Deterministic in `seed`. Bad layouts are drawn again; where all are bad,
-        an object that stands on a fixture stays too. Raises RuntimeError after 60 draws.
+        an object that stands on a fixture stays too. Raises UserError where the goal names no
+        object, RuntimeError after 60 draws.
         """
         movable = [n for n in (self.pick, self.place) if n in self.objects]
+        if not movable:
+            raise UserError(
+                f"{self.asked.key}: its goal names no object that could be shifted; choose another "
+                "task or layout"
+            )
         supports = {n: self.stands_on(n) for n in movable}
         on_fixtures = [n for n in movable if supports[n][1] and supports[n][1] not in self.objects]
         # a drawer leaves no room; on a stove or a cabinet there may be some

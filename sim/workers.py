@@ -262,8 +262,8 @@ class _Pool:
         # by its text, as a job may be of a kind that no Counter takes as a key
         self.attempts[repr(job)] += 1
         again = job is not None and self.attempts[repr(job)] < self.tries
-        if again:
-            queue.append(job)
+        if again:  # in its place: eval.py's first job is its protocol's check
+            queue.appendleft(job)
         if queue:
             self.slots.append(self.start())
         return again

@@ -2,6 +2,8 @@
 going may stop.
 """
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,10 +27,13 @@ from runtime import UserError
 
 
 class Result(NamedTuple):
-    """A policy's evaluations: runs {seed of its training, or its place in the list: Run}."""
+    """A policy's evaluations: runs {seed of its training, or its place in the list: Run}; known:
+    whether these are seeds.
+    """
 
     name: str
     runs: dict
+    known: bool = True
 
 
 def result_of(name, runs):
@@ -39,8 +44,9 @@ def result_of(name, runs):
     """
     runs = joined(runs)
     seeds = [run.train_seed for run in runs]
-    labels = seeds if None not in seeds and len(set(seeds)) == len(seeds) else range(len(runs))
-    return Result(name, {str(label): run for label, run in zip(labels, runs)})
+    known = None not in seeds and len(set(seeds)) == len(seeds)
+    labels = seeds if known else range(len(runs))
+    return Result(name, {str(label): run for label, run in zip(labels, runs)}, known)
 
 
 def joined(runs):
@@ -64,7 +70,7 @@ def together(parts):
     names = dict.fromkeys(name for run in parts for name in run.protocol)
     said = {n: dict.fromkeys(r.protocol[n] for r in parts if n in r.protocol) for n in names}
     return parts[0]._replace(
-        path=parts[0].path.parent.parent,
+        path=Path(os.path.commonpath([run.path for run in parts])),
         episodes={k: row for run in parts for k, row in run.episodes.items()},
         crashed=frozenset().union(*(run.crashed for run in parts)),
         protocol={name: " ".join(values) for name, values in said.items()},
@@ -94,8 +100,16 @@ def notes(results, reference):
                 f"{result.name}: files of {', '.join(unknown)} do not say their protocol (control "
                 "steps, render, simulator); make sure that it is the same"
             )
-        if result is not reference and (differing := differences(result, reference)):
+        if result is reference:
+            continue
+        if differing := differences(result, reference):
             found.append(f"{result.name} and {reference.name} differ in {', '.join(differing)}")
+        pairs, left_out = pairs_of(result, reference)
+        if pairs and left_out:  # without any pair the comparison says why
+            found.append(
+                f"{result.name} and {reference.name}: their difference is of fewer runs than their "
+                f"rates, {'; '.join(left_out)}"
+            )
     return found
 
 
@@ -141,7 +155,29 @@ def runs_that_pair(result, reference):
     if len(other) == 1:
         only = next(iter(other.values()))
         return [(seed, run, only) for seed, run in one.items()]
+    if result.known != reference.known:  # a place in a list is no seed
+        return []
     return [(seed, one[seed], other[seed]) for seed in one if seed in other]
+
+
+def pairs_of(result, reference):
+    """([(seed, run, other run, fields that their episodes pair by)], [why a run has no pair])."""
+    found, why = [], []
+    for seed, run, other in runs_that_pair(result, reference):
+        names, reason = outcomes.pairing(run, other)
+        if names is None:
+            why.append(reason)
+        else:
+            found.append((seed, run, other, names))
+    if 1 not in (len(result.runs), len(reference.runs)):
+        alone = sorted(result.runs.keys() ^ reference.runs.keys())
+        if result.known != reference.known:
+            why.append("the seeds of training are known on one side alone")
+        elif not found and not why:
+            why.append("no seed of training is on both sides")
+        elif alone:
+            why.append(f"seed {', '.join(alone)} is on one side alone")
+    return found, why
 
 
 def against(result, reference, metric, sequential=False):
@@ -153,12 +189,9 @@ def against(result, reference, metric, sequential=False):
             f"--sequential: {result.name} and {reference.name} have several seeds, whose episodes "
             "share their layouts and come in no order in time; give one run of each"
         )
-    by_seed, wins, why = {}, [], "no seed of training is on both sides"
-    for seed, run, other in runs_that_pair(result, reference):
-        names, reason = outcomes.pairing(run, other)
-        if names is None:
-            why = reason
-            continue
+    by_seed, wins = {}, []
+    pairs, why = pairs_of(result, reference)
+    for seed, run, other, names in pairs:
         mine, theirs = (
             {outcomes.short(key, names): won for key, won in r.won(metric).items()}
             for r in (run, other)
@@ -169,10 +202,9 @@ def against(result, reference, metric, sequential=False):
         in_order = outcomes.in_order(run, other, names)
         wins += [mine[key] for key in in_order if mine[key] != theirs[key]]
     if not by_seed:
-        return {"paired": False, "why": why, **unpaired(result, reference, metric)}
+        return {"paired": False, "why": "; ".join(why), **unpaired(result, reference, metric)}
     found = paired_comparison(by_seed)
-    unequal = np.mean([abs(d) for pairs in by_seed.values() for d in pairs.values()])
-    needed = paired_episodes(float(unequal), found["difference"])
+    needed = paired_episodes(unequal_share(by_seed), found["difference"])
     found = {"paired": True, **found, "episodes_needed": needed}
     if sequential:
         found["sequential"] = {
@@ -182,6 +214,17 @@ def against(result, reference, metric, sequential=False):
             "p": anytime_p(wins),
         }
     return found
+
+
+def unequal_share(by_seed):
+    """Share of seeds in which an episode is won by one side only, in the mean over episodes.
+    by_seed: {seed: {episode: difference}}.
+    """
+    apart = {}
+    for pairs in by_seed.values():
+        for episode, difference in pairs.items():
+            apart.setdefault(episode, []).append(abs(difference))
+    return float(np.mean([np.mean(each) for each in apart.values()]))
 
 
 def unpaired(result, reference, metric):

@@ -16,6 +16,8 @@ from study.matrix import COLUMNS, INCIDENTAL, OWN_DEMOS, ROWS, STEPS
 ROOT = Path(__file__).resolve().parents[1]
 # in a command line: such a flag with its value, where it has one
 INCIDENTAL_FLAG = re.compile(rf" ({'|'.join(sorted(INCIDENTAL))})( (?!--)\S+)?(?= |$)")
+# what tells two trainings by one command apart
+OF_TRAINING = ("commit", "step", "minutes")
 # flags of eval.py that nothing but waypoints have
 OF_WAYPOINTS = ("--trace", "--stop_stalled")
 # what is read of a run's config.json and of an evaluation's summary.json
@@ -122,6 +124,10 @@ def lacks_evaluation(folder, command, n, training=None):
         resumed = made.endswith((f" --resume {shlex.quote(str(run))}", f" --resume {run}"))
         if not same(made, asked) and not resumed:
             return f"{folder} is of a policy that was trained by other flags"
+        if (run / "checkpoint.json").is_file():
+            now = read_json(run / "checkpoint.json", "run of train.py", form=dict)
+            if any(summary["trained"].get(key) != now.get(key) for key in OF_TRAINING):
+                return f"{folder} is of an earlier training in {run}; remove {folder}"
     crashed = f", {summary['crashes']} crashed" if summary["crashes"] else ""
     return "" if summary["n"] == n else f"{folder} has {summary['n']} of {n} episodes{crashed}"
 

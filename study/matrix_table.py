@@ -122,8 +122,9 @@ def read_cells(folder, rows, layouts, recipe):
     cells, features = {}, {}
     for path in sorted(Path(folder, "evals").glob("*/summary.json")):
         # ROW-LAYOUT-sSEED; without training there is no seed: ""
-        row, layout, seed = (*path.parent.name.split("-"), "")[:3]
-        if row not in rows or layout not in layouts or not re.fullmatch(r"(s\d+)?", seed):
+        row, layout, seed, *more = *path.parent.name.split("-"), "", ""
+        known = row in rows and layout in layouts and re.fullmatch(r"(s\d+)?", seed)
+        if not known or any(more):
             raise UserError(
                 f"{path.parent}: its name is no ROW-LAYOUT-sSEED of the table; move it elsewhere"
             )

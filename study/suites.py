@@ -14,7 +14,7 @@ from harness.records import STILL, read_summary, run_name, scored_episodes
 from harness.statistics import wilson
 from harness.summary import place_of, told
 from runtime import UserError, atomic_path, command_line, git_commit, write_json
-from sim import plus
+from sim import layouts, plus
 from sim.tasks import chosen_tasks
 
 # control steps at which published success rates stop
@@ -46,6 +46,8 @@ def evaluate(args, network, evaluate_task):
     if args.plus:
         variants = plus.chosen(suite, args.plus, tasks, args.n_episodes)
         tasks = [task for task in tasks if variants[task.index]]
+    if args.task_ids == "all" and args.instruction_of is None:
+        tasks = without_unmoved(args.layout, tasks)
     for task in tasks:
         print(f"\n{task.key}: {task.language}", flush=True)
         try:
@@ -70,6 +72,19 @@ def evaluate(args, network, evaluate_task):
             f"{folder}, the same command goes on"
         )
     return 0 if summary["n"] else 1
+
+
+def without_unmoved(layout, tasks):
+    """The tasks of all in which a layout moves an object; says which are left out. Raises UserError
+    where none is left.
+    """
+    left = [task for task in tasks if layouts.has_what_moves(layout, task)]
+    if not left:
+        raise UserError(f"--layout {layout}: no task of the suite names an object to be moved")
+    for task in tasks:
+        if task not in left:
+            print(f"{task.key}: left out, {task.language!r} names no object that {layout} moves")
+    return left
 
 
 def folder_name(args, info, suite):

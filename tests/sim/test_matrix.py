@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 from evaluations import outcomes, write_evaluation
@@ -220,6 +221,9 @@ def test_flags_reach_their_commands(tmp_path):
         (["--dataset", "elsewhere=x.hdf5"], ("elsewhere", "viewpoint")),
         (["--dataset", "in_dist=absent.hdf5"], ("absent.hdf5", "no such file")),
         (["--row_flags", "parrot=--lr 1"], ("parrot", "a_pointer")),
+        (["--row_flags", "act"], ("--row_flags act", "NAME=VALUE")),
+        (["--row_flags", "act=--lr 1", "act=--lr 2"], ("act=--lr 2", "given before")),
+        (["--out", "runs/one", "--export", "runs/../runs/one"], ("--export", "--out itself")),
         (["--n_episodes", "0"], ("--n_episodes: 0", "at least 1")),
     ],
 )
@@ -243,13 +247,15 @@ def finished(tmp_path):
         run_folder / "config.json",
         {"command": run_matrix.typed(train.command), "dataset": {}, "args": {"max_steps": 2500}},
     )
-    write_json(run_folder / "checkpoint.json", {"step": 2500, "minutes": 8.003})
+    reached = {"step": 2500, "minutes": 8.003, "commit": "0123456789"}
+    write_json(run_folder / "checkpoint.json", reached)
     out = write_evaluation(tmp_path, "para-position-s0", outcomes(3, 5))
     summary = json.loads((out / "summary.json").read_text())
     summary["command"], summary["trained"]["command"] = (
         run_matrix.typed(test.command),
         run_matrix.typed(train.command),
     )
+    summary["trained"].update(reached)
     write_json(out / "summary.json", summary)
     return flags, run_folder, out
 
@@ -304,6 +310,16 @@ def test_a_run_of_other_flags_is_not_taken_for_this_one(finished):
         match="para-position-s0: was made by.*--max_steps 2500.*asked for is.*--max_steps 9",
     ):
         todo(*flags, "--train_steps", "9")
+
+
+def test_an_evaluation_of_an_earlier_training_is_not_done(finished):
+    """The same command trained anew: a table would mix two trainings in one row."""
+    flags, run_folder, out = finished
+    rewritten(run_folder / "checkpoint.json", minutes=8.5)
+    assert todo(*flags) == ["eval-para-position-s0"]
+    # where the run is gone, its evaluations stand
+    shutil.rmtree(run_folder)
+    assert "eval-para-position-s0" not in todo(*flags)
 
 
 def test_an_evaluation_of_another_training_is_not_done(finished):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from formats import libero_hdf5
 from formats.dataset import open_dataset
+from harness.records import read_metrics
 from runtime import UserError
 from sim import settings
 
@@ -189,6 +190,9 @@ def test_train_resumes_bit_identically(collected, tmp_path):
         load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "broken")
     )
     assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
+    # steps that were taken again after the kill stand in the log once
+    whole, broken = ([r["step"] for r in read_metrics(tmp_path / n)] for n in ("whole", "broken"))
+    assert whole == broken
 
 
 @pytest.mark.parametrize(
@@ -265,6 +269,10 @@ def test_expert_succeeds_through_eval_and_eval_resumes(tmp_path):
     assert (
         json.loads((tmp_path / "cell" / "protocol.json").read_text())["distinct_init_states"] == 50
     )
+    # rows whose protocol was never found right are no result: it is checked, also without episodes
+    (tmp_path / "cell" / "protocol.json").unlink()
+    run(*flags, cwd=tmp_path)
+    assert (tmp_path / "cell" / "protocol.json").is_file()
 
 
 def test_checkpoint_runs_in_closed_loop(trained, tmp_path):

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from runtime import UserError
+from sim import layouts
 from sim.handling import Handling
 from sim.libero_env import Scene
 from sim.rollout import ReplayAgent, run_episode
@@ -11,10 +13,10 @@ from sim.settings import random_seed
 
 @pytest.fixture
 def scene_of(request):
-    """Make a scene of a task of libero_spatial that is not rendered."""
+    """Make a scene of a suite's task that is not rendered."""
 
-    def make(index):
-        scene = Scene("libero_spatial", index, rendering=False)
+    def make(index, suite="libero_spatial"):
+        scene = Scene(suite, index, rendering=False)
         request.addfinalizer(scene.close)
         return scene
 
@@ -92,3 +94,12 @@ def test_a_spread_layout_takes_along_what_the_bowl_stands_on(scene_of, task, alo
         # it is not shifted, and slides by a centimetre when it settles once more
         assert scene._room_on_support(stays) == 0
         assert np.linalg.norm(shift(stays)) < 0.02
+
+
+def test_where_nothing_can_be_moved_is_said(scene_of):
+    """A drawer to open is no object: a layout that is shifted by nothing would be no test."""
+    scene = scene_of(0, "libero_goal")
+    with pytest.raises(UserError, match="libero_goal_0: its goal names no object"):
+        layouts.episode_state(scene, "shifted", 0)
+    with pytest.raises(UserError, match="the goal of libero_goal_0 names no object to set aside"):
+        layouts.episode_state(scene, "moved_midway", 0)

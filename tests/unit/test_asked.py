@@ -33,12 +33,33 @@ def flags(words=""):
         ("--label pi0", "remote"),
         ("--policy oracle --replan_steps 3", "remote"),
         ("--send_size 64", "remote"),
+        ("--policy expert --backbone_weights w", "checkpoint"),
+        ("--policy oracle --text_weights w", "checkpoint"),
+        ("--server_timeout 5", "remote"),
     ],
 )
 def test_a_flag_that_the_policy_does_not_read_is_refused(words, reader):
     """It would be recorded, and have changed nothing."""
     with pytest.raises(UserError, match=f"does not read it, --policy {reader} does; leave it out"):
         refuse_unread(flags(words))
+
+
+@pytest.mark.parametrize("policy", ["expert", "remote"])
+def test_a_stride_of_what_answers_no_waypoints_is_refused(policy):
+    """Oracle, blind and checkpoint read it."""
+    refuse_unread(flags("--policy blind --waypoint_stride 3"))
+    with pytest.raises(UserError, match=f"--waypoint_stride: --policy {policy} answers no"):
+        refuse_unread(flags(f"--policy {policy} --waypoint_stride 3"))
+
+
+@pytest.mark.parametrize("layout", ["shifted", "val_viewpoint_shifted", "moved_midway"])
+def test_a_layout_that_moves_nothing_of_a_task_is_refused(layout):
+    """(Open drawer) names no object: its "shifted" episodes would be the benchmark's, twice."""
+    words = f"--policy oracle --task_suite libero_goal --n_episodes 2 --layout {layout}"
+    prepare(flags(f"{words} --task_id 1"))
+    with pytest.raises(UserError, match=f"--layout {layout}: .*libero_goal_0.* names no object"):
+        prepare(flags(f"{words} --task_id 0"))
+    prepare(flags("--policy oracle --task_suite libero_goal --task_id 0 --n_episodes 2"))
 
 
 def test_flags_that_are_read_are_taken():

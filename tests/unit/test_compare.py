@@ -258,3 +258,83 @@ def test_tasks_are_no_seeds(tmp_path):
     assert (pair["n"], pair["better"], pair["worse"]) == (500, 0, 9)
     both = compared(tmp_path, f"A={a},{b}", f"B={b}")["results"][0]
     assert (both["n"], list(both["by_seed"])) == (1000, ["0", "2"])
+
+
+def seeded(path, runs):
+    """A CSV file of {train_seed or "": [won]}."""
+    rows = [f"{s},{i},{int(w)}" for s, won in runs.items() for i, w in enumerate(won)]
+    return sheet(path, "\n".join(["train_seed,episode,success", *rows]))
+
+
+def suite(folder, won, tasks=(0, 2, 10), crashed=()):
+    """Evaluations of several tasks by nobody knows which training, as they are while they run; of
+    `crashed` each episode crashed.
+    """
+    for number in (*tasks, *crashed):
+        for i, success in enumerate(won):
+            row = {"episode": i, "layout": "benchmark"}
+            row |= {"crash": "boom"} if number in crashed else {"success": bool(success)}
+            append_jsonl(folder / f"task_{number}" / "episodes.jsonl", row)
+        settings = {"task_suite": "libero_90", "task_id": str(number), "layout": "benchmark"}
+        write_json(folder / f"task_{number}" / "settings.json", settings)
+    return folder
+
+
+def test_two_suites_by_nobody_knows_whom_are_two_trainings(tmp_path):
+    """Each is one run of all its tasks; tasks are no seeds here either."""
+    a, b = suite(tmp_path / "a", [1, 1, 0]), suite(tmp_path / "b", [1, 0, 0])
+    both, _ = compared(tmp_path, f"A={a},{b}", suite(tmp_path / "c", [1, 1, 1]))["results"]
+    assert (both["n"], both["won"], list(both["by_seed"])) == (18, 9, ["0", "1"])
+
+
+def test_a_suite_is_read_while_it_runs_and_where_a_task_only_crashed(tmp_path):
+    """suite.json comes last; a task without a scored episode is counted as crashes."""
+    folder = suite(tmp_path / "a", [1, 0], crashed=[3])
+    found = compared(tmp_path, folder, suite(tmp_path / "b", [1, 1]))
+    assert found["results"][0]["n"] == 6
+    assert "a: 2 crashed episodes are not scored" in found["notes"]
+
+
+def test_a_place_in_a_list_is_no_seed(tmp_path):
+    """Runs whose seeds are known do not pair with those whose place in the list happens to be the
+    same number.
+    """
+    known = seeded(tmp_path / "known.csv", {1: [1, 1], 2: [1, 0]})
+    words = [seeded(tmp_path / f"{i}.csv", {"": [0, i]}) for i in range(2)]
+    found = compared(tmp_path, known, f"B={words[0]},{words[1]}")["results"][1]["against"]
+    assert not found["paired"] and "known on one side alone" in found["why"]
+
+
+def test_a_seed_that_has_no_counterpart_is_named(tmp_path):
+    """The difference is then of fewer runs than the rates beside it."""
+    one = seeded(tmp_path / "one.csv", {0: [1, 1], 1: [1, 0], 2: [0, 0]})
+    two = seeded(tmp_path / "two.csv", {1: [1, 1], 2: [1, 0], 3: [0, 0]})
+    found = compared(tmp_path, one, two)
+    assert list(found["results"][1]["against"]["by_seed"]) == ["1", "2"]
+    assert any("seed 0, 3 is on one side alone" in note for note in found["notes"])
+
+
+def test_seeds_that_have_not_come_equally_far_are_compared(tmp_path):
+    """Episodes needed: from the share of unequal pairs by episode, as the difference is."""
+    far, near = [1] * 60 + [0] * 40, [0] * 20
+    one = seeded(tmp_path / "one.csv", {0: far, 1: near, 2: near})
+    two = seeded(tmp_path / "two.csv", {0: [0] * 100, 1: near, 2: near})
+    found = compared(tmp_path, one, two)["results"][1]["against"]
+    assert found["episodes_needed"] > 0
+
+
+def test_tasks_come_in_the_order_of_their_numbers(tmp_path):
+    """Task 10 after task 2: both have finished 0 and 2, one of them 10."""
+    a, b = suite(tmp_path / "a", [1, 1]), suite(tmp_path / "b", [0, 0], (0, 2))
+    found = compared(tmp_path, a, b, "--sequential")["results"][1]["against"]
+    assert found["sequential"]["unequal"] == 4
+
+
+def test_an_episode_that_neither_run_has_is_a_gap(tmp_path):
+    """It may be won by one of them later, and would come before those that are there."""
+    for name, won in (("one", True), ("two", False)):
+        for i in (0, 1, 3):
+            append_jsonl(tmp_path / name / "episodes.jsonl", {"episode": i, "success": won})
+    words = (tmp_path / "one", tmp_path / "two", "--sequential")
+    found = compared(tmp_path, *words)["results"][1]["against"]
+    assert found["sequential"]["unequal"] == 2

@@ -244,10 +244,11 @@ def test_one_backbone_for_the_whole_table(results):
         table_of(results)
 
 
-def test_a_foreign_folder_is_named(results):
-    """A folder whose name is no cell is refused, not silently left out."""
-    write_evaluation(results, "parrot-shifted-s0", outcomes(3))
-    with pytest.raises(UserError, match="parrot-shifted-s0"):
+@pytest.mark.parametrize("name", ["parrot-shifted-s0", "para-shifted-s0-old"])
+def test_a_foreign_folder_is_named(results, name):
+    """A folder whose name is no cell is refused, not silently left out, nor taken for another."""
+    shutil.copytree(results / "evals" / "para-shifted-s0", results / "evals" / name)
+    with pytest.raises(UserError, match=f"{name}: its name is no ROW"):
         table_of(results)
 
 

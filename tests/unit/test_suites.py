@@ -10,7 +10,7 @@ from eval import build_parser
 from harness.summary import summarise
 from runtime import UserError, append_jsonl, write_json
 from sim import instructions
-from sim.tasks import find_task
+from sim.tasks import chosen_tasks, find_task
 from study import suites
 
 SPATIAL = "libero_spatial"
@@ -146,3 +146,14 @@ def test_one_task_or_several(tmp_path):
     args = flags(f"--policy blind --task_id 1 --task_ids 1 --out {tmp_path}")
     with pytest.raises(UserError, match="--task_id and --task_ids: give one of them"):
         suites.evaluate(args, None, write_task)
+
+
+def test_all_leaves_out_what_a_layout_does_not_move(capsys):
+    """Drawer and stove are no objects: these tasks' shifted episodes would be the benchmark's."""
+    tasks = chosen_tasks("libero_goal")
+    left = [task.index for task in suites.without_unmoved("shifted", tasks)]
+    assert left == [1, 2, 3, 4, 5, 6, 8, 9]
+    assert "libero_goal_7: left out, 'turn on the stove'" in capsys.readouterr().out
+    assert suites.without_unmoved("benchmark", tasks) == tasks
+    with pytest.raises(UserError, match="--layout shifted: no task"):
+        suites.without_unmoved("shifted", [tasks[0]])

@@ -22,9 +22,17 @@ from data import check_shift
 from formats.mixture import open_mixture
 from harness import checkpoint, trainer
 from harness.recipe import Recipe
-from harness.run_folder import check_same_data, claimed
+from harness.records import read_metrics
+from harness.run_folder import begin, check_same_data, claimed, cut_log
 from registry import REGISTRY, look_up
-from runtime import Distributed, StopSignal, UserError, choose_precision, write_json
+from runtime import (
+    Distributed,
+    StopSignal,
+    UserError,
+    append_jsonl,
+    choose_precision,
+    write_json,
+)
 
 
 def flags(dataset, folder, steps, *further):
@@ -151,6 +159,19 @@ def test_trainings_of_the_same_second_have_folders_of_their_own(tmp_path):
     """Three seeds begun in one line must not write over each other."""
     named = [claimed(tmp_path / "runs" / "para_1").name for _ in range(3)]
     assert named == ["para_1", "para_1_2", "para_1_3"]
+
+
+def test_a_run_that_was_killed_before_its_first_save_leaves_no_log(tmp_path):
+    """The next one in its folder begins its own; one that goes on has no step twice."""
+    log = tmp_path / "metrics.jsonl"
+    for step in (1, 10, 20):
+        append_jsonl(log, {"step": step, "train/loss": 9.0})
+    begin(tmp_path, {})
+    assert read_metrics(tmp_path) == [] and (tmp_path / "config.json").is_file()
+    for step in (1, 10, 10, 20):
+        append_jsonl(log, {"step": step, "train/loss": 1.0})
+    cut_log(tmp_path, 10)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 10, 10]
 
 
 def test_a_collection_that_fails_ends_in_a_sentence(tmp_path, monkeypatch):

@@ -143,6 +143,12 @@ def test_a_crashed_worker_is_replaced_and_its_job_repeated(tmp_path):
     assert (tmp_path / "2.tried").exists()
 
 
+def test_a_repeated_job_keeps_its_place(tmp_path):
+    """eval.py's first job is its check: episodes must not overtake it where a worker dies."""
+    order = [outcome.job for outcome in run_jobs([2, 3, 4, 5], Crash, (tmp_path,), 1)]
+    assert order == [2, 3, 4, 5]
+
+
 def test_a_job_that_always_crashes_is_given_up(tmp_path):
     """After its tries a job is reported with how its worker died. The others are done."""
     outcomes = {
