@@ -51,6 +51,18 @@ def check_shift(limit, image_size, grids):
         )
 
 
+def check_cells(image_size, grids):
+    """Raise UserError where feature maps of `grids` cells a side do not end where the image does:
+    resized to it, each cell would show what lies up to a cell beside it.
+    """
+    if any(image_size % grid for grid in grids):
+        cells = " and ".join(map(str, grids))
+        raise UserError(
+            f"--image_size {image_size}: feature maps of {cells} cells do not end where this image "
+            f"does, and would be stretched; give a multiple of 16, as {image_size // 16 * 16}"
+        )
+
+
 def shifted_sideways(batch, limit, draws, image_size):
     """A batch whose images are moved sideways, each by its own number of pixels.
 
@@ -201,6 +213,13 @@ class WaypointDataset(Dataset):
         maps = feature_cache(backbone, groups, cache, progress)
         # by dataset and demonstration: every file has a demo_0
         self.maps = [maps.get(demo.key) for demo in demos]
+
+    @staticmethod
+    def located(config, demos):
+        """The config with what lies beside the data found: nothing here, see `VolumeDataset`.
+        demos: all of a training, held out or not.
+        """
+        return config
 
     @staticmethod
     def check_split(demos, config):

@@ -2,6 +2,8 @@
 see formats/smith300.py), or any other format.
 """
 
+import dataclasses
+
 from data import WaypointDataset
 from rot_utils import PRECOMPUTE, basis_path, fingerprint, load_basis
 from runtime import UserError
@@ -19,6 +21,15 @@ class VolumeDataset(WaypointDataset):
         # before the features, which take minutes: a missing basis is reported at once
         self.basis = find_basis(demos, config)
         super().__init__(demos, config, backbone, *args, **kwargs)
+
+    @staticmethod
+    def located(config, demos):
+        """The config with its basis found beside one of all demonstrations: a part of a split may
+        be of another dataset than the one that it stands beside.
+        """
+        if config.rotation != "pca" or config.basis:
+            return config
+        return dataclasses.replace(config, basis=str(basis_file(demos, config)))
 
     @staticmethod
     def check_split(demos, config):

@@ -19,6 +19,7 @@ error. Beside the checkpoint lies <ckpt>_stats.json; the two must belong togethe
 import base64
 import contextlib
 import io
+import itertools
 import json
 import sys
 import time
@@ -30,7 +31,7 @@ import numpy as np
 import camera
 import flags
 from formats import smith300
-from formats.checks import FARTHEST, SEEN
+from formats.checks import FARTHEST, SEEN, check_width
 from harness.checkpoint import load_policy, stats_path
 from rot_utils import RotationBasis, load_stats, matrix_to_euler
 from runtime import UserError, choose_device, fits, one_line, run_script
@@ -50,7 +51,7 @@ LINE_FORM = {
 # -- the policy -----------------------------------------------------------------------------------
 
 
-def load(ckpt, stats=None, device="cpu", weights=None):
+def load(ckpt, stats=None, device="cpu", weights=None, text_weights=None):
     """The policy of a checkpoint, ready to act and checked against its statistics. stats: their
     file, <ckpt>_stats.json by default.
 
@@ -60,7 +61,7 @@ def load(ckpt, stats=None, device="cpu", weights=None):
     path = stats or stats_path(ckpt)
     stored = load_stats(path)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers alone
-        policy, info, _ = load_policy(ckpt, device, weights)
+        policy, info, _ = load_policy(ckpt, device, weights, text_weights=text_weights)
     expected = policy.deployment_stats()
     if expected is None:
         raise UserError(
@@ -204,6 +205,7 @@ def live(stream, state, size):
             )
         square_K = smith300.square_intrinsics(K, *shape, size)
         width = float(row["gripper_width"])
+        check_width(width, f"{where}: gripper_width")
         yield SimpleNamespace(image=squared, eef_pos=eef, gripper_width=width, K=square_K, E=E)
 
 
@@ -269,9 +271,8 @@ def answer_all(policy, observations, limit=None, instruction="", support=None):
     """
     latencies = []
     policy.reset()
-    for frame, observation in enumerate(observations):
-        if limit is not None and frame >= limit:
-            break
+    # the one after the last is not waited for
+    for frame, observation in enumerate(itertools.islice(observations, limit)):
         observation.instruction, observation.support = instruction, support
         # the clock of this call alone
         policy.seconds.update(features=0.0, policy=0.0)
@@ -289,7 +290,7 @@ def answer_all(policy, observations, limit=None, instruction="", support=None):
 
 def deploy(args):
     """Answer every observation of the source, and print the latencies to standard error."""
-    policy = load(args.ckpt, args.stats, args.device, args.backbone_weights)
+    policy = load(args.ckpt, args.stats, args.device, args.backbone_weights, args.text_weights)
     size = policy.config.image_size
     if policy.reader and not args.instruction:
         raise UserError(f"{args.ckpt}: is told what to do; give --instruction WORDS")
@@ -327,6 +328,7 @@ def build_parser():
     add("--support", metavar="METRES", type=flags.finite, help=what)
     add("--limit", type=flags.whole, help="stop after so many frames")
     add("--backbone_weights", type=Path, help="local file of backbone weights")
+    add("--text_weights", type=Path, help="local folder of the frozen text model, see --text")
     add("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     return parser
 

@@ -158,6 +158,7 @@ positive = Number(float, above=0)
 not_negative = Number(float, low=0)
 share = Number(float, low=0, high=1)
 fraction = Number(float, above=0, below=1)
+held_out = Number(float, above=0, high=0.5)  # every second demonstration at most
 
 
 @dataclasses.dataclass(frozen=True)

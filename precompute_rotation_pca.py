@@ -241,7 +241,7 @@ def build_parser():
     add("--n_demos", type=flags.count, help="use only the first N demonstrations of each")
     add("--task", help="LeRobot: of this task alone, as train.py will be told")
     what = "share of demonstrations that train.py will hold out: the basis is fitted without them"
-    add("--val_fraction", type=flags.fraction, default=0.15, help=what)
+    add("--val_fraction", type=flags.held_out, default=0.15, help=what)
     add("--out", type=flags.new_file(".npz"), help="write the basis here instead")
     return parser
 

@@ -35,14 +35,19 @@ from harness.remote import MAX_BYTES, AnswerError, pack, unpack
 from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError, one_line, run_script
 from sim.expert import servo_action
-from sim.libero_env import ACTION_SCALE, Observation
-from sim.servo import Servo
+from sim.libero_env import ACTION_SCALE, ROTATION_SCALE, Observation
+from sim.servo import Servo, least_steps
 
-# share of an action's offset that the EEF has gone after a control step, for actions of a chunk
-# beyond the first: least squares over 48 demonstrations, which it misses by 2.6 mm a step
-RESPONSE = 0.21
+# shares of an action's offset and turn that the EEF has made after a control step, for actions of
+# a chunk beyond the first: least squares over 48 demonstrations, which it misses by 2.6 mm a step,
+# and over the turning steps of 110, by 0.9 degrees
+RESPONSE, TURN_RESPONSE = 0.21, 0.105
 # metres that the EEF goes in a control step at most; a jump is longer by JUMP
 FASTEST, JUMP = 0.03, 0.05
+
+
+# --text of policies that no instruction reaches; "auto" is of checkpoints before there were any
+UNTOLD = ("none", "auto")
 
 
 class RequestError(Exception):
@@ -61,7 +66,9 @@ class Episode:
         """Forget the last episode. All that the policy draws comes from the request's seed."""
         self.sessions.begin(self.session, int(request.get("seed", 0)))
         stride = self.config["waypoint_stride"]
-        self.servo = Servo(self.args.teleport, self.args.zero_rotation, stride)
+        variant = self.sessions.about["info"].get("dataset", {}).get("variant", "task")
+        least = least_steps(variant, stride)
+        self.servo = Servo(self.args.teleport, self.args.zero_rotation, stride, least)
 
     def is_new(self, request, eef):
         """True if a request, with the EEF at eef (3,) m, is the first of an episode."""
@@ -77,6 +84,8 @@ class Episode:
         """The actions (chunk,7) for a request. Raises RequestError."""
         observation = observation_of(request, self.config["image_size"], self.view)
         eef, rotation = observation.eef_pos, observation.eef_rot
+        if self.config.get("text", "none") not in UNTOLD and not observation.instruction.strip():
+            raise RequestError("prompt: is missing, and this policy is told what to do")
         if self.is_new(request, eef):
             self.begin(request)
         self.eef, self.prompt = eef, request.get("prompt")
@@ -90,7 +99,9 @@ class Episode:
             found.append(action)
             # where the EEF will be then; nobody looks, so a decision that is due has to wait
             eef = eef + RESPONSE * ACTION_SCALE * action[:3]
-            if len(found) < self.args.chunk and self.servo.due(eef):
+            turned = rotvec_to_matrix(TURN_RESPONSE * ROTATION_SCALE * action[3:6])
+            rotation = turned @ rotation
+            if len(found) < self.args.chunk and self.servo.due(eef, rotation):
                 stay = np.concatenate([np.zeros(6), [self.servo.gripper]])
                 found += [stay] * (self.args.chunk - len(found))
         return np.stack(found)
@@ -226,6 +237,7 @@ def build_parser():
     add("--zero_rotation", action=on, help=kept)
     add("--device", default="auto", help="of the network: auto, cpu, cuda or cuda:N")
     add("--backbone_weights", type=Path, help="local file of backbone weights")
+    add("--text_weights", type=Path, help="local folder of the frozen text model, see --text")
     return parser
 
 
@@ -236,7 +248,8 @@ def main(argv=None):
         print(sentence)
     from harness.sessions import PolicySessions  # here: --help needs no torch
 
-    sessions = PolicySessions.load(args.ckpt, args.device, args.backbone_weights)
+    weights = {"weights": args.backbone_weights, "text_weights": args.text_weights}
+    sessions = PolicySessions.load(args.ckpt, args.device, **weights)
     view = sessions.about["reference"].get("protocol_extrinsics")
     if args.zero_rotation is None:
         args.zero_rotation = keeps_orientation(sessions.about["info"])

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 import canonical
 import flags
-from data import check_shift
+from data import check_cells, check_shift
 from figures import heldout, plots
 from formats import demos as demo_files
 from formats.mixture import open_mixture
@@ -31,7 +31,7 @@ from harness.records import RESUME, read_metrics
 from harness.reference import protocol_references
 from harness.trainer import Trainer, spoken
 from nets.backbone import Backbone, resolve_backbone
-from nets.text import reader_of, vocabulary_of
+from nets.text import reader_of, vocabulary_of, words_of
 from policy import add_config_flags
 from registry import REGISTRY, look_up
 from runtime import (
@@ -129,7 +129,7 @@ def add_data_flags(group):
     add("--trust_pictures", action="store_true", help=what)
     add("--n_demos", type=flags.count, help="use only the first N demonstrations of a dataset")
     what = "share of each task's demonstrations held out"
-    add("--val_fraction", type=flags.fraction, default=0.15, help=what)
+    add("--val_fraction", type=flags.held_out, default=0.15, help=what)
     what = "train on every k-th frame of a demonstration"
     add("--frame_stride", type=flags.count, default=2, help=what)
     what = "train on each demonstration's reflection in the robot's plane of symmetry too"
@@ -216,13 +216,11 @@ def resumed_args(run):
     # auto may mean another one by now
     if "preset" in values["args"]:
         argv = [*argv, "--preset", values["args"]["preset"]]
-    # the command is parsed again as it was typed; what "auto" and "fit" came to stays
+    # the command is parsed again as it was typed: paths, and flags that the run does not know yet
     config_class = look_up(values["args"]["model_type"]).config
     args = with_preset(build_parser(config_class), argv)
     args.resume = args.out = run
-    stays = {"canonical_view": "", **config_class.older}
-    for name in ("backbone", *stays):
-        setattr(args, name, values["config"].get(name, stays.get(name)))
+    run_folder.as_begun(args, values, config_class)
     return args, config_class
 
 
@@ -281,6 +279,7 @@ def prepare(args, config_class, device, progress):
     config, reader = told(config, recordings, args)
     # before any feature is computed, which takes minutes
     dataset_class = look_up(args.model_type).dataset
+    config = dataset_class.located(config, recordings.demos)
     dataset_class.check_split(train_demos, config)
     # once: in the first process, of a run that begins
     if progress and not args.resume and not args.trust_pictures:
@@ -288,8 +287,8 @@ def prepare(args, config_class, device, progress):
 
     # the same demonstrations in a moved world; reflections are not validated on
     if args.turn_back:
-        train_demos = [demo_files.turned_back(demo, unturned(demo)) for demo in train_demos]
-        val_demos = [demo_files.turned_back(demo, unturned(demo)) for demo in val_demos]
+        upright = lambda demo: demo_files.turned_back(demo, settings.unturned(demo.attrs))
+        train_demos, val_demos = (list(map(upright, part)) for part in (train_demos, val_demos))
     if args.mirror:
         train_demos = train_demos + [demo_files.mirrored(demo) for demo in train_demos]
 
@@ -299,7 +298,10 @@ def prepare(args, config_class, device, progress):
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights, fused=fast)
     backbone = backbone.to(device)
     if not args.resume:  # one that was begun before this was refused goes on
+        check_cells(config.image_size, backbone.grids)
         check_shift(args.shift_aug, config.image_size, backbone.grids)
+    if args.freeze_steps and not (args.init_from or args.resume):
+        raise UserError("--freeze_steps: is of --init_from, which is not given; leave it out")
     if args.init_from:
         policy_class = look_up(args.model_type).policy
         asked = None if args.resume and not policy_class.holds_volume else args.freeze_steps
@@ -309,6 +311,7 @@ def prepare(args, config_class, device, progress):
     measured = [demo_files.measured(demo, config.heights) for demo in train_demos]
     view = canonical.resolved(config.canonical_view, measured)
     config = dataclasses.replace(config, canonical_view=view)
+    look_up(args.model_type).policy(config, backbone.channels)  # sizes that do not go together
     # label, then compute or read features
     train_set, val_set = (
         dataset_class(demos, config, backbone, args.frame_stride, args.cache, progress, reader)
@@ -338,7 +341,7 @@ def told(config, recordings, args):
             f"{silent.source.path}: does not say what was asked for (attribute 'language'), which "
             "--text needs; add it, or give --text none"
         )
-    if args.mirror and (sided := [s for s in sentences if {"left", "right"} & set(s.split())]):
+    if args.mirror and (sided := [s for s in sentences if {"left", "right"} & set(words_of(s))]):
         raise UserError(
             f"--mirror: {sided[0]!r} would be said of the other side; leave it out, or give "
             "--text none"
@@ -350,16 +353,6 @@ def told(config, recordings, args):
     if text != "learned":
         config = dataclasses.replace(config, text_features=reader.features)
     return config, reader
-
-
-def unturned(demo):
-    """The camera-to-world (4,4) that a demonstration's camera had before it was turned: agentview,
-    orbited where the setting orbits it.
-    """
-    _, E = settings.default_camera()
-    orbited = settings.orbit(E, demo.attrs.get("theta", 0.0), demo.attrs.get("phi", 0.0))
-    loose = {k: demo.attrs[k] for k in ("roll", "pan", "tilt", "distance") if k in demo.attrs}
-    return settings.loosened(orbited, **loose)
 
 
 def config_for(args, config, recordings):
@@ -438,6 +431,8 @@ def train(args, config_class):
         print(f"{args.cache}: features of {n_samples}, backbone {found.backbone.identity}")
         return
     recipe = resolve(args, found, dist)
+    if args.resume:
+        run_folder.check_same_backbone(args.resume, recipe.backbone)
     # from here on a process waits for the others
     dist.join()
     # the training itself, then pictures, or a word on how to go on

@@ -9,16 +9,18 @@ from formats.demos import GRIPPER_STEPS
 from runtime import UserError
 
 FARTHEST = 20.0  # metres: no arm on a table is farther from its world's origin
+WIDEST, SLACK = 0.3, 0.01  # metres: no gripper opens as far; what closed fingers may give way
 SEEN = 0.5  # share of a dataset's frames in which the EEF has to be inside the image
 # metres by which fingers that are told to close are wider apart than open ones where the sign is
 # wrong
 REVERSED = 0.005
 
 
-def check_values(demo, positions, angles):
-    """Raise UserError for positions that cannot be metres, and rotations that cannot be radians.
+def check_values(demo, positions, angles, fingers):
+    """Raise UserError for positions and fingers that cannot be metres, and rotations that cannot be
+    radians.
 
-    positions, angles: file and key of each, for the message.
+    positions, angles, fingers: file and key of each, for the message.
     """
     # Units show in the magnitude: no arm reaches 20 m, no axis-angle vector is longer than a turn.
     farthest = np.abs(demo.ee_pos).max()
@@ -31,6 +33,20 @@ def check_values(demo, positions, angles):
         raise UserError(
             f"{angles}: has an angle of {largest:.4g}, radians are expected; convert degrees with "
             "numpy.radians"
+        )
+    widths = demo.gripper_states[:, 0] - demo.gripper_states[:, 1]
+    for width in (widths.min(), widths.max()):
+        check_width(width, fingers)
+
+
+def check_width(metres, where):
+    """Raise UserError for fingers that are not 0 to WIDEST m apart: in millimetres all would count
+    as open.
+    """
+    if not -SLACK <= metres <= WIDEST:
+        raise UserError(
+            f"{where}: fingers {metres:.4g} apart, 0 to {WIDEST:g} metres are expected; divide "
+            "millimetres by 1000"
         )
 
 

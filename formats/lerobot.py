@@ -49,6 +49,7 @@ from runtime import UserError, read_json
 CAMERAS = ("observation.images.image", "observation.images.agentview", "image")
 CAMERA_K, CAMERA_E = "observation.camera_intrinsics", "observation.camera_extrinsics"
 EXPERT, PERTURBED = "expert_action", "perturbed"
+PARTS = ("0 to 2", "3 to 5", "6 and 7")  # of a state: position, rotation, fingers
 PROVENANCE = "provenance.json"  # in meta/, of folders that this repository writes
 MATRICES = {"intrinsics": [[float] * 3] * 3, "extrinsics": [[float] * 4] * 4}
 OF_EPISODE = {**MATRICES, "support?": float}
@@ -218,7 +219,7 @@ class LeRobotFolder(Demonstrations):
                 **({} if support is None else {"support": support}),
             },
         )
-        check_values(demo, f"{where}, state 0 to 2", f"{where}, state 3 to 5")
+        check_values(demo, *(f"{where}, state {numbers}" for numbers in PARTS))
         # robosuite's angles reach 2 pi, ours stop at pi: the same rotations
         demo.ee_ori = matrix_to_rotvec(rotvec_to_matrix(demo.ee_ori))
         return demo

@@ -226,7 +226,8 @@ def read_demo(path, file, name, image_size=None, ours=False):
         attrs=attributes,
         image_stride=stride,
     )
-    check_values(demo, f"{where}/obs/ee_pos", f"{where}/obs/ee_ori")
+    names = ("ee_pos", "ee_ori", "gripper_states")
+    check_values(demo, *(f"{where}/obs/{name}" for name in names))
     return demo
 
 

@@ -335,7 +335,7 @@ def read_episode(folder, image_size=None):
     if side < size:
         raise UserError(
             f"{folder}: frames are {width}x{height}, {size} px are asked for; give --image_size "
-            f"{side} or less, or record larger frames"
+            f"{side // 16 * 16} or less, or record larger frames"
         )
     K, E = arrays["intrinsics"], arrays["extrinsics"]
     # K is checked at the size it was calibrated at, and cut and scaled with the frames below
@@ -360,7 +360,7 @@ def read_episode(folder, image_size=None):
         image_size=size,
         attrs={"source": str(source if isinstance(source, Path) else folder)},
     )
-    check_values(demo, f"{where}: eef_pos_t", f"{where}: eef_euler_t")
+    check_values(demo, *(f"{where}: {key}" for key in (*REAL, "gripper_width_t")))
     return demo
 
 

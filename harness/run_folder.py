@@ -9,6 +9,8 @@ from harness.records import read_metrics
 from runtime import UserError, atomic_path, read_json, write_json
 
 STATE = "state.safetensors"
+# flags that are taken from the command that began a run, not from what it stored as text
+PATHS = {"resume", "out", "dataset", "cache", "init_from", "backbone_weights", "text_weights"}
 # of config.json, for `check_same_data`; a run from before hashes were kept names none
 TRAINED_ON = {"datasets?": [{"path": str, "hash": str}]}
 
@@ -69,6 +71,30 @@ def refuse_other_flags(argv):
             )
         if not equals:
             next(words, None)
+
+
+def as_begun(args, stored, config_class):
+    """Set flags to what they were when a run began: presets and defaults may be others by now.
+
+    stored: its config.json. Paths stay as they were typed, what "auto" and "fit" came to stays.
+    """
+    for name in (stored["args"].keys() & vars(args).keys()) - PATHS:
+        setattr(args, name, stored["args"][name])
+    usual = {"canonical_view": "", **config_class.older}
+    for name in config_class.__dataclass_fields__:
+        if name in stored["config"] or name in usual:
+            setattr(args, name, stored["config"].get(name, usual.get(name)))
+
+
+def check_same_backbone(folder, identity):
+    """Raise UserError where a run's frozen features are not those that it began with."""
+    stored = read_json(folder / "config.json", "run of train.py", form={"backbone_identity?": str})
+    began = stored.get("backbone_identity", identity)
+    if began != identity:
+        raise UserError(
+            f"--resume {folder}: was trained on features of {began}, here they are of {identity}; "
+            "give it the same weights, or train anew with another --out"
+        )
 
 
 def check_same_data(folder, described):

@@ -113,5 +113,7 @@ class PolicySessions:
         # an exception fails this episode alone: its text is the answer
         try:
             return session.act(observation, maps), dict(session.seconds)
+        except UserError as error:  # a sentence already
+            return str(error)
         except Exception:
             return traceback.format_exc()

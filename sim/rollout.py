@@ -23,7 +23,7 @@ from sim.expert import GRASP, HOVER, LIFT, PLATE_RISE, RELEASE, RETRACT, servo_a
 from sim.handling import LIFTED, Handling
 from sim.libero_env import CLOSE, OPEN, OPEN_WIDTH
 from sim.placement import ROBOT_DOF
-from sim.servo import FLIP_DISTANCE, Servo
+from sim.servo import FLIP_DISTANCE, Servo, least_steps
 from sim.tasks import unperturbed
 from sim.variants import STAY_STEPS, new_account, new_expert
 from waypoint import Waypoint
@@ -449,7 +449,7 @@ def run_episode(
     started = time.perf_counter()
     scene.begin_episode(state)
     episode = Episode(scene, max_steps, video_every, variant, event)
-    least = waypoint_stride if variant == "lift_once" else 1
+    least = least_steps(variant, waypoint_stride)
     servo = Servo(teleport, zero_rotation, waypoint_stride, least)
     agent.start(scene, path, seed)
     decisions, beyond, thumbs, failure, stalled = 0, 0, [], None, False

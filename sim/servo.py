@@ -55,6 +55,13 @@ def ahead(waypoint, eef, gripper, eef_rot=None):
     return waypoint
 
 
+def least_steps(variant, waypoint_stride):
+    """Control steps that a waypoint takes at least which is reached already: in lift_once staying
+    is an answer, which takes as long as in its demonstrations. variant: of sim/variants.py.
+    """
+    return waypoint_stride if variant == "lift_once" else 1
+
+
 class Servo:
     """Drives to one waypoint after the other. Ask `due` at every control step: if a decision is
     due, give it to `follow` and ask again, else take `step`.

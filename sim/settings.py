@@ -189,6 +189,16 @@ def loosened(E, roll=0.0, pan=0.0, tilt=0.0, distance=1.0):
     return moved
 
 
+def unturned(attributes):
+    """The camera-to-world (4,4) that a demonstration's camera had before it was turned: agentview,
+    orbited where the setting orbits it. attributes: the demonstration's own.
+    """
+    _, E = default_camera()
+    orbited = orbit(E, attributes.get("theta", 0.0), attributes.get("phi", 0.0))
+    loose = {k: attributes[k] for k in ("roll", "pan", "tilt", "distance") if k in attributes}
+    return loosened(orbited, **loose)
+
+
 def _pivot(E):
     """The point (3,) m of a camera's axis at PIVOT_HEIGHT."""
     return E[:3, 3] + E[:3, 2] * (PIVOT_HEIGHT - E[2, 3]) / E[2, 2]

@@ -121,6 +121,7 @@ def build_parser():
     )
     parser.add_argument("--n_demos", type=flags.count, help="use only the first N demonstrations")
     parser.add_argument("--backbone_weights", type=Path)
+    parser.add_argument("--text_weights", type=Path)
     parser.add_argument("--out", type=flags.new_folder, default=Path("runs/diagnosis"))
     return parser
 
@@ -129,7 +130,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     found, rows, image = {}, {}, None
     for name, ckpt in zip(run_names(args.ckpt), args.ckpt):
-        policy, _, _ = load_policy(ckpt, "cpu", args.backbone_weights)
+        policy, _, _ = load_policy(
+            ckpt, "cpu", args.backbone_weights, text_weights=args.text_weights
+        )
         recordings = open_dataset(args.dataset, policy.config.image_size, args.n_demos)
         demos, attributes = recordings.demos, recordings.attributes
         each = [one_step(policy, demo) for demo in tqdm(demos, desc=name, unit="demo")]

@@ -65,6 +65,7 @@ def build_parser():
         "--max_val", type=flags.count, help="at most so many validation demonstrations"
     )
     parser.add_argument("--backbone_weights", type=Path)
+    parser.add_argument("--text_weights", type=Path)
     parser.add_argument("--out", type=flags.new_folder, default=Path("runs/openloop"))
     return parser
 
@@ -138,7 +139,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     rows, paths, demos = [], {}, None
     for ckpt in args.ckpt:
-        policy, info, _ = load_policy(ckpt, "cpu", args.backbone_weights)
+        policy, info, _ = load_policy(
+            ckpt, "cpu", args.backbone_weights, text_weights=args.text_weights
+        )
         size = policy.config.image_size
         if demos is None:
             demos, attributes = held_out_demos(args, size)

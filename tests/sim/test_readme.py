@@ -32,7 +32,10 @@ LINES = [
 COMMANDS = list(dict.fromkeys(" ".join(line.split()) for line in LINES))
 PYTHON = [c for c in COMMANDS if c.startswith("python ")]
 # what the fixture `told` has run
-TOLD = "python train.py --model_type para --dataset data/libero_spatial"
+TOLD = (
+    "python train.py --model_type para --dataset data/libero_spatial_told_other "
+    "--backbone efficientnet_lite0 --max_steps 10000 --out runs/SUITE"
+)
 BARE_EVAL = "python eval.py --teleport --zero_rotation --max_steps 600"
 TRAIN = shlex.split(
     f"--max_steps 2 --image_size {SIZE} --grid 14 --backbone efficientnet_lite0 "
@@ -104,7 +107,7 @@ def users_folder(collected, trained, told, both, synthetic_episodes, cache):
 
     def fill(folder):
         (folder / "data").mkdir()
-        names = "libero_spatial_0 rim lift_once position_val spread"
+        names = "libero_spatial_0 every_frame rim lift_once position_val spread"
         for name in (f"{name}.hdf5" for name in names.split()):
             (folder / "data" / name).symlink_to(collected[0])
         (folder / "data" / "izzy").symlink_to(synthetic_episodes)
@@ -197,7 +200,7 @@ def test_readme_command_runs(line, users_folder, collected, synthetic_demos, tmp
     # they need every frame, and `collected` has an image of every second one
     for script, name in (
         ("study.compare_rotation", "rim.hdf5"),
-        ("convert_demos.py", "libero_spatial_0.hdf5"),
+        ("convert_demos.py", "every_frame.hdf5"),
     ):
         if words[0] == script:
             (folder / "data" / name).unlink()

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -113,6 +114,11 @@ H5 = {
     "positions in millimetres": (
         replaced("obs/ee_pos", lambda g, k, v: g.__setitem__(k, 1000 * v)),
         "obs/ee_pos",
+        "millimetres",
+    ),
+    "fingers in millimetres": (
+        replaced("obs/gripper_states", lambda g, k, v: g.__setitem__(k, 1000 * v)),
+        "obs/gripper_states",
         "millimetres",
     ),
     "angles in degrees": (
@@ -281,6 +287,17 @@ def test_millimetres_are_refused():
     refused(lambda: open_dataset(CASES / "smith_mm"), "episode_0", "eef_pos_t", "millimetres")
 
 
+@pytest.mark.parametrize("width", [80.0, -5.0])
+def test_recorded_widths_that_no_gripper_has_are_refused(width, tmp_path):
+    """In millimetres every width would count as open."""
+    path = write_synthetic_episodes(tmp_path / "recordings", 1, 40, 32)
+    file = path / "episode_00000" / "episode.npz"
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    np.savez(file, **{**arrays, "gripper_width_t": np.full(len(arrays["eef_pos_t"]), width)})
+    refused(lambda: open_dataset(path), "episode_00000", "gripper_width_t", "0 to 0.3 metres")
+
+
 def test_a_reversed_gripper_is_refused(tmp_path):
     """The commands say open where the recorded fingers close.
 
@@ -393,6 +410,8 @@ def test_a_bad_line_is_named(name, words):
         {"extrinsics": (2 * np.eye(4)).tolist()},
         {"intrinsics": [[400, 0, 200], [0, 400, 200], [0, 0, 1]]},
         {"gripper_width": 1e400},
+        {"gripper_width": 80},
+        {"gripper_width": -1},
     ],
 )
 def test_a_line_of_the_wrong_form_is_refused(change):
@@ -408,6 +427,17 @@ def test_a_bad_state_file_is_named(state):
         state,
         "intrinsics",
     )
+
+
+def test_the_observation_after_the_last_is_not_waited_for():
+    """A camera that answers requests would wait for the robot, and the robot for it."""
+
+    def source():
+        raise AssertionError("asked for one more")
+        yield
+
+    policy = SimpleNamespace(reset=lambda: None)
+    assert deploy_dino_kv.answer_all(policy, source(), limit=0) == []
 
 
 def test_an_answer_with_nan_is_not_sent():

@@ -11,7 +11,6 @@ import pytest
 from conftest import OPENS, PUSHED, SIZE, STEPS, agentview, write_synthetic_demos
 from helpers import put
 
-import train
 from camera import project
 from formats import demos, hdf5, libero_hdf5, parts
 from formats.dataset import open_dataset
@@ -516,7 +515,7 @@ def test_turn_back_undoes_the_turn_of_a_camera_that_was_orbited_too(tmp_path):
     orbited = settings.loosened(settings.orbit(settings.default_camera()[1], 8, 30), **hand)
     attrs = {"theta": 8.0, "phi": 30.0, **hand}
     turned = dataclasses.replace(demo, E=settings.turned(orbited, 35, [-0.66, 0.0]), attrs=attrs)
-    back = demos.turned_back(turned, train.unturned(turned))
+    back = demos.turned_back(turned, settings.unturned(turned.attrs))
     np.testing.assert_allclose(back.E, orbited, atol=1e-9)
     # about the robot's base, against the turn
     at = settings.turned(np.eye(4), -35, [-0.66, 0.0])

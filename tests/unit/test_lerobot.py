@@ -426,6 +426,12 @@ FAULTS = {
         ),
         "divide millimetres",
     ),
+    "fingers in millimetres": (
+        lambda c: change_column(
+            c / DATA, NUMBERS[0], lambda cells: [x[:6] + [1000 * y for y in x[6:]] for x in cells]
+        ),
+        "state 6 and 7: fingers",
+    ),
     "no image": (
         lambda c: change_column(
             c / DATA,

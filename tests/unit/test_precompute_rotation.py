@@ -111,6 +111,10 @@ def test_several_datasets_have_one_basis(tmp_path, capsys):
     # a part that begins in another folder finds it too
     assert find_basis([*train[::-1], *held_out], DinoVolumeKVFullConfig()).low == basis.low
     VolumeDataset.check_split(train, DinoVolumeKVFullConfig())
+    # nothing of the folder in which it lies need be in a part, once it was looked for among all
+    config = VolumeDataset.located(DinoVolumeKVFullConfig(), [*train, *held_out])
+    foreign = [demo for demo in held_out if demo.source.path == paths[2]]
+    assert foreign and find_basis(foreign, config).low == basis.low
     assert basis.provenance["demos"] == len(train) < 12
     assert basis.provenance["dataset"] == "suite other.hdf5"
     # alone the first file is foreign to nothing, yet not what the basis was fitted to

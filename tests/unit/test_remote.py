@@ -185,9 +185,16 @@ def test_state_and_image_are_liberos():
 
 
 class Goes:
-    """Sessions of a policy that goes 10 cm to one side at each decision, and counts them."""
+    """Sessions of a policy that goes 10 cm to one side at each decision, and counts them. more: of
+    its config; variant: of its demonstrations; turn: (3,3), to which it turns.
+    """
 
-    threads, about = 1, {"config": {"image_size": 16, "waypoint_stride": 5}}
+    threads = 1
+
+    def __init__(self, variant="task", turn=None, far=0.1, **more):
+        config = {"image_size": 16, "waypoint_stride": 5, **more}
+        self.about = {"info": {"dataset": {"variant": variant}}, "config": config}
+        self.turn, self.far = turn, far
 
     def open(self):
         return SimpleNamespace(count=0, seeds=[])
@@ -199,13 +206,13 @@ class Goes:
         ((session, observation),) = requests
         session.count += 1
         session.image = observation.image
-        point = observation.eef_pos + np.array([0.1, 0, 0])
-        return [(Waypoint(point, None, -1.0, point[None], np.array([-1.0])), {})]
+        point = observation.eef_pos + np.array([self.far, 0, 0])
+        return [(Waypoint(point, self.turn, -1.0, point[None], np.array([-1.0])), {})]
 
 
-def episode(chunk=1, view=None):
-    args = SimpleNamespace(chunk=chunk, teleport=True, zero_rotation=True)
-    return serve.Episode(Goes(), args, np.eye(4) if view is None else view)
+def episode(chunk=1, view=None, **policy):
+    args = SimpleNamespace(chunk=chunk, teleport=True, zero_rotation="turn" not in policy)
+    return serve.Episode(Goes(**policy), args, np.eye(4) if view is None else view)
 
 
 def request(eef=(0, 0, 1), **more):
@@ -294,6 +301,40 @@ def test_a_chunk_slows_down_where_it_arrives():
     assert len(x) == 40 and (np.diff(x) <= 1e-12).all() and x[0] == 1 and x[-1] == 0
     gone = serve.RESPONSE * 0.05 * x[:10].sum()
     assert 0.05 < gone < 0.1 and (grippers == -1).all()
+
+
+def test_a_chunk_does_not_turn_too_far():
+    """Its turns foresee the hand's way too: together they are the turn that was asked for."""
+    start = rotvec_to_matrix(np.array([3.0, 0, 0]))
+    for degrees in (4.0, 17.2, 60.0):
+        asked = np.array([0, 0, np.radians(degrees)])
+        served = episode(chunk=40, turn=rotvec_to_matrix(asked) @ start)
+        turns = served.actions(request())[:, 3:6]
+        gone = np.degrees(serve.TURN_RESPONSE * 0.5 * turns.sum(0))
+        assert 0 < gone[2] <= degrees and (np.diff(turns[:10, 2]) <= 1e-12).all()
+        np.testing.assert_allclose(gone[:2], 0, atol=1e-9)
+
+
+def test_staying_takes_as_long_as_in_the_demonstrations():
+    """In lift_once a waypoint where the EEF is already takes a stride of control steps, as in an
+    evaluation; elsewhere one.
+    """
+    for variant, steps in (("lift_once", 5), ("task", 1)):
+        served = episode(variant=variant, far=0.0)
+        for _ in range(10):
+            served.actions(request())
+        assert served.session.count == 10 / steps
+
+
+def test_a_policy_that_is_told_needs_a_prompt():
+    """Without one it would act on an unknown word."""
+    told, untold = episode(text="learned"), episode(text="none")
+    for silent in ({"prompt": " "}, {"prompt": None}):
+        asked = {k: v for k, v in {**request(), **silent}.items() if v is not None}
+        untold.actions(asked)
+        with pytest.raises(serve.RequestError, match="prompt: is missing, and this policy is told"):
+            told.actions(asked)
+    told.actions(request())
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,9 @@ def test_what_cannot_be_told_is_refused(suite, tmp_path):
         resolved([suite / "libero_spatial_0.hdf5", silent])
     with pytest.raises(UserError, match="--mirror: 'pick up the blob on the left' would be said"):
         resolved([suite], mirror=True)
+    loud = write_task(tmp_path, 10, 3, language="Then stop on the RIGHT.", seed=9)
+    with pytest.raises(UserError, match="--mirror: 'Then stop on the RIGHT.' would be said"):
+        resolved([loud, suite / "libero_spatial_0.hdf5"], mirror=True)
     with pytest.raises(UserError, match="--text clip: the weights .*--text_weights"):
         resolved([suite], text="clip")
 

@@ -18,12 +18,12 @@ from helpers import ROOT, run
 from safetensors.torch import load_file
 
 import train
-from data import check_shift
+from data import check_cells, check_shift
 from formats.mixture import open_mixture
 from harness import checkpoint, trainer
 from harness.recipe import Recipe
 from harness.records import read_metrics
-from harness.run_folder import begin, check_same_data, claimed, cut_log
+from harness.run_folder import begin, check_same_backbone, check_same_data, claimed, cut_log
 from registry import REGISTRY, look_up
 from runtime import (
     Distributed,
@@ -140,6 +140,35 @@ def test_what_there_was_no_flag_for_stays_as_it_was(name, tmp_path):
     for flag, value in config_class.older.items():
         assert getattr(resumed, flag) == getattr(loaded, flag) == value
         assert getattr(config_class(), flag) != value
+
+
+def test_a_run_goes_on_as_it_began(tmp_path):
+    """Presets and defaults may be others by now: steps, rate, labels and weights are stored."""
+    args = {"model_type": "act", "preset": "small", "max_steps": 2500, "patience": 0, "lr": 5e-4}
+    config = {"backbone": "efficientnet_lite0", "rotation_weight": 0.5, "waypoint_stride": 4}
+    run = {"argv": ["--model_type", "act", "--dataset", "a b.hdf5"], "args": args, "config": config}
+    write_json(tmp_path / "config.json", run)
+    resumed, _ = train.parse_args(["--resume", str(tmp_path)])
+    assert {**vars(resumed), **args, **config} == vars(resumed)
+    assert resumed.dataset == [Path("a b.hdf5")] and resumed.out == tmp_path
+
+
+def test_a_run_goes_on_with_its_own_features(tmp_path):
+    """Other weights of the same backbone have the same shapes, and other features."""
+    write_json(tmp_path / "config.json", {"backbone_identity": "dinov2-448px-1"})
+    check_same_backbone(tmp_path, "dinov2-448px-1")
+    with pytest.raises(UserError, match="was trained on features of dinov2-448px-1, here .*px-2"):
+        check_same_backbone(tmp_path, "dinov2-448px-2")
+    write_json(tmp_path / "config.json", {})  # of a run that is too old to say
+    check_same_backbone(tmp_path, "dinov2-448px-2")
+
+
+def test_maps_end_where_the_image_does():
+    """A map that covers more than the image would be stretched over it."""
+    for size, grids in ((448, [56, 28]), (256, [32, 16]), (448, [28])):
+        check_cells(size, grids)
+    with pytest.raises(UserError, match="--image_size 360: .*45 and 23 cells.*as 352"):
+        check_cells(360, [45, 23])
 
 
 def test_resume_sees_that_the_data_are_others(suite, tmp_path):

@@ -13,7 +13,8 @@ class ParaConfig(PreTrainedConfig):
     """A checkpoint of this repository, of any of its policies, and how it is used.
 
     checkpoint: its .safetensors file; a folder that `ParaPolicy.save_pretrained` wrote has its own.
-    backbone_weights: a local file of backbone weights, where the checkpoint was trained on one.
+    backbone_weights: a local file of backbone weights, where the checkpoint was trained on one;
+    text_weights: a local folder of the frozen text model, likewise.
     image: the observation's key of the agentview picture.
     images: how pictures lie in memory, "lerobot" or "upright", see images.py.
     scene: whose camera is meant where the observation carries none (see cameras.py); by default
@@ -24,6 +25,7 @@ class ParaConfig(PreTrainedConfig):
 
     checkpoint: str | None = None
     backbone_weights: str | None = None
+    text_weights: str | None = None
     image: str = f"{OBS_IMAGES}.image"
     images: str = "lerobot"
     scene: str | None = None

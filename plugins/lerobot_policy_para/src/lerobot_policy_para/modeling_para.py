@@ -15,6 +15,7 @@ from harness.records import keeps_orientation
 from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError, ending
 from sim.libero_env import Observation
+from sim.servo import least_steps
 
 from .cameras import camera_of, instruction_of, support_of
 from .configuration_para import ParaConfig
@@ -45,7 +46,10 @@ class ParaPolicy(PreTrainedPolicy):
                 )
             device = torch.device(config.device or "cpu")
             self.network, self.about, _ = load_policy(
-                config.checkpoint, device, config.backbone_weights
+                config.checkpoint,
+                device,
+                config.backbone_weights,
+                text_weights=config.text_weights,
             )
         self.zero_rotation = config.zero_rotation
         if self.zero_rotation is None:
@@ -84,8 +88,8 @@ class ParaPolicy(PreTrainedPolicy):
         session.begin(self.config.seed + self.episodes)
         self.episodes += 1
         # in lift_once staying is a decision, and takes as long as in its demonstrations
-        stays = self.about.get("dataset", {}).get("variant") == "lift_once"
-        least = self.network.config.waypoint_stride if stays else 1
+        variant = self.about.get("dataset", {}).get("variant", "task")
+        least = least_steps(variant, self.network.config.waypoint_stride)
         return Row(session.act, self.zero_rotation, least)
 
     def _images(self, batch):
