@@ -187,7 +187,7 @@ class Policy(nn.Module):
 
     @property
     def n_frames(self):
-        """Frames of a window, the newest among them; what is cached of them may carry earlier ones."""
+        """Frames of a window, the newest among them; what is cached of them may carry more."""
         return self.config.context
 
     @property
