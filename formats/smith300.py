@@ -100,8 +100,8 @@ def episode_folders(path):
     found = in_order(p for p in path.iterdir() if p.is_dir() and p.name.startswith("episode"))
     if not found:
         raise UserError(
-            f"{path}: zero episodes, no folder episode_...; record some, or "
-            f"`python collect_demos.py --format smith300 --out {path}`"
+            f"{path}: zero episodes: neither HDF5 files, nor LeRobot's meta/, nor folders "
+            "episode_...; name a dataset, or collect one with collect_demos.py"
         )
     return found
 

@@ -82,7 +82,9 @@ def load_tensors(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        inside = path / "checkpoint.safetensors"  # of a run folder
+        remedy = f"is a folder; give {inside}" if inside.is_file() else "no such checkpoint"
+        raise UserError(f"{path}: {remedy}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

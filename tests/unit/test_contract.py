@@ -508,6 +508,13 @@ def test_a_bad_checkpoint_is_named(damage, saved, para):
     assert saved.name in message, message
 
 
+def test_a_run_folder_is_told_from_its_checkpoint(tmp_path):
+    """It is what a user has at hand: the file in it is named."""
+    (tmp_path / "checkpoint.safetensors").touch()
+    with pytest.raises(UserError, match="is a folder; give .*checkpoint.safetensors"):
+        checkpoint.load_policy(tmp_path)
+
+
 def test_an_older_checkpoint_loads_with_defaults(saved, para, capsys):
     """A field added since gets its default, and the user is told which."""
     rewrite(saved, info=lambda i: [i["config"].pop(k) for k in ("sigma", "decode")])
