@@ -274,6 +274,8 @@ def collect(args, again=False):
     """
     out, made_with, simulated = Path(args.out), simulator_versions(), {}
     if args.replay:
+        if out.resolve() == Path(args.replay).resolve():
+            raise UserError(f"--out {out}: is the file that is replayed; give another")
         simulated, ours = take_from_replayed(args), made_with["mujoco"]
         print(libero_hdf5.replay_note(args.replay, simulated.get("mujoco"), ours))
     args.n_demos = args.n_demos or default_number(args)

@@ -21,7 +21,7 @@ from pathlib import Path
 import flags
 from figures.pages import markdown_table
 from harness.outcomes import METRICS, read_runs
-from runtime import UserError, command_line, git_commit, run_script, write_json
+from runtime import UserError, command_line, git_commit, may_replace, run_script, write_json
 from study import comparison
 
 
@@ -37,8 +37,8 @@ def build_parser():
     add("--reference", metavar="NAME", help="what the others are compared with (the first)")
     add("--metric", choices=METRICS, default="success", help="what counts as success")
     add("--sequential", action="store_true", help="say whether runs that still go may stop")
-    add("--out", type=Path, metavar="FILE.png", help="draw rates and differences")
-    add("--json", type=Path, metavar="FILE", help="write all numbers")
+    add("--out", type=flags.new_file(".png"), metavar="FILE.png", help="draw rates and differences")
+    add("--json", type=flags.new_file(".json"), metavar="FILE.json", help="write all numbers")
     return parser
 
 
@@ -76,8 +76,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if len(args.results) < 2:
         raise UserError("one result is no comparison; name two or more")
-    if args.out and args.out.suffix != ".png":
-        raise UserError(f"--out {args.out}: a picture is written as PNG; end its name in .png")
+    if args.json:
+        may_replace(args.json, "metric", "results")
     results = [parse_result(word) for word in args.results]
     names = [result.name for result in results]
     if len(set(names)) < len(names):

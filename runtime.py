@@ -88,6 +88,16 @@ def run_script(main):
         sys.exit(130)
 
 
+def may_replace(path, *keys):
+    """Raise UserError where a JSON file is there without the keys of what is to be written: it is
+    another command's result, perhaps one that is read here.
+    """
+    if Path(path).exists():
+        found = read_json(path, "file of this command", "give another path")
+        if not set(keys) <= found.keys():
+            raise UserError(f"{path}: is another command's file; give another path")
+
+
 @contextlib.contextmanager
 def ending(program):
     """A context for code that another program runs, as LeRobot's runs the plugins.

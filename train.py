@@ -266,7 +266,10 @@ def prepare(args, config_class, device, progress):
     """Demonstrations, backbone and their features -> Prepared. Raises UserError for what cannot be
     trained on.
     """
-    ensure_dataset(args.dataset)
+    if args.resume:
+        run_folder.check_there(args.resume, args.dataset)
+    else:
+        ensure_dataset(args.dataset)
     # each step may refuse, so the cheap ones come first: data, config, split, then features
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
     recordings = open_mixture(args.dataset, config.image_size, args.n_demos, args.task)

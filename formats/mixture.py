@@ -155,7 +155,8 @@ def datasets_in(path):
     path = Path(path)
     if not path.is_dir() or LeRobotFolder.accepts(path):
         return [path]
-    inside = in_order(path.iterdir())
+    # hidden ones are leftovers, and macOS's notes on a file
+    inside = in_order(p for p in path.iterdir() if not p.name.startswith("."))
     found = [p for p in inside if p.suffix == ".hdf5" and p.is_file()]
     found += [p for p in inside if p.is_dir() and LeRobotFolder.accepts(p)]
     return found or [path]

@@ -120,6 +120,8 @@ def read_tabled(folder):
 def read_summary(folder):
     """summary.json of a finished evaluation."""
     path, remedy = Path(folder) / "summary.json", "finish it with the command that began it"
+    if not path.exists() and (Path(folder) / "suite.json").is_file():
+        remedy = "it is of several tasks: name the folders in it"
     summary = read_json(path, "finished evaluation", remedy, SUMMARY)
     # types fit; now whether the numbers can be: rates of some episodes, between 0 and 1
     n, rates = summary["n"], [summary["success_rate"], summary["released_rate"]]
@@ -167,16 +169,20 @@ def scored_episodes(folder):
 
 
 def check_stamp(folder, asked):
-    """Raise UserError unless an evaluation folder is new, or was begun with the same settings.
+    """Raise UserError unless an evaluation folder is new, without any row, or was begun with the
+    same settings.
 
     asked: JSON-able settings, as settings.json has them.
     """
-    stamp, remedy = Path(folder) / "settings.json", "give another --out, or remove the folder"
+    stamp, rows = Path(folder) / "settings.json", Path(folder) / "episodes.jsonl"
+    remedy = f"give another --out, or remove {stamp.name} and {rows.name} there"
     if stamp.exists():
-        if read_json(stamp, "evaluation", remedy) != asked:
+        same = read_json(stamp, "evaluation", remedy) == asked
+        # one that was ended before its first episode holds nothing
+        if not same and rows.exists() and rows.stat().st_size:
             raise UserError(f"{folder}: holds results of other settings; {remedy}")
     # rows without settings: nobody knows what they are of
-    elif (Path(folder) / "episodes.jsonl").exists():
+    elif rows.exists():
         raise UserError(
             f"{folder}: holds episodes.jsonl without the settings.json that says what they "
             f"are of; {remedy}"

@@ -23,6 +23,11 @@ def chosen(out, model_type, resume):
             f"{folder}: holds a run already; go on with `python train.py --resume {folder}`, "
             "or give another --out"
         )
+    if (folder / "checkpoint.safetensors").exists() and not (folder / STATE).exists():
+        raise UserError(
+            f"{folder}: holds a checkpoint and no {STATE}, from which alone a training goes on; "
+            "copy that too, or train with another --out (from these weights: --init_from)"
+        )
     return folder
 
 
@@ -84,6 +89,16 @@ def as_begun(args, stored, config_class):
     for name in config_class.__dataclass_fields__:
         if name in stored["config"] or name in usual:
             setattr(args, name, stored["config"].get(name, usual.get(name)))
+
+
+def check_there(folder, paths):
+    """Raise UserError where a run's dataset is not there: nothing is collected in its place."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(
+                f"--resume {folder}: {path} is not there; go on from where the run was begun, or "
+                "put its data back"
+            )
 
 
 def check_same_backbone(folder, identity):

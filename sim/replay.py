@@ -54,7 +54,7 @@ def files_of(paths, tasks=None):
     """
     found = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.glob("*") if p.suffix in (".hdf5", ".h5"))
+        inside = sorted(p for p in path.glob("[!.]*") if p.suffix in (".hdf5", ".h5"))
         found += inside if path.is_dir() else [path]
     if tasks is not None:
         found = [path for path in found if task_of_file(path).index in tasks]

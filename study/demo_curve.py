@@ -11,7 +11,15 @@ from pathlib import Path
 import flags
 from figures.pages import markdown_table, percent
 from figures.plots_rates import curves
-from runtime import UserError, command_line, git_commit, read_json, run_script, write_json
+from runtime import (
+    UserError,
+    command_line,
+    git_commit,
+    may_replace,
+    read_json,
+    run_script,
+    write_json,
+)
 
 FORM = {"n": int, "success": int, "success_rate": float, "success_interval": list, "commit": str}
 
@@ -59,6 +67,8 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.out:
+        may_replace(args.out, "rows")
     rows = read(args.folder)
     print(table(rows))
     if args.out:

@@ -61,6 +61,7 @@ def evaluate(args, network, evaluate_task):
             failures.append(f"{task.key}: {error}")
             print(f"failed: {error}", flush=True)
     if done:
+        done = with_earlier(done, suite, folder)
         summary = summarised(args, suite, done, folder)
         write_json(folder / "suite.json", summary)
         write_page(summary, folder)
@@ -72,6 +73,17 @@ def evaluate(args, network, evaluate_task):
             f"{folder}, the same command goes on"
         )
     return 0 if summary["n"] else 1
+
+
+def with_earlier(done, suite, folder):
+    """[(task, its episodes)], and those that earlier commands have finished in the same folder: the
+    whole is of all that is there.
+    """
+    now = {task.index for task, _ in done}
+    for task in chosen_tasks(suite):
+        if task.index not in now and (folder / task.key / "summary.json").is_file():
+            done = [*done, (task, 1 + max(scored_episodes(folder / task.key), default=-1))]
+    return sorted(done, key=lambda pair: pair[0].index)
 
 
 def without_unmoved(layout, tasks):

@@ -508,6 +508,15 @@ def test_folders_with_damaged_json_are_named(tmp_path):
     assert runtime.read_json(tmp_path / "bom.json", "folder") == {}
 
 
+def test_an_evaluation_that_was_ended_before_its_first_episode_begins_anew(tmp_path):
+    """Its folder holds settings alone, of a command that was mistyped, say."""
+    runtime.write_json(tmp_path / "settings.json", {"teleport": "False"})
+    records.check_stamp(tmp_path, {"teleport": "True"})
+    (tmp_path / "episodes.jsonl").write_text("{}\n")
+    refused(lambda: records.check_stamp(tmp_path, {"teleport": "True"}), "other settings", "--out")
+    records.check_stamp(tmp_path, {"teleport": "False"})
+
+
 def test_episodes_of_another_layout_are_not_counted():
     """Rows of another layout, or without settings.json, are refused, not counted as this
     evaluation's.

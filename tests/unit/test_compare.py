@@ -244,6 +244,20 @@ def test_what_lerobots_file_does_not_say_is_said(tmp_path, capsys):
     assert any("--env.init_states=false" in note for note in notes)
 
 
+def test_numbers_replace_no_result(tmp_path):
+    """--json over one of the files that are compared would lose it; over its own it may."""
+    a, b = sheet(tmp_path / "a.csv", "success\n1\n"), suite(tmp_path / "b", [1])
+    settings = b / "task_0" / "settings.json"
+    kept = settings.read_text()
+    with pytest.raises(UserError, match="settings.json: is another command's file"):
+        compare.main([str(a), str(b), "--json", str(settings)])
+    assert settings.read_text() == kept
+    with pytest.raises(UserError, match="no name that ends in .json"):
+        compare.main([str(a), str(b), "--json", str(a)])
+    compared(tmp_path, a, b)
+    compared(tmp_path, a, b)
+
+
 def test_tasks_are_no_seeds(tmp_path):
     """A suite's tasks, of one training, are one run: the interval is over episodes, as Wilson's.
     Two trainings of them are two. Named by its folder, or task by task.

@@ -134,6 +134,7 @@ BESIDE = {
     "sim.events": {"sim.expert", "sim.settings"},
     "sim.layouts": {
         "sim.events",
+        "sim.instructions",
         "sim.moved_cameras",
         "sim.placement",
         "sim.settings",
@@ -188,8 +189,10 @@ BESIDE = {
         "harness.checkpoint",
         "harness.finetune",
         "harness.records",
+        "harness.run_folder",
         "harness.validation",
     },
+    "harness.run_folder": {"harness.records"},
     "harness.outcomes": {"harness.metrics"},
     "harness.sessions": {"harness.checkpoint"},
     "harness.summary": {"harness.metrics", "harness.records", "harness.statistics"},

@@ -141,6 +141,16 @@ def test_episodes_beyond_those_asked_for_do_not_count(tmp_path):
     assert (summary["success"], summary["n"]) == (1, 4)
 
 
+def test_the_whole_is_of_all_that_the_folder_has(tmp_path):
+    """A further command in it, for one task more, leaves no smaller table behind."""
+    words = f"--policy blind --task_suite {SPATIAL} --out {tmp_path}/all --task_ids"
+    suites.evaluate(flags(f"{words} 1,2"), None, write_task)
+    suites.evaluate(flags(f"{words} 4"), None, write_task)
+    summary = json.loads((tmp_path / "all" / "suite.json").read_text())
+    assert [c["task"][-1] for c in summary["tasks"]] == ["1", "2", "4"]
+    assert summary["n"] == 4 + 5 + 7
+
+
 def test_one_task_or_several(tmp_path):
     """Both flags at once would leave open which is meant."""
     args = flags(f"--policy blind --task_id 1 --task_ids 1 --out {tmp_path}")

@@ -23,7 +23,15 @@ from formats.mixture import open_mixture
 from harness import checkpoint, trainer
 from harness.recipe import Recipe
 from harness.records import read_metrics
-from harness.run_folder import begin, check_same_backbone, check_same_data, claimed, cut_log
+from harness.run_folder import (
+    begin,
+    check_same_backbone,
+    check_same_data,
+    check_there,
+    chosen,
+    claimed,
+    cut_log,
+)
 from registry import REGISTRY, look_up
 from runtime import (
     Distributed,
@@ -201,6 +209,24 @@ def test_a_run_that_was_killed_before_its_first_save_leaves_no_log(tmp_path):
         append_jsonl(log, {"step": step, "train/loss": 1.0})
     cut_log(tmp_path, 10)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 10, 10]
+
+
+def test_a_checkpoint_without_its_state_is_kept(tmp_path):
+    """Copied without the state it is all that there is of a run: neither overwritten, nor trained
+    anew by --resume.
+    """
+    (tmp_path / "checkpoint.safetensors").touch()
+    for resume in (None, tmp_path):
+        with pytest.raises(UserError, match="holds a checkpoint and no state.safetensors"):
+            chosen(tmp_path, "para", resume)
+    (tmp_path / "state.safetensors").touch()
+    assert chosen(tmp_path, "para", tmp_path) == tmp_path
+
+
+def test_nothing_is_collected_for_a_run_that_goes_on(tmp_path):
+    """From another folder its relative path leads nowhere."""
+    with pytest.raises(UserError, match="--resume .*: data/x.hdf5 is not there; go on from where"):
+        check_there(tmp_path, [Path("data/x.hdf5")])
 
 
 def test_a_collection_that_fails_ends_in_a_sentence(tmp_path, monkeypatch):
