@@ -35,6 +35,7 @@ from harness.remote import MAX_BYTES, AnswerError, pack, unpack
 from rot_utils import matrix_to_quat, rotvec_to_matrix
 from runtime import UserError, one_line, run_script
 from sim.expert import servo_action
+from sim.instructions import listens
 from sim.libero_env import ACTION_SCALE, ROTATION_SCALE, Observation
 from sim.servo import Servo, least_steps
 
@@ -44,10 +45,6 @@ from sim.servo import Servo, least_steps
 RESPONSE, TURN_RESPONSE = 0.21, 0.105
 # metres that the EEF goes in a control step at most; a jump is longer by JUMP
 FASTEST, JUMP = 0.03, 0.05
-
-
-# --text of policies that no instruction reaches; "auto" is of checkpoints before there were any
-UNTOLD = ("none", "auto")
 
 
 class RequestError(Exception):
@@ -84,7 +81,7 @@ class Episode:
         """The actions (chunk,7) for a request. Raises RequestError."""
         observation = observation_of(request, self.config["image_size"], self.view)
         eef, rotation = observation.eef_pos, observation.eef_rot
-        if self.config.get("text", "none") not in UNTOLD and not observation.instruction.strip():
+        if listens(self.config) and not observation.instruction.strip():
             raise RequestError("prompt: is missing, and this policy is told what to do")
         if self.is_new(request, eef):
             self.begin(request)

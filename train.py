@@ -270,6 +270,8 @@ def prepare(args, config_class, device, progress):
         run_folder.check_there(args.resume, args.dataset)
     else:
         ensure_dataset(args.dataset)
+    if args.freeze_steps and not (args.init_from or args.resume):
+        raise UserError("--freeze_steps: is of --init_from, which is not given; leave it out")
     # each step may refuse, so the cheap ones come first: data, config, split, then features
     config = config_class(**{f: getattr(args, f) for f in config_class.__dataclass_fields__})
     recordings = open_mixture(args.dataset, config.image_size, args.n_demos, args.task)
@@ -300,11 +302,11 @@ def prepare(args, config_class, device, progress):
     config = dataclasses.replace(config, backbone=resolve_backbone(asked, args.backbone_weights))
     backbone = Backbone(config.backbone, config.image_size, args.backbone_weights, fused=fast)
     backbone = backbone.to(device)
-    if not args.resume:  # one that was begun before this was refused goes on
+    if args.resume:
+        run_folder.check_same_backbone(args.resume, backbone.identity)
+    else:  # a run that was begun before this was refused goes on
         check_cells(config.image_size, backbone.grids)
         check_shift(args.shift_aug, config.image_size, backbone.grids)
-    if args.freeze_steps and not (args.init_from or args.resume):
-        raise UserError("--freeze_steps: is of --init_from, which is not given; leave it out")
     if args.init_from:
         policy_class = look_up(args.model_type).policy
         asked = None if args.resume and not policy_class.holds_volume else args.freeze_steps
@@ -434,8 +436,6 @@ def train(args, config_class):
         print(f"{args.cache}: features of {n_samples}, backbone {found.backbone.identity}")
         return
     recipe = resolve(args, found, dist)
-    if args.resume:
-        run_folder.check_same_backbone(args.resume, recipe.backbone)
     # from here on a process waits for the others
     dist.join()
     # the training itself, then pictures, or a word on how to go on

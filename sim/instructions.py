@@ -154,6 +154,13 @@ def said(task, asked):
     return {"instruction": found.task.language, "named": found.named} if found else {}
 
 
+def listens(config):
+    """Whether a checkpoint's policy is told instructions, by its config. "auto" is of before there
+    were any.
+    """
+    return config.get("text", "none") not in ("none", "auto")
+
+
 def check(args, config):
     """Raise UserError for an instruction that nobody listens to. config: of the checkpoint, None
     without one.
@@ -168,7 +175,7 @@ def check(args, config):
         return
     if config is None:
         raise UserError(f"--{given[0]}: --policy {args.policy} listens to nothing; leave it out")
-    if config.get("text", "none") in ("none", "auto"):  # auto: of before instructions
+    if not listens(config):
         raise UserError(
             f"--{given[0]}: {args.ckpt} was trained without instructions; train it on data of "
             "several, or with --text learned"

@@ -27,13 +27,15 @@ from runtime import UserError
 
 
 class Result(NamedTuple):
-    """A policy's evaluations: runs {seed of its training, or its place in the list: Run}; known:
-    whether these are seeds.
-    """
+    """A policy's evaluations: runs {seed of its training, or its place in the list: Run}."""
 
     name: str
     runs: dict
-    known: bool = True
+
+    @property
+    def known(self):
+        """Whether its runs are called by their seeds."""
+        return all(name == str(run.train_seed) for name, run in self.runs.items())
 
 
 def result_of(name, runs):
@@ -44,9 +46,8 @@ def result_of(name, runs):
     """
     runs = joined(runs)
     seeds = [run.train_seed for run in runs]
-    known = None not in seeds and len(set(seeds)) == len(seeds)
-    labels = seeds if known else range(len(runs))
-    return Result(name, {str(label): run for label, run in zip(labels, runs)}, known)
+    labels = seeds if None not in seeds and len(set(seeds)) == len(seeds) else range(len(runs))
+    return Result(name, {str(label): run for label, run in zip(labels, runs)})
 
 
 def joined(runs):

@@ -6,6 +6,7 @@ episode by episode. suite.json and report.html beside them hold the whole.
 
 import argparse
 import html
+import math
 from pathlib import Path
 
 from figures.pages import STYLE, figure, html_table, markdown_table, percent, rate
@@ -13,7 +14,7 @@ from harness.metrics import within
 from harness.records import STILL, read_summary, run_name, scored_episodes
 from harness.statistics import wilson
 from harness.summary import place_of, told
-from runtime import UserError, atomic_path, command_line, git_commit, write_json
+from runtime import UserError, atomic_path, command_line, git_commit, read_json, write_json
 from sim import layouts, plus
 from sim.tasks import chosen_tasks
 
@@ -26,6 +27,7 @@ STEPS = {
     "libero_90": 400,
 }
 USUAL_STEPS = 600
+OWN = ("task_id", "zero_rotation", "grasp")  # settings that each task may have its own of
 GROUP_COLUMNS = ("variants", "n", "success")
 COLUMNS = ("task", "instruction", "n", "success", "placed and released", "steps")
 
@@ -76,14 +78,25 @@ def evaluate(args, network, evaluate_task):
 
 
 def with_earlier(done, suite, folder):
-    """[(task, its episodes)], and those that earlier commands have finished in the same folder: the
-    whole is of all that is there.
+    """[(task, its episodes)], and those that earlier commands have finished in the same folder with
+    the same settings: the whole is of all that is there. Says which are of others.
     """
-    now = {task.index for task, _ in done}
+    now, settings = {task.index for task, _ in done}, settings_of(folder / done[0][0].key)
     for task in chosen_tasks(suite):
-        if task.index not in now and (folder / task.key / "summary.json").is_file():
-            done = [*done, (task, 1 + max(scored_episodes(folder / task.key), default=-1))]
+        if task.index in now or not (folder / task.key / "summary.json").is_file():
+            continue
+        if settings_of(folder / task.key) != settings:
+            print(f"{task.key}: is there, of other settings, and left out")
+        else:
+            done = [*done, (task, math.inf)]
     return sorted(done, key=lambda pair: pair[0].index)
+
+
+def settings_of(folder):
+    """What the evaluation of one of several tasks has in common with the others."""
+    path = folder / "settings.json"
+    found = read_json(path, "evaluation") if path.is_file() else {}
+    return {name: value for name, value in found.items() if name not in OWN}
 
 
 def without_unmoved(layout, tasks):

@@ -149,6 +149,11 @@ def test_the_whole_is_of_all_that_the_folder_has(tmp_path):
     summary = json.loads((tmp_path / "all" / "suite.json").read_text())
     assert [c["task"][-1] for c in summary["tasks"]] == ["1", "2", "4"]
     assert summary["n"] == 4 + 5 + 7
+    # but for what another policy did there
+    write_json(tmp_path / "all" / f"{SPATIAL}_1" / "settings.json", {"policy": "oracle"})
+    suites.evaluate(flags(f"{words} 5"), None, write_task)
+    summary = json.loads((tmp_path / "all" / "suite.json").read_text())
+    assert [c["task"][-1] for c in summary["tasks"]] == ["2", "4", "5"]
 
 
 def test_one_task_or_several(tmp_path):
