@@ -16,6 +16,31 @@ SEEN = 0.5  # share of a dataset's frames in which the EEF has to be inside the 
 REVERSED = 0.005
 
 
+# what a dataset may say of itself: by these a checkpoint finds its task, its expert and its images
+TEXTS = ("task_suite", "language", "grasp", "variant", "setting", "split", "render")
+
+
+def check_said(attributes, path):
+    """Raise UserError for attributes of a dataset that are not what they are read as: a training
+    would end in a checkpoint that cannot be loaded.
+
+    path: of the dataset, or of the file that says it.
+    """
+    for name in TEXTS:
+        if name in attributes and not isinstance(attributes[name], str):
+            raise UserError(
+                f"{path}: its attribute '{name}' is {attributes[name]!r}, text is expected; mend "
+                "or remove it"
+            )
+    task = attributes.get("task_id", 0)
+    # official files and JSON may hold it as text
+    if not (str(task).isdecimal() and isinstance(task, (int, str))):
+        raise UserError(
+            f"{path}: its attribute 'task_id' is {task!r}, a whole number from 0 on is expected; "
+            "mend or remove it"
+        )
+
+
 def check_values(demo, positions, angles, fingers):
     """Raise UserError for positions and fingers that cannot be metres, and rotations that cannot be
     radians.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.checks import check_dataset
+from formats.checks import check_dataset, check_said
 from runtime import UserError
 
 
@@ -35,6 +35,7 @@ class Demonstrations(ABC):
         if task is not None and not self.many_tasks:
             raise UserError(f"--task {task}: {path} holds one task; leave --task out")
         self.demos, self.attributes = self.read(image_size, limit)
+        check_said(self.attributes, self.path)
         # so that a demonstration reads its own images, wherever it goes
         for demo in self.demos:
             demo.source = self

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 
 import camera
-from formats.checks import check_values
+from formats.checks import check_said, check_values
 from formats.demos import Demo
 from formats.interface import Demonstrations
 from formats.lerobot_images import check_videos, read_embedded, read_video
@@ -261,6 +261,7 @@ class LeRobotFolder(Demonstrations):
         """What the dataset says of itself, or what its one task's instruction tells."""
         file = self.path / "meta" / PROVENANCE
         said = read_json(file, "LeRobot dataset", AGAIN) if file.exists() else {}
+        check_said(said, file)
         tasks = Counter(d.attrs["task"] for d in found)
         attributes = {"num_demos": len(found), **said}
         known = {"task_suite", "task_id"} <= said.keys()

@@ -3,6 +3,7 @@
 Cameras may differ: each demonstration has its own. What may not differ is named in ALIKE.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ ALIKE = {"render": "exact", "variant": "task", "setting": "in_dist", "split": ""
 # settings that differ in their cameras alone: the task's own view is one of those that `cameras`
 # draws, so together they are of `cameras`
 CAMERAS_ALONE = {"in_dist", "cameras"}
+HDF5 = (".hdf5", ".h5")  # names of files in a folder of datasets
 COPY = 1e-4  # m between paths of one demonstration in two formats, at most
 RENDER_AGAIN = "collect one of them again with the other's"
 
@@ -157,15 +159,36 @@ def datasets_in(path):
         return [path]
     # hidden ones are leftovers, and macOS's notes on a file
     inside = in_order(p for p in path.iterdir() if not p.name.startswith("."))
-    found = [p for p in inside if p.suffix == ".hdf5" and p.is_file()]
+    found = [p for p in inside if p.suffix in HDF5 and p.is_file()]
     found += [p for p in inside if p.is_dir() and LeRobotFolder.accepts(p)]
     return found or [path]
+
+
+def left_out(path):
+    """What lies in a folder of datasets, looks like demonstrations and is not taken: one sentence,
+    "" where there is nothing.
+    """
+    if datasets_in(path) == [Path(path)]:
+        return ""
+    folders = [p for p in in_order(Path(path).iterdir()) if p.is_dir()]
+    unfinished = [p.name for p in folders if p.suffix == ".parts"]
+    episodes = [
+        p.name
+        for p in folders
+        if p.suffix != ".parts" and any(each.is_dir() for each in p.glob("episode*"))
+    ]
+    said = [f"{name}, a collection that is not finished" for name in unfinished]
+    said += [f"{name}, a smith300 folder: name it by itself" for name in episodes]
+    return f"{path}: left out: {'; '.join(said)}" if said else ""
 
 
 def open_mixture(paths, image_size=None, limit=None, task=None):
     """The Mixture of the datasets at `paths`, each a dataset or a folder of some.
 
     limit: only the first so many demonstrations of each; others as of `dataset.open_dataset`.
+    Prints what a folder holds beside them that looks like demonstrations.
     """
     found = [one for path in paths for one in datasets_in(path)]
+    for remark in filter(None, map(left_out, paths)):
+        print(f"note: {remark}", file=sys.stderr)
     return Mixture(open_dataset(path, image_size, limit, task) for path in found)

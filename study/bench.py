@@ -24,7 +24,7 @@ from pathlib import Path
 import flags
 from harness.records import read_summary
 from registry import REGISTRY
-from runtime import UserError, command_line, git_commit, run_script, write_json
+from runtime import UserError, command_line, git_commit, may_replace, run_script, write_json
 from study.bench_attention import bench_attention, bench_voxel
 from study.bench_memory import bench_memory
 from study.bench_rollout import LOOPS, bench_rollout
@@ -100,7 +100,7 @@ def bench_eval(args):
         for workers in (1, 2):
             folder = Path(scratch) / str(workers)
             start = time.perf_counter()
-            subprocess.run(
+            done = subprocess.run(
                 [
                     sys.executable,
                     "eval.py",
@@ -117,9 +117,10 @@ def bench_eval(args):
                     "--out",
                     folder,
                 ],
-                check=True,
             )
             wall = time.perf_counter() - start
+            if done.returncode:
+                raise UserError(f"the evaluation ended with exit code {done.returncode}, see above")
             spent = read_summary(folder)["seconds_per_episode"]
             rows[workers] = {"wall_per_episode": round(wall / episodes, 2), **spent}
     print(f"\nevaluation of {episodes} episodes: seconds per episode")
@@ -197,6 +198,8 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.out:
+        may_replace(args.out, "cores", "tables")
     tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features"])]
     if args.out:
         write_json(

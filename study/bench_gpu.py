@@ -18,7 +18,15 @@ import flags
 from harness.validation import to_device
 from model_autoregressive import AutoregressiveConfig
 from nets.backbone import GPU_BATCH, Backbone
-from runtime import choose_device, command_line, git_commit, run_script, versions, write_json
+from runtime import (
+    choose_device,
+    command_line,
+    git_commit,
+    may_replace,
+    run_script,
+    versions,
+    write_json,
+)
 from study.bench_attention import VoxelCase, decide_all, window_of
 
 
@@ -159,7 +167,7 @@ def build_parser():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=flags.count, default=20)
     parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--out", type=Path, help="JSON file (results/gpu/<card>.json)")
+    parser.add_argument("--out", type=flags.new_file(".json"), help="(results/gpu/<card>.json)")
     return parser
 
 
@@ -168,6 +176,7 @@ def main(argv=None):
     device = choose_device(args.device)
     card = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
     out = args.out or Path("results/gpu") / f"{card.replace(' ', '_')}.json"
+    may_replace(out, "card", "tables")
     found = {"card": card, "command": command_line(), "commit": git_commit()}
     found |= {"versions": versions(), "tables": []}
     # written after each: a lent machine may be taken back

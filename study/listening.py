@@ -26,7 +26,7 @@ from formats.mixture import open_mixture
 from harness.checkpoint import load_policy
 from harness.records import run_names
 from harness.validation import decide, decision_frames
-from runtime import UserError, command_line, git_commit, run_script, write_json
+from runtime import UserError, command_line, git_commit, may_replace, run_script, write_json
 
 PARTS = ("right", "wrong", "apart")
 
@@ -118,6 +118,8 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.out:
+        may_replace(args.out, "first", "rows")
     found = {}
     for name, ckpt in zip(run_names(args.ckpt), args.ckpt):
         policy, info, _ = load_policy(

@@ -258,9 +258,10 @@ def time_spent(folder):
 # -- as text --------------------------------------------------------------------------------------
 
 
-def versus(pair):
+def versus(pair, several=False):
     """A paired comparison as text: percentage points with their interval, episodes won and lost, by
-    seed where there are several, p by Holm.
+    seed where there are several, p by Holm. several: whether the rates beside it are of several
+    seeds, so that a comparison of one says which.
     """
     if pair is None:
         return "-"
@@ -268,6 +269,8 @@ def versus(pair):
     low, high = map(points, pair["interval"])
     seeds = [points(p["difference"]) for p in pair["by_seed"].values()]
     by_seed = f", seeds {' '.join(seeds)}" if len(seeds) > 1 else ""
+    if several and not by_seed:
+        by_seed = f", {' '.join(pair['by_seed'])} alone"
     counts = f"{pair['better']}:{pair['worse']}{by_seed}"
     return f"{points(pair['difference'])} [{low} to {high}] ({counts}), p {pair['p_holm']:.2g}"
 
@@ -334,14 +337,17 @@ def long_table(table, metric, reference):
         "decisions/s",
     ]
     near = lambda c, name: " / ".join(number(c[f"{name}_{e}px"], ".2f") for e in (4, 8, 16))
+    # seeds of the reference in each column
+    own = {c["layout"]: len(c["seeds"]) for c in table if c["row"] == reference}
+    several = lambda c: max(len(c["seeds"]), own.get(c["layout"], 1)) > 1
     rows = [
         [
             c["row"] + marks(c),
             c["layout"],
             f"{c['n']} ({' '.join(c['seeds']) or '-'})",
             *(both_rates(c, key) for key in RATES),
-            versus(c[metric]["early"]["against_reference"]),
-            versus(c[metric]["against_reference"]),
+            versus(c[metric]["early"]["against_reference"], several(c)),
+            versus(c[metric]["against_reference"], several(c)),
             " / ".join(map(str, c["outcomes"].values())),
             number(c["steps"], ".0f"),
             number(c["jerk_mm"], ".2f"),

@@ -48,6 +48,9 @@ from sim.workers import run_jobs
 SUBSTEPS = 25  # physics steps of 2 ms in a control step of 50 ms
 # degrees from how the object is stored: beyond its median over the states, and in any case
 TILT, TOPPLED = 8.0, 45.0
+KEYS = {"suite": str, "commit": str, "versions": {...: str}, "tasks": [{"task_id": int}]}
+FORM = "result of study.premise", "measure that suite again", KEYS
+TITLE = "# Do the benchmark's init states come to rest as their tasks say?"
 HEIGHT = 3.0  # mm from the median height of that object on that support over its suite
 THROWN = 10.0  # mm in xy since the stored state, beyond the median over the states
 SPEED, TURN = 20.0, 20.0  # mm/s and degrees/s above which an object does not lie still
@@ -380,12 +383,10 @@ def table_row(suite, entries):
 
 
 def other_versions(out, listed):
-    """Lines on what the folders OUT/NAME hold, the same suites measured with another MuJoCo (--out
-    OUT/NAME).
-    """
+    """Lines on what the folders OUT/NAME hold: the same suites with another MuJoCo."""
     ours, lines = {f["suite"]: f for f in listed}, []
     for path in sorted(out.glob("*/*.json")):
-        theirs = read_json(path, "result of study/premise.py")
+        theirs = read_json(path, *FORM)
         for mine, other in (
             zip(ours[theirs["suite"]]["tasks"], theirs["tasks"]) if theirs["suite"] in ours else ()
         ):
@@ -416,7 +417,7 @@ def other_versions(out, listed):
 
 def write_table(out, path):
     """docs/premise.md from the JSON files under `out`. Raises UserError where there are none."""
-    files = [read_json(f, "result of study/premise.py") for f in sorted(out.glob("*.json"))]
+    files = [read_json(f, *FORM) for f in sorted(out.glob("*.json"))]
     whole, hollow = installed_suites()
     by_suite = {f["suite"]: f for f in files}
     listed = [by_suite[s] for s in whole if s in by_suite]
@@ -443,7 +444,7 @@ def write_table(out, path):
     ]
     commits = ", ".join(sorted({f["commit"] for f in listed}))
     lines = [
-        "# Do the benchmark's init states come to rest as their tasks say?",
+        TITLE,
         "",
         f"Made by `python -m study.premise` at commit {commits} with {'; '.join(used)}.",
         "",
@@ -549,7 +550,10 @@ def build_parser():
         help="folder of one JSON file per suite",
     )
     parser.add_argument(
-        "--doc", type=Path, default=Path("docs/premise.md"), help="the table to write"
+        "--doc",
+        type=flags.new_file(".md"),
+        default=Path("docs/premise.md"),
+        help="the table to write",
     )
     parser.add_argument(
         "--cache",
@@ -565,21 +569,18 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.doc.exists() and not args.doc.read_text().startswith(TITLE):
+        raise UserError(f"--doc {args.doc}: is another page; give another path")
     whole, hollow = installed_suites()
     for suite in args.suites or ():
         if suite not in whole:
-            reason = (
-                "its files are not installed" if suite in hollow else "LIBERO has no such suite"
-            )
-            raise UserError(f"--suites {suite}: {reason}; installed are {', '.join(whole)}")
+            why = "its files are not installed" if suite in hollow else "LIBERO has no such suite"
+            raise UserError(f"--suites {suite}: {why}; installed are {', '.join(whole)}")
+    measured = args.cache / f"mujoco_{versions()['mujoco']}.jsonl"
     if not args.table:
         # one after the other, so that a killed run leaves whole suites
         for suite in args.suites or whole:
-            rows = measure(
-                {suite: whole[suite]},
-                args.cache / f"mujoco_{versions()['mujoco']}.jsonl",
-                args.workers,
-            )[suite]
+            rows = measure({suite: whole[suite]}, measured, args.workers)[suite]
             write_json(
                 args.out / f"{suite}.json",
                 {

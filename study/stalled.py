@@ -15,7 +15,7 @@ import numpy as np
 import flags
 from figures.pages import markdown_table
 from harness.records import read_episodes
-from runtime import UserError, command_line, git_commit, run_script, write_json
+from runtime import UserError, command_line, git_commit, may_replace, run_script, write_json
 from sim.stalled import DECISIONS, PERIOD, TOLERANCE, first_stall
 
 REMEDY = "run eval.py with --trace and without --stop_stalled"
@@ -113,6 +113,8 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.out:
+        may_replace(args.out, "tolerance", "period", "evaluations")
     read = {folder: read_traces(folder) for folder in args.folders}
     groups = {folder.name: episodes for folder, episodes in read.items()}
     # several evaluations are also judged together

@@ -155,10 +155,16 @@ def test_goals_and_facts_count_for_the_task():
         (["--suites", "libero_100"], "not installed"),
         (["--workers", "0"], "at least 1"),
         (["--table", "--out", "empty"], "no suite's results"),
+        (["--table", "--out", "other"], "x.json: .*'tasks' is missing.*measure that suite again"),
+        (["--table", "--doc", "page.md"], "page.md: is another page"),
     ],
 )
 def test_wrong_flags_are_refused(flags, words, tmp_path, monkeypatch):
     """Wrong flags are refused in one sentence, before anything is measured."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.json").write_text('{"suite": "x", "commit": "c", "versions": {}}')
+    (tmp_path / "page.md").write_text("# Notes\n")
     with pytest.raises(UserError, match=words):
         premise.main(flags)
+    assert (tmp_path / "page.md").read_text() == "# Notes\n"

@@ -18,6 +18,7 @@ from conftest import write_synthetic_demos, write_synthetic_episodes
 from helpers import ROOT
 from PIL import Image
 
+import convert_demos
 import deploy_dino_kv
 import rot_utils
 import runtime
@@ -239,6 +240,40 @@ def test_broken_fixtures_are_named_with_file_and_key(attribute, text, tmp_path):
             "data/demo_0",
             attribute,
         )
+
+
+def said_by(form, folder, name, value):
+    """A small dataset of a format, in which an attribute has another value -> its path."""
+    if form == "smith300":
+        path = write_synthetic_episodes(folder / "episodes", 2)
+        said = {"format": "smith300-1", "task_suite": "libero_spatial", "task_id": 0, name: value}
+        (path / "dataset.json").write_text(json.dumps(said))
+        return path
+    path = write_synthetic_demos(folder / "d.hdf5", 2)
+    if form == "lerobot":
+        convert_demos.main([str(path), "--out", str(folder / "lerobot")])
+        file = folder / "lerobot" / "meta" / "provenance.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+        return folder / "lerobot"
+    with h5py.File(path, "r+") as file:
+        file["data"].attrs[name] = h5py.Empty("f") if value is None else value
+    return path
+
+
+@pytest.mark.parametrize("form", ["hdf5", "lerobot", "smith300"])
+@pytest.mark.parametrize(
+    "name, value",
+    [("task_id", None), ("task_id", "first"), ("task_id", -1), ("task_id", 1.5), ("grasp", 3)],
+)
+def test_what_a_dataset_says_of_itself_is_checked_where_it_is_read(form, name, value, tmp_path):
+    """A training would end in a checkpoint that is refused: its header takes these over."""
+    path = said_by(form, tmp_path, name, value)
+    refused(lambda: open_dataset(path), path.name, f"'{name}' is", "expected; mend or remove it")
+
+
+@pytest.mark.parametrize("form", ["hdf5", "lerobot", "smith300"])
+def test_a_task_number_may_be_text(form, tmp_path):
+    assert open_dataset(said_by(form, tmp_path, "task_id", "7")).demos[0].task.endswith("_7")
 
 
 # -- cameras and grippers

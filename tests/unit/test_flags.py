@@ -94,6 +94,27 @@ def parsers():
     }
 
 
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("study.bench", "features"),
+        ("study.bench_gpu", "--device cpu"),
+        ("study.demo_curve", "folder"),
+        ("study.listening", "--ckpt a.safetensors --dataset a.hdf5"),
+        ("study.stalled", "folder --decisions 3"),
+        ("compare", "A=a B=b"),
+    ],
+)
+def test_figures_replace_no_other_commands_file(script, words, tmp_path):
+    """Refused before anything is read or measured, and the file stays as it was."""
+    file = tmp_path / "summary.json"
+    file.write_text('{"success_rate": 1.0}')
+    flag = "--json" if script == "compare" else "--out"
+    with pytest.raises(UserError, match="summary.json: is another command's file"):
+        importlib.import_module(script).main([*words.split(), flag, str(file)])
+    assert file.read_text() == '{"success_rate": 1.0}'
+
+
 @pytest.mark.parametrize("model_type, flag, value", TRAINING)
 def test_training_refuses_an_absurd_value(model_type, flag, value):
     """The value is refused at once.

@@ -109,6 +109,16 @@ def test_pairs_are_the_same_episodes_of_the_same_seed(results):
     assert (released["better"], released["worse"]) == (10, 2)
 
 
+def test_a_comparison_of_one_seed_says_which_beside_rates_of_several(results):
+    """PARA's rate is of two seeds, B's of one: what stands beside is a comparison of that one."""
+    table_of(results)
+    lines = (results / "table.md").read_text().splitlines()
+    b, blind = (next(x for x in lines if x.startswith(f"| {r} | shifted")) for r in ("b", "blind"))
+    assert ", s0 alone), p" in b and "s1" not in b
+    # against each of the two
+    assert "alone" not in blind and ", seeds -" in blind
+
+
 def test_rates_within_280_steps_stand_beside_those_at_the_end(results):
     """Published rates stop at 280 control steps.
 
@@ -269,7 +279,10 @@ def test_the_table_replaces_the_one_between_the_marks(results, tmp_path):
     assert text.endswith("<!-- /matrix -->\n\nThe end.\n")
     assert "old" not in text and text.count("<!-- matrix -->") == 1
     assert "| para | 65% (43-85) / 65% (43-85), n = 40 | - |" in text
-    assert "| +30 [-1 to +56] (8:2), p 0.11 | +30 [-1 to +56] (8:2), p 0.11 |" in text
+    assert (
+        "| +30 [-1 to +56] (8:2, s0 alone), p 0.11 | +30 [-1 to +56] (8:2, s0 alone), p 0.11 |"
+        in text
+    )
     assert "2 in all" in text
 
 

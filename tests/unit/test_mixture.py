@@ -1,11 +1,12 @@
 """Several datasets trained on together: read, refused, split, drawn from, recorded."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import SENTENCES, SIZE, write_task
+from conftest import SENTENCES, SIZE, write_synthetic_episodes, write_task
 
 import convert_demos
 from data import WaypointDataset
@@ -44,6 +45,23 @@ def test_a_folder_is_its_files_in_the_order_of_their_numbers(suite):
     hashes = [part["hash"] for part in found.described()]
     assert len(set(hashes)) == 3
     assert [part["hash"] for part in open_mixture(files).described()] == [hashes[1], hashes[0]]
+
+
+def test_demonstrations_that_a_folder_does_not_give_are_named(suite, tmp_path, capsys):
+    """A suite of which one task is still being collected would be trained on as if it were whole.
+    Either suffix of HDF5 is one.
+    """
+    folder = tmp_path / "suite"
+    shutil.copytree(suite, folder)
+    (folder / "libero_spatial_10.hdf5").rename(folder / "libero_spatial_10.h5")
+    open_mixture([folder], SIZE)
+    assert "left out" not in capsys.readouterr().err
+    (folder / "libero_spatial_3.hdf5.parts").mkdir()
+    write_synthetic_episodes(folder / "recorded", 1)
+    assert len(open_mixture([folder], SIZE).tasks) == 3
+    said = capsys.readouterr().err
+    assert "libero_spatial_3.hdf5.parts, a collection that is not finished" in said
+    assert "recorded, a smith300 folder: name it by itself" in said
 
 
 def test_one_dataset_alone_stays_what_it_is(synthetic_demos):
