@@ -9,6 +9,7 @@ meta/cameras.json                    ours, optional: see `formats.lerobot`
 """
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from runtime import UserError, one_line, read_json, read_jsonl
+from runtime import UserError, fits, one_line, read_json, read_jsonl
 
 AGAIN = "download or write the dataset again"
 FLOATS = ("float", "double")  # pyarrow's names
@@ -88,6 +89,9 @@ class Tables:
             found = dict(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist()))
         if not found:
             raise UserError(f"{file}: names no task; {AGAIN}")
+        sound = lambda key, text: isinstance(key, int) and isinstance(text, str)
+        if odd := [key for key, text in found.items() if not sound(key, text)]:
+            raise UserError(f"{file}: task_index {odd[0]!r} has no number or no text; {AGAIN}")
         return found
 
     # -- features ---------------------------------------------------------------------------------
@@ -129,6 +133,8 @@ class Tables:
         image: name of the images' feature.
         """
         listed = self._listed_v2() if self.version[0] == 2 else self._listed_v3(image)
+        if twice := [i for i, n in Counter(e.index for e in listed).items() if n > 1]:
+            raise UserError(f"{self.path}: episode {twice[0]} is listed twice; {AGAIN}")
         found = [e for e in listed if task in (None, e.task)][:limit]
         if not found:
             raise UserError(f"{self.path}: zero episodes{f' of {task!r}' if task else ''}; {AGAIN}")
@@ -165,12 +171,14 @@ class Tables:
         video = self.info["features"][image]["dtype"] == "video"
         places = ["data/chunk_index", "data/file_index"]
         of_video = [f"videos/{image}/{k}" for k in ("chunk_index", "file_index", "from_timestamp")]
-        columns = ["episode_index", "tasks", "length", *places, *(of_video if video else [])]
+        form = {"episode_index": int, "tasks": [str], "length": int, **dict.fromkeys(places, int)}
+        if video:
+            form.update(zip(of_video, (int, int, float)))
         found = []
         for file in files:
-            for row in read_table(file, columns).to_pylist():
-                if any(row[c] is None for c in columns):
-                    raise UserError(f"{file}: has an empty cell; {AGAIN}")
+            for number, row in enumerate(read_table(file, list(form)).to_pylist()):
+                if fault := fits(row, form):
+                    raise UserError(f"{file}: row {number}: {fault}; {AGAIN}")
                 at = {"chunk_index": row[places[0]], "file_index": row[places[1]]}
                 episode = Episode(
                     row["episode_index"],
@@ -179,8 +187,8 @@ class Tables:
                     self._file("data_path", at),
                 )
                 if video:
-                    chunk, number, episode.start = (row[c] for c in of_video)
-                    at = {"video_key": image, "chunk_index": chunk, "file_index": number}
+                    chunk, which, episode.start = (row[c] for c in of_video)
+                    at = {"video_key": image, "chunk_index": chunk, "file_index": which}
                     episode.video = self._file("video_path", at)
                 found.append(episode)
         return sorted(found, key=lambda e: e.index)

@@ -412,6 +412,38 @@ FAULTS = {
         lambda c: change_column(c / DATA, "episode_index", lambda cells: [0] * len(cells)),
         "has 160 rows",
     ),
+    "no number of an episode": (
+        lambda c: change_column(c / EPISODES, "episode_index", lambda cells: [None, *cells[1:]]),
+        "file-000.parquet: row 0: key 'episode_index' is null",
+    ),
+    "numbers as text": (
+        lambda c: change_column(c / EPISODES, "episode_index", lambda cells: [*map(str, cells)]),
+        "key 'episode_index' is \"0\"",
+    ),
+    "a length as text": (
+        lambda c: change_column(c / EPISODES, "length", lambda cells: [*map(str, cells)]),
+        "key 'length' is",
+    ),
+    "tasks as text": (
+        lambda c: change_column(c / EPISODES, "tasks", lambda cells: [x[0] for x in cells]),
+        "key 'tasks' is",
+    ),
+    "tasks as numbers": (
+        lambda c: change_column(c / EPISODES, "tasks", lambda cells: [[0] for _ in cells]),
+        "key 'tasks' is",
+    ),
+    "a file by half a number": (
+        lambda c: change_column(c / EPISODES, "data/file_index", lambda cells: [0.5] * len(cells)),
+        "key 'data/file_index' is",
+    ),
+    "an episode twice": (
+        lambda c: change_column(c / EPISODES, "episode_index", lambda cells: [0, 0, *cells[2:]]),
+        "episode 0 is listed twice",
+    ),
+    "a task without number": (
+        lambda c: change_column(c / "meta/tasks.parquet", "task_index", lambda cells: ["a"]),
+        "tasks.parquet: ",
+    ),
     "degrees": (
         lambda c: change_column(
             c / DATA,
