@@ -25,8 +25,8 @@ import flags
 from data import waypoint_labels
 from figures import plots_rotation
 from figures.pages import markdown_table
-from formats.dataset import open_dataset
 from formats.demos import seen_by, split_demos
+from formats.mixture import open_mixture
 from harness.checkpoint import load_policy
 from harness.records import read_metrics
 from harness.validation import decision_frames, to_pixels
@@ -258,7 +258,7 @@ def training_record(folder):
 def held_out(info, policy):
     """The demonstrations that a run has held out for validation, as its policy sees them."""
     args = info["args"]
-    demos = open_dataset(args["dataset"], policy.config.image_size, args.get("n_demos")).demos
+    demos = open_mixture([args["dataset"]], policy.config.image_size, args.get("n_demos")).demos
     held = split_demos(demos, args["val_fraction"])[1]
     return [seen_by(demo, policy.config) for demo in held]
 

@@ -21,8 +21,8 @@ import flags
 from camera import unproject
 from figures import plots
 from figures.pages import markdown_table
-from formats.dataset import open_dataset
 from formats.demos import seen_by
+from formats.mixture import open_mixture
 from harness.checkpoint import load_policy
 from harness.records import run_names
 from harness.validation import free_run, to_pixels
@@ -133,7 +133,7 @@ def main(argv=None):
         policy, _, _ = load_policy(
             ckpt, "cpu", args.backbone_weights, text_weights=args.text_weights
         )
-        recordings = open_dataset(args.dataset, policy.config.image_size, args.n_demos)
+        recordings = open_mixture([args.dataset], policy.config.image_size, args.n_demos)
         demos, attributes = recordings.demos, recordings.attributes
         each = [one_step(policy, demo) for demo in tqdm(demos, desc=name, unit="demo")]
         found[name] = {k: np.concatenate([e[k] for e in each]) for k in each[0]}

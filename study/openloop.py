@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 import flags
 from figures import plots
-from formats.dataset import open_dataset
 from formats.demos import measured, split_demos
+from formats.mixture import open_mixture
 from harness.checkpoint import load_policy
 from harness.validation import EPS, free_run, rollout_line, rollout_summary, to_pixels
 from runtime import UserError, command_line, git_commit, run_script, write_json
@@ -71,12 +71,12 @@ def build_parser():
 
 
 def held_out_demos(args, image_size):
-    """The demonstrations that policies are rolled out on, and what their file says of itself."""
-    recordings = open_dataset(args.dataset, image_size, args.n_demos)
+    """The demonstrations that policies are rolled out on, and the names of their tasks."""
+    recordings = open_mixture([args.dataset], image_size, args.n_demos)
     demos = recordings.demos
     if not args.whole:
         demos = split_demos(demos, args.val_fraction)[1]
-    return demos[: args.max_val], recordings.attributes
+    return demos[: args.max_val], recordings.tasks
 
 
 def check_split(args, info, ckpt):
@@ -117,7 +117,10 @@ def draw(paths, demos, folder):
         image = demo.images([0])[0]
         true = to_pixels(next(iter(paths.values()))[i]["path"], demo.K, demo.E)
         lines = {name: rollout_line(r[i]["predicted"], demo) for name, r in paths.items()}
-        plots.paths_overlay(image, true, lines, folder / f"rollout_{demo.name}.png")
+        # every file of a folder has a demo_0
+        several = len({d.source.fingerprint for d in demos}) > 1
+        name = f"{demo.group}_{demo.name}".replace(" ", "_") if several else demo.name
+        plots.paths_overlay(image, true, lines, folder / f"rollout_{name}.png")
 
 
 def print_table(rows):
@@ -144,7 +147,7 @@ def main(argv=None):
         )
         size = policy.config.image_size
         if demos is None:
-            demos, attributes = held_out_demos(args, size)
+            demos, tasks = held_out_demos(args, size)
         # one set of demonstrations for all checkpoints, so one image size
         elif size != demos[0].image_size:
             raise UserError(
@@ -161,8 +164,7 @@ def main(argv=None):
         "command": command_line(),
         "commit": git_commit(),
         "dataset": str(args.dataset),
-        "task_suite": str(attributes.get("task_suite")),
-        "task_id": int(attributes.get("task_id", 0)),
+        "tasks": tasks,
         "rows": rows,
     }
     write_json(args.out / "openloop.json", table)

@@ -15,7 +15,7 @@ from harness.records import run_names
 from harness.validation import decision_frames
 from model import ParaConfig, TrajectoryHeatmapPredictor
 from runtime import UserError
-from study import diagnose
+from study import diagnose, openloop
 from study.diagnose import one_step, phase_row
 
 
@@ -105,3 +105,18 @@ def test_the_command_writes_table_and_picture(synthetic_demos, policy, tmp_path,
     assert (tmp_path / "out" / "errors.png").stat().st_size > 5000
     with pytest.raises(UserError, match="one name"):
         run_names([path, path])
+
+
+def test_a_folder_of_several_tasks_is_one_dataset(suite, policy, tmp_path, capsys):
+    """As everywhere: with a picture of each task, whose demonstrations have the same names."""
+    path, out = tmp_path / "mine" / "checkpoint.safetensors", tmp_path / "out"
+    checkpoint.save_policy(
+        path, policy, "para", {"args": {}, "backbone_asked": policy.config.backbone}
+    )
+    words = shlex.split(f"--ckpt {path} --dataset {suite} --n_demos 1")
+    diagnose.main([*words, "--out", str(out)])
+    assert json.loads((out / "errors.json").read_text())["n_demos"] == 3
+    openloop.main([*words, "--whole", "--out", str(out)])
+    tasks = [f"libero_spatial_{i}" for i in (0, 2, 10)]
+    assert json.loads((out / "openloop.json").read_text())["tasks"] == tasks
+    assert len(list(out.glob("rollout_libero_spatial_*_demo_0.png"))) == 3
