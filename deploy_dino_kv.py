@@ -294,6 +294,8 @@ def deploy(args):
     size = policy.config.image_size
     if policy.reader and not args.instruction:
         raise UserError(f"{args.ckpt}: is told what to do; give --instruction WORDS")
+    if args.instruction and not policy.reader:
+        raise UserError(f"--instruction: {args.ckpt} is told nothing; leave it out")
     if policy.config.heights == "support" and args.support is None:
         raise UserError(
             f"{args.ckpt}: measures heights from what the objects stand on; give --support METRES"

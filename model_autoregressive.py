@@ -557,7 +557,7 @@ class AutoregressivePolicy(HistoryPolicy):
             # the next frame and these fill the context
             keep = self.config.context - 1
             self.past = [(k[:, -keep:], v[:, -keep:]) for k, v in cache] if keep else None
-            self.before = eef
+            self.before = eef if keep else None
             now = self.now(frame)
             logits, keys = self.head(
                 [f[:, 0] for f in features],

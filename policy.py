@@ -206,6 +206,9 @@ class Policy(nn.Module):
         self._backbone, self.reader = [backbone], reader
         return self
 
+    # parameters that the freeze of a finetune lets learn, see harness/finetune.py
+    fresh = frozenset()
+
     def instructed(self, sentence):
         """What a batch of one has besides for an instruction in words: {} where it is told none."""
         return {}

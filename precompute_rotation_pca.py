@@ -3,7 +3,7 @@
     python precompute_rotation_pca.py --dataset data/libero_spatial_0_rim.hdf5   # LIBERO's HDF5
     python precompute_rotation_pca.py --dataset data/izzy                        # smith300 folder
     python precompute_rotation_pca.py --dataset data/izzy --space euler
-    python precompute_rotation_pca.py --dataset data/libero_goal                 # all of a folder
+    python precompute_rotation_pca.py --dataset data/libero_spatial              # all of a folder
 
 Writes rotation_pca_basis.npz beside the dataset (inside it, where it is a folder; of several, that
 of the first one, where train.py looks for it) and
@@ -160,9 +160,9 @@ def refusal(named, bases, space):
         advice = f"--space {other} passes with {ratio[other]:.3f}, use it"
     else:
         advice = (
-            "the motion really has several axes: keep the 3 x 32 Euler head (--rotation euler), "
-            "leave out the demonstrations that turn otherwise, or give --allow_low_ev and lose "
-            "what the table says"
+            "the motion really has several axes: train with --rotation euler, three angles, which "
+            "needs no basis, leave out the demonstrations that turn otherwise, or give "
+            "--allow_low_ev and lose what the table says"
         )
     return (
         f"error: {named}: one axis explains {ratio[space]:.3f} of the rotations' variance in "

@@ -353,7 +353,7 @@ def load_basis(path, fingerprints=None):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no rotation basis there; {PRECOMPUTE}")
+        raise UserError(f"{path}: no rotation basis there; {PRECOMPUTE}, or give --rotation euler")
     try:
         with np.load(path, allow_pickle=False) as f:
             arrays = {key: f[key] for key in BASIS_KEYS}

@@ -425,7 +425,8 @@ def first_alone(dist, lock, make):
 def train(args, config_class):
     """Prepare, build, fit, finish."""
     dist = init_distributed(args.device)
-    folder = run_folder.chosen(args.out, args.model_type, args.resume)
+    # features are no run: its folder may be that of one
+    folder = args.cache_only or run_folder.chosen(args.out, args.model_type, args.resume)
     lock = args.cache / f"{args.dataset[0].name}.lock"
     # what is trained on
     found = first_alone(
@@ -527,11 +528,11 @@ def build(recipe, found, dist, folder, args):
     # normalisation before a checkpoint's tensors: --init_from replaces some of it
     policy.fit_statistics(found.train_set.statistics())
     # a run that was killed before its first save begins again
-    if recipe.init_from and not (folder / run_folder.STATE).exists():
-        finetune.init_from(policy, recipe.init_from)
+    weights = recipe.init_from, folder, (folder / run_folder.STATE).exists()
+    begun = finetune.begin(policy, *weights) if recipe.init_from else {}
 
     # config.json is written once, when a run begins: --resume reads it
-    record = provenance(args, found, recipe)
+    record = {**provenance(args, found, recipe), **begun}
     record["parameters"] = sum(p.numel() for p in policy.parameters())
     if dist.is_main and not args.resume:
         if args.out:

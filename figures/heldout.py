@@ -23,6 +23,8 @@ def overlays(policy, dataset, device, folder, n_episodes=3, n_frames=6):
     policy.eval()
     for episode in range(min(n_episodes, len(dataset.demos))):
         rows = np.flatnonzero(dataset.demo == episode)
+        if not len(rows):  # all of its frames are pushed or in holds
+            continue
         # frames evenly over the episode
         rows = rows[np.linspace(0, len(rows) - 1, min(n_frames, len(rows))).astype(int)]
         frames = dataset.frame[rows]

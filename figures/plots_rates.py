@@ -48,9 +48,9 @@ def verdict(cells, rows, columns, recipes, names, path, caption):
 
     cells: {(row, column): {"rate", "interval", "by_seed", "otherwise"}}, as in table.json; rows:
     plain policies from the top; recipes: {plain row: its rows with the recipe, of which the first
-    that a column has is drawn}; names: {row: what
-    stands on the axis}. "blind" is the floor and "oracle" the ceiling of a column. A cell made by
-    other commands has a star.
+    that a column has is drawn}; names: {row: what stands on the axis}. "blind" is the floor and
+    "oracle" the ceiling of a column, "expert" of `moved_midway`, where the oracle follows the path
+    of a bowl that was not moved. A cell made by other commands has a star.
     """
     figure, axes = plt.subplots(
         1,
@@ -63,7 +63,8 @@ def verdict(cells, rows, columns, recipes, names, path, caption):
     for axis, column in zip(axes[0], columns):
         if floor := cells.get(("blind", column)):
             axis.axvspan(-5, 100 * floor["rate"], color=FLOOR, linewidth=0, zorder=0)
-        if ceiling := cells.get(("oracle", column)):
+        highest = "expert" if column == "moved_midway" else "oracle"
+        if ceiling := cells.get((highest, column)):
             axis.axvline(100 * ceiling["rate"], color=CEILING, linestyle=(0, (3, 2)), zorder=1)
         for y, row in enumerate(rows):
             recipe = next((r for r in recipes.get(row, ()) if (r, column) in cells), None)
@@ -94,7 +95,9 @@ def legend(figure):
         handles=[
             Line2D([], [], **mark, label="plain"),
             Line2D([], [], color=RECIPE, marker="D", label="with the recipe"),
-            Line2D([], [], color=CEILING, linestyle=(0, (3, 2)), label="oracle, the ceiling"),
+            Line2D(
+                [], [], color=CEILING, linestyle=(0, (3, 2)), label="the ceiling: oracle, or expert"
+            ),
             Patch(color=FLOOR, label="blind, the floor"),
         ],
         loc="outside upper center",

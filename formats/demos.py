@@ -104,6 +104,12 @@ class Demo:
         return self.task or self.instruction
 
     @property
+    def scene(self):
+        """What tells its scene from others: the task, but for LIBERO-Goal, whose ten share one."""
+        suite, _, number = self.task.rpartition("_")
+        return suite if suite == "libero_goal" and number.isdecimal() else self.group
+
+    @property
     def request(self):
         """What is asked for and where: (group, instruction). By it demonstrations are divided, and
         drawn equally often: in one scene one sentence may name another object than the next.
@@ -259,13 +265,13 @@ def told_otherwise(demos):
     """
     first = {}  # {scene: {sentence: its first demonstration}}
     for i, demo in enumerate(demos):
-        first.setdefault(demo.group, {}).setdefault(demo.instruction, i)
+        first.setdefault(demo.scene, {}).setdefault(demo.instruction, i)
     found = {}
     for i, demo in enumerate(demos):
-        words = sorted(first[demo.group])
+        words = sorted(first[demo.scene])
         if len(words) > 1:
             following = words[(words.index(demo.instruction) + 1) % len(words)]
-            found[i] = first[demo.group][following]
+            found[i] = first[demo.scene][following]
     return found
 
 

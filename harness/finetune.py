@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from canonical import FIT
 from harness.checkpoint import load_tensors, with_prefix
-from runtime import UserError
+from runtime import UserError, read_json
 
 # buffers that describe the new data's rotations, whatever the checkpoint says
 OF_THE_DATA = ("rotation_basis", "euler_range")
@@ -100,6 +100,17 @@ def check_related(path, info, config, identity):
                 f"--init_from {path}: has --{name} {old}, here it is {new}: "
                 f"its volume would mean something else; give --{name} {old}"
             )
+    check_dilations(path, info, config)
+
+
+def check_dilations(path, info, config):
+    """Raise UserError where convolutions of one dilation would be loaded as those of another."""
+    old, new = info["config"].get("dilations"), getattr(config, "dilations", None)
+    if old and new and any(a != b for a, b in zip(old.split(","), new.split(","))):
+        raise UserError(
+            f"--init_from {path}: has --dilations {old}, here they are {new}: its convolutions "
+            f"would compute something else; give --dilations {old}, or more behind these"
+        )
 
 
 def listed(names, tensors):
@@ -142,13 +153,32 @@ def freeze_steps(asked, policy_class):
     return FREEZE_STEPS * policy_class.holds_volume if asked is None else asked
 
 
+def begin(policy, path, run, resumed):
+    """A finetune's first weights, by `init_from`, and what of the volume is new among them, which
+    `hold_volume` lets learn -> {"initialised": [names]}, for the run's config.json.
+
+    run: the run folder; resumed: whether it holds a training state, which then has the weights.
+    """
+    if resumed:
+        # runs from before it was kept held new weights too
+        stored = read_json(run / "config.json", "run of train.py", form={"initialised?": [str]})
+        fresh = stored.get("initialised", [])
+    else:
+        fresh = init_from(policy, path)["fresh"]
+    policy.fresh = frozenset(fresh)
+    return {"initialised": fresh}
+
+
 def hold_volume(policy):
-    """Drop the gradients of the volume head and of all that it reads.
+    """Drop the gradients of the volume head and of all that it reads, but for what `begin` found to
+    be new: the loaded part would be read through random weights.
 
     The optimiser skips parameters without a gradient, so they stay as they are, to the bit.
     """
-    for parameter in policy.volume_parameters():
-        parameter.grad = None
+    held = {id(parameter) for parameter in policy.volume_parameters()}
+    for name, parameter in policy.named_parameters():
+        if id(parameter) in held and name not in policy.fresh:
+            parameter.grad = None
 
 
 def volume_creep(rows, freeze_steps):

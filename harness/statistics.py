@@ -156,10 +156,15 @@ def seeds_interval(outcomes):
 
     outcomes: one {episode: bool} for each seed. One seed gives Wilson's interval over its episodes,
     which says nothing about another training. With several, the bootstrap over seeds and episodes,
-    never narrower than Wilson's over all episodes.
+    never narrower than Wilson's over the episodes, each with its mean over seeds: these share its
+    layout, so that they make no more episodes of it.
     """
-    successes = sum(sum(o.values()) for o in outcomes)
-    return widened(wilson(successes, sum(map(len, outcomes))), outcomes)
+    episodes = set().union(*outcomes)
+    successes = sum(np.mean([o[e] for o in outcomes if e in o]) for e in episodes)
+    # whole numbers on either side, and none farther for a last bit
+    fewest, most = math.floor(successes + 1e-6), math.ceil(successes - 1e-6)
+    low, high = wilson(fewest, len(episodes))[0], wilson(most, len(episodes))[1]
+    return widened((low, high), outcomes)
 
 
 def seeds_difference(differences):

@@ -30,6 +30,8 @@ for model in para act; do
             --frame_stride 3 --waypoint_stride 8 --open_width 0.07 \
             --n_rot_bins 64 --rotation_weight 0.3 $flags --wandb off --out $out
         fi
+        # one that was stopped ends here, and goes on next time
+        grep -Eq '"step": (3000|6000),|"finished": true' $out/checkpoint.json
         touch $out/done
       fi
       python eval.py --ckpt $out/checkpoint.safetensors --task_ids all --teleport --n_episodes 5 --out $out/benchmark

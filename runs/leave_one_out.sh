@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source .venv/bin/activate
 
-python run_matrix.py --out runs/leave_one_out --columns val_verdict --train_steps 2000 --n_demos 96 \
+python run_matrix.py --out runs/leave_one_out --export results/leave_one_out --columns val_verdict --train_steps 2000 --n_demos 96 \
   --n_episodes 24 --collect_flags "--render fast" --rows para_recipe \
   para_recipe_without_mistakes para_recipe_without_hand para_recipe_without_turns \
   para_recipe_without_starts para_recipe_without_shifts para_recipe_without_fingers \

@@ -38,6 +38,8 @@ train() {
       --canonical_view "$view" --frame_stride 3 --max_steps $steps --shift_aug 128 --fingers 3 \
       $trunk --margin 8 --n_rot_bins 64 --rotation_weight 0.3 --wandb off --out $out
   fi
+  # one that was stopped ends here, and goes on next time
+  grep -q "\"step\": $steps," $out/checkpoint.json
   touch $out/done
 }
 # waypoints far apart are stops saved; Goal's fingers hold bars that are wider than 4 cm

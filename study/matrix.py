@@ -191,8 +191,13 @@ COLUMNS = {
     # bowls and plate look different
     "pro_object": Column("in_dist", {"benchmark": 50}, suite="libero_spatial_object"),
 }
-# the row that all others are compared with, episode by episode
+# the row that others are compared with, episode by episode; of the recipe's rows it is PARA's, and
+# of rows without one of its parts the whole recipe
 REFERENCE = "para"
+REFERENCES = {
+    **{row: "para_recipe" for row in RECIPE if row != "para_recipe"},
+    **{row: row.partition("_without_")[0] for row in WITHOUT},
+}
 OWN_DEMOS = {  # flags of their collection; the name of the dataset ends in theirs
     "starts": ("--start_spread", "0.3"),  # the arm starts elsewhere
     # and is seen from elsewhere about the robot's base

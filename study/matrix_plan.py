@@ -10,6 +10,7 @@ from pathlib import Path
 from formats import hdf5
 from registry import look_up
 from runtime import UserError, read_json
+from sim.settings import GRID
 from study.graph import Node
 from study.matrix import COLUMNS, INCIDENTAL, OWN_DEMOS, ROWS, STEPS
 
@@ -233,6 +234,9 @@ class Plan:
             # nothing trained: the policy is known by name
             node = made = None
             words = ["--policy", row.policy]
+            # the low views are those that this grid decodes badly
+            if row.policy == "oracle" and layout.startswith("verdict"):
+                words += ["--grid", GRID]
         words += ["--teleport", "--zero_rotation", "--max_steps", 600, "--layout", layout]
         words += [*optional("--split", column.split), *optional("--task_suite", column.suite)]
         words += ["--n_episodes", n, "--n_videos", args.n_videos, "--workers", args.workers]

@@ -20,7 +20,7 @@ from harness.metrics import EARLY, ERROR, OUTCOMES, within
 from harness.records import read_tabled, scored_episodes
 from harness.statistics import holm, paired_comparison, seeds_interval
 from runtime import UserError, atomic_path, read_jsonl, write_json
-from study.matrix import INCIDENTAL, PLACES, RECIPES
+from study.matrix import INCIDENTAL, PLACES, RECIPES, REFERENCES
 
 FILES = ("table.json", "table.md", "table.png", "report.html", "verdict.png")
 MARKS = "<!-- matrix -->", "<!-- /matrix -->"
@@ -204,6 +204,7 @@ def numbers(cell, reference):
     found = {
         "row": cell["row"],
         "layout": cell["layout"],
+        "reference": reference and reference["row"],
         "seeds": sorted(cell["runs"]),
         "n": len(episodes),
         "otherwise": cell["otherwise"],
@@ -315,16 +316,30 @@ def short_table(table, metric):
     ]
 
 
+def against(table, reference):
+    """What the rows of a table are compared with, as text -> (for a head, for a sentence)."""
+    rows, _ = names(table)
+    own = {}
+    for row in rows:
+        if row in REFERENCES:
+            own.setdefault(REFERENCES[row], []).append(row)
+    if not own:
+        return reference, reference
+    apart = "; ".join(f"of {', '.join(of)} it is {name}" for name, of in own.items())
+    return "the reference", f"the reference ({reference}; {apart})"
+
+
 def long_table(table, metric, reference):
     """(head, rows) of strings: a row a cell."""
+    other, _ = against(table, reference)
     head = [
         "policy",
         "layout",
         "n (seeds)",
         f"LIBERO success, {EARLY} steps / end",
         f"placed and released, {EARLY} steps / end",
-        f"against {reference} in {EARLY} steps, points (won:lost)",
-        f"against {reference} at the end",
+        f"against {other} in {EARLY} steps, points (won:lost)",
+        f"against {other} at the end",
         "miss / grasp / place / released / error",
         "steps",
         "jerk (2nd difference, mm/step²)",
@@ -337,9 +352,8 @@ def long_table(table, metric, reference):
         "decisions/s",
     ]
     near = lambda c, name: " / ".join(number(c[f"{name}_{e}px"], ".2f") for e in (4, 8, 16))
-    # seeds of the reference in each column
-    own = {c["layout"]: len(c["seeds"]) for c in table if c["row"] == reference}
-    several = lambda c: max(len(c["seeds"]), own.get(c["layout"], 1)) > 1
+    seeds = {(c["row"], c["layout"]): len(c["seeds"]) for c in table}
+    several = lambda c: max(len(c["seeds"]), seeds.get((c["reference"], c["layout"]), 1)) > 1
     rows = [
         [
             c["row"] + marks(c),
@@ -372,15 +386,15 @@ def columns(table, which):
 
 def explained(metric, reference, spent, table):
     """What has to be known to read the table."""
-    label = RATES_NAMES[metric]
+    label, (short, long) = RATES_NAMES[metric], against(table, reference)
     text = (
         f"Success by {label} within {EARLY} control steps / by the end of the episode, with 95% "
         "intervals: Wilson's over the episodes of one training, which says nothing about another; "
         "of several seeds the mean, with a bootstrap over seeds and episodes. "
-        f"Against {reference} on the same episodes, each once (with its mean over seeds): "
+        f"Against {long} on the same episodes, each once (with its mean over seeds): "
         "difference in percentage points with its interval (Bonett and Price's, of several seeds "
         "the bootstrap's), episodes that only the one or only "
-        f"{reference} solves, exact McNemar p, adjusted by Holm over the column. Jerk is the mean "
+        f"{short} solves, exact McNemar p, adjusted by Holm over the column. Jerk is the mean "
         "second difference of the executed path, an acceleration; the third difference is the "
         "jerk of physics. Coverage: share of the expert's path near the executed one; on path: "
         "share of the executed path near the expert's; path length: executed by expert's."
@@ -489,11 +503,12 @@ def draw_verdict(table, metric, path):
 
 
 def write(cells, folder, metric, reference, info):
-    """Write FILES into folder -> the Markdown. reference: the row that others are compared with;
-    info: provenance.
+    """Write FILES into folder -> the Markdown. reference: the row that those are compared with
+    which have no other one in REFERENCES; info: provenance.
     """
     folder, at = Path(folder), {(c["row"], c["layout"]): c for c in cells if not c["otherwise"]}
-    table = [numbers(c, at.get((reference, c["layout"]))) for c in cells]
+    other = lambda c: at.get((REFERENCES.get(c["row"], reference), c["layout"]))
+    table = [numbers(c, other(c)) for c in cells]
     adjust(table)
     spent = time_spent(folder)
     write_json(

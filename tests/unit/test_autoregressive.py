@@ -322,6 +322,17 @@ def test_acting_equals_the_full_window(changes, windows, synthetic_demos):
     np.testing.assert_allclose(acted, expected.detach().numpy(), atol=1e-4)
 
 
+def test_without_history_a_decision_stands_alone(windows):
+    """Trained on windows of one frame, a policy has never seen where the decision before was."""
+    policy = policy_of(windows, context=1)
+    first, second = observations_of(windows.demos[0], windows.row_frame[[0, len(windows) // 8]])
+    policy.act(first)
+    after = policy.act(second).position
+    policy.reset()
+    policy.number = 1  # the same place in the episode
+    np.testing.assert_array_equal(policy.act(second).position, after)
+
+
 def test_where_the_eef_already_is_is_no_answer(windows, synthetic_demos):
     """In use, voxels nearer to the EEF than the labels' least distance are excluded, unless the
     gripper changes.

@@ -29,7 +29,7 @@ from model_dino_volume_kv_full import (
 )
 from registry import REGISTRY, look_up
 from rot_utils import euler_to_matrix, load_stats, rotation_angle
-from runtime import UserError
+from runtime import UserError, write_json
 
 SMALL = {
     "backbone": "efficientnet_lite0",
@@ -376,8 +376,33 @@ def test_the_freeze_really_freezes(setting, v7_file):
     )
 
 
+def test_what_is_new_in_the_volume_learns_in_the_freeze(setting, v7_file, tmp_path):
+    """Held still, random layers in front of what was loaded would stay random. A run that is
+    resumed within the freeze knows them too.
+    """
+    path, old = v7_file
+    wide = {**NEW, "dilations": f"{old.config.dilations},8"}
+    for resumed in (False, True):
+        policy = setting.policy(1, **wide)
+        begun = finetune.begin(policy, path, tmp_path, resumed)
+        write_json(tmp_path / "config.json", begun)
+        held = {id(p) for p in policy.volume_parameters()}
+        names = {n for n, p in policy.named_parameters() if id(p) in held}
+        new = {n for n in names if n.startswith("trunk.6")}
+        assert new and new <= set(begun["initialised"]) and len(names - policy.fresh) > 5
+        before = {k: v.clone() for k, v in policy.state_dict().items()}
+        train_steps(policy, setting.batch(policy), 2, hold=2)
+        moved = {n for n in names if not torch.equal(policy.state_dict()[n], before[n])}
+        assert new <= moved <= policy.fresh
+
+
 @pytest.mark.parametrize(
-    "changes, word", [({"grid": 8}, "--grid 16"), ({"n_height_bins": 4}, "--n_height_bins 8")]
+    "changes, word",
+    [
+        ({"grid": 8}, "--grid 16"),
+        ({"n_height_bins": 4}, "--n_height_bins 8"),
+        ({"dilations": "1,1,1"}, "give --dilations 1"),
+    ],
 )
 def test_another_volume_is_refused(setting, v7_file, changes, word):
     """Sinusoidal queries have shapes that fit any grid.
@@ -434,6 +459,11 @@ def deployed(setting, tmp_path_factory):
 
 def deploy(*flags):
     return deploy_dino_kv.deploy(deploy_dino_kv.build_parser().parse_args([str(f) for f in flags]))
+
+
+def test_words_for_a_policy_that_is_told_nothing_are_refused(deployed):
+    with pytest.raises(UserError, match="--instruction: .*checkpoint.safetensors is told nothing"):
+        deploy("--ckpt", deployed[0], "--source", "x", "--instruction", "pick it up")
 
 
 def test_stats_are_read_with_numpy_alone(deployed):

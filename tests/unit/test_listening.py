@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ELSEWHERE, SIZE
+from conftest import ELSEWHERE, SIZE, write_task
 from test_contract import small_config
 
 from data import WaypointDataset
@@ -85,6 +85,16 @@ def test_scenes_of_one_sentence_are_not_asked(both, suite):
     demos = open_mixture([both], SIZE).demos
     assert told_otherwise(demos[:4]) == {0: 1, 1: 0, 2: 1, 3: 0}
     assert told_otherwise(demos[::2]) == told_otherwise(open_mixture([suite]).demos) == {}
+
+
+def test_tasks_of_one_scene_are_asked_against_each_other(tmp_path):
+    """LIBERO-Goal's ten share their first picture, so that only the sentence tells them apart;
+    those of other suites have scenes of their own.
+    """
+    for task in (0, 2):
+        write_task(tmp_path, task, 2, task_suite="libero_goal")
+    demos = open_mixture([tmp_path], SIZE).demos
+    assert told_otherwise(demos) == {0: 2, 1: 2, 2: 0, 3: 0}
 
 
 @pytest.mark.parametrize("name", ["para", "autoregressive"])

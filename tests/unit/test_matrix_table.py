@@ -119,6 +119,26 @@ def test_a_comparison_of_one_seed_says_which_beside_rates_of_several(results):
     assert "alone" not in blind and ", seeds -" in blind
 
 
+def test_rows_with_the_recipe_are_compared_with_paras(tmp_path):
+    """And rows without one of its parts with the whole: against plain PARA policy and recipe would
+    be one difference.
+    """
+    for name, wins in (("para", 5), ("para_recipe", 18), ("c_recipe", 20), ("c", 6)):
+        write_evaluation(tmp_path, f"{name}-shifted-s0", outcomes(wins))
+    write_evaluation(tmp_path, "c_recipe_without_hand-shifted-s0", outcomes(10))
+    found, cells = table_of(tmp_path)
+    assert {row: cell["reference"] for (row, _), cell in cells.items()} == {
+        **{"para": "para", "para_recipe": "para", "c": "para", "c_recipe": "para_recipe"},
+        "c_recipe_without_hand": "c_recipe",
+    }
+    against = lambda row: cells[row, "shifted"]["success"]["against_reference"]
+    assert against("para") is None and against("c")["difference"] == pytest.approx(0.05)
+    assert against("c_recipe")["difference"] == pytest.approx(0.1)
+    assert against("c_recipe_without_hand")["difference"] == pytest.approx(-0.5)
+    text = (tmp_path / "table.md").read_text()
+    assert "(para; of c_recipe it is para_recipe; of c_recipe_without_hand it is c_recipe)" in text
+
+
 def test_rates_within_280_steps_stand_beside_those_at_the_end(results):
     """Published rates stop at 280 control steps.
 
@@ -210,6 +230,15 @@ def test_a_quoted_command_asks_for_the_same_as_an_unquoted_one():
     assert matrix_table.differing(quoted, quoted.replace("'", ""), set()) == ""
     old = "python eval.py --ckpt it's/checkpoint.safetensors --out runs/x"
     assert matrix_table.flags_of(old)["--ckpt"] == "it's/checkpoint.safetensors"
+
+
+def test_the_ceiling_of_low_views_has_their_grid(tmp_path):
+    """They are the views that a grid of 56 cells decodes badly."""
+    words = f"--rows oracle --columns verdict in_dist --out {tmp_path / 'x'}"
+    nodes = matrix_plan.Plan(run_matrix.parse_args(words.split())).nodes
+    with_grid = {n for n, node in nodes.items() if "--grid 56" in " ".join(node.command)}
+    assert "eval-oracle-verdict_viewpoint_low" in with_grid
+    assert not {"eval-oracle-benchmark", "eval-oracle-shifted"} & with_grid
 
 
 @pytest.mark.parametrize("name, page", [("matrix", "first_matrix"), ("verdict", "verdict")])

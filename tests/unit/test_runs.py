@@ -35,7 +35,7 @@ def commands(path):
     for _ in range(2):  # some texts name other variables
         text = re.sub(r"\$\{?(\w+)\}?", lambda found: values.get(found[1], found[0]), text)
     return [
-        shlex.split(line)[1:]
+        shlex.split(line.partition(" || ")[0])[1:]
         for line in map(str.strip, text.splitlines())
         if line.startswith("python ")
     ]

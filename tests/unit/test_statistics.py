@@ -63,7 +63,10 @@ def test_an_interval_over_seeds_knows_that_seeds_differ():
     low, high = statistics.seeds_interval([outcome(50), outcome(50)])
     assert 0.38 < low < 0.42 and 0.58 < high < 0.62  # the same episodes are solved: they count once
     assert statistics.seeds_interval([outcome(30)]) == statistics.wilson(30, 100)
-    assert statistics.seeds_interval([outcome(100), outcome(100)]) == statistics.wilson(200, 200)
+    # two seeds on the same 100 layouts are no 200 layouts
+    assert statistics.seeds_interval([outcome(100), outcome(100)]) == statistics.wilson(100, 100)
+    low, high = statistics.seeds_interval([outcome(99), outcome(100)])
+    assert low <= statistics.wilson(99, 100)[0] and high == 1.0
 
 
 # -- two policies

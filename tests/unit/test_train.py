@@ -223,6 +223,16 @@ def test_a_checkpoint_without_its_state_is_kept(tmp_path):
     assert chosen(tmp_path, "para", tmp_path) == tmp_path
 
 
+def test_features_alone_need_no_new_folder(synthetic_demos, tmp_path, capsys):
+    """A plan fills the cache again with the command of a training that was stopped half way."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.safetensors").touch()
+    words = flags(synthetic_demos, tmp_path / "run", 5, "--cache_only", "--cache", tmp_path / "c")
+    train.train(*train.parse_args([str(word) for word in words[1:]]))
+    assert "features of" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["state.safetensors"]
+
+
 def test_nothing_is_collected_for_a_run_that_goes_on(tmp_path):
     """From another folder its relative path leads nowhere."""
     with pytest.raises(UserError, match="--resume .*: data/x.hdf5 is not there; go on from where"):

@@ -5,13 +5,15 @@ The policies have known answers.
 
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import CLOSES, OPENS, SIZE
+from conftest import CLOSES, OPENS, SIZE, write_synthetic_demos
 
 from data import WaypointDataset
 from data_ar import WindowDataset
+from figures.heldout import overlays
 from formats.dataset import open_dataset
 from formats.demos import GRIPPER_STEPS
 from harness.validation import (
@@ -26,7 +28,7 @@ from harness.validation import (
     to_pixels,
     validate,
 )
-from model import ParaConfig
+from model import ParaConfig, TrajectoryHeatmapPredictor
 from model_autoregressive import AutoregressiveConfig, AutoregressivePolicy
 from model_voxel_ar import VoxelConfig, VoxelPolicy
 from policy import Policy
@@ -276,3 +278,18 @@ def test_the_newest_frames_alone_are_the_same(kind, dataset, backbone):
         ]
         assert newest_loss(policy, batch)["loss"].item() == pytest.approx(np.mean(alone), rel=1e-4)
     assert batch["mask"].sum() > 3  # the windows have more frames than are scored
+
+
+def test_a_demonstration_without_a_usable_frame_has_no_picture(backbone, tmp_path):
+    """The others have theirs: a training of hours would end in an error, again at each resume."""
+    path = write_synthetic_demos(tmp_path / "d.hdf5", 3)
+    with h5py.File(path, "r+") as file:
+        file["data/demo_1/perturbed"][:] = True
+    config = ParaConfig(**COMMON, grid=14, width=8)
+    found = WaypointDataset(
+        open_dataset(path).demos, config, backbone, cache=tmp_path / "c", progress=False
+    )
+    policy = TrajectoryHeatmapPredictor(config, backbone.channels).attach(backbone)
+    policy.fit_statistics(found.statistics())
+    overlays(policy, found, "cpu", tmp_path)
+    assert [(tmp_path / f"overlay_{i}.png").exists() for i in range(3)] == [True, False, True]

@@ -120,6 +120,11 @@ class ParaPolicy(PreTrainedPolicy):
 
     def _observation(self, batch, row, image, state):
         """A row as this repository's Observation. image (3,H,H) in [0, 1], upright; state (8,)."""
+        instruction = instruction_of(batch, row)
+        if self.network.reader and not instruction.strip():
+            raise UserError(
+                "the policy is told what to do, and the observation says no task; give its 'task'"
+            )
         given, wanted = image.shape[-1], self.network.config.image_size
         K, E = camera_of(batch, row, given, self.config.scene)
         if given != wanted:
@@ -140,7 +145,7 @@ class ParaPolicy(PreTrainedPolicy):
             K=K,
             E=E,
             # LeRobot's evaluation says each environment's task in words
-            instruction=instruction_of(batch, row),
+            instruction=instruction,
             support=support_of(batch, row, self.config.scene),
         )
 
