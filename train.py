@@ -426,7 +426,8 @@ def train(args, config_class):
     """Prepare, build, fit, finish."""
     dist = init_distributed(args.device)
     # features are no run: its folder may be that of one
-    folder = args.cache_only or run_folder.chosen(args.out, args.model_type, args.resume)
+    where = args.out, args.model_type, args.resume
+    folder = None if args.cache_only else run_folder.chosen(*where)
     lock = args.cache / f"{args.dataset[0].name}.lock"
     # what is trained on
     found = first_alone(

@@ -106,7 +106,8 @@ def check_related(path, info, config, identity):
 def check_dilations(path, info, config):
     """Raise UserError where convolutions of one dilation would be loaded as those of another."""
     old, new = info["config"].get("dilations"), getattr(config, "dilations", None)
-    if old and new and any(a != b for a, b in zip(old.split(","), new.split(","))):
+    in_turn = zip(*(map(int, text.split(",")) for text in (old, new))) if old and new else ()
+    if any(a != b for a, b in in_turn):
         raise UserError(
             f"--init_from {path}: has --dilations {old}, here they are {new}: its convolutions "
             f"would compute something else; give --dilations {old}, or more behind these"
