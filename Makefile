@@ -19,7 +19,8 @@ setup: $(STAMP)
 $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
 		{ echo "error: Python 3.11 is needed and '$(PYTHON)' is not it; install it (sudo apt-get install -y python3.11 python3.11-venv) or name yours: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+# its pip, which comes last: without the venv package a half-made environment would stay
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || \
 		{ echo "error: no venv module; install it: sudo apt-get install -y python3.11-venv" >&2; exit 2; }
 # a disk that fills up half way leaves only pip's "No space left on device"
 	@test -d $(VENV)/lib/python3.11/site-packages/torch || \
@@ -56,18 +57,18 @@ docs: .venv-docs/.installed
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet && echo "site/index.html"
 
 .venv-docs/.installed: requirements-docs.txt
-	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	@test -x .venv-docs/bin/pip || $(PYTHON) -m venv .venv-docs
 	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-docs.txt
 	@touch $@
 
 plus: setup
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --requirement requirements-plus.txt
 
-lerobot: .venv-lerobot/.installed
+lerobot: setup .venv-lerobot/.installed
 	@.venv-lerobot/bin/python -m pytest tests/plugins -q
 	@$(PY) -m pytest tests/lerobot -q
 
-.venv-lerobot/.installed: plugins/setup.sh plugins/requirements.txt
+.venv-lerobot/.installed: plugins/setup.sh plugins/requirements.txt plugins/requirements-cuda.txt | $(STAMP)
 	@plugins/setup.sh .venv-lerobot
 	@touch $@
 

@@ -44,7 +44,14 @@ import flags
 from figures import plots_recipe, plots_settings
 from formats import lerobot_writer, libero_hdf5
 from formats.dataset import open_dataset
-from formats.parts import check_replaceable, gather, merge, part_path, readable
+from formats.parts import (
+    check_replaceable,
+    gather,
+    merge,
+    part_path,
+    readable,
+    refuse_fewer,
+)
 from runtime import UserError, command_line, read_json, run_script, write_json
 from sim import collected, instructions, recipe, settings
 from sim.cameras import RENDERS
@@ -252,6 +259,8 @@ def replay(args):
     if args.task_suite:
         raise UserError("--task_suite: each replayed file names its own task; leave it out")
     folder, failures = Path(args.out or "data/replayed"), []
+    if folder.resolve() in {path.parent.resolve() for path in files}:
+        raise UserError(f"--out {folder}: holds files that are replayed; give another folder")
     for number, path in enumerate(files, 1):
         one = argparse.Namespace(**vars(args))
         one.replay, one.out = str(path), folder / f"{path.stem}_replayed.hdf5"
@@ -295,6 +304,7 @@ def collect(args, again=False):
         return print(f"{out}: is there already")
     check_replaceable(out, args.overwrite, args.format)
     claim(folder, args, made_with["mujoco"])
+    refuse_fewer(folder, args.n_demos)
     counts = record_missing(args, task, folder)
 
     parts = [part_path(folder, i, args.format) for i in range(args.n_demos)]
@@ -556,7 +566,7 @@ def collect_tasks(args):
             if args.n_demos not in (None, there):
                 raise UserError(
                     f"{out}: holds {there} demonstrations, --n_demos {args.n_demos} asks for "
-                    "others; remove the file, or give another --out"
+                    "others; for more give another --out and another --seed, and train on both"
                 )
             print(f"{out}: is there already")
             continue

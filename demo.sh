@@ -15,6 +15,11 @@ else
   "$py" train.py --model_type para --dataset "$out/demos.hdf5" --out "$out/run" --backbone efficientnet_lite0 \
     --max_steps "${DEMO_STEPS:-750}" --wandb off
 fi
+# Ctrl-C ends a training in order, and what is half trained is not evaluated
+if ! grep -q "\"step\": ${DEMO_STEPS:-750}," "$out/run/checkpoint.json"; then
+  echo "the training was stopped; the same command goes on with it" >&2
+  exit 130
+fi
 for layout in benchmark shifted; do
   "$py" eval.py --ckpt "$out/run/checkpoint.safetensors" $flags --layout $layout --n_episodes "${DEMO_EPISODES:-8}" --out "$out/para_$layout"
   "$py" eval.py --policy blind $flags --layout $layout --n_episodes "${DEMO_EPISODES:-8}" --out "$out/blind_$layout"

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,18 @@ def atomic_path(path):
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+def replace_folder(new, path):
+    """Rename a folder to `path`. What is there goes only once the new one has its place: a kill
+    between the two leaves it beside, as .oldPID.NAME.
+    """
+    path = Path(path)
+    old = path.with_name(f".old{os.getpid()}.{path.name}")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path, value):

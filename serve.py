@@ -211,6 +211,7 @@ def metadata_of(args, about):
         "zero_rotation": args.zero_rotation,
         "task_suite": str(trained_on.get("task_suite", "")),
         "task_id": int(trained_on.get("task_id", 0)),
+        "render": str(trained_on.get("render", "exact")),
         "chunk": args.chunk,
         "request": {
             "image_size": about["config"]["image_size"],

@@ -59,6 +59,11 @@ def near(summary, name):
     return " / ".join(number(summary, f"{name}_{px}px", ".2f") for px in DISTANCES)
 
 
+def outcomes_of(summary):
+    """{how episodes ended: how many}, those among them that crashed and count in no rate."""
+    return {**summary["outcomes"], "crashed, not counted": summary["crashes"]}
+
+
 def success_table(summaries):
     """HTML table: a row per evaluation, how often it succeeded and what an episode took."""
     head = ["policy", "layout", "n", f"placed and released, {EARLY} steps / end"]
@@ -73,7 +78,7 @@ def success_table(summaries):
                 str(s["n"]),
                 early(s, "released") + rate(s["released_rate"], s["released_interval"]),
                 early(s, "success") + rate(s["success_rate"], s["interval"]),
-                ", ".join(f"{k} {v}" for k, v in s["outcomes"].items() if v),
+                ", ".join(f"{k} {v}" for k, v in outcomes_of(s).items() if v),
                 number(s, "mean_steps", ".0f"),
                 f"{seconds['total']:.1f}" if seconds else "-",
             ]

@@ -275,19 +275,27 @@ def told_otherwise(demos):
     return found
 
 
+def _happened(demo):
+    """Rows (T,N) that a demonstration and its replay before another camera share to the last bit. A
+    replay reads positions anew, half a millimetre off.
+    """
+    if demo.states.size:
+        return demo.states
+    return demo.actions[:, :6] if demo.actions[:, :6].any() else demo.ee_pos
+
+
 def split_demos(demos, val_fraction=0.15):
     """(train, validation) lists, split by demo: every k-th demo of each task and sentence
     validates, at least one.
 
-    Demonstrations with the same states are one, seen from several cameras (`collect_demos.py
-    --replay --setting cameras`): they are trained on or held out together.
+    Demonstrations with the same states, or actions where a format has no states, are one, seen from
+    several cameras (`collect_demos.py --replay --setting cameras`): they are trained on or held out
+    together.
     """
     by_request = {}  # {request: {what happened: numbers of its demonstrations}}
     for i, demo in enumerate(demos):
-        # a replay reads positions anew, which are then not the same to the last bit
-        happened = demo.states if demo.states.size else demo.ee_pos
         same = by_request.setdefault(demo.request, {})
-        same.setdefault(fingerprint(happened), []).append(i)
+        same.setdefault(fingerprint(_happened(demo)), []).append(i)
     held_out = set()
     for (task, words), same in by_request.items():
         numbers = list(same.values())

@@ -26,7 +26,7 @@ from formats.lerobot import CAMERA_E, CAMERA_K, EXPERT, PERTURBED, PROVENANCE
 from formats.lerobot_statistics import Statistics
 from formats.lerobot_video import VideoFiles
 from formats.pictures import upright
-from runtime import UserError, write_json, writing
+from runtime import UserError, replace_folder, write_json, writing
 
 FORMAT = "para-lerobot-1"
 FPS = 20  # control steps a second
@@ -73,9 +73,7 @@ def write_dataset(out, sources, attributes=None, video=False, progress=lambda de
             for path, name, instruction in progress(sources):
                 writer.add(read_source(path, name), instruction)
             writer.finish(attributes or {})
-            if out.exists():
-                shutil.rmtree(out)
-            os.replace(scratch, out)
+            replace_folder(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -1,18 +1,18 @@
 """Finished demonstrations: where they wait, how they become a dataset, what that may replace."""
 
-import os
 import shutil
 
 import h5py
 
 from formats import hdf5, lerobot, libero_hdf5, smith300
 from formats.demos import RECOLLECT
-from runtime import UserError, atomic_path
+from runtime import UserError, atomic_path, replace_folder
 
+OF_PARTS = ("settings.json", "counts.json")  # of a collection that goes on, beside its episodes
 BASIS = ("rotation_pca_basis.npz", "rotation_pca_basis.png")
 # what a folder holds that this program writes: a smith300 one beside its episodes, a LeRobot one
 WRITTEN = {
-    "smith300": ("dataset.json", *BASIS),
+    "smith300": ("dataset.json", *OF_PARTS, *BASIS),
     "lerobot": ("meta", "data", "videos", *BASIS),
 }
 
@@ -34,6 +34,20 @@ def merge(parts, out, attrs, counts):
 def part_path(folder, index, form="libero"):
     """Where a finished demonstration waits for the others: a file, or a smith300 folder."""
     return folder / (f"episode_{index:05d}" if form == "smith300" else f"demo_{index:05d}.hdf5")
+
+
+def refuse_fewer(folder, n_demos):
+    """Raise UserError where a folder of parts holds demonstrations beyond the first n_demos: they
+    would be removed with it.
+    """
+    numbers = (path.stem.rpartition("_") for path in folder.glob("*_?????*"))
+    more = [int(n) for kind, _, n in numbers if kind in ("demo", "episode") and n.isdecimal()]
+    if beyond := [n for n in more if n >= n_demos]:
+        raise UserError(
+            f"--n_demos {n_demos}: {folder} holds finished demonstrations beyond these, "
+            f"{len(beyond)} would be lost; give --n_demos {max(beyond) + 1} or more, or another "
+            "--out"
+        )
 
 
 def check_replaceable(out, overwrite, form):
@@ -83,15 +97,20 @@ def check_replaceable(out, overwrite, form):
 
 
 def gather(folder, parts, out, attrs):
-    """Make a folder of finished episodes the dataset: clear it of the rest, stamp and rename it."""
-    # what an interrupted collection left beside the episodes
-    for other in folder.iterdir():
-        if other not in parts:
-            shutil.rmtree(other) if other.is_dir() else other.unlink()
+    """Make a folder of finished episodes the dataset: stamp it, clear it of the rest, rename it.
+
+    Until it is the dataset it stays a folder of parts, so that the same command goes on after a
+    full disk or a kill.
+    """
     smith300.write_dataset_stamp(folder, attrs)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(folder, out)
+    # what an interrupted collection left beside the episodes
+    kept = {*parts, *(folder / name for name in ("dataset.json", *OF_PARTS))}
+    for other in folder.iterdir():
+        if other not in kept:
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
+    replace_folder(folder, out)
+    for name in OF_PARTS:
+        (out / name).unlink(missing_ok=True)
 
 
 def readable(part):

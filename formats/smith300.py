@@ -232,7 +232,9 @@ def video_reader(path):
     import imageio.v2 as imageio
 
     try:
-        return imageio.get_reader(path, format="FFMPEG")
+        # each stored frame once: at a variable rate ffmpeg would repeat some and leave out others
+        once = ["-fps_mode", "passthrough"]
+        return imageio.get_reader(path, format="FFMPEG", output_params=once)
     except Exception as error:  # imageio wraps ffmpeg's failures in several types
         raise UserError(f"{path}: truncated or no video ({one_line(error)}); {AGAIN}") from error
 

@@ -16,9 +16,10 @@ METRICS = ("success", f"success_{EARLY}", "released")
 FIELDS = ("task", "layout", "episode", "seed")
 # what both sides of a comparison should have in common, as eval.py's settings.json names it
 PROTOCOL = ("task", "layout", "variant", "split", "max_steps", "render", "clean_scene")
-PROTOCOL += ("teleport", "zero_rotation", "stop_stalled", "mujoco")
+PROTOCOL += ("teleport", "zero_rotation", "stop_stalled", "mujoco", "instruction", "instruction_of")
 # eval.py leaves these out of settings.json, or its older versions did
 USUAL = {"render": "exact", "stop_stalled": "False", "variant": "task"}
+USUAL.update(instruction="None", instruction_of="None")
 LIBERO_SUITES = {f"libero_{name}" for name in ("spatial", "object", "goal", "10", "90")}
 PRO_SUITES = ("swap", "object", "lan", "task", "env")  # endings of LIBERO-PRO's suites
 # column of a CSV file -> names that it is accepted under
@@ -190,12 +191,14 @@ def suite_and_layout(group):
     """
     group, _, first = re.fullmatch(r"(.*?)(_from(\d+))?", group).groups()
     first = int(first or 0)
-    for suite in LIBERO_SUITES:
-        rest = group.removeprefix(f"{suite}_")
+    perturbed = {f"{suite}_{kind}" for suite in LIBERO_SUITES for kind in PRO_SUITES}
+    if group in perturbed:
+        return group, None, first
+    for suite in (*perturbed, *LIBERO_SUITES):
         if group == suite:
             return suite, "benchmark", first
-        if rest not in (group, *PRO_SUITES):
-            return suite, rest, first
+        if group.startswith(f"{suite}_"):
+            return suite, group.removeprefix(f"{suite}_"), first
     return group, None, first
 
 

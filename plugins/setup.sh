@@ -12,7 +12,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev
         "python3.12-venv, or uv python install 3.12) or name yours: PYTHON=/path/to/python3.12 $0" >&2
     exit 2
 fi
-test -x "$folder/bin/python" || "$python" -m venv "$folder"
+test -x "$folder/bin/pip" || "$python" -m venv "$folder"
 install() { "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile "$@"; }
 
 echo "installing LeRobot and the simulator into $folder (a few minutes)"

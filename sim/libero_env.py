@@ -190,6 +190,7 @@ class Scene(Agentview, Placement):
         self.sim.reset()
         self.sim.set_state_from_flattened(state)
         self.sim.forward()
+        self.env.env._post_process()  # a stove shows its burner where it is on
         # what robosuite keeps beside the simulator's state
         self.robot.gripper.current_action = np.zeros(self.robot.gripper.dof)
         self.robot.controller.update(force=True)  # else the first step jerks by 4 mm

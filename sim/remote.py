@@ -87,6 +87,14 @@ def agree(args):
     args.wishes = {**DEFAULT, **{k: v for k, v in asked.items() if k in DEFAULT}}
     args.image_size = args.image_size or size or RENDERED
     args.send_size = args.send_size or size or min(SENT, args.image_size)
+    # of this repository's servers: how the pictures were drawn that it was trained on
+    if (told := metadata.get("render")) in ("exact", "fast"):
+        if args.render not in (None, told):
+            raise UserError(
+                f"--render {args.render}: the policy at {args.server} was trained on --render "
+                f"{told}; leave --render out"
+            )
+        args.render = told
     # it names a folder
     args.label = re.sub(r"[^\w.-]+", "_", str(args.label or metadata.get("policy", "remote")))[:60]
     args.metadata = json.dumps(metadata, sort_keys=True, default=repr)

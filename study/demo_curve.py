@@ -37,6 +37,8 @@ def read(folder):
                 f"{path.parents[1]}: its name is not SERIES-N, N demonstrations a task; rename it"
             )
         found = read_json(path, "evaluation of a suite", form=FORM)
+        if found.get("crashes") or found.get("missing"):
+            raise UserError(f"{path}: lacks episodes that crashed or tasks; evaluate them again")
         row = {"series": series, "demos": int(demos), "column": path.parent.name}
         rows.append({**row, **{name: found[name] for name in FORM}})
     if not rows:

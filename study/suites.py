@@ -63,8 +63,10 @@ def evaluate(args, network, evaluate_task):
             failures.append(f"{task.key}: {error}")
             print(f"failed: {error}", flush=True)
     if done:
-        done = with_earlier(done, suite, folder)
+        done = with_earlier(done, suite, folder, earlier_numbers(args, suite))
         summary = summarised(args, suite, done, folder)
+        there = {task.key for task, _ in done}
+        summary["missing"] = [task.key for task in tasks if task.key not in there]
         write_json(folder / "suite.json", summary)
         write_page(summary, folder)
         print_suite(summary)
@@ -77,9 +79,22 @@ def evaluate(args, network, evaluate_task):
     return 0 if summary["n"] else 1
 
 
-def with_earlier(done, suite, folder):
+def earlier_numbers(args, suite):
+    """How many episodes count of a task that an earlier command has finished: as many as of this
+    command's, so that a rate of fewer is not one of some tasks' few and others' many.
+
+    -> a call, for a Task.
+    """
+    if args.plus and args.n_episodes and args.task_ids == "all":
+        chosen = plus.chosen(suite, args.plus, chosen_tasks(suite), args.n_episodes)
+        return lambda task: len(chosen[task.index])
+    return lambda task: args.n_episodes or math.inf
+
+
+def with_earlier(done, suite, folder, most):
     """[(task, its episodes)], and those that earlier commands have finished in the same folder with
-    the same settings: the whole is of all that is there. Says which are of others.
+    the same settings, at most `most(task)` of each: the whole is of all that is there. Says which
+    are of others.
     """
     now, settings = {task.index for task, _ in done}, settings_of(folder / done[0][0].key)
     for task in chosen_tasks(suite):
@@ -88,7 +103,7 @@ def with_earlier(done, suite, folder):
         if settings_of(folder / task.key) != settings:
             print(f"{task.key}: is there, of other settings, and left out")
         else:
-            done = [*done, (task, math.inf)]
+            done = [*done, (task, most(task))] if most(task) else done
     return sorted(done, key=lambda pair: pair[0].index)
 
 
@@ -115,7 +130,8 @@ def without_unmoved(layout, tasks):
 def folder_name(args, info, suite):
     """Name of the folder of all tasks, where --out is not given."""
     words = [run_name(args.ckpt)] if args.ckpt else []
-    words += [info.get("model_type", args.policy), suite, place_of(args)]
+    policy = args.label or args.policy
+    words += [info.get("model_type", policy), suite, place_of(args)]
     told = args.instruction is not None or args.instruction_of is not None
     return "_".join(words + (["told_otherwise"] if told else []))
 
@@ -144,7 +160,13 @@ def summarised(args, suite, tasks, folder):
         # an earlier run in the same folder may have gone further
         rows = [r for index, r in scored_episodes(folder / task.key).items() if index < n]
         every += rows
-        cells.append({"task": task.key, "instruction": task.language, **rates(rows, steps)})
+        # what was said, where it was another task's sentence
+        said = {row.get("instruction", task.language) for row in rows}
+        words = said.pop() if len(said) == 1 else task.language
+        crashes = read_summary(folder / task.key)["crashes"]
+        cells.append(
+            {"task": task.key, "instruction": words, "crashes": crashes, **rates(rows, steps)}
+        )
     first = read_summary(folder / tasks[0][0].key)
     kept = ("model_type", "policy", "setting", "split", "checkpoint", "trained", "versions")
     found = [c["success_rate"] for c in cells if c["n"]]
@@ -155,6 +177,7 @@ def summarised(args, suite, tasks, folder):
         **rates(every, steps),
         # tasks may have different numbers of episodes
         "mean_of_tasks": sum(found) / len(found) if found else None,
+        "crashes": sum(cell["crashes"] for cell in cells),
         "tasks": cells,
         **groups(every, steps),
         "command": command_line(),
@@ -224,6 +247,16 @@ def print_suite(summary):
         print("\n" + markdown_table(GROUP_COLUMNS, group_rows(summary, percent)))
     if summary["n"]:
         print(f"  mean of the tasks {100 * summary['mean_of_tasks']:.1f}%")
+    if lacking := lacks(summary):
+        print(f"  {lacking}")
+
+
+def lacks(summary):
+    """What a suite's rates are not of, as a sentence; "" where they are of all."""
+    crashed = f"{summary['crashes']} episodes crashed" * bool(summary["crashes"])
+    missing = f"tasks that failed: {', '.join(summary['missing'])}" * bool(summary["missing"])
+    parts = "; ".join(filter(None, [crashed, missing]))
+    return f"left out: {parts}" if parts else ""
 
 
 def write_page(summary, folder):
@@ -235,6 +268,7 @@ def write_page(summary, folder):
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
         f"<p class=lead>Within {summary['steps']} control steps; Wilson 95% intervals.</p>",
         html_table(columns(summary), [[str(c) for c in row] for row in cells], strong=(3,)),
+        f"<p>{html.escape(lacks(summary))}</p>",
     ]
     if "groups" in summary:
         parts.append(html_table(GROUP_COLUMNS, group_rows(summary, rate), strong=(2,)))

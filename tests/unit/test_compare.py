@@ -225,6 +225,22 @@ def test_episodes_of_the_calibrated_environment_pair_by_layout():
     # a suite of LIBERO-PRO is no layout
     assert suite_and_layout("libero_spatial_swap") == ("libero_spatial_swap", None, 0)
     assert suite_and_layout("libero_10_val_shifted") == ("libero_10", "val_shifted", 0)
+    # and has layouts of its own in ours
+    swapped = ("libero_spatial_swap", "benchmark", 50)
+    assert suite_and_layout("libero_spatial_swap_benchmark_from50") == swapped
+    assert suite_and_layout("libero_object_object_shifted")[:2] == (
+        "libero_object_object",
+        "shifted",
+    )
+
+
+def test_episodes_of_another_sentence_are_another_protocol(tmp_path):
+    """Goal and judged object differ: equal rates would be of two tasks."""
+    a, b = (suite(tmp_path / name, [1, 1]) for name in "ab")
+    for path in b.glob("*/settings.json"):
+        write_json(path, {**json.loads(path.read_text()), "instruction_of": "other"})
+    notes = compared(tmp_path, a, b)["notes"]
+    assert any("instruction_of" in note for note in notes)
 
 
 def test_episodes_that_begin_later_keep_their_numbers(tmp_path):

@@ -440,6 +440,18 @@ def test_no_demo_is_in_both_parts_of_a_split(n, fraction):
     assert n < 20 or abs(len(val) / n - fraction) < 0.06
 
 
+def test_a_replay_without_states_is_held_out_with_its_recording(tmp_path):
+    """LeRobot has no states, and a replay's positions are half a millimetre off; its actions are
+    the recording's.
+    """
+    path = write_synthetic_demos(tmp_path / "d.hdf5", 6)
+    own = [dataclasses.replace(d, states=np.zeros((len(d), 0))) for d in open_dataset(path).demos]
+    moved = [dataclasses.replace(d, ee_pos=d.ee_pos + 0.0005) for d in own]
+    train, val = demos.split_demos([*own, *moved[::-1]], 1 / 3)
+    assert len(train) == 8 and len(val) == 4
+    assert sorted(d.name for d in val) == sorted(2 * sorted({d.name for d in val}))
+
+
 def test_a_split_of_one_demo_is_refused():
     """One demonstration cannot be split, and the message says how many are needed."""
     with pytest.raises(UserError, match="at least 2"):

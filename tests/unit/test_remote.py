@@ -123,6 +123,7 @@ def test_something_else_at_the_port_is_no_policy_server():
 def remote_args(**changed):
     """What eval.py's flags say for --policy remote."""
     flags = {"policy": "remote", "server": None, "server_timeout": 60.0, "image_size": None}
+    flags["render"] = None
     return SimpleNamespace(**{**flags, "send_size": None, "label": None, **changed})
 
 
@@ -140,6 +141,16 @@ def test_a_server_is_asked_what_it_wants(address):
         agree(args)
         # openpi's own evaluation
         assert (args.image_size, args.send_size, args.label) == (256, 224, "remote")
+
+
+def test_a_policy_sees_pictures_drawn_as_in_its_training():
+    """A server of this repository says how; eval.py refuses it of a checkpoint too."""
+    with policy_server(metadata={"render": "fast"}) as address:
+        args = remote_args(server=address)
+        agree(args)
+        assert args.render == "fast"
+        with pytest.raises(UserError, match="--render exact: .* trained on --render fast"):
+            agree(remote_args(server=address, render="exact"))
 
 
 @pytest.mark.parametrize("wish", [{"image_size": "large"}, {"image_size": 10**6}, [1]])

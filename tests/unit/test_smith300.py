@@ -4,7 +4,9 @@ named with its remedy.
 
 import shutil
 from dataclasses import dataclass
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from conftest import SIZE, STEPS, agentview, with_basis, write_synthetic_episodes
@@ -239,6 +241,26 @@ def test_the_eef_is_seen_where_the_camera_says(video, wide, tmp_path):
         red = np.argwhere(image[..., 0] - image[..., 1] > 90) + 0.5
         u, v, _ = project(demos[0].ee_pos[frame], demos[0].K, demos[0].E)
         assert len(red) and np.abs(red.mean(0) - [v, u]).max() < 1.5
+
+
+def test_a_variable_rate_pairs_each_row_with_its_own_frame(tmp_path):
+    """As phones and cameras of robots write videos: a player repeats frames and leaves some out."""
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=20)
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+        times = np.cumsum([50, 12, 50, 200, 12, 12, 50, 150, 50, 12] * 2)
+        for number, time in enumerate(times):
+            gray = np.full((64, 64, 3), 10 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(gray, format="rgb24")
+            frame.pts, frame.time_base = int(time), Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    assert smith300.frame_sizes(path)[0] == 20
+    wanted = [3, 4, 7, 8, 13, 19]
+    found = smith300.read_frames(tmp_path, wanted, 64)
+    assert [round(image.mean() / 10) for image in found] == wanted
 
 
 def test_a_damaged_video_is_named(tmp_path):

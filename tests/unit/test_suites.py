@@ -117,6 +117,9 @@ def test_the_whole_is_that_of_its_episodes(tmp_path, capsys):
         ("libero_spatial_2", 0, 5),
     ]
     assert summary["mean_of_tasks"] == pytest.approx(0.375)
+    assert (summary["missing"], summary["crashes"]) == ([f"{SPATIAL}_3"], 0)
+    # what was said in the episodes, not the scene's own sentence
+    assert {c["instruction"] for c in summary["tasks"]} == {"x"}
     low, high = summary["success_interval"]
     assert low < 3 / 9 < high
     # lifted b, c, nothing (touched a), b | b, c, nothing, b, c
@@ -124,7 +127,7 @@ def test_the_whole_is_that_of_its_episodes(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| all |  | 9 | 33% (" in printed and "mean of the tasks 37.5%" in printed
     page = (tmp_path / "all" / "report.html").read_text()
-    assert "next to the ramekin" in page and "went to the named object" in page
+    assert "tasks that failed: libero_spatial_3" in page and "went to the named object" in page
 
 
 def test_episodes_beyond_those_asked_for_do_not_count(tmp_path):
@@ -154,6 +157,22 @@ def test_the_whole_is_of_all_that_the_folder_has(tmp_path):
     suites.evaluate(flags(f"{words} 5"), None, write_task)
     summary = json.loads((tmp_path / "all" / "suite.json").read_text())
     assert [c["task"][-1] for c in summary["tasks"]] == ["2", "4", "5"]
+
+
+def test_fewer_episodes_are_fewer_of_every_task(tmp_path):
+    """Of one task five and of the others all would be a rate of neither. Crashed ones are said."""
+
+    def two(args, network):
+        write_task(args, network)
+        summary = json.loads((args.out / "summary.json").read_text())
+        write_json(args.out / "summary.json", {**summary, "crashes": 1})
+
+    words = f"--policy blind --task_suite {SPATIAL} --out {tmp_path}/all --task_ids"
+    suites.evaluate(flags(f"{words} 1,2"), None, write_task)
+    suites.evaluate(flags(f"{words} 4 --n_episodes 2"), None, two)
+    summary = json.loads((tmp_path / "all" / "suite.json").read_text())
+    assert [c["n"] for c in summary["tasks"]] == [2, 2, 7]  # task 4 says how many it has
+    assert summary["crashes"] == 1 and suites.lacks(summary) == "left out: 1 episodes crashed"
 
 
 def test_one_task_or_several(tmp_path):

@@ -24,7 +24,7 @@ import runtime
 from figures import plots
 from formats import parts, smith300
 from harness import checkpoint, records
-from runtime import UserError, read_json, versions
+from runtime import UserError, read_json, versions, write_json
 from sim import collected, instructions
 from sim.tasks import find_task
 from sim.workers import Outcome
@@ -264,6 +264,53 @@ def test_a_suite_is_collected_into_a_folder_and_goes_on(tmp_path, capsys):
     assert capsys.readouterr().out.count("is there already") == 2
     refused(lambda: collect("--seed", "5", "--n_demos", "3"), "libero_spatial_0.hdf5", "2 demonst")
     refused(lambda: collect("--seed", "6", "--n_demos", "2"), "other settings")
+
+
+def test_a_disk_that_fills_up_leaves_a_folder_of_parts(tmp_path, monkeypatch):
+    """The last step of a smith300 collection: until the folder is the dataset the same command goes
+    on, and the dataset that it replaces is there.
+    """
+    folder, out = tmp_path / "out.parts", tmp_path / "out"
+    for path in (folder, out):
+        write_synthetic_episodes(path, 2)
+    write_json(folder / "settings.json", {"seed": 5})
+    (folder / ".tmp1.half").mkdir()
+    episodes = sorted(folder.glob("episode_*"))
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((smith300, "write_dataset_stamp"), (runtime.os, "replace")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, full)
+            with pytest.raises((OSError, UserError)):
+                parts.gather(folder, episodes, out, {})
+        assert (folder / "settings.json").is_file() and len(list(folder.glob("episode_*"))) == 2
+        assert len(list(out.glob("episode_*"))) == 2
+    parts.gather(folder, episodes, out, {"task_suite": "x"})
+    assert not folder.exists() and read_json(out / "dataset.json", "stamp")["task_suite"] == "x"
+    assert {p.name for p in out.iterdir()} == {"dataset.json", *(p.name for p in episodes)}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_fewer_demonstrations_than_are_finished_are_refused(tmp_path):
+    """They would be removed with the folder of parts, hours of work, without a word."""
+    for kind in ("demo_{:05d}.hdf5", "episode_{:05d}"):
+        folder = tmp_path / kind[:4]
+        folder.mkdir()
+        for i in range(3):
+            (folder / kind.format(i)).mkdir()
+        parts.refuse_fewer(folder, 3)
+        refused(
+            lambda folder=folder: parts.refuse_fewer(folder, 2), "--n_demos 2", "give --n_demos 3"
+        )
+
+
+def test_replays_are_not_written_between_their_sources(tmp_path):
+    """The same command again would replay them too."""
+    write_synthetic_demos(tmp_path / "a.hdf5", 1, size=16)
+    words = ["--replay", str(tmp_path), "--out", str(tmp_path), "--setting", "cameras"]
+    refused(lambda: collect_demos.main(words), "holds files that are replayed")
 
 
 def test_the_committed_checkpoints_are_found_from_anywhere(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A checkpoint of this repository as a LeRobot policy: one OSC action per 20 Hz step."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,12 @@ class ParaPolicy(PreTrainedPolicy):
                 device,
                 config.backbone_weights,
                 text_weights=config.text_weights,
+            )
+        if self.about.get("dataset", {}).get("render") == "fast":
+            print(
+                f"note: {config.checkpoint} was trained on pictures of --render fast; give "
+                "--env.render=fast",
+                file=sys.stderr,
             )
         self.zero_rotation = config.zero_rotation
         if self.zero_rotation is None:
