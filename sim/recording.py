@@ -182,7 +182,7 @@ class ExpertWorker:
         else:
             seed = settings.random_seed(args.part, args.seed, index, attempt)
             # tasks that share a scene would otherwise share all their layouts
-            seed += [scene.task.index] * (scene.task.suite == "libero_goal")
+            seed += [args.task_id] * (args.task_suite == "libero_goal")
             condition = self.conditions[index % len(self.conditions)]
             offsets = scene.common_shift(condition)
             state = scene.random_layout(seed, args.start_jitter, args.layout_spread, offsets)

@@ -14,9 +14,11 @@ from policy import Waypoint
 from rot_utils import euler_to_matrix
 from sim import rollout
 from sim.expert import servo_action
+from sim.libero_env import Scene
 from sim.rollout import PolicyError, check_waypoint, expert_path, expert_version, run_episode
 from sim.servo import ahead
 from sim.stalled import DECISIONS, Watch, first_stall
+from sim.tasks import find_task, init_states
 
 
 def waypoint(points, grippers):
@@ -273,3 +275,24 @@ def test_rows_tell_wandering_and_when_it_was_released(scene, tmp_path):
     assert 0.95 < row["path_length_ratio"] < 1.2
     assert row["first_success"] <= row["first_release"] == row["steps"]
     assert row["third_difference_mm"] > 0
+
+
+def test_a_stove_shows_its_burner_in_every_state_that_is_set():
+    """A replay sets one state after another: what evaluation shows red would be grey in its
+    pictures, and stay red in the next demonstration's.
+    """
+    task = find_task("libero_goal", 7)
+    scene = Scene(image_size=96, task=task)
+    try:
+        model = scene.sim.model
+        knob = model.get_joint_qpos_addr("flat_stove_1_button")
+        burner = model.site_name2id("flat_stove_1_burner")
+        shown = []
+        for turned in (0.0, 1.0, 0.0):
+            state = np.array(init_states(task)[0])
+            state[1 + knob] = turned  # the clock comes first
+            scene.set_state(state)
+            shown.append(bool(model.site_rgba[burner, 3] > 0))
+        assert shown == [False, True, False]
+    finally:
+        scene.close()

@@ -3,9 +3,11 @@ between them is reported.
 """
 
 import json
+import re
 import subprocess
 
 import pytest
+from helpers import ROOT
 
 import runtime
 from eval import where_run
@@ -111,6 +113,18 @@ def test_a_replay_names_the_renderer_of_its_images():
     attributes = {"versions": json.dumps(ours), "replayed_versions": json.dumps(theirs)}
     assert demos.drawn_by(attributes) == "llvmpipe"
     assert demos.drawn_by({"versions": ours}) == "llvmpipe" and demos.drawn_by({}) is None
+
+
+def test_no_result_names_a_place_of_its_machine():
+    """Commands and tracebacks are read elsewhere, where such a path says nothing."""
+    place = re.compile(r"(?<![\w.])/(work|tmp|home|root|mnt|opt)/")
+    # what is committed: a user's own results may say where they were made
+    listed = ["git", "ls-files", "results", "docs", "checkpoints"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    texts = [name for name in names if name.endswith((".json", ".jsonl", ".md"))]
+    if not texts:
+        pytest.skip("no checkout of git")
+    assert [name for name in texts if place.search((ROOT / name).read_text())] == []
 
 
 def test_a_copy_names_the_commit_that_it_was_told(monkeypatch):
