@@ -61,8 +61,10 @@ train para spatial_sentence 10000 "" data/spatial_fixed $far --text sentence
 train para thirty 20000 "" data/spatial_fixed data/object data/goal $far
 train para thirty_heights 20000 "" data/spatial_fixed data/object data/goal $far --heights support
 
-python eval.py --policy blind --task_suite libero_spatial --task_ids all --layout shifted --n_episodes 10 \
-  --render fast --out runs/suites/blind_spatial/shifted
+# the bounds below have the same
+bounds="--task_ids all --n_episodes 10 --teleport --waypoint_stride 8 --grasp planned --render fast --n_videos 0"
+python eval.py --policy blind --task_suite libero_spatial $bounds --layout shifted \
+  --out runs/suites/blind_spatial/shifted
 make plus
 for run in para_spatial_fixed para_spatial para_spatial_1 para_spatial_2 autoregressive_spatial voxel_ar_rel_spatial \
   para_spatial_moved para_spatial_moved_more; do
@@ -76,7 +78,6 @@ for run in para_spatial_fixed para_spatial para_spatial_1 para_spatial_2 autoreg
   done
 done
 # bounds that need no training
-bounds="--task_ids all --n_episodes 10 --teleport --waypoint_stride 8 --grasp planned --render fast --n_videos 0"
 for name in spatial object goal; do
   python eval.py --policy oracle --task_suite libero_$name $bounds --margin 4 --out runs/suites/oracle_$name/benchmark
   python eval.py --policy blind --task_suite libero_$name $bounds --out runs/suites/blind_$name/benchmark
