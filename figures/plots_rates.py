@@ -147,7 +147,12 @@ def curves(rows, path):
     series = list(dict.fromkeys(row["series"] for row in rows))
     demos = sorted({row["demos"] for row in rows})
     figure, axes = plt.subplots(
-        1, len(columns), figsize=(1 + 4 * len(columns), 3.4), sharey=True, squeeze=False
+        1,
+        len(columns),
+        figsize=(1 + 4 * len(columns), 3.7),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, column in zip(axes[0], columns):
         for i, name in enumerate(series):
@@ -174,6 +179,12 @@ def curves(rows, path):
         axis.minorticks_off()
         sparse(axis, "y")
     axes[0, 0].set_ylabel("success, %")
-    axes[0, -1].legend(frameon=False, fontsize=9)
-    figure.tight_layout()
+    # above the panels, where no line can run through it
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+    )
     _save(figure, path)
