@@ -43,7 +43,6 @@ from tqdm import tqdm
 import flags
 from figures import plots_recipe, plots_settings
 from formats import lerobot_writer, libero_hdf5
-from formats.dataset import open_dataset
 from formats.parts import (
     check_replaceable,
     gather,
@@ -51,6 +50,7 @@ from formats.parts import (
     part_path,
     readable,
     refuse_fewer,
+    take_apart,
 )
 from runtime import UserError, command_line, read_json, run_script, write_json
 from sim import collected, instructions, recipe, settings
@@ -280,9 +280,9 @@ def replay(args):
         )
 
 
-def collect(args, again=False):
+def collect(args, again=False, fewer=False):
     """Collect or replay into args.out, resuming from its parts. again: a finished replay of the
-    same settings may be there, and stays.
+    same settings may be there, and stays. fewer: a file of the first demonstrations is.
     """
     out, made_with, simulated = Path(args.out), simulator_versions(), {}
     if args.replay:
@@ -305,8 +305,10 @@ def collect(args, again=False):
         and is_finished(out, replay_settings(args, made_with["mujoco"]))
     ):
         return print(f"{out}: is there already")
-    check_replaceable(out, args.overwrite, args.format)
+    check_replaceable(out, args.overwrite or fewer, args.format)
     claim(folder, args, made_with["mujoco"])
+    if fewer:
+        take_apart(out, folder)
     refuse_fewer(folder, args.n_demos)
     counts = record_missing(args, task, folder)
 
@@ -564,22 +566,19 @@ def collect_tasks(args):
             print(f"{task.key}: skipped, {nothing_to_say}")
             continue
         out = folder / (task.key + (".hdf5" if args.format == "libero" else ""))
-        if out.exists() and not args.overwrite:
-            there = len(open_dataset(out))
-            if args.n_demos not in (None, there):
-                raise UserError(
-                    f"{out}: holds {there} demonstrations, --n_demos {args.n_demos} asks for "
-                    "others; for more give another --out and another --seed, and train on both"
-                )
+        fewer = collected.holds_fewer(out, args)
+        if out.exists() and not args.overwrite and not fewer:
             print(f"{out}: is there already")
             continue
         # a copy: what is filled in for one task is asked anew for the next
         one = argparse.Namespace(**{**vars(args), "task_id": task.index, "out": str(out)})
-        collect_task(one)
+        collect_task(one, fewer)
 
 
-def collect_task(args):
-    """Collect, replay or show one task, with the flags filled in that were not given."""
+def collect_task(args, fewer=False):
+    """Collect, replay or show one task, with the flags filled in that were not given. fewer: its
+    file holds the first of the demonstrations already.
+    """
     args.grasp = args.grasp or collected.usual_grasp(args)
     new_expert(args.grasp, args.variant)  # refuses a pair that it does not know
     args.frame_stride = collected.chosen_stride(args)
@@ -593,7 +592,7 @@ def collect_task(args):
     if args.replay:
         return replay(args)
     args.out = args.out or f"data/{collected.file_name(args)}"
-    collect(args)
+    collect(args, fewer=fewer)
 
 
 if __name__ == "__main__":

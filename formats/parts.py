@@ -6,8 +6,10 @@ import h5py
 
 from formats import hdf5, lerobot, libero_hdf5, smith300
 from formats.demos import RECOLLECT
-from runtime import UserError, atomic_path, replace_folder
+from runtime import UserError, atomic_path, replace_folder, write_json
 
+# what a collection counts of its bad attempts, see sim/recording.py
+COUNTED = ("bad_resets", "failed_demos", "other_sides", "views_refused", "mistakes_that_succeeded")
 OF_PARTS = ("settings.json", "counts.json")  # of a collection that goes on, beside its episodes
 BASIS = ("rotation_pca_basis.npz", "rotation_pca_basis.png")
 # what a folder holds that this program writes: a smith300 one beside its episodes, a LeRobot one
@@ -29,6 +31,23 @@ def merge(parts, out, attrs, counts):
                 source.copy("demo", data, f"demo_{i}")
             total += data[f"demo_{i}"].attrs["num_samples"]
         hdf5.set_attributes(data, {**attrs, "num_demos": len(parts), "total": total, **counts})
+
+
+def take_apart(path, folder):
+    """A file's demonstrations as parts again, as `merge` had them, and what was counted: more are
+    to be recorded behind them. The file stays until all are merged anew.
+    """
+    with libero_hdf5.open_demos(path) as file:
+        for i, name in enumerate(libero_hdf5.demo_names(file)):
+            part = part_path(folder, i)
+            if part.exists() and readable(part):
+                continue
+            with atomic_path(part) as scratch, hdf5.create(scratch) as copy:
+                file.copy(f"data/{name}", copy, "demo")
+        said = libero_hdf5.file_attributes_of(path, file)
+    tally = folder / "counts.json"
+    if not tally.exists():
+        write_json(tally, {name: said[name] for name in COUNTED if name in said})
 
 
 def part_path(folder, index, form="libero"):

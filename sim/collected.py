@@ -2,10 +2,32 @@
 
 from pathlib import Path
 
+from formats.dataset import open_dataset
 from runtime import UserError
 from sim import instructions, recipe, settings
 from sim.expert import default_grasp
 from sim.tasks import find_task
+
+
+def holds_fewer(out, args):
+    """Whether one of several tasks' files holds fewer demonstrations than are asked for, by flags
+    that its folder's stamp has: the others are recorded behind them. Raises UserError where it
+    holds more, and of formats that cannot be taken apart.
+    """
+    if args.overwrite or args.n_demos is None or not out.exists():
+        return False
+    there = len(open_dataset(out))
+    if there > args.n_demos:
+        raise UserError(
+            f"{out}: holds {there} demonstrations, --n_demos {args.n_demos} asks for fewer; train "
+            "on so many with train.py --n_demos, or give another --out"
+        )
+    if there < args.n_demos and args.format != "libero":
+        raise UserError(
+            f"{out}: holds {there} demonstrations, and more cannot be put behind them in --format "
+            f"{args.format}; give another --out and another --seed, and train on both"
+        )
+    return there < args.n_demos
 
 
 def fill_spreads(args):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ import precompute_rotation_pca
 import runtime
 from figures import plots
 from formats import parts, smith300
+from formats.dataset import open_dataset
 from harness import checkpoint, records
 from runtime import UserError, read_json, versions, write_json
 from sim import collected, instructions
@@ -262,8 +264,43 @@ def test_a_suite_is_collected_into_a_folder_and_goes_on(tmp_path, capsys):
         write_synthetic_demos(folder / f"libero_spatial_{index}.hdf5", n_demos=2, size=16)
     collect("--seed", "5", "--n_demos", "2")
     assert capsys.readouterr().out.count("is there already") == 2
-    refused(lambda: collect("--seed", "5", "--n_demos", "3"), "libero_spatial_0.hdf5", "2 demonst")
+    refused(lambda: collect("--seed", "5", "--n_demos", "1"), "libero_spatial_0.hdf5", "2 demonst")
     refused(lambda: collect("--seed", "6", "--n_demos", "2"), "other settings")
+
+
+def test_more_demonstrations_are_recorded_behind_those_that_are_there(tmp_path, monkeypatch):
+    """The first two of three are the two of before: neither lost nor recorded once more, and what
+    was counted with them is kept. A killed one has lost nothing.
+    """
+    folder, out = tmp_path / "suite", tmp_path / "suite" / "libero_spatial_0.hdf5"
+    words = ["--task_ids", "0", "--out", str(folder), "--n_demos"]
+    args = collect_demos.build_parser().parse_args([])
+    collect_demos.claim(folder, args, versions()["mujoco"])
+    write_synthetic_demos(out, n_demos=2, size=16, bad_resets=7, frame_stride=1)
+    before = open_dataset(out).demos
+
+    def record(args, task, parts_folder):
+        assert [parts.readable(parts.part_path(parts_folder, i)) for i in (0, 1)] == [True, True]
+        if killed:
+            raise KeyboardInterrupt
+        one = write_synthetic_demos(tmp_path / "one.hdf5", n_demos=1, size=16, seed=9)
+        with h5py.File(one) as file, h5py.File(parts.part_path(parts_folder, 2), "w") as copy:
+            file.copy("data/demo_0", copy, "demo")
+        return read_json(parts_folder / "counts.json", "counts")
+
+    monkeypatch.setattr(collect_demos, "record_missing", record)
+    killed = True
+    with pytest.raises(KeyboardInterrupt):
+        collect_demos.main([*words, "3"])
+    assert len(open_dataset(out)) == 2
+    killed = False
+    collect_demos.main([*words, "3"])
+    found = open_dataset(out)
+    assert len(found) == 3 and found.attributes["bad_resets"] == 7
+    for old, new in zip(before, found.demos):
+        np.testing.assert_array_equal(old.actions, new.actions)
+        np.testing.assert_array_equal(old.images([0, 5]), new.images([0, 5]))
+    assert not list(folder.glob("*.parts"))
 
 
 def test_a_disk_that_fills_up_leaves_a_folder_of_parts(tmp_path, monkeypatch):
