@@ -228,6 +228,8 @@ def check_suite(folder, printed, name, swapped):
     (task,) = summary["tasks"]
     assert (summary["steps"], summary["n"], task["task"]) == (12, 1, name)
     said = "put the wine bottle on top of the" if "goal" in name else "pick up the black bowl from"
+    # told of the other bowl, the table has the sentence that was said
+    said = "pick up the black bowl next to the plate" if swapped else said
     assert f"| {name} | {said}" in printed
     assert "mean of the tasks" in printed and "<table>" in (out / "report.html").read_text()
     row = json.loads((out / name / "episodes.jsonl").read_text())

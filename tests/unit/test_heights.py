@@ -160,7 +160,6 @@ def test_without_the_flag_nothing_changes(synthetic_demos, backbone, tmp_path):
         ),
         ({"task_suite": "my_kitchen"}, None),
         ({"task_suite": "libero_10", "task_id": 12}, None),
-        ({"task_suite": "libero_object", "task_id": "milk"}, None),
     ],
 )
 def test_a_file_tells_what_its_scene_stands_on(attributes, support, tmp_path):

@@ -109,7 +109,8 @@ def test_a_scene_without_another_sentence_is_skipped_and_named(monkeypatch, tmp_
 
     collected = []
     monkeypatch.setattr(instructions, "request", request)
-    monkeypatch.setattr(collect_demos, "collect_task", lambda args: collected.append(args.task_id))
+    record = lambda args, fewer: collected.append(args.task_id)
+    monkeypatch.setattr(collect_demos, "collect_task", record)
     words = f"--task_ids 0,1,2 --instruction_of other --out {tmp_path}/all"
     collect_demos.main(words.split())
     assert collected == [0, 2]
