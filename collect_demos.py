@@ -164,10 +164,8 @@ def claim(folder, args, mujoco):
     Raises UserError where the folder holds parts of other settings, or is something else.
     """
     asked = asked_of(args, mujoco)
-    stamp, again = (
-        folder / "settings.json",
-        "finish it with the same command, or give another --out",
-    )
+    stamp = folder / "settings.json"
+    again = "finish it with the same command, or give another --out"
     if folder.exists() and not stamp.exists():
         raise UserError(
             f"{folder}: is no folder of parts, it has no settings.json; "

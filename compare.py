@@ -76,8 +76,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if len(args.results) < 2:
         raise UserError("one result is no comparison; name two or more")
-    if args.json:
-        may_replace(args.json, "metric", "results")
+    may_replace(args.json, "metric", "results")
     results = [parse_result(word) for word in args.results]
     names = [result.name for result in results]
     if len(set(names)) < len(names):

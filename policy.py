@@ -165,6 +165,7 @@ class Policy(nn.Module):
     """
 
     holds_volume = False  # whether a finetune can hold its volume head still
+    fresh = frozenset()  # names of parameters that it lets learn meanwhile, see harness/finetune.py
     turns = True  # whether it answers rotations; one that does not keeps the gripper's
 
     def __init__(self, config):
@@ -205,9 +206,6 @@ class Policy(nn.Module):
         """
         self._backbone, self.reader = [backbone], reader
         return self
-
-    # parameters that the freeze of a finetune lets learn, see harness/finetune.py
-    fresh = frozenset()
 
     def instructed(self, sentence):
         """What a batch of one has besides for an instruction in words: {} where it is told none."""

@@ -91,9 +91,9 @@ def run_script(main):
 
 def may_replace(path, *keys):
     """Raise UserError where a JSON file is there without the keys of what is to be written: it is
-    another command's result, perhaps one that is read here.
+    another command's result, perhaps one that is read here. path: None where none is written.
     """
-    if Path(path).exists():
+    if path and Path(path).exists():
         found = read_json(path, "file of this command", "give another path")
         if not set(keys) <= found.keys():
             raise UserError(f"{path}: is another command's file; give another path")

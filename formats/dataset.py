@@ -6,6 +6,7 @@ from formats.lerobot import LeRobotFolder
 from formats.libero_hdf5 import LiberoFile
 from formats.smith300 import EpisodeFolder
 
+SUFFIXES = (".hdf5", ".h5")  # of HDF5 files in a folder of datasets
 # A path is of the first format that accepts it. A new format is a line here, before the last, which
 # takes what no other knows and says what is missing.
 FORMATS = (LiberoFile, LeRobotFolder, EpisodeFolder)

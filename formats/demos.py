@@ -7,7 +7,7 @@ import numpy as np
 
 import camera
 import canonical
-from formats.libero_cameras import PROBLEMS, SCENE_OF_KEY, SUPPORTS, scene_of_task
+from formats.libero_cameras import ONE_SCENE, PROBLEMS, SCENE_OF_KEY, SUPPORTS, scene_of_task
 from rot_utils import fingerprint, matrix_to_rotvec, rotvec_to_matrix
 from runtime import UserError
 
@@ -107,7 +107,7 @@ class Demo:
     def scene(self):
         """What tells its scene from others: the task, but for LIBERO-Goal, whose ten share one."""
         suite, _, number = self.task.rpartition("_")
-        return suite if suite == "libero_goal" and number.isdecimal() else self.group
+        return suite if suite in ONE_SCENE and number.isdecimal() else self.group
 
     @property
     def request(self):

@@ -32,6 +32,7 @@ PROBLEMS = {
     "libero_living_room_tabletop_manipulation": "living_room",
     "libero_study_tabletop_manipulation": "study",
 }
+ONE_SCENE = {"libero_goal"}  # suites whose tasks share a scene, and are told apart by words alone
 # suite: its tasks' instructions in the suite's order
 _BOWL = "pick up the black bowl {} and place it on the plate"
 _BASKET = "pick up the {} and place it in the basket"

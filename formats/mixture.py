@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.dataset import open_dataset
+from formats.dataset import SUFFIXES, open_dataset
 from formats.lerobot import LeRobotFolder
 from formats.smith300 import in_order
 from rot_utils import rotation_angle, rotvec_to_matrix
@@ -19,7 +19,6 @@ ALIKE = {"render": "exact", "variant": "task", "setting": "in_dist", "split": ""
 # settings that differ in their cameras alone: the task's own view is one of those that `cameras`
 # draws, so together they are of `cameras`
 CAMERAS_ALONE = {"in_dist", "cameras"}
-HDF5 = (".hdf5", ".h5")  # names of files in a folder of datasets
 COPY = 1e-4  # between numbers of one demonstration in two formats, at most
 RENDER_AGAIN = "collect one of them again with the other's"
 
@@ -68,9 +67,7 @@ class Mixture:
         for demo in self.demos:
             for other in by_length.setdefault(len(demo), []):
                 another_format = other.source.format != demo.source.format
-                if another_format and (
-                    alike(other, demo, "ee_pos") or alike(other, demo, "actions")
-                ):
+                if another_format and any(same_rows(other, demo, k) for k in ("ee_pos", "actions")):
                     raise UserError(
                         f"--dataset {demo.source.path}: {demo.name} is {other.name} of "
                         f"{other.source.path} in another format; leave one of the two out"
@@ -135,7 +132,7 @@ class Mixture:
         ]
 
 
-def alike(one, other, name):
+def same_rows(one, other, name):
     """Whether two demonstrations of one length have the same rows, but for the last digits. Of a
     replay the actions are the recording's, and positions are read anew, half a millimetre off.
     """
@@ -169,16 +166,16 @@ def datasets_in(path):
         return [path]
     # hidden ones are leftovers, and macOS's notes on a file
     inside = in_order(p for p in path.iterdir() if not p.name.startswith("."))
-    found = [p for p in inside if p.suffix in HDF5 and p.is_file()]
+    found = [p for p in inside if p.suffix in SUFFIXES and p.is_file()]
     found += [p for p in inside if p.is_dir() and LeRobotFolder.accepts(p)]
     return found or [path]
 
 
-def left_out(path):
-    """What lies in a folder of datasets, looks like demonstrations and is not taken: one sentence,
-    "" where there is nothing.
+def left_out(path, taken):
+    """What lies in a folder of datasets, looks like demonstrations and is not among those that are
+    `taken`, of `datasets_in`: one sentence, "" where there is nothing.
     """
-    if datasets_in(path) == [Path(path)]:
+    if taken == [Path(path)]:
         return ""
     folders = [p for p in in_order(Path(path).iterdir()) if p.is_dir()]
     unfinished = [p.name for p in folders if p.suffix == ".parts"]
@@ -198,7 +195,10 @@ def open_mixture(paths, image_size=None, limit=None, task=None):
     limit: only the first so many demonstrations of each; others as of `dataset.open_dataset`.
     Prints what a folder holds beside them that looks like demonstrations.
     """
-    found = [one for path in paths for one in datasets_in(path)]
-    for remark in filter(None, map(left_out, paths)):
-        print(f"note: {remark}", file=sys.stderr)
+    found = []
+    for path in paths:
+        taken = datasets_in(path)
+        found += taken
+        if remark := left_out(path, taken):
+            print(f"note: {remark}", file=sys.stderr)
     return Mixture(open_dataset(path, image_size, limit, task) for path in found)

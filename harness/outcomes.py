@@ -19,7 +19,7 @@ PROTOCOL = ("task", "layout", "variant", "split", "max_steps", "render", "clean_
 PROTOCOL += ("teleport", "zero_rotation", "stop_stalled", "mujoco", "instruction", "instruction_of")
 # eval.py leaves these out of settings.json, or its older versions did
 USUAL = {"render": "exact", "stop_stalled": "False", "variant": "task"}
-USUAL.update(instruction="None", instruction_of="None")
+USUAL |= dict.fromkeys(("instruction", "instruction_of"), "None")
 LIBERO_SUITES = {f"libero_{name}" for name in ("spatial", "object", "goal", "10", "90")}
 PRO_SUITES = ("swap", "object", "lan", "task", "env")  # endings of LIBERO-PRO's suites
 # column of a CSV file -> names that it is accepted under

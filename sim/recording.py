@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from formats import hdf5, libero_hdf5, smith300
+from formats.libero_cameras import ONE_SCENE
 from formats.parts import part_path
 from rot_utils import matrix_to_euler, matrix_to_rotvec, rotvec_to_matrix
 from runtime import atomic_path
@@ -182,7 +183,7 @@ class ExpertWorker:
         else:
             seed = settings.random_seed(args.part, args.seed, index, attempt)
             # tasks that share a scene would otherwise share all their layouts
-            seed += [args.task_id] * (args.task_suite == "libero_goal")
+            seed += [args.task_id] * (args.task_suite in ONE_SCENE)
             condition = self.conditions[index % len(self.conditions)]
             offsets = scene.common_shift(condition)
             state = scene.random_layout(seed, args.start_jitter, args.layout_spread, offsets)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from formats import hdf5, libero_hdf5
+from formats.dataset import SUFFIXES
 from formats.demos import simulated_with
 from formats.mixture import CAMERAS_ALONE
 from formats.parts import part_path
@@ -54,7 +55,7 @@ def files_of(paths, tasks=None):
     """
     found = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.glob("[!.]*") if p.suffix in (".hdf5", ".h5"))
+        inside = sorted(p for p in path.glob("[!.]*") if p.suffix in SUFFIXES)
         found += inside if path.is_dir() else [path]
     if tasks is not None:
         found = [path for path in found if task_of_file(path).index in tasks]

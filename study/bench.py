@@ -198,8 +198,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.out:
-        may_replace(args.out, "cores", "tables")
+    may_replace(args.out, "cores", "tables")
     tables = [BENCHES[name](args) for name in ([args.what] if args.what else ["features"])]
     if args.out:
         write_json(

@@ -69,8 +69,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.out:
-        may_replace(args.out, "rows")
+    may_replace(args.out, "rows")
     rows = read(args.folder)
     print(table(rows))
     if args.out:

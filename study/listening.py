@@ -118,8 +118,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.out:
-        may_replace(args.out, "first", "rows")
+    may_replace(args.out, "first", "rows")
     found = {}
     for name, ckpt in zip(run_names(args.ckpt), args.ckpt):
         policy, info, _ = load_policy(

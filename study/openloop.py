@@ -113,12 +113,12 @@ def roll_out(policy, info, ckpt, demos):
 
 def draw(paths, demos, folder):
     """Overlays of the first three demonstrations. paths: {name: rollouts}."""
+    # every file of a folder has a demo_0
+    several = len({demo.source.fingerprint for demo in demos}) > 1
     for i, demo in enumerate(demos[:3]):
         image = demo.images([0])[0]
         true = to_pixels(next(iter(paths.values()))[i]["path"], demo.K, demo.E)
         lines = {name: rollout_line(r[i]["predicted"], demo) for name, r in paths.items()}
-        # every file of a folder has a demo_0
-        several = len({d.source.fingerprint for d in demos}) > 1
         name = f"{demo.group}_{demo.name}".replace(" ", "_") if several else demo.name
         plots.paths_overlay(image, true, lines, folder / f"rollout_{name}.png")
 

@@ -48,9 +48,6 @@ from sim.workers import run_jobs
 SUBSTEPS = 25  # physics steps of 2 ms in a control step of 50 ms
 # degrees from how the object is stored: beyond its median over the states, and in any case
 TILT, TOPPLED = 8.0, 45.0
-KEYS = {"suite": str, "commit": str, "versions": {...: str}, "tasks": [{"task_id": int}]}
-FORM = "result of study.premise", "measure that suite again", KEYS
-TITLE = "# Do the benchmark's init states come to rest as their tasks say?"
 HEIGHT = 3.0  # mm from the median height of that object on that support over its suite
 THROWN = 10.0  # mm in xy since the stored state, beyond the median over the states
 SPEED, TURN = 20.0, 20.0  # mm/s and degrees/s above which an object does not lie still
@@ -64,6 +61,9 @@ CRITERIA = {
     "facts": "another fact of the BDDL file (open, turned on) does not hold",
     "goal": "the goal is reached already",
 }
+KEYS = {"suite": str, "commit": str, "versions": {...: str}, "tasks": [{"task_id": int}]}
+FORM = "result of study.premise", "measure that suite again", KEYS
+TITLE = "# Do the benchmark's init states come to rest as their tasks say?"
 
 
 def settle(scene, steps=WAIT_STEPS):

@@ -113,8 +113,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if args.out:
-        may_replace(args.out, "tolerance", "period", "evaluations")
+    may_replace(args.out, "tolerance", "period", "evaluations")
     read = {folder: read_traces(folder) for folder in args.folders}
     groups = {folder.name: episodes for folder, episodes in read.items()}
     # several evaluations are also judged together

@@ -156,18 +156,17 @@ def summarised(args, suite, tasks, folder):
     """The suite's summary, JSON-able, from the folders of its tasks: [(task, its episodes)]."""
     steps = args.max_steps or STEPS.get(suite, USUAL_STEPS)
     cells, every = [], []
-    for task, n in tasks:
+    summaries = [read_summary(folder / task.key) for task, _ in tasks]
+    for (task, n), summary in zip(tasks, summaries):
         # an earlier run in the same folder may have gone further
         rows = [r for index, r in scored_episodes(folder / task.key).items() if index < n]
         every += rows
         # what was said, where it was another task's sentence
         said = {row.get("instruction", task.language) for row in rows}
         words = said.pop() if len(said) == 1 else task.language
-        crashes = read_summary(folder / task.key)["crashes"]
-        cells.append(
-            {"task": task.key, "instruction": words, "crashes": crashes, **rates(rows, steps)}
-        )
-    first = read_summary(folder / tasks[0][0].key)
+        known = {"instruction": words, "crashes": summary["crashes"]}
+        cells.append({"task": task.key, **known, **rates(rows, steps)})
+    first = summaries[0]
     kept = ("model_type", "policy", "setting", "split", "checkpoint", "trained", "versions")
     found = [c["success_rate"] for c in cells if c["n"]]
     return {
